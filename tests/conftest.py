@@ -113,7 +113,7 @@ class WorkerProcess:
     @property
     def address(self) -> str:
         """http://host:port of its metrics, from its log."""
-        return eventually(lambda: re.findall(r"http://[^\s/]+:\d+", self.output))[0]
+        return str(eventually(lambda: re.findall(r"http://[^\s/]+:\d+", self.output))[0])
 
     @property
     def id(self) -> str | None:
