@@ -1,0 +1,81 @@
+-- The schema `orchestrator`: a durable task queue whose logic is here, in SQL. Load the files of this folder in the order
+-- of their names, in one transaction: `cat sql/*.sql | psql -1 -v ON_ERROR_STOP=1` or `python orchestrator.py install`.
+-- Safe to run again. The life of a task, in function names:
+--   enqueue → claim_tasks → [start_tasks] → complete_tasks
+--                         → fail_task → (retry_scheduled) promote_due → claim_tasks … or (dead_letter) retry_task
+--                         → release_tasks | snooze_task → claim_tasks …
+-- Lock order everywhere: workers → claims (ascending id) → tasks → lane floors (advisory, always last).
+
+select pg_advisory_xact_lock(hashtext('orchestrator.install'));
+
+create schema if not exists orchestrator;
+comment on schema orchestrator is 'Task orchestrator: tasks are enqueued, claimed, retried and recovered by the functions of this schema.';
+
+do $$
+begin
+  if to_regprocedure('orchestrator.schema_version()') is not null then
+    if orchestrator.schema_version() > 1 then
+      raise exception 'the schema orchestrator is of version %, newer than these files (1)', orchestrator.schema_version()
+        using errcode = 'OR004', hint = 'Install with the newer release, or run the newer orchestrator.py.';
+    end if;
+  end if;
+end $$;
+
+create or replace function orchestrator.schema_version() returns int
+language sql immutable parallel safe as $$ select 1 $$;
+comment on function orchestrator.schema_version() is
+  'The version of this schema. A worker refuses to start on one that it does not know.';
+
+do $$
+begin
+  if to_regtype('orchestrator.task_status') is null then
+    create type orchestrator.task_status as enum
+      ('pending', 'claimed', 'running', 'completed', 'failed', 'retry_scheduled', 'dead_letter', 'cancelled');
+  end if;
+end $$;
+comment on type orchestrator.task_status is
+  'pending → claimed → running → completed | retry_scheduled | dead_letter | cancelled. failed is the moment between running '
+  'and retry_scheduled or dead_letter: task_events records it, no row rests in it.';
+
+-- Private SQLSTATEs, each raised with a message that names the field or the way out:
+--   OR001 invalid input    OR002 the claim is no longer held    OR003 the worker is not registered, or was declared dead
+--   OR004 schema version   OR005 needs READ COMMITTED
+create or replace function orchestrator._invalid(p_field text, p_problem text, p_hint text) returns void
+language plpgsql set search_path = '' as $$
+begin
+  raise exception '%: %', p_field, p_problem using errcode = 'OR001', column = p_field, hint = p_hint;
+end $$;
+
+-- UUIDv7: ordered by time, so that the primary key is history by time. PostgreSQL 18 has it; before, 48 bits of Unix
+-- milliseconds, 12 bits of the fraction below (as PostgreSQL 18 does), and the rest from gen_random_uuid().
+do $do$
+begin
+  if to_regprocedure('pg_catalog.uuidv7()') is not null then
+    create or replace function orchestrator._uuidv7() returns uuid
+    language sql volatile parallel safe as 'select pg_catalog.uuidv7()';
+  else
+    create or replace function orchestrator._uuidv7() returns uuid
+    language sql volatile parallel safe as $$
+      select encode(
+        overlay(overlay(uuid_send(gen_random_uuid()) placing substring(int8send(t.us / 1000) from 3) from 1 for 6)
+                placing substring(int4send(28672 + (t.us % 1000 * 4096 / 1000)::int) from 3) from 7 for 2), 'hex')::uuid
+      from (select (extract(epoch from clock_timestamp()) * 1000000)::bigint as us) t
+    $$;
+  end if;
+end $do$;
+
+-- The smallest UUIDv7 of a moment: tasks with a smaller id were created before it.
+create or replace function orchestrator._uuid_at(p_at timestamptz) returns uuid
+language sql immutable parallel safe as $$
+  select (lpad(to_hex(greatest(extract(epoch from p_at) * 1000, 0)::bigint), 12, '0') || '70008000000000000000')::uuid
+$$;
+
+-- A handler's pattern as a LIKE pattern: `a:b` is itself, `a:` and `a:*` are whatever starts with `a:`.
+create or replace function orchestrator._like(p_pattern text) returns text
+language sql immutable parallel safe as $$
+  select regexp_replace(rtrim(p_pattern, '*'), '([\\%_])', '\\\1', 'g') || case when right(p_pattern, 1) in ('*', ':') then '%' else '' end
+$$;
+
+-- The application_name of a worker's heartbeat connection: how anyone sees in pg_stat_activity that it lives.
+create or replace function orchestrator._application_name(p_worker_id text) returns text
+language sql immutable parallel safe as $$ select 'orchestrator ' || right(p_worker_id, 50) $$;

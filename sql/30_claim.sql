@@ -1,0 +1,136 @@
+-- Claiming. claim_tasks writes tasks and inserts one claim; start_tasks writes tasks; promote_due writes tasks and lanes.
+-- Locks: claims (start_tasks) → tasks; claims of tasks skip what others have locked, so no claim waits for another.
+-- The planner settings on the hot functions are needed: a plan cached while a table was empty would scan it whole ever after.
+
+-- Highest priority first. Within one, every lane with work gives an equal share, oldest first, and what one lane leaves the
+-- others take in the next pass (claimed rows have left the index, so no pass sees them twice). Each lane is one index range
+-- scan that starts at its floor: the cost doesn't depend on how much waits, here or in lanes of other types.
+create or replace function orchestrator.claim_tasks(p_worker_id text, p_types text[], p_limit int)
+returns table (claim_id bigint, id uuid, type text, payload jsonb, attempts int, max_retries int, priority int,
+               created_at timestamptz, waited double precision, recoveries int)
+language plpgsql
+set search_path = '' set plan_cache_mode = force_generic_plan
+set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
+#variable_conflict use_column
+declare
+  v_types text[];
+  v_claim_id bigint;
+  v_priority int;
+  v_left int := p_limit;
+  v_taken int;
+  v_now timestamptz := clock_timestamp();
+begin
+  perform orchestrator._check_worker(p_worker_id);
+  v_types := orchestrator._unpaused(p_types);
+  for v_priority in
+    select distinct l.priority from orchestrator.lanes l where l.type = any (v_types) and l.dropped_at is null order by 1 desc
+  loop
+    loop
+      v_claim_id := coalesce(v_claim_id, nextval('orchestrator.claims_id_seq'));
+      return query
+        with lane as materialized (
+          select l.type, h.queued_at as head, ceil(v_left::double precision / count(*) over ())::int as share
+          from (select distinct type from orchestrator.lanes
+                where type = any (v_types) and priority = v_priority and dropped_at is null) l
+          cross join lateral (
+            select t.queued_at from orchestrator.tasks t
+            where t.type = l.type and t.priority = v_priority
+              and t.queued_at >= coalesce((select f.floor from orchestrator.lane_floors f
+                                           where f.type = l.type and f.priority = v_priority
+                                           order by f.generation desc, f.floor limit 1), '-infinity')
+            order by t.queued_at limit 1) h),
+        -- materialized: a plain LIMIT … SKIP LOCKED could be run again by a join, and claim more than the limit
+        pick as materialized (
+          select t.tid, t.queued_at
+          from (select * from lane order by head) l
+          cross join lateral (
+            select t.ctid as tid, t.queued_at from orchestrator.tasks t
+            where t.type = l.type and t.priority = v_priority and t.queued_at >= l.head
+            order by t.queued_at limit l.share for no key update skip locked) t
+          limit v_left)
+        update orchestrator.tasks t
+        set status = 'claimed', worker_id = p_worker_id, claim_id = v_claim_id, claimed_at = v_now, updated_at = v_now, queued_at = null
+        from pick p where t.ctid = p.tid
+        returning t.claim_id, t.id, t.type, t.payload, t.attempts, t.max_retries, t.priority, t.created_at,
+                  extract(epoch from v_now - p.queued_at)::double precision, t.recoveries;
+      get diagnostics v_taken = row_count;
+      v_left := v_left - v_taken;
+      exit when v_left <= 0 or v_taken = 0;
+    end loop;
+    exit when v_left <= 0;
+  end loop;
+  if v_left < p_limit then
+    insert into orchestrator.claims (id, worker_id, claimed_at, open_tasks)
+    overriding system value values (v_claim_id, p_worker_id, v_now, p_limit - v_left);
+  end if;
+end $$;
+comment on function orchestrator.claim_tasks(text, text[], int) is
+  'Claims up to p_limit ready tasks of these types for a registered worker, under one claim. attempts: started before this '
+  'one; waited: seconds since it became ready; recoveries > 0: call start_tasks before its handler. Raises OR003.';
+
+create or replace function orchestrator._check_worker(p_worker_id text) returns void
+language plpgsql stable set search_path = '' as $$
+begin
+  if not exists (select from orchestrator.workers w where w.id = p_worker_id and w.declared_dead_at is null) then
+    raise exception 'worker % is not registered, or was declared dead', p_worker_id
+      using errcode = 'OR003', hint = 'Register again, under a new id.';
+  end if;
+end $$;
+
+create or replace function orchestrator._unpaused(p_types text[]) returns text[]
+language plpgsql stable set search_path = '' set enable_seqscan = off as $$
+declare
+  v_paused text[] := array(select p.type from orchestrator.task_types p where p.paused);
+begin
+  if v_paused = '{}' then return p_types; end if;
+  return array(select t from unnest(p_types) t where t <> all (v_paused));
+end $$;
+
+-- Which of the types that were ever enqueued match a pattern; a worker with exact types alone never asks.
+create or replace function orchestrator.known_types(p_patterns text[]) returns setof text
+language sql stable set search_path = '' as $$
+  select distinct l.type from orchestrator.lanes l
+  where l.dropped_at is null and l.type like any (array(select orchestrator._like(p) from unnest(p_patterns) p))
+$$;
+comment on function orchestrator.known_types(text[]) is 'The types with lanes that match one of these patterns (a:b, a:, a:*).';
+
+create or replace function orchestrator.start_tasks(p_claim_id bigint, p_ids uuid[]) returns int
+language plpgsql
+set search_path = '' set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+declare
+  v_started int;
+  v_now timestamptz;
+begin
+  perform from orchestrator.claims c where c.id = p_claim_id for no key update;
+  if not found then return 0; end if;
+  v_now := clock_timestamp();
+  -- "is not distinct from": no index can serve it, so the planner can't walk the claim for each id
+  update orchestrator.tasks t
+  set status = 'running', started_at = v_now, updated_at = v_now, attempts = attempts + 1
+  where t.id = any (p_ids) and t.claim_id is not distinct from p_claim_id and t.status = 'claimed';
+  get diagnostics v_started = row_count;
+  return v_started;
+end $$;
+comment on function orchestrator.start_tasks(bigint, uuid[]) is
+  'Marks claimed tasks as running, and counts the attempt. Returns how many; fewer than asked: the rest are no longer this claim''s.';
+
+create or replace function orchestrator.promote_due(p_limit int default 1000, out promoted int, out next_in double precision)
+language plpgsql
+set search_path = '' set plan_cache_mode = force_generic_plan
+set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
+begin
+  with pick as materialized (
+    select t.ctid as tid from orchestrator.tasks t where t.next_retry_at <= clock_timestamp()
+    order by t.next_retry_at limit p_limit for no key update skip locked),
+  due as (
+    update orchestrator.tasks t
+    set status = 'pending', queued_at = clock_timestamp(), next_retry_at = null, updated_at = clock_timestamp()
+    where t.ctid = any (array(select tid from pick)) returning t.type, t.priority),
+  announced as (select orchestrator._announce(d.type, d.priority) from (select distinct type, priority from due) d)
+  select count(*) into promoted from due, (select count(*) from announced) a;
+  select extract(epoch from t.next_retry_at - clock_timestamp()) into next_in
+  from orchestrator.tasks t where t.next_retry_at is not null order by t.next_retry_at limit 1;
+end $$;
+comment on function orchestrator.promote_due(int) is
+  'Makes delayed tasks and retries ready whose time has come, at the tail of their lanes. Any worker calls it, about once a '
+  'second, so that retries flow without a leader. Returns how many, and the seconds until the next is due (null: none).';

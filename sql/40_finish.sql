@@ -1,0 +1,274 @@
+-- Ending an attempt: complete, fail, release, snooze. Each names its claim, the fence: what was recovered and claimed again
+-- has another one, so a late answer changes nothing. Writes claims, tasks, task_events, and lanes and floors where a task is
+-- put back. Lock order: claims (ascending id) → tasks → floors.
+-- A task that was asked to cancel ends as cancelled, however its attempt ended.
+
+create or replace function orchestrator.retry_delay(p_attempt int, p_base interval, p_max interval, p_random double precision)
+returns interval language sql immutable parallel safe as $$
+  -- the exponent is bounded since 2^n overflows, the seconds since make_interval() of a huge number turns negative
+  select make_interval(secs =>
+    (0.5 + 0.5 * least(greatest(coalesce(p_random, 1), 0), 1))
+    * least(greatest(extract(epoch from coalesce(p_base, '1 second')), 0)::double precision * power(2, least(greatest(coalesce(p_attempt, 1), 1) - 1, 60)),
+            greatest(extract(epoch from coalesce(p_max, '1 hour')), 0)::double precision, 3153600000))
+$$;
+comment on function orchestrator.retry_delay(int, interval, interval, double precision) is
+  'base · 2^(attempt − 1), capped by max, jittered between half of it (random = 0) and all (random = 1). Pure; safe for any input.';
+
+-- The policy of a type: its own row, else that of the longest pattern that matches it, else the defaults.
+create or replace function orchestrator._policy(p_type text) returns orchestrator.task_types
+language plpgsql stable set search_path = '' as $$
+declare
+  v orchestrator.task_types;
+begin
+  select * into v from orchestrator.task_types p
+  where p.type = p_type or (right(p.type, 1) in ('*', ':') and p_type like orchestrator._like(p.type))
+  order by p.type = p_type desc, length(p.type) desc limit 1;
+  v.max_retries := coalesce(v.max_retries, 3);
+  return v;
+end $$;
+
+-- Keeps the newest 100 events of a task: one that snoozes for ever must not grow for ever.
+create or replace function orchestrator._record(p_task_id uuid, p_event text, p_attempt int, p_worker_id text, p_detail text) returns void
+language plpgsql set search_path = '' as $$
+begin
+  insert into orchestrator.task_events (task_id, event, attempt, worker_id, detail)
+  values (p_task_id, p_event, p_attempt, p_worker_id, left(p_detail, 8192));
+  delete from orchestrator.task_events e where e.task_id = p_task_id and e.id <=
+    (select o.id from orchestrator.task_events o where o.task_id = p_task_id order by o.id desc offset 100 limit 1);
+end $$;
+
+-- Takes ended tasks off their claim, whose row the caller has locked; the claim goes with the last of them.
+create or replace function orchestrator._settle(p_claim_id bigint, p_ended int) returns void
+language plpgsql
+set search_path = '' set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+begin
+  if p_ended > 0 then
+    update orchestrator.claims c set open_tasks = open_tasks - p_ended where c.id = p_claim_id and c.open_tasks > p_ended;
+    if not found then delete from orchestrator.claims c where c.id = p_claim_id; end if;
+  end if;
+end $$;
+
+-- p_ids holds p_counts[i] tasks of p_claim_ids[i], one claim after another, and p_results (if not null) their results.
+create or replace function orchestrator.complete_tasks(p_claim_ids bigint[], p_counts int[], p_ids uuid[], p_results jsonb[] default null)
+returns table (id uuid, outcome text) language plpgsql
+set search_path = '' set plan_cache_mode = force_generic_plan
+set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
+#variable_conflict use_column
+declare
+  v_from int := 1;
+  v_to int;
+  v_ids uuid[];
+  v_done int;
+  v_cancelled int;
+  v_now timestamptz;
+begin
+  perform from orchestrator.claims c where c.id = any (p_claim_ids) order by c.id for no key update;
+  v_now := clock_timestamp();   -- after the wait for the locks
+  for i in 1..cardinality(p_claim_ids) loop
+    v_to := v_from + p_counts[i] - 1;
+    v_ids := p_ids[v_from:v_to];
+    if p_results is null then
+      update orchestrator.tasks t
+      set status = 'completed', started_at = coalesce(t.started_at, t.claimed_at), completed_at = v_now, updated_at = v_now,
+          attempts = t.attempts + (t.status = 'claimed')::int
+      where t.id = any (v_ids) and t.claim_id is not distinct from p_claim_ids[i]
+        and t.status in ('claimed', 'running') and t.cancel_requested_at is null;
+    else
+      update orchestrator.tasks t
+      set status = 'completed', started_at = coalesce(t.started_at, t.claimed_at), completed_at = v_now, updated_at = v_now,
+          attempts = t.attempts + (t.status = 'claimed')::int, result = r.result
+      from unnest(v_ids, p_results[v_from:v_to]) r(id, result)
+      where t.id = r.id and t.claim_id is not distinct from p_claim_ids[i]
+        and t.status in ('claimed', 'running') and t.cancel_requested_at is null;
+    end if;
+    get diagnostics v_done = row_count;
+    v_cancelled := 0;
+    if v_done < cardinality(v_ids) then
+      v_cancelled := orchestrator._end_cancelled(p_claim_ids[i], v_ids);
+      return query
+        select u.id, case when t.status = 'cancelled' and t.claim_id = p_claim_ids[i] then 'cancelled' else 'rejected' end
+        from unnest(v_ids) u(id) left join orchestrator.tasks t on t.id = u.id
+        where (t.status = 'completed' and t.claim_id = p_claim_ids[i]) is not true;   -- if true: a report sent again
+    end if;
+    perform orchestrator._settle(p_claim_ids[i], v_done + v_cancelled);
+    v_from := v_to + 1;
+  end loop;
+end $$;
+comment on function orchestrator.complete_tasks(bigint[], int[], uuid[], jsonb[]) is
+  'Completes tasks grouped by claim: p_ids holds p_counts[i] tasks of p_claim_ids[i], one claim after another; p_results, if '
+  'given, one for each. Returns only those that did not complete: cancelled (it was asked for) or rejected (no longer of that claim).';
+
+-- Of these tasks of a locked claim, ends those that were asked to cancel.
+create or replace function orchestrator._end_cancelled(p_claim_id bigint, p_ids uuid[]) returns int
+language plpgsql
+set search_path = '' set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+declare
+  v_n int := 0;
+  r record;
+begin
+  for r in
+    update orchestrator.tasks t
+    set status = 'cancelled', completed_at = clock_timestamp(), updated_at = clock_timestamp(), cancel_requested_at = null,
+        started_at = coalesce(t.started_at, t.claimed_at), attempts = t.attempts + (t.status = 'claimed')::int
+    where t.id = any (p_ids) and t.claim_id is not distinct from p_claim_id
+      and t.status in ('claimed', 'running') and t.cancel_requested_at is not null
+    returning t.id, t.attempts, t.worker_id
+  loop
+    perform orchestrator._record(r.id, 'cancelled', r.attempts, r.worker_id, null);
+    v_n := v_n + 1;
+  end loop;
+  return v_n;
+end $$;
+
+-- A failed attempt of a task whose claim the caller has locked. Returns the status that it got, or 'rejected'.
+create or replace function orchestrator._fail(
+  p_claim_id bigint, p_id uuid, p_error text, p_retry_after interval, p_permanent boolean, p_recovered boolean)
+returns text language plpgsql
+set search_path = '' set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+declare
+  v_task orchestrator.tasks;
+  v_policy orchestrator.task_types;
+  v_attempts int;
+  v_status orchestrator.task_status;
+  v_now timestamptz := clock_timestamp();
+  v_delay interval;
+begin
+  select * into v_task from orchestrator.tasks t
+  where t.id = p_id and t.claim_id is not distinct from p_claim_id and t.status in ('claimed', 'running') for no key update;
+  if not found then return 'rejected'; end if;
+  v_policy := orchestrator._policy(v_task.type);
+  v_attempts := v_task.attempts + (v_task.status = 'claimed')::int;
+  v_status := case when v_task.cancel_requested_at is not null then 'cancelled'
+                   when p_permanent or v_attempts > coalesce(v_task.max_retries, v_policy.max_retries) then 'dead_letter'
+                   else 'retry_scheduled' end;
+  v_delay := least(greatest(coalesce(p_retry_after, orchestrator.retry_delay(v_attempts, v_policy.base_delay, v_policy.max_delay, random())),
+                            interval '0'), interval '10 years');
+  update orchestrator.tasks t
+  set status = v_status, attempts = v_attempts, last_error = left(p_error, 8192), updated_at = v_now, cancel_requested_at = null,
+      claim_id = case when v_status <> 'retry_scheduled' then t.claim_id end,
+      worker_id = case when v_status <> 'retry_scheduled' then t.worker_id end,
+      claimed_at = case when v_status <> 'retry_scheduled' then t.claimed_at end,
+      started_at = case when v_status <> 'retry_scheduled' then coalesce(t.started_at, t.claimed_at) end,
+      completed_at = case when v_status = 'cancelled' then v_now end,
+      dead_at = case when v_status = 'dead_letter' then v_now end,
+      next_retry_at = case when v_status = 'retry_scheduled' then v_now + v_delay end,
+      recoveries = t.recoveries + p_recovered::int
+  where t.id = p_id;
+  perform orchestrator._record(p_id, 'failed', v_attempts, v_task.worker_id, p_error);
+  perform orchestrator._record(p_id, v_status::text, v_attempts, v_task.worker_id,
+                               case when v_status = 'retry_scheduled' then 'in ' || extract(epoch from v_delay)::numeric(15, 3) || ' s'
+                                    when v_status = 'dead_letter' and p_permanent then 'permanent error'
+                                    when v_status = 'dead_letter' then 'retries used up' end);
+  return v_status;
+end $$;
+
+create or replace function orchestrator.fail_tasks(
+  p_claim_ids bigint[], p_ids uuid[], p_errors text[], p_retry_afters interval[], p_permanents boolean[])
+returns table (id uuid, outcome text) language plpgsql set search_path = '' as $$
+#variable_conflict use_column
+begin
+  perform from orchestrator.claims c where c.id = any (p_claim_ids) order by c.id for no key update;
+  for i in 1..cardinality(p_ids) loop
+    id := p_ids[i];
+    outcome := orchestrator._fail(p_claim_ids[i], p_ids[i], p_errors[i], p_retry_afters[i], coalesce(p_permanents[i], false), false);
+    perform orchestrator._settle(p_claim_ids[i], (outcome <> 'rejected')::int);
+    return next;
+  end loop;
+end $$;
+comment on function orchestrator.fail_tasks(bigint[], uuid[], text[], interval[], boolean[]) is
+  'Records a failed attempt of each task, named by its claim: a retry after p_retry_afters[i] (null: the policy''s backoff with '
+  'jitter), or a dead letter if permanent or its retries are used up. Returns the status of each, or rejected.';
+
+create or replace function orchestrator.fail_task(
+  p_claim_id bigint, p_id uuid, p_error text, p_retry_after interval default null, p_permanent boolean default false)
+returns text language sql set search_path = '' as $$
+  select f.outcome from orchestrator.fail_tasks(array[p_claim_id], array[p_id], array[p_error], array[p_retry_after], array[p_permanent]) f
+$$;
+comment on function orchestrator.fail_task(bigint, uuid, text, interval, boolean) is
+  'fail_tasks for one task: returns retry_scheduled, dead_letter, cancelled (it was asked for) or rejected.';
+
+-- Puts tasks of a locked claim back to their old places, uncharged: an attempt that was counted is taken back.
+create or replace function orchestrator._release(p_claim_id bigint, p_ids uuid[], p_event text, p_recovered boolean) returns int
+language plpgsql
+set search_path = '' set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+declare
+  v_n int;
+  v_types text[];
+  v_priorities int[];
+  v_heads timestamptz[];
+  v_ids uuid[];
+  v_workers text[];
+begin
+  -- the worker is read before it is cleared
+  select array_agg(t.id), array_agg(t.worker_id) into v_ids, v_workers
+  from (select t.id, t.worker_id from orchestrator.tasks t
+        where t.claim_id = p_claim_id and (p_ids is null or t.id = any (p_ids)) and t.status in ('claimed', 'running')
+          and t.cancel_requested_at is null
+        order by t.id for no key update) t;
+  with released as (
+    update orchestrator.tasks t
+    set status = 'pending', queued_at = t.created_at, worker_id = null, claim_id = null, claimed_at = null, started_at = null,
+        result = null, attempts = t.attempts - (t.status = 'running')::int, recoveries = t.recoveries + p_recovered::int,
+        updated_at = clock_timestamp()
+    where t.id = any (v_ids)
+    returning t.type, t.priority, t.queued_at)
+  select count(*), array_agg(type), array_agg(priority), array_agg(queued_at) into v_n, v_types, v_priorities, v_heads from released;
+  insert into orchestrator.task_events (task_id, event, worker_id) select u.id, p_event, u.worker from unnest(v_ids, v_workers) u(id, worker);
+  perform orchestrator._settle(p_claim_id, v_n);
+  perform orchestrator._put_back(v_types, v_priorities, v_heads);
+  return v_n;
+end $$;
+
+create or replace function orchestrator.release_tasks(p_claim_id bigint, p_ids uuid[] default null) returns int
+language plpgsql set search_path = '' as $$
+declare
+  v_n int;
+begin
+  perform from orchestrator.claims c where c.id = p_claim_id for no key update;
+  if not found then return 0; end if;
+  v_n := orchestrator._end_cancelled(p_claim_id, coalesce(p_ids,
+           array(select t.id from orchestrator.tasks t where t.claim_id = p_claim_id and t.cancel_requested_at is not null)));
+  perform orchestrator._settle(p_claim_id, v_n);
+  return v_n + orchestrator._release(p_claim_id, p_ids, 'released', false);
+end $$;
+comment on function orchestrator.release_tasks(bigint, uuid[]) is
+  'Gives tasks of a claim back (p_ids null: all), uncharged and at their old places; those asked to cancel end as cancelled. '
+  'Returns how many left the claim.';
+
+create or replace function orchestrator.snooze_task(p_claim_id bigint, p_id uuid, p_delay interval) returns text
+language plpgsql
+set search_path = '' set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+declare
+  v_worker text;
+begin
+  if p_delay is null or p_delay < interval '0' or p_delay > interval '10 years' then
+    perform orchestrator._invalid('delay', 'must be from 0 to 10 years', 'Give it as an interval.');
+  end if;
+  select c.worker_id into v_worker from orchestrator.claims c where c.id = p_claim_id for no key update;
+  if not found then return 'rejected'; end if;
+  if orchestrator._end_cancelled(p_claim_id, array[p_id]) > 0 then
+    perform orchestrator._settle(p_claim_id, 1);
+    return 'cancelled';
+  end if;
+  update orchestrator.tasks t
+  set status = 'pending', next_retry_at = clock_timestamp() + p_delay, worker_id = null, claim_id = null, claimed_at = null,
+      started_at = null, result = null, attempts = t.attempts - (t.status = 'running')::int, updated_at = clock_timestamp()
+  where t.id = p_id and t.claim_id is not distinct from p_claim_id and t.status in ('claimed', 'running');
+  if not found then return 'rejected'; end if;
+  perform orchestrator._record(p_id, 'snoozed', null, v_worker, 'for ' || extract(epoch from p_delay)::numeric(15, 3) || ' s');
+  perform orchestrator._settle(p_claim_id, 1);
+  return 'snoozed';
+end $$;
+comment on function orchestrator.snooze_task(bigint, uuid, interval) is
+  'Puts a task off, uncharged. Returns snoozed, cancelled (it was asked for) or rejected. Raises OR001.';
+
+create or replace function orchestrator.record_progress(p_claim_id bigint, p_id uuid, p_progress jsonb) returns boolean
+language plpgsql
+set search_path = '' set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+begin
+  update orchestrator.tasks t set result = p_progress, updated_at = clock_timestamp()
+  where t.id = p_id and t.claim_id is not distinct from p_claim_id and t.status in ('claimed', 'running');
+  return found;
+end $$;
+comment on function orchestrator.record_progress(bigint, uuid, jsonb) is
+  'Keeps what a running task says of itself in tasks.result. Returns whether the claim still holds it.';
