@@ -2,11 +2,14 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from urllib.parse import urlsplit
 import psycopg
 import pytest
 
-from postgres import Server, eventually, install_schema, start_server
+from postgres import Server, eventually, install_schema, processes_below, start_server
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PROGRAM = REPOSITORY / "orchestrator.py"
@@ -82,13 +85,25 @@ def clean_environment(**settings: Any) -> dict[str, str]:
 
 
 @pytest.fixture
-def run_cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+def folder() -> Iterator[Path]:
+    """An empty folder that other users may enter: an embedded PostgreSQL that root starts runs as somebody else."""
+    path = Path(tempfile.mkdtemp(prefix="test-", dir="/tmp"))
+    path.chmod(0o755)
+    yield path
+    for pid in processes_below(path):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture
+def run_cli(folder: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run `python orchestrator.py ARGS` to its end, in an empty folder."""
 
     def run(*args: str, env: dict[str, Any] | None = None, stdin: str | None = None, cwd: Path | None = None,
             timeout: float = 50) -> subprocess.CompletedProcess[str]:
         return subprocess.run([sys.executable, str(PROGRAM), *args], check=False, input=stdin or "", text=True,
-                              capture_output=True, cwd=cwd or tmp_path, env=clean_environment(**env or {}),
+                              capture_output=True, cwd=cwd or folder, env=clean_environment(**env or {}),
                               timeout=timeout)
 
     return run

@@ -144,7 +144,7 @@ class LocalServer(Server):
         """kill -9 the postmaster, and wait until nothing works in its data folder and start() may be called."""
         pid = self.pid
         os.kill(pid, signal.SIGKILL)
-        eventually(lambda: not Path(f"/proc/{pid}").exists() and not _processes_in(self.data), 30)
+        eventually(lambda: not Path(f"/proc/{pid}").exists() and not processes_below(self.data), 30)
 
     def stop(self) -> None:
         with contextlib.suppress(subprocess.CalledProcessError):  # a test may have stopped or killed it
@@ -223,12 +223,11 @@ def _account() -> tuple[int, int] | None:
     return user.pw_uid, user.pw_gid
 
 
-def _processes_in(folder: Path) -> list[int]:
+def processes_below(folder: Path) -> list[int]:
+    """Who works in this folder: a PostgreSQL server's processes do in their data folder."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if os.path.samefile(process / "cwd", folder):
+        with contextlib.suppress(OSError):  # gone meanwhile, a zombie, or not ours to look at
+            if Path(os.readlink(process / "cwd")).is_relative_to(folder.resolve()):
                 found.append(int(process.name))
-        except OSError:
-            continue  # gone meanwhile, a zombie, or not ours to look at
     return found
