@@ -256,6 +256,8 @@ def check_nextjs(payload: Any) -> Service:
     fields = object_with(payload, "working_dir", "port", "host", "ready_timeout")
     host = text_field(fields, "host", "127.0.0.1")
     try:
+        if "%" in host:  # an IPv6 scope may be any text
+            raise ValueError
         host = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host).compressed
     except ValueError:
         raise ValueError("host: must be an IP address of this machine, or localhost") from None

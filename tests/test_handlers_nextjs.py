@@ -10,13 +10,11 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psycopg
 import pytest
 
 import handlers
@@ -133,7 +131,8 @@ def test_service_that_exits_with_0_completes(project):
 
 
 def test_service_that_dies_fails_with_its_last_lines(project):
-    task = StandInTask(project("listen(); [print('line', n) for n in range(5000)]; print('out of memory'); sys.exit(3)"))
+    behaviour = "listen(); [print('line', n) for n in range(5000)]; print('out of memory'); sys.exit(3)"
+    task = StandInTask(project(behaviour))
     with pytest.raises(Retry, match=r"exit code 3") as failure:
         call(handlers.nextjs, task)
     assert str(failure.value).endswith("out of memory")
@@ -150,7 +149,7 @@ def test_service_killed_by_a_signal_says_which(project):
 
 def test_service_that_never_answers_fails_after_ready_timeout(project):
     task = StandInTask(project("print('thinking', flush=True); time.sleep(600)", ready_timeout=1))
-    with pytest.raises(Retry, match="no answer on http://127.0.0.1:.* within 1 s.*\n.*\nthinking"):
+    with pytest.raises(Retry, match=r"no answer on http://127.0.0.1:.* within 1 s.*\n.*\nthinking"):
         call(handlers.nextjs, task)
     assert not alive_in_group(task.reports[0]["pid"])
 
@@ -158,7 +157,7 @@ def test_service_that_never_answers_fails_after_ready_timeout(project):
 def test_service_whose_server_is_gone_while_its_parent_lives_on_fails(project):
     child = "exec(open('child.py').read())"
     payload = project(f"child = subprocess.Popen([sys.executable, '-c', {child!r}, host, str(port)]);"
-                      "print('child', child.pid, flush=True); open('child.pid', 'w').write(str(child.pid)); time.sleep(600)")
+                      "open('child.pid', 'w').write(str(child.pid)); time.sleep(600)")
     directory = Path(payload["working_dir"])
     (directory / "child.py").write_text("import http.server, sys\nhttp.server.ThreadingHTTPServer((sys.argv[1], "
                                         "int(sys.argv[2])), http.server.SimpleHTTPRequestHandler).serve_forever()")
@@ -166,7 +165,7 @@ def test_service_whose_server_is_gone_while_its_parent_lives_on_fails(project):
     running = in_thread(handlers.nextjs, task)
     pid = until_ready(task)["pid"]
     os.kill(int((directory / "child.pid").read_text()), signal.SIGKILL)
-    with pytest.raises(Retry, match="nothing listens on"):
+    with pytest.raises(Retry, match=r"nothing listens on"):
         running.result(10)
     assert eventually(lambda: not alive_in_group(pid))
 
@@ -175,13 +174,13 @@ def test_port_in_use_is_said_and_nothing_started(project):
     payload = project(STAY)
     with socket.create_server(("127.0.0.1", payload["port"])):
         task = StandInTask(payload)
-        with pytest.raises(Retry, match=f"port: http://127.0.0.1:{payload['port']} is in use"):
+        with pytest.raises(Retry, match=rf"port: http://127.0.0.1:{payload['port']} is in use"):
             call(handlers.nextjs, task)
     assert task.reports == []
 
 
 def test_host_that_is_not_of_this_machine_is_refused(project):
-    with pytest.raises(Discard, match="cannot listen on http://192.0.2.1:"):
+    with pytest.raises(Discard, match=r"cannot listen on http://192\.0\.2\.1:"):
         call(handlers.nextjs, StandInTask(project(STAY, host="192.0.2.1")))
 
 
@@ -237,7 +236,7 @@ def test_project_without_a_dev_script_runs_the_local_next(project, tmp_path):
     (lambda directory: (directory / "package.json").unlink(), "working_dir: holds no readable package.json"),
     (lambda directory: (directory / "package.json").write_text("{"), "working_dir: holds no readable package.json"),
     (lambda directory: shutil.rmtree(directory / "node_modules"), "working_dir: Next.js is not installed there"),
-    (lambda directory: shutil.rmtree(directory), "working_dir: there is no such directory"),
+    (shutil.rmtree, "working_dir: there is no such directory"),
 ], ids=["no package.json", "broken package.json", "nothing installed", "no directory"])
 def test_directory_that_is_no_project_is_refused_for_good(project, spoil, message):
     payload = project(STAY)
@@ -344,7 +343,7 @@ def test_real_nextjs_is_served_started_again_after_kill_9_of_its_child_and_cance
     assert "Hello from Next.js" in page(ready["url"])
     assert len(alive_in_group(ready["pid"])) == 4
     os.kill(server_process(ready["pid"]), signal.SIGKILL)
-    with pytest.raises(Retry, match="its server process was killed.*\n(.*\n)*.*Ready in"):
+    with pytest.raises(Retry, match=r"its server process was killed.*\n(.*\n)*.*Ready in"):
         running.result(20)
     assert eventually(lambda: not alive_in_group(ready["pid"]))
 
