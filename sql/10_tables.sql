@@ -104,7 +104,7 @@ comment on sequence orchestrator.leader_terms is 'The numbers of leadership term
 
 create table if not exists orchestrator.task_types (
   type        text primary key,
-  max_retries int not null default 3,
+  max_retries int,
   base_delay  interval not null default '1 second',
   max_delay   interval not null default '1 hour',
   timeout     interval,
@@ -115,6 +115,7 @@ create index if not exists task_types_paused on orchestrator.task_types (type) w
 comment on table orchestrator.task_types is
   'The retry policy of a type or pattern, written when a worker registers its handlers, and whether the type is paused. '
   'In SQL, since recovery applies it for types that the leader has no handler for.';
+comment on column orchestrator.task_types.max_retries is 'Null: no worker registered it under this name; the row only says whether it is paused.';
 
 create table if not exists orchestrator.task_events (
   id        bigint generated always as identity primary key,

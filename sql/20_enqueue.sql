@@ -18,10 +18,11 @@ begin
   end if;
 end $$;
 
--- Text is at most 6 times jsonb's own size, so most payloads need not be turned into text to know that they fit.
+-- Always by its text, since jsonb's own size says little: a value read from a table may be compressed, and a number such as
+-- 1e100000 takes ten bytes.
 create or replace function orchestrator._payload_too_large(p_payload jsonb) returns boolean
 language sql stable parallel safe as $$
-  select pg_column_size(p_payload) > 262144 / 8 and octet_length(p_payload::text) > 262144
+  select octet_length(p_payload::text) > 262144
 $$;
 
 -- The task first, the lane after: whoever drops idle lanes then sees this writer in pg_locks.
@@ -115,8 +116,12 @@ comment on function orchestrator.enqueue_many(text, jsonb[], int, text[], int, t
 -- Inserts in the order of the keys, so that two callers with the same keys don't deadlock.
 create or replace function orchestrator._enqueue_keyed(
   p_type text, p_ids uuid[], p_payloads jsonb[], p_priority int, p_keys text[], p_max_retries int, p_later timestamptz)
-returns table (ordinal int, id uuid, created boolean) language plpgsql set search_path = '' as $$
+returns table (ordinal int, id uuid, created boolean) language plpgsql
+set search_path = '' set plan_cache_mode = force_generic_plan
+set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 #variable_conflict use_column
+declare
+  v_ids uuid[];
 begin
   loop
     insert into orchestrator.tasks (id, type, payload, priority, idempotency_key, max_retries, queued_at, next_retry_at)
@@ -126,14 +131,12 @@ begin
     where not exists (select from orchestrator.tasks t where t.id = u.id)
     order by u.key, u.o
     on conflict (type, idempotency_key) where idempotency_key is not null do nothing;
-    -- all are there, unless one was pruned between the two statements
-    exit when not exists (
-      select from unnest(p_keys) k where k is not null
-        and not exists (select from orchestrator.tasks t where t.type = p_type and t.idempotency_key = k));
+    v_ids := array(
+      select case when u.key is null then u.id else t.id end
+      from unnest(p_ids, p_keys) with ordinality u(id, key, o)
+      left join orchestrator.tasks t on t.type = p_type and t.idempotency_key = u.key
+      order by u.o);
+    exit when array_position(v_ids, null) is null;   -- else one was pruned between the two statements: it is ours to insert
   end loop;
-  return query
-    select u.o::int, coalesce(t.id, u.id), t.id is null or t.id = u.id
-    from unnest(p_ids, p_keys) with ordinality u(id, key, o)
-    left join orchestrator.tasks t on t.type = p_type and t.idempotency_key = u.key
-    order by u.o;
+  return query select u.o::int, u.id, u.id = u.own from unnest(v_ids, p_ids) with ordinality u(id, own, o);
 end $$;

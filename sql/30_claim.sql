@@ -20,6 +20,9 @@ declare
   v_taken int;
   v_now timestamptz := clock_timestamp();
 begin
+  if p_limit is null or p_limit < 0 then   -- null would be no limit at all
+    perform orchestrator._invalid('limit', 'must be 0 or more', 'How many tasks this worker has room for.');
+  end if;
   perform orchestrator._check_worker(p_worker_id);
   v_types := orchestrator._unpaused(p_types);
   for v_priority in
@@ -66,7 +69,7 @@ begin
 end $$;
 comment on function orchestrator.claim_tasks(text, text[], int) is
   'Claims up to p_limit ready tasks of these types for a registered worker, under one claim. attempts: started before this '
-  'one; waited: seconds since it became ready; recoveries > 0: call start_tasks before its handler. Raises OR003.';
+  'one; waited: seconds since it became ready; recoveries > 0: call start_tasks before its handler. Raises OR001, OR003.';
 
 create or replace function orchestrator._check_worker(p_worker_id text) returns void
 language plpgsql stable set search_path = '' as $$

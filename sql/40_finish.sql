@@ -21,7 +21,8 @@ declare
   v orchestrator.task_types;
 begin
   select * into v from orchestrator.task_types p
-  where p.type = p_type or (right(p.type, 1) in ('*', ':') and p_type like orchestrator._like(p.type))
+  where p.max_retries is not null   -- null: only paused
+    and (p.type = p_type or (right(p.type, 1) in ('*', ':') and p_type like orchestrator._like(p.type)))
   order by p.type = p_type desc, length(p.type) desc limit 1;
   v.max_retries := coalesce(v.max_retries, 3);
   return v;
@@ -213,7 +214,7 @@ begin
     where t.id = any (v_ids)
     returning t.type, t.priority, t.queued_at)
   select count(*), array_agg(type), array_agg(priority), array_agg(queued_at) into v_n, v_types, v_priorities, v_heads from released;
-  insert into orchestrator.task_events (task_id, event, worker_id) select u.id, p_event, u.worker from unnest(v_ids, v_workers) u(id, worker);
+  perform orchestrator._record(u.id, p_event, null, u.worker, null) from unnest(v_ids, v_workers) u(id, worker);
   perform orchestrator._settle(p_claim_id, v_n);
   perform orchestrator._put_back(v_types, v_priorities, v_heads);
   return v_n;

@@ -9,8 +9,9 @@ begin
   insert into orchestrator.workers (id, hostname, pool_size, version, handles)
   values (p_id, p_hostname, p_pool_size, p_version, array(select orchestrator._like(k) from jsonb_object_keys(p_handlers) k));
   insert into orchestrator.task_types as tt (type, max_retries, base_delay, max_delay, timeout)
-  select h.key, (h.value ->> 'max_retries')::int, make_interval(secs => (h.value ->> 'base_delay')::double precision),
-         make_interval(secs => (h.value ->> 'max_delay')::double precision), make_interval(secs => (h.value ->> 'timeout')::double precision)
+  select h.key, coalesce((h.value ->> 'max_retries')::int, 3), make_interval(secs => coalesce((h.value ->> 'base_delay')::double precision, 1)),
+         make_interval(secs => coalesce((h.value ->> 'max_delay')::double precision, 3600)),
+         make_interval(secs => (h.value ->> 'timeout')::double precision)
   from jsonb_each(p_handlers) h
   order by h.key
   on conflict (type) do update
@@ -21,7 +22,7 @@ begin
 end $$;
 comment on function orchestrator.register_worker(text, text, int, text, jsonb) is
   'Registers a worker under a new id, with its handlers: {type or pattern: {max_retries, base_delay, max_delay, timeout}}, '
-  'delays in seconds. Their policies are written to task_types.';
+  'delays in seconds; what is left out is 3, 1, 3600 and none. Their policies are written to task_types.';
 
 create or replace function orchestrator.unregister_worker(p_id text) returns boolean
 language plpgsql set search_path = '' as $$
