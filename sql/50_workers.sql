@@ -132,19 +132,20 @@ end $$;
 comment on function orchestrator.declare_dead(text, bigint, interval) is
   'The leader''s: declares workers dead that were not heard of for p_timeout. Returns how many; null under a stale term.';
 
-create or replace function orchestrator.declare_disconnected_dead(p_worker_id text, p_term bigint, out declared int, out living int)
+-- No term: a leader that is gone must not keep a single instance waiting for its lease to end. It can't act any more either,
+-- since it maintains on the connection that is missing here.
+create or replace function orchestrator.declare_disconnected_dead(p_worker_id text, out declared int, out living int)
 language plpgsql set search_path = '' as $$
 begin
-  if not orchestrator._leads(p_worker_id, p_term) then return; end if;
   update orchestrator.workers w set declared_dead_at = clock_timestamp(), is_leader = false, idle = false
   where w.id <> p_worker_id and w.declared_dead_at is null and not exists (
     select from pg_stat_activity a where a.datname = current_database() and a.application_name = orchestrator._application_name(w.id));
   get diagnostics declared = row_count;
   select count(*) into living from orchestrator.workers w where w.id <> p_worker_id and w.declared_dead_at is null;
 end $$;
-comment on function orchestrator.declare_disconnected_dead(text, bigint) is
+comment on function orchestrator.declare_disconnected_dead(text) is
   'For a single instance at its start: declares workers dead at once that have no connection. Returns how many, and how many '
-  'others live; nulls under a stale term.';
+  'others live.';
 
 create or replace function orchestrator.recover_orphans(
   p_worker_id text, p_term bigint, p_limit int default 1000,
