@@ -1,0 +1,121 @@
+"""Installing the schema: again, at once, by psql, over a newer one, during traffic, by a plain role."""
+from __future__ import annotations
+
+import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import psycopg
+import pytest
+
+from postgres import SQL_FILES, install_schema
+from steps import audit, claim, column, complete, enqueue, register, rows, status, value
+
+OBJECTS = """
+  select pg_describe_object('pg_proc'::regclass, oid, 0), pg_get_functiondef(oid) from pg_proc
+  where pronamespace = 'orchestrator'::regnamespace and prokind = 'f'
+  union all
+  select pg_describe_object('pg_class'::regclass, oid, 0), reloptions::text from pg_class
+  where relnamespace = 'orchestrator'::regnamespace
+  union all
+  select conname, pg_get_constraintdef(oid) from pg_constraint where connamespace = 'orchestrator'::regnamespace
+  order by 1, 2
+"""
+
+
+def test_install_again_changes_nothing_and_keeps_the_rows(installed, conn):
+    register(conn)
+    waiting, running = enqueue(conn, priority=1), enqueue(conn, priority=2)
+    [claimed] = claim(conn, limit=1)
+    before = rows(conn, OBJECTS)
+    install_schema(installed)
+    assert rows(conn, OBJECTS) == before
+    assert complete(conn, claimed["claim_id"], running) == {}
+    assert (status(conn, waiting), status(conn, running)) == ("pending", "completed")
+
+
+def test_install_16_times_at_once_succeeds_each_time(db):
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda _: install_schema(db), range(16)))
+    with psycopg.connect(db, autocommit=True) as conn:
+        assert value(conn, "select count(*) from orchestrator.maintenance") == 1
+        assert enqueue(conn)
+
+
+@pytest.mark.parametrize("how", ["one transaction", "a transaction for each statement"])
+def test_psql_loads_the_files_in_the_order_of_their_names(server, db, how):
+    options = ["-1"] if how == "one transaction" else []
+    files = [part for file in SQL_FILES for part in ("-f", str(file))]
+    done = subprocess.run([server.bin / "psql", db, "-qX", "-v", "ON_ERROR_STOP=1", *options, *files], check=False,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with psycopg.connect(db, autocommit=True) as conn:
+        assert value(conn, "select orchestrator.schema_version()") == 1
+        assert enqueue(conn)
+
+
+def test_install_refuses_a_newer_schema_and_leaves_it(installed, conn):
+    conn.execute("create or replace function orchestrator.schema_version() returns int language sql as 'select 2'")
+    before = rows(conn, OBJECTS)
+    with pytest.raises(psycopg.Error, match="version 2, newer than these files") as refused:
+        install_schema(installed)
+    assert refused.value.sqlstate == "OR004"
+    assert rows(conn, OBJECTS) == before
+
+
+def test_install_that_fails_leaves_nothing(db):
+    with pytest.raises(ZeroDivisionError), psycopg.connect(db) as conn:
+        for file in SQL_FILES:
+            conn.execute(file.read_text().encode())
+        raise ZeroDivisionError
+    with psycopg.connect(db) as conn:
+        assert value(conn, "select to_regnamespace('orchestrator')") is None
+
+
+def test_install_during_traffic_stops_none_of_it(installed, connect):
+    done = threading.Event()
+    counts = []
+
+    def work(worker: str) -> None:
+        conn = connect()
+        register(conn, worker, ["t", "u"])
+        ended = 0
+        while not done.is_set() or not ended:
+            enqueue(conn, "tu"[ended % 2])
+            for task in claim(conn, worker, ["t", "u"]):
+                assert complete(conn, task["claim_id"], str(task["id"])) == {}
+                ended += 1
+            conn.execute("select orchestrator.heartbeat(%s)", [worker])
+        counts.append(ended)
+
+    with ThreadPoolExecutor(2) as pool:
+        working = [pool.submit(work, name) for name in ("v", "w")]
+        try:
+            for _ in range(5):
+                install_schema(installed)
+        finally:
+            done.set()
+        for future in working:
+            future.result()
+    assert len(counts) == 2 and min(counts) > 0
+    assert audit(connect()) == []
+
+
+def test_a_role_without_privileges_installs_and_works_in_its_own_schema(server, db):
+    role = f"plain_{db.rsplit('_', 1)[1]}"
+    with psycopg.connect(db, autocommit=True) as conn:
+        conn.execute(f"create role {role}")
+        conn.execute(f"grant create on database {conn.info.dbname} to {role}")
+        try:
+            conn.execute(f"set role {role}")
+            for file in SQL_FILES:
+                conn.execute(file.read_text().encode())
+            register(conn)
+            id = enqueue(conn)
+            [claimed] = claim(conn)
+            assert complete(conn, claimed["claim_id"], id) == {}
+            assert column(conn, "select distinct tableowner from pg_tables where schemaname = 'orchestrator'") == [role]
+        finally:
+            conn.execute("reset role")
+            conn.execute(f"drop owned by {role}")
+            conn.execute(f"drop role {role}")
