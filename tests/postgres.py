@@ -28,7 +28,7 @@ import psycopg
 from psycopg import sql
 
 T = TypeVar("T")
-SQL_FILES = sorted((Path(__file__).resolve().parent.parent / "sql").glob("*.sql"))
+SQL_FILES = sorted(Path(os.environ.get("ORCHESTRATOR_SQL") or Path(__file__).parent.parent / "sql").resolve().glob("*.sql"))
 SETTINGS = {"max_connections": "200", "max_prepared_transactions": "10", "listen_addresses": "127.0.0.1",
             "wal_level": "replica", "max_wal_size": "4GB", "autovacuum_naptime": "5s"}
 UNSAFE_BUT_FAST = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
