@@ -123,12 +123,12 @@ create or replace function orchestrator.drop_idle_lanes(p_worker_id text, p_term
 language plpgsql set search_path = '' as $$
 declare
   v_dropped int;
-  l record;
+  r record;
 begin
   if not orchestrator._leads(p_worker_id, p_term) then return null; end if;
-  for l in delete from orchestrator.lanes where dropped_at < (select m.safe_floor from orchestrator.maintenance m) returning type, priority loop
-    if orchestrator._lane_head(l.type, l.priority) is not null then
-      perform orchestrator._announce(l.type, l.priority);
+  for r in delete from orchestrator.lanes where dropped_at < (select m.safe_floor from orchestrator.maintenance m) returning type, priority loop
+    if orchestrator._lane_head(r.type, r.priority) is not null then
+      perform orchestrator._announce(r.type, r.priority);
     end if;
   end loop;
   with idle as (
