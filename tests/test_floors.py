@@ -1,0 +1,299 @@
+"""sql/35_floors.sql: a floor never hides a ready task, whoever commits late; and it is what keeps a claim cheap."""
+from __future__ import annotations
+
+import psycopg
+import pytest
+
+from postgres import wait_for_lock
+from steps import (audit, backend, background, claim, claim_one, claims, column, complete, enqueue, enqueue_some, lead,
+                   register, release, row, rows, task, value)
+
+
+@pytest.fixture
+def conn(conn):
+    register(conn)
+    yield conn
+    assert audit(conn) == []
+
+
+@pytest.fixture
+def term(conn):
+    return lead(conn)
+
+
+def raise_floors(conn, term):
+    """Raise the floors of all lanes, however quick they are."""
+    return value(conn, "select orchestrator.raise_floors('leader', %s, '0')", term)
+
+
+def drop_idle_lanes(conn, term, idle="0"):
+    return value(conn, "select orchestrator.drop_idle_lanes('leader', %s, %s)", term, idle)
+
+
+def rescan(conn, term, budget="1 minute"):
+    return value(conn, "select orchestrator.rescan_lanes('leader', %s, %s)", term, budget)
+
+
+def floor(conn, type="t"):
+    query = "select floor from orchestrator.lane_floors where type = %s order by generation desc, floor limit 1"
+    return value(conn, query, type)
+
+
+def drain(conn, *types):
+    for claimed in iter(lambda: claim(conn, types=types or ["t"], limit=1000), []):
+        complete(conn, claimed[0]["claim_id"], *[t["id"] for t in claimed])
+
+
+def test_the_floor_of_an_empty_lane_rises_to_where_nothing_older_can_appear(conn, term):
+    last = task(conn, enqueue_some(conn, 3)[-1])
+    drain(conn)
+    assert raise_floors(conn, term) == 1
+    assert last["queued_at"] < floor(conn) <= value(conn, "select clock_timestamp()")
+    new = enqueue(conn)
+    assert [t["id"] for t in claim(conn)] == [new]
+
+
+def test_the_floor_of_a_lane_with_tasks_rises_to_the_oldest(conn, term):
+    ids = enqueue_some(conn, 3)
+    claim_one(conn)
+    assert raise_floors(conn, term) == 1
+    assert floor(conn) == task(conn, ids[1])["queued_at"]
+    assert raise_floors(conn, term) == 0  # nothing to gain
+    assert [t["id"] for t in claim(conn)] == ids[1:]
+
+
+def test_a_lane_that_is_quick_to_look_at_is_left_alone(conn, term):
+    enqueue(conn)
+    drain(conn)
+    assert value(conn, "select orchestrator.raise_floors('leader', %s, '1 minute')", term) == 0
+
+
+def test_an_open_older_writer_holds_the_floor_back(conn, connect, term):
+    writer = connect(autocommit=False)
+    late = enqueue(writer)
+    enqueue(conn)
+    drain(conn)
+    for _ in range(3):
+        raise_floors(conn, term)
+    assert (floor(conn) or value(conn, "select '0001-01-01'::timestamptz")) < task(writer, late)["queued_at"]
+    writer.commit()
+    assert [t["id"] for t in claim(conn)] == [late]
+    raise_floors(conn, term)
+    assert floor(conn) > task(conn, late)["created_at"]
+
+
+def test_a_plain_insert_holds_the_floor_back_as_enqueue_does(conn, connect, term):
+    enqueue(conn)
+    drain(conn)
+    writer = connect(autocommit=False)
+    writer.execute("insert into orchestrator.tasks (type) values ('t')")
+    for _ in range(3):
+        raise_floors(conn, term)
+    writer.commit()
+    assert len(claim(conn)) == 1
+
+
+def test_a_reader_or_a_writer_of_other_tables_does_not_hold_the_floor_back(conn, connect, term):
+    conn.execute("create table public.other (n int)")
+    reader, writer = connect(autocommit=False), connect(autocommit=False)
+    reader.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+    reader.execute("select count(*) from orchestrator.tasks")
+    writer.execute("insert into public.other values (1)")
+    last = task(conn, enqueue(conn))
+    drain(conn)
+    raise_floors(conn, term)
+    assert floor(conn) > last["queued_at"]
+
+
+def test_a_prepared_transaction_holds_the_floor_back_until_it_ends(conn, connect, term):
+    if value(conn, "select current_setting('max_prepared_transactions')::int") == 0:
+        pytest.skip("this server allows no prepared transactions")
+    enqueue(conn)
+    drain(conn)
+    writer = connect()
+    name = f"late {conn.info.dbname}"
+    writer.execute("begin")
+    late = enqueue(writer)
+    raise_floors(conn, term)  # the candidate now names the writer's session
+    writer.execute(f"prepare transaction '{name}'")
+    try:
+        for _ in range(3):
+            raise_floors(conn, term)
+        held = floor(conn)
+    finally:
+        conn.execute(f"commit prepared '{name}'")
+    assert held is None or held < task(conn, late)["queued_at"]
+    assert [t["id"] for t in claim(conn)] == [late]
+    raise_floors(conn, term)
+    raise_floors(conn, term)
+    assert floor(conn) > task(conn, late)["created_at"]
+
+
+def test_a_released_task_lowers_the_floor_to_its_old_place(conn, term):
+    id = enqueue(conn)
+    claim_id, _ = claim_one(conn)
+    raise_floors(conn, term)
+    assert floor(conn) > task(conn, id)["created_at"]
+    release(conn, claim_id)
+    assert floor(conn) == task(conn, id)["created_at"]
+    assert [t["id"] for t in claim(conn)] == [id]
+
+
+def test_lowerings_by_two_at_once_neither_wait_nor_lose_each_other(conn, connect, term):
+    first, second = enqueue(conn), enqueue(conn)
+    one, other = claim_one(conn)[0], claim_one(conn)[0]
+    raise_floors(conn, term)
+    a, b = connect(autocommit=False), connect(autocommit=False)
+    b.execute("set lock_timeout = '500ms'")
+    release(a, one)
+    release(b, other)
+    b.commit()
+    assert [t["id"] for t in claim(conn)] == [second]
+    a.commit()
+    assert [t["id"] for t in claim(conn)] == [first]
+
+
+def test_floors_do_not_rise_while_a_task_is_being_put_back(conn, connect, term):
+    enqueue(conn)
+    claim_id, id = claim_one(conn)
+    raise_floors(conn, term)
+    releaser = connect(autocommit=False)
+    release(releaser, claim_id)
+    enqueue(conn)
+    drain(conn)
+    assert raise_floors(conn, term) == 0
+    releaser.commit()
+    assert [t["id"] for t in claim(conn)] == [id]
+
+
+def test_a_task_put_back_while_floors_rise_waits_and_lowers_the_new_floor(conn, connect, term):
+    enqueue(conn)
+    claim_id, id = claim_one(conn)
+    leader, releaser = connect(autocommit=False), connect()
+    assert raise_floors(leader, term) == 1
+    back = background(lambda: release(releaser, claim_id))
+    wait_for_lock(conn, backend(releaser))
+    leader.commit()
+    assert back.result(10) == 1
+    assert [t["id"] for t in claim(conn)] == [id]
+
+
+def test_each_raise_leaves_one_floor_for_each_lane(conn, term):
+    for _ in range(5):
+        enqueue(conn)
+        drain(conn)
+        raise_floors(conn, term)
+    assert value(conn, "select count(*) from orchestrator.lane_floors") == 1
+    assert value(conn, "select generation from orchestrator.lane_floors") == 5
+
+
+def test_raising_outside_read_committed_does_nothing(conn, connect, term):
+    enqueue(conn)
+    strict = connect(autocommit=False)
+    strict.isolation_level = psycopg.IsolationLevel.SERIALIZABLE
+    assert raise_floors(strict, term) is None
+    strict.rollback()
+    assert floor(conn) is None
+
+
+def entries_read(conn, call):
+    """How many entries of the ready index a call walks over."""
+    query = "select pg_stat_get_xact_tuples_returned('orchestrator.tasks_ready'::regclass)"
+    with conn.transaction():
+        before = value(conn, query)
+        call()
+        return value(conn, query) - before
+
+
+def test_under_an_old_snapshot_a_claim_skips_the_dead_entries_below_the_floor(conn, connect, term):
+    pin = connect(autocommit=False)
+    pin.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+    pin.execute("select count(*) from orchestrator.tasks")
+    enqueue_some(conn, 5000)
+    drain(conn)
+    enqueue_some(conn, 10)
+    assert entries_read(conn, lambda: claim(conn, limit=2)) > 5000
+    raise_floors(conn, term)
+    assert entries_read(conn, lambda: claim(conn, limit=2)) < 50
+
+
+def test_an_idle_lane_is_dropped_and_opened_again_by_the_next_task(conn, term):
+    enqueue(conn)
+    drain(conn)
+    assert drop_idle_lanes(conn, term, "1 hour") == 0
+    assert drop_idle_lanes(conn, term) == 1
+    assert claim(conn) == [] and drop_idle_lanes(conn, term) == 0
+    new = enqueue(conn)
+    assert [t["id"] for t in claim(conn)] == [new]
+
+
+def test_a_lane_with_ready_tasks_is_not_dropped(conn, term):
+    enqueue(conn)
+    assert drop_idle_lanes(conn, term) == 0
+
+
+def test_a_dropped_lane_that_a_late_writer_used_is_opened_again(conn, connect, term):
+    enqueue(conn)
+    drain(conn)
+    writer = connect(autocommit=False)
+    late = enqueue(writer)  # finds the lane open
+    assert drop_idle_lanes(conn, term) == 1
+    raise_floors(conn, term)
+    drop_idle_lanes(conn, term)
+    assert value(conn, "select count(*) from orchestrator.lanes where dropped_at is not null") == 1  # kept for the writer
+    writer.commit()
+    assert claim(conn) == []
+    assert audit(conn) == []  # it is known to be opened soon
+    raise_floors(conn, term)
+    raise_floors(conn, term)
+    drop_idle_lanes(conn, term)
+    assert [t["id"] for t in claim(conn)] == [late]
+    assert value(conn, "select count(*) from orchestrator.lanes where dropped_at is not null") == 0
+
+
+def test_the_mark_of_a_dropped_lane_goes_when_nobody_can_still_use_it(conn, term):
+    enqueue(conn)
+    drain(conn)
+    drop_idle_lanes(conn, term)
+    raise_floors(conn, term)
+    drop_idle_lanes(conn, term)
+    assert column(conn, "select dropped_at from orchestrator.lanes") == []
+
+
+def test_rescan_mends_a_missing_lane_and_a_floor_that_is_too_high(conn, term):
+    types = [f"type {n}" for n in range(20)]
+    ids = {type: enqueue(conn, type, priority=n % 3) for n, type in enumerate(types)}
+    low = enqueue(conn, "type 3", priority=-5)
+    assert rescan(conn, term) == 0
+    conn.execute("delete from orchestrator.lanes where type = 'type 3' and priority = -5 or type = 'type 7'")
+    conn.execute("insert into orchestrator.lane_floors values ('type 9', 0, 1, clock_timestamp() + interval '1 hour')")
+    assert len(audit(conn)) == 3
+    assert len(claim(conn, types=types, limit=100)) == 18
+    assert rescan(conn, term) == 3
+    assert {t["id"] for t in claim(conn, types=types, limit=100)} == {low, ids["type 7"], ids["type 9"]}
+
+
+def test_rescan_goes_on_where_its_budget_ended(conn, term):
+    for n in range(5):
+        enqueue(conn, f"type {n}")
+    conn.execute("delete from orchestrator.lanes")
+    mended = []
+    while claim(conn, types=[f"type {n}" for n in range(5)], limit=1) or len(mended) < 6:
+        mended.append(rescan(conn, term, "-1 s"))
+    assert mended[:5] == [1] * 5 and rescan(conn, term) == 0
+
+
+def test_rescan_finds_a_task_that_was_inserted_without_a_lane(conn, term):
+    conn.execute("insert into orchestrator.tasks (type) values ('t')")
+    assert claim(conn) == [] and rescan(conn, term) == 1 and len(claim(conn)) == 1
+
+
+def test_recovery_puts_an_unstarted_task_back_below_the_floor(conn, term):
+    id = enqueue(conn)
+    claim_one(conn)
+    raise_floors(conn, term)
+    conn.execute("update orchestrator.workers set declared_dead_at = now() where id = 'w'")
+    assert row(conn, "select released, failed from orchestrator.recover_orphans('leader', %s)", term) == {"released": 1, "failed": 0}
+    register(conn, "v")
+    assert [t["id"] for t in claim(conn, "v")] == [id]
+    assert len(claims(conn)) == 1 and rows(conn, "select from orchestrator.workers where id = 'w'") == []
