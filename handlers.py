@@ -57,7 +57,7 @@ from orchestrator import Cancelled, Discard, Handler, Retry, Task
 log = logging.getLogger("orchestrator.handlers")
 Options = TypeVar("Options")
 
-STOP_GRACE = 5.0  # seconds between SIGTERM and SIGKILL
+STOP_GRACE = 3.0  # seconds between SIGTERM and SIGKILL; a timed-out handler has 5 s to return
 HASTY_STOP_GRACE = 1.0  # the same when the worker shuts down or another one has the task already
 CHECK_EVERY = 5.0  # seconds between two looks at a service's port
 REPORT_EVERY = 10.0  # seconds between two reports of a task's progress

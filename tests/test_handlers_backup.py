@@ -7,6 +7,7 @@ import os
 import subprocess
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 import psycopg
 import pytest
+from psycopg.types.json import Jsonb
 
 import handlers
 from handlers import DAY, STAMP, check_backup
@@ -486,22 +488,24 @@ def test_retention_removes_old_backups_of_this_database_only(source, root, shelf
         shelf(0.5, name="{label}-{stamp}.dump.partial"),  # another worker may be writing it
     }
     goes.add(shelf(2, name="{label}-{stamp}.dump.partial"))  # left by a worker that was killed
-    (root / f"{label}-{stamp(90)}.dump").mkdir()
-    (root / "sub").mkdir()
-    (root / "sub" / f"{label}-{stamp(91)}.dump").touch()
-    target = tmp_path / "target"
-    target.touch()
-    os.utime(target, (0, 0))
-    (root / f"{label}-{stamp(92)}.dump").symlink_to(target)
+    directory, link = root / f"{label}-{stamp(90)}.dump", root / f"{label}-{stamp(92)}.dump"
+    below, target = root / "sub" / f"{label}-{stamp(91)}.dump", tmp_path / "target"
+    for path in (directory, root / "sub"):
+        path.mkdir()
+    for path in (below, target):
+        path.touch()
+    link.symlink_to(target)
+    for path in (directory, link, below, target):
+        os.utime(path, (0, 0), follow_symlinks=False)
     before = set(os.listdir(root))
     result = call(handlers.backup, StandInTask({**source, "retention_days": 7}))
     after = set(os.listdir(root))
     assert before - after == goes
-    assert stays < after
+    assert stays | {directory.name, link.name} < after
     assert after - before == {Path(result["path"]).name}
     assert result["removed"] == len(goes)
-    assert target.exists()
-    assert (root / "sub" / f"{label}-{stamp(91)}.dump").exists() or os.listdir(root / "sub")
+    assert link.exists()
+    assert below.exists()
 
 
 def test_retention_of_0_or_none_keeps_everything(source, root, shelf):
@@ -545,3 +549,47 @@ def test_backup_is_good_although_an_old_one_cannot_be_removed(source, root, shel
     assert os.path.exists(result["path"])
     assert result["removed"] == 0
     assert "cannot remove the old backup" in caplog.text
+
+
+# --- Under a worker ---------------------------------------------------------------------------------------------------
+
+def test_password_shows_nowhere_but_in_the_payload_itself(
+        guarded, conn, installed, worker_process, run_cli, root, monkeypatch):
+    canary = "K4n4r13nv0g3l"
+    worker = worker_process(installed, HANDLERS="handlers", BACKUP_ROOT=root, PG_BIN=os.environ["PG_BIN"], DEBUG="true",
+                            BACKUP_PASSWORD_X=canary)
+    enqueue = "select orchestrator.enqueue('task:backup', %s)::text"
+    ids = [conn.execute(enqueue, [Jsonb({**guarded, **password})]).fetchone()[0]
+           for password in ({"password": canary}, {"password_env": "BACKUP_PASSWORD_X"})]
+    status = "select status::text, last_error from orchestrator.tasks where id = %s"
+    for task in ids:
+        eventually(lambda task=task: conn.execute(status, [task]).fetchone()[0] == "dead_letter", 30)
+        assert "password authentication failed" in conn.execute(status, [task]).fetchone()[1]
+    pages = ["/", "/metrics", "/health", "/ready", "/api/overview", "/api/history", "/api/tasks", "/api/running",
+             "/api/retries", "/api/failures", "/api/dead_letters", *(f"/api/task?id={task}" for task in ids)]
+    seen = {path: get(worker.address + path) for path in pages}
+    assert ids[0] in seen["/api/dead_letters"]
+    seen |= {command: run_cli(*command.split(), env={"DATABASE_URL": installed}).stdout for command in (
+        f"show {ids[0]}", f"show {ids[0]} --json", "list --json", "stats")}
+    assert "password" in seen[f"show {ids[0]}"]
+    views = ("pending_tasks", "running_tasks", "dead_letters", "queue_stats", "task_events", "workers", "task_types")
+    seen |= {view: str(conn.execute(f"select t::text from orchestrator.{view} t".encode()).fetchall()) for view in views}
+    seen["log"] = worker.output
+    assert "dead_letter" in seen["log"] or "password authentication failed" in seen["log"]
+    seen["without the payload"] = str(conn.execute("select to_jsonb(t) - 'payload' from orchestrator.tasks t").fetchall())
+    assert [where for where, text in seen.items() if canary in text] == []
+    assert os.listdir(root) == []
+
+
+def get(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=10) as response:
+        return str(response.read().decode())
+
+
+def test_backup_under_a_worker_ends_with_its_result(source, conn, installed, worker_process, root):
+    worker_process(installed, HANDLERS="handlers", BACKUP_ROOT=root, PG_BIN=os.environ["PG_BIN"])
+    task = conn.execute("select orchestrator.enqueue('task:backup', %s)", [Jsonb(source)]).fetchone()[0]
+    result = eventually(lambda: conn.execute(
+        "select result from orchestrator.tasks where id = %s and status = 'completed'", [task]).fetchone(), 30)[0]
+    assert set(result) == {"path", "bytes", "seconds", "tables", "removed"}
+    assert result["bytes"] == os.path.getsize(result["path"])

@@ -15,7 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
+from psycopg.types.json import Jsonb
 
 import handlers
 from orchestrator import Cancelled, Discard, Retry
@@ -376,3 +378,90 @@ def test_real_nextjs_left_by_a_killed_npm_holds_its_lock_and_is_named(applicatio
     finally:
         os.killpg(npm.pid, signal.SIGKILL)
         npm.wait()
+
+
+# --- Under a worker ---------------------------------------------------------------------------------------------------
+
+class Service:
+    """One service:nextjs task in the database, and what there is to see of it."""
+
+    def __init__(self, connection: psycopg.Connection[Any], payload: dict[str, Any]) -> None:
+        self.connection = connection
+        self.id = self.ask("select orchestrator.enqueue('service:nextjs', %s)", Jsonb(payload))
+
+    def ask(self, query: str, *args: Any) -> Any:
+        row = self.connection.execute(query.encode(), args).fetchone()
+        return row[0] if row else None
+
+    @property
+    def status(self) -> str:
+        return str(self.ask("select status::text from orchestrator.tasks where id = %s", self.id))
+
+    @property
+    def attempts(self) -> int:
+        return int(self.ask("select attempts from orchestrator.tasks where id = %s", self.id))
+
+    def wait_ready(self, other_than: int = 0) -> dict[str, Any]:
+        """What `show` tells of it, once it is ready with another process than that one."""
+        def progress() -> dict[str, Any] | None:
+            shown = self.ask("select orchestrator.show_task(%s)", self.id)["result"]
+            return shown if self.status == "running" and shown and shown["ready"] and shown["pid"] != other_than else None
+
+        return dict(eventually(progress, 60) or {})
+
+
+@pytest.fixture
+def run_service(conn, installed, worker_process) -> Callable[..., Any]:
+    """Enqueue a service and start a worker for it; return both."""
+    def run(payload: dict[str, Any]) -> tuple[Service, Any]:
+        worker = worker_process(installed, HANDLERS="handlers", SERVICE_ROOT=os.environ["SERVICE_ROOT"])
+        return Service(conn, payload), worker
+
+    return run
+
+
+@needs_npm
+@slow_first_install
+def test_real_nextjs_stops_with_its_worker_and_goes_on_with_the_next(application, run_service, worker_process, installed):
+    service, worker = run_service(application)
+    ready = service.wait_ready()
+    assert "Hello from Next.js" in page(ready["url"])
+    assert worker.stop() == 0
+    assert alive_in_group(ready["pid"]) == []
+    assert (service.status, service.attempts) == ("pending", 0)
+
+    other = worker_process(installed, HANDLERS="handlers", SERVICE_ROOT=os.environ["SERVICE_ROOT"])
+    again = service.wait_ready(other_than=ready["pid"])
+    assert "Hello from Next.js" in page(again["url"])
+    os.kill(server_process(again["pid"]), signal.SIGKILL)
+    restarted = service.wait_ready(other_than=again["pid"])
+    assert "Hello from Next.js" in page(restarted["url"])
+    assert service.attempts == 2
+    assert "its server process was killed" in service.ask("select last_error from orchestrator.tasks where id = %s",
+                                                          service.id)
+    service.ask("select orchestrator.cancel_task(%s)", service.id)
+    eventually(lambda: service.status == "cancelled", 20)
+    assert alive_in_group(restarted["pid"]) == []
+    assert other.stop() == 0
+
+
+def test_service_that_exits_with_0_is_completed_under_a_worker(project, run_service):
+    service, _ = run_service(project("print('done')"))
+    eventually(lambda: service.status == "completed", 20)
+
+
+def test_service_ends_with_a_worker_that_is_killed(project, run_service):
+    service, worker = run_service(project("signal.signal(signal.SIGTERM, signal.SIG_IGN);" + STAY))
+    pid = service.wait_ready()["pid"]
+    os.kill(worker.pid, signal.SIGKILL)
+    eventually(lambda: not alive_in_group(pid))
+
+
+def test_service_stops_within_the_grace_of_an_impatient_shutdown(project, run_service):
+    service, worker = run_service(project("signal.signal(signal.SIGTERM, signal.SIG_IGN);" + STAY))
+    pid = service.wait_ready()["pid"]
+    worker.signal(signal.SIGTERM)
+    worker.signal(signal.SIGINT)
+    worker.process.wait(10)
+    eventually(lambda: not alive_in_group(pid))
+    assert (service.status, service.attempts) == ("pending", 0)
