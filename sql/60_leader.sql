@@ -7,6 +7,8 @@ create or replace function orchestrator.acquire_leadership(
 language plpgsql set search_path = '' as $$
 #variable_conflict use_column
 begin
+  -- first the lock, then the time: an UPDATE that waits computes its values before
+  perform from orchestrator.workers w where w.id = p_worker_id for no key update;
   update orchestrator.workers w set leader_until = clock_timestamp() + p_length
   where w.id = p_worker_id and w.is_leader and w.leader_until > clock_timestamp() and w.declared_dead_at is null
   returning true, w.leader_term, w.leader_until into is_leader, term, until;
