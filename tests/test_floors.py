@@ -5,8 +5,25 @@ import psycopg
 import pytest
 
 from postgres import wait_for_lock
-from steps import (audit, backend, background, claim, claim_one, claims, column, complete, enqueue, enqueue_some, lead,
-                   register, release, row, rows, task, value)
+from steps import (
+    audit,
+    backend,
+    background,
+    claim,
+    claim_one,
+    claims,
+    column,
+    complete,
+    enqueue,
+    enqueue_some,
+    lead,
+    register,
+    release,
+    row,
+    rows,
+    task,
+    value,
+)
 
 
 @pytest.fixture
