@@ -365,21 +365,38 @@ def error_line(error: BaseException) -> str:
 
 
 def sql_files() -> dict[str, str]:
-    """The SQL of the schema by file name, in the order to load it: bundled, else from sql/ beside this file."""
+    """The SQL of the schema by file name, in order: bundled, else from sql/ beside this file; `migrations/…` come last here."""
     if BUNDLED_SQL:
         return BUNDLED_SQL
     folder = Path(__file__).resolve().parent / "sql"
-    files = {path.name: path.read_text() for path in sorted(folder.glob("*.sql"))}
+    files = {str(path.relative_to(folder)): path.read_text("utf-8") for path in sorted(folder.rglob("*.sql"))}
     if not files:
         raise ConfigError(f"there is no SQL to install: put the folder sql/ beside {Path(__file__).name}, or use the bundled file")
     return files
+
+
+def install_sql() -> list[str]:
+    """What installing runs, in one transaction: the migrations that an older schema still needs, then the files."""
+    files = sql_files()
+    migrations = [_migration(name, text) for name, text in files.items() if name.startswith("migrations/")]
+    return ["select pg_advisory_xact_lock(hashtext('orchestrator.install'));\n", *migrations,
+            *(text for name, text in files.items() if not name.startswith("migrations/"))]
+
+
+def _migration(name: str, text: str) -> str:
+    """migrations/NNN_what.sql brings a schema to version NNN from the one before; it is left out where there is none, or a newer."""
+    version = int(name.removeprefix("migrations/").split("_")[0])
+    return (f"do $install$\nbegin\n  if to_regprocedure('orchestrator.schema_version()') is not null then\n"
+            f"    if orchestrator.schema_version() < {version} then\n      execute $migration$\n{text}$migration$;\n"
+            "    end if;\n  end if;\nend $install$;\n")
 
 
 def install(connection: psycopg.Connection[Row]) -> None:
     """Install or upgrade the schema, all in one transaction; safe to run again, and by many at once."""
     with connection.transaction():
         connection.execute("set local client_min_messages = warning")
-        for text in sql_files().values():
+        connection.execute("set local statement_timeout = 0")   # a migration of a large table may take its time
+        for text in install_sql():
             connection.execute(text)
 
 
@@ -856,6 +873,8 @@ class HttpRequest(http.server.BaseHTTPRequestHandler):
         except psycopg.Error as error:
             if error.sqlstate == "OR001" or (error.sqlstate or "").startswith("22"):
                 self._send(400, {"error": error_line(error)})
+            elif error.sqlstate == "42501":
+                self._send(403, {"error": f"{error_line(error)}: the worker's database role may not; grant orchestrator_operator to it"})
             else:
                 log.warning("/api/%s: %s", name, error_line(error))
                 self._send(503, {"error": "the database does not answer: " + type(error).__name__})
@@ -1642,7 +1661,9 @@ class Worker:
         link = self.links["heartbeat"]
         link.close()
         link.name = "orchestrator " + self.id[-50:]   # orchestrator._application_name(): who asks pg_stat_activity sees it live
-        ensure_schema(link.open())
+        link.open()
+        if not self.reached_at:   # at its start only: in a rolling upgrade it goes on, also under a new id
+            ensure_schema(link.open())
         policies = {pattern: handler.policy() for pattern, handler in self.router.patterns().items()}
         link.call("select orchestrator.register_worker(%s, %s, %s, %s, %s)", self.id, socket.gethostname(), self.config.worker_pool_size,
                   VERSION, Jsonb(policies))
@@ -2184,7 +2205,7 @@ def command_run(app: Orchestrator, args: argparse.Namespace) -> int:
 
 def command_install(app: Orchestrator, args: argparse.Namespace) -> int:
     if args.print:
-        sys.stdout.write("\n".join(["begin;", *sql_files().values(), "commit;", ""]))
+        sys.stdout.write("\n".join(["begin;", *install_sql(), "commit;", ""]))
         return 0
     app.open()
     with connect(app.config) as connection:
