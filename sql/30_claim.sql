@@ -2,9 +2,49 @@
 -- Locks: claims (start_tasks) → tasks; claims of tasks skip what others have locked, so no claim waits for another.
 -- The planner settings on the hot functions are needed: a plan cached while a table was empty would scan it whole ever after.
 
+-- The lanes of these types that have ready tasks, each with the queued_at of its oldest. A type is walked from priority to
+-- priority along the ready index, so that its empty lanes cost nothing, however many there are. Where the leader has raised
+-- floors, an old snapshot keeps dead index entries, and each lane of the type is looked up from its own floor instead.
+create or replace function orchestrator._ready_lanes(p_types text[])
+returns table (type text, priority int, head timestamptz) language plpgsql stable
+set search_path = '' set plan_cache_mode = force_generic_plan
+set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
+#variable_conflict use_column
+declare
+  v_floored text[] := array(select distinct f.type from orchestrator.lane_floors f where f.type = any (p_types));
+begin
+  return query
+    with recursive lane as (
+      select u.type, h.priority, h.queued_at
+      from unnest(p_types) u(type)
+      cross join lateral (
+        select t.priority, t.queued_at from orchestrator.tasks t
+        where t.type = u.type and t.queued_at is not null order by t.priority desc, t.queued_at limit 1) h
+      where u.type <> all (v_floored)
+      union all
+      select l.type, h.priority, h.queued_at
+      from lane l
+      cross join lateral (
+        select t.priority, t.queued_at from orchestrator.tasks t
+        where t.type = l.type and t.priority < l.priority and t.queued_at is not null order by t.priority desc, t.queued_at limit 1) h)
+    select l.type, l.priority, l.queued_at from lane l;
+  if v_floored <> '{}' then
+    return query
+      select l.type, l.priority, h.queued_at
+      from (select distinct o.type, o.priority from orchestrator.lanes o where o.type = any (v_floored) and o.dropped_at is null) l
+      cross join lateral (
+        select t.queued_at from orchestrator.tasks t
+        where t.type = l.type and t.priority = l.priority
+          and t.queued_at >= coalesce((select f.floor from orchestrator.lane_floors f
+                                       where f.type = l.type and f.priority = l.priority
+                                       order by f.generation desc, f.floor limit 1), '-infinity')
+        order by t.queued_at limit 1) h;
+  end if;
+end $$;
+
 -- Highest priority first. Within one, every lane with work gives an equal share, oldest first, and what one lane leaves the
 -- others take in the next pass (claimed rows have left the index, so no pass sees them twice). Each lane is one index range
--- scan that starts at its floor: the cost doesn't depend on how much waits, here or in lanes of other types.
+-- scan from its oldest ready task: the cost doesn't depend on how much waits, here or in lanes of other types.
 create or replace function orchestrator.claim_tasks(p_worker_id text, p_types text[], p_limit int)
 returns table (claim_id bigint, id uuid, type text, payload jsonb, attempts int, max_retries int, priority int,
                created_at timestamptz, waited double precision, recoveries int)
@@ -14,6 +54,8 @@ set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off s
 #variable_conflict use_column
 declare
   v_types text[];
+  v_priorities int[];
+  v_heads timestamptz[];
   v_claim_id bigint;
   v_priority int;
   v_left int := p_limit;
@@ -24,24 +66,20 @@ begin
     perform orchestrator._invalid('limit', 'must be 0 or more', 'How many tasks this worker has room for.');
   end if;
   perform orchestrator._check_worker(p_worker_id);
-  v_types := orchestrator._unpaused(p_types);
-  for v_priority in
-    select distinct l.priority from orchestrator.lanes l where l.type = any (v_types) and l.dropped_at is null order by 1 desc
-  loop
+  select array_agg(l.type), array_agg(l.priority), array_agg(l.head) into v_types, v_priorities, v_heads
+  from orchestrator._ready_lanes(orchestrator._unpaused(p_types)) l;
+  for v_priority in select distinct p from unnest(v_priorities) p order by p desc loop
     loop
       v_claim_id := coalesce(v_claim_id, nextval('orchestrator.claims_id_seq'));
       return query
         with lane as materialized (
           select l.type, h.queued_at as head, ceil(v_left::double precision / count(*) over ())::int as share
-          from (select distinct type from orchestrator.lanes
-                where type = any (v_types) and priority = v_priority and dropped_at is null) l
+          from unnest(v_types, v_priorities, v_heads) l(type, priority, head)
           cross join lateral (
             select t.queued_at from orchestrator.tasks t
-            where t.type = l.type and t.priority = v_priority
-              and t.queued_at >= coalesce((select f.floor from orchestrator.lane_floors f
-                                           where f.type = l.type and f.priority = v_priority
-                                           order by f.generation desc, f.floor limit 1), '-infinity')
-            order by t.queued_at limit 1) h),
+            where t.type = l.type and t.priority = v_priority and t.queued_at >= l.head
+            order by t.queued_at limit 1) h
+          where l.priority = v_priority),
         -- materialized: a plain LIMIT … SKIP LOCKED could be run again by a join, and claim more than the limit
         pick as materialized (
           select t.tid, t.queued_at
