@@ -213,10 +213,10 @@ class Demo:
         def milliseconds(pair: list[float] | None) -> tuple[str, str]:
             return tuple(f"{1000 * value:,.1f} ms" for value in pair) if pair else ("–", "–")
         rows = [(name, count, *milliseconds(waits), *milliseconds(runs)) for name, count, waits, runs in self.select(TIMES)]
-        print("\nLatencies of the completed tasks; wait: from enqueued to claimed (at the first attempt), run: from claimed to recorded as done")
+        print("\nLatencies (wait: from enqueued to claimed, at the first attempt; run: from claimed to recorded as done)")
         print("\n".join(table(("", "tasks", "wait p50", "wait p95", "run p50", "run p95"), rows)))
         count, seconds = self.select(RATE)[0]
-        print(f"\nThroughput  {count:,} quick tasks at once: {seconds:.2f} s, or {count / float(seconds):,.0f} tasks/s, with their enqueuing")
+        print(f"\nThroughput  {count:,} quick tasks at once, enqueued and run: {count / float(seconds):,.0f} tasks/s")
         print(f"Failures    {self.failures_expected} failed attempts; {self.expected['demo:flaky', 'completed']} tasks recovered, "
               f"{self.expected['demo:broken', 'dead_letter']} became dead letters after their retries")
         backup = (self.app.get(self.backup_id) or {}).get("result") or {}
