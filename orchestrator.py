@@ -788,7 +788,7 @@ class Collector:
                 longest[label] = max(longest.get(label, 0), now - started)
         yield _family(GaugeMetricFamily, "tasks_running", "Handlers running here", ("type",), running)
         yield _family(GaugeMetricFamily, "tasks_overdue", "Handlers running here past their timeout", ("type",), overdue)
-        yield _family(GaugeMetricFamily, "tasks_longest_running_seconds", "How long the longest running handler here has run", ("type",), longest)
+        yield _family(GaugeMetricFamily, "tasks_longest_running_seconds", "How long the oldest handler here has run", ("type",), longest)
         yield GaugeMetricFamily("worker_pool_active", "Busy places of the pool", value=sum(running.values()))
 
     def _gauges(self) -> Iterator[Metric]:
