@@ -145,7 +145,14 @@ def describe_error(error: BaseException) -> str:
     """One line on an exception, with its place: what last_error keeps."""
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno} in {frames[-1].name})" if frames else ""
-    return clean_text(f"{type(error).__name__}: {error}{where}")
+    return clean_text(f"{type(error).__name__}: {message_of(error)}{where}")
+
+
+def message_of(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:   # a handler's own exception class may do anything
+        return "(its message cannot be shown)"
 
 
 def clean_text(text: str) -> str:
@@ -223,8 +230,10 @@ class Config:
         if self.leader_term < 2 * min(self.heartbeat_interval, self.leader_term / 3):
             raise ConfigError("LEADER_TERM: is too short")
         try:
-            conninfo_to_dict(self.database_url)
-        except psycopg.Error:
+            ports = str(conninfo_to_dict(self.database_url).get("port") or "")
+            if not re.fullmatch(r"[\d,]*", ports):   # libpq would echo it, and it may be the rest of a password with a / or :
+                raise ValueError
+        except (psycopg.Error, ValueError):
             raise ConfigError("DATABASE_URL: is not a postgresql:// URL or connection string, such as "
                               "postgresql://user@host:5432/database") from None
 
@@ -237,12 +246,14 @@ def _parse_setting(field: dataclasses.Field[Any], raw: Any) -> Any:
         raise ConfigError(f"{name}: {error if parse is not int else 'must be a whole number'}") from None
     if isinstance(value, timedelta):
         value = value.total_seconds()
-    if parse in (int, _duration):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ConfigError(f"{name}: must be a number")
-        if not field.metadata["low"] <= value <= field.metadata["high"]:
-            unit = " seconds" if parse is _duration else ""
-            raise ConfigError(f"{name}: must be from {field.metadata['low']:g} to {field.metadata['high']:g}{unit}")
+    right, kind = {int: (isinstance(value, int), "a whole number"), str: (isinstance(value, str), "text"),
+                   _duration: (isinstance(value, (int, float)), "a number of seconds, or a duration such as 1m"),
+                   _boolean: (isinstance(value, bool), "true or false")}[parse]
+    if not right or (isinstance(value, bool) and parse is not _boolean):
+        raise ConfigError(f"{name}: must be {kind}")
+    if parse in (int, _duration) and not field.metadata["low"] <= value <= field.metadata["high"]:
+        unit = " seconds" if parse is _duration else ""
+        raise ConfigError(f"{name}: must be from {field.metadata['low']:g} to {field.metadata['high']:g}{unit}")
     return value
 
 
@@ -353,7 +364,7 @@ class Link:
 
 def redact_url(url: str) -> str:
     """The connection string without its password."""
-    url = re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", url)
+    url = re.sub(r"(://[^:/@]*):[^/\s]*@", r"\1:***@", url)
     return re.sub(r"(password\s*=\s*)('(?:[^'\\]|\\.)*'|[^\s&]+)", r"\1***", url, flags=re.IGNORECASE)
 
 
@@ -575,6 +586,8 @@ def to_json(value: Any) -> str:
         raise TypeError(f"not JSON: {error}") from None
     except ValueError:
         raise ValueError("not JSON: NaN, Infinity or a circular reference") from None
+    except RecursionError:
+        raise ValueError("not JSON that PostgreSQL can hold: it is nested too deeply") from None
     if "\\u" not in text:
         return text
     if re.search(r"(?<!\\)(?:\\\\)*\\u0000", text):   # an escape, not a backslash before u0000
@@ -861,7 +874,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.address_family = socket.AF_INET6 if ":" in worker.config.metrics_host else socket.AF_INET
         try:
             super().__init__((worker.config.metrics_host, worker.config.metrics_port), HttpRequest)
-        except (OSError, OverflowError) as error:
+        except (OSError, OverflowError, UnicodeError) as error:
             raise ConfigError(f"METRICS_HOST, METRICS_PORT: cannot listen on {worker.config.metrics_host} "
                               f"{worker.config.metrics_port}: {error}; 0 takes any free port") from None
 
@@ -1074,18 +1087,23 @@ class Router:
             if self.loop is None:
                 self.loop = asyncio.new_event_loop()
                 threading.Thread(target=self.loop.run_forever, name="asyncio", daemon=True).start()
-        future = asyncio.run_coroutine_threadsafe(task.handler.function(task), self.loop)
-        task.on_cancel = future.cancel
-        if task.cancel_reason not in (None, "shutdown"):
-            future.cancel()
         try:
-            return future.result()
+            return asyncio.run_coroutine_threadsafe(_run_async(task, self.loop), self.loop).result()
         except (asyncio.CancelledError, concurrent.futures.CancelledError) as error:
             raise Cancelled(task.cancel_reason or "cancelled") from error
 
 
-
-
+async def _run_async(task: Task, loop: asyncio.AbstractEventLoop) -> Any:
+    """Cancelled from inside the loop, so that who waits for the handler sees it end, not only asked to."""
+    running = asyncio.current_task()
+    assert running is not None
+    task.on_cancel = lambda: loop.call_soon_threadsafe(running.cancel)
+    if task.cancel_reason not in (None, "shutdown"):
+        running.cancel()
+    try:
+        return await task.handler.function(task)
+    except (SystemExit, KeyboardInterrupt) as error:   # would end the event loop's thread
+        raise RuntimeError(describe_error(error)) from error
 
 def _wrap(middleware: Middleware, run: Callable[[Task], Any]) -> Callable[[Task], Any]:
     return lambda task: middleware(task, run)
@@ -1114,9 +1132,9 @@ def run_task(router: Router, task: Task) -> None:
     except Snooze as error:
         task.outcome = Outcome("snoozed", after=error.seconds)
     except Discard as error:
-        task.outcome = Outcome("failed", clean_text(str(error) or "discarded"), permanent=True)
+        task.outcome = Outcome("failed", clean_text(message_of(error) or "discarded"), permanent=True)
     except Retry as error:
-        task.outcome = Outcome("failed", clean_text(str(error)), after=error.after)
+        task.outcome = Outcome("failed", clean_text(message_of(error)), after=error.after)
     except BaseException as error:   # SystemExit and KeyboardInterrupt too: a handler must not take its pool thread along
         task.outcome = Outcome("failed", describe_error(error))
         log.debug("attempt %d of %s failed", task.attempt, task.id, exc_info=True)
