@@ -1,0 +1,121 @@
+"""Kill, stop and disconnect everything while tasks run; nothing may be lost, nothing may end twice.
+
+  python tests/chaos/chaos.py                    every fault at its full size (an hour or two)
+  python tests/chaos/chaos.py --short            the version of CI (minutes)
+  python tests/chaos/chaos.py --only SIGKILL     faults whose name contains this; may be repeated
+  python tests/chaos/chaos.py --list
+
+Prints a row for each fault; exits with 1 if an invariant was violated, a limit exceeded, or a fault never bit. CHAOS_KEEP=1 keeps the
+workers' logs. The PostgreSQL is one of its own, with fsync on.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import re
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+from faults import FAULTS  # noqa: E402
+from harness import Lab, Row, follow, local_server  # noqa: E402
+
+from postgres import LocalServer  # noqa: E402
+
+ONLY_FULL = {"SIGKILL, default leases"}
+README = HERE.parent.parent / "README.md"
+HEADINGS = ("fault", "size", "seed", "lost", "ended twice", "run again", "late outcomes rejected", "recovered", "recovery p50 / p99", "")
+
+
+def cells(row: Row) -> list[str]:
+    def seconds(value: float) -> str:
+        return f"{value * 1000:.1f} ms" if value < 0.1 else f"{value:.1f} s"
+    times = f"{seconds(row.p50)} / {seconds(row.p99)}" if row.p50 is not None and row.p99 is not None else "–"
+    return [row.fault, row.size, str(row.seed), str(row.lost), str(row.twice), str(row.again), str(row.late), str(row.recoveries), times,
+            "pass" if row.passed else "FAIL"]
+
+
+def table(rows: list[Row]) -> str:
+    lines = [HEADINGS, ["---"] * len(HEADINGS), *(cells(row) for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+@contextlib.contextmanager
+def lab_for(name: str, server: LocalServer, seed: int, short: bool) -> Iterator[Lab]:
+    """The shared server and a database of its own; two servers where one of them is to fail."""
+    if name != "standby promoted":
+        with Lab(name, server, seed, short) as lab:
+            yield lab
+            server_url = lab.url
+        server.drop_database(server_url)
+        return
+    with local_server() as first, local_server() as second:
+        follow(second, first)
+        url = f"postgresql://postgres@127.0.0.1:{first.port},127.0.0.1:{second.port}/postgres?target_session_attrs=read-write"
+        with Lab(name, first, seed, short, url=url) as lab:
+            lab.servers = first, second
+            yield lab
+
+
+def run(name: str, server: LocalServer, seed: int, short: bool) -> Row:
+    began = time.monotonic()
+    lab = None
+    try:
+        with lab_for(name, server, seed, short) as lab:
+            size = FAULTS[name](lab)
+            return lab.verdict(size)
+    except Exception as error:
+        traceback.print_exc()
+        problems = [*(lab.problems if lab else []), f"{type(error).__name__}: {error}"]
+        return Row(name, "–", seed, seconds=time.monotonic() - began, problems=problems)
+
+
+def write_readme(rows: list[Row]) -> None:
+    text = README.read_text()
+    new, found = re.subn(r"(<!-- chaos -->\n).*?(<!-- /chaos -->)", lambda m: f"{m[1]}{table(rows)}\n{m[2]}", text, flags=re.DOTALL)
+    if not found:
+        sys.exit("README.md has no place <!-- chaos --> … <!-- /chaos -->")
+    README.write_text(new)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--short", action="store_true", help="small sizes")
+    parser.add_argument("--only", action="append", metavar="FAULT", help="only faults whose name contains this")
+    parser.add_argument("--seed", type=int, default=int(time.time()) % 1_000_000)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
+    parser.add_argument("--write-readme", action="store_true", help="put the table into README.md")
+    parser.add_argument("--list", action="store_true", help="only name the faults")
+    args = parser.parse_args()
+    names = [name for name in FAULTS if any(part.lower() in name.lower() for part in args.only or [""])]
+    if args.short and not args.only:
+        names = [name for name in names if name not in ONLY_FULL]
+    if args.list or not names:
+        print("\n".join(FAULTS))
+        return 0 if args.list else 2
+    rows: list[Row] = []
+    print(f"seed {args.seed}", flush=True)
+    with local_server() as server:
+        for name in names:
+            row = run(name, server, args.seed, args.short)
+            rows.append(row)
+            print("  ".join(cells(row)) + f"  ({row.seconds:.0f} s)", flush=True)
+            for problem in row.problems[:10]:
+                print(f"    {problem}", flush=True)
+    print("\n" + table(rows))
+    if args.json:
+        args.json.write_text(json.dumps([{**dataclasses.asdict(row), "passed": row.passed} for row in rows], indent=1))
+    if args.write_readme:
+        write_readme(rows)
+    return 0 if all(row.passed for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
