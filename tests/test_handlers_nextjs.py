@@ -289,10 +289,11 @@ slow_first_install = pytest.mark.timeout(400)
 
 
 @pytest.fixture(scope="module")
-def installed_application(request) -> Path:
+def installed_application(request, tmp_path_factory) -> Path:
     """The application with its node_modules, installed once for each package-lock.json and kept in pytest's cache."""
     version = hashlib.sha256((APPLICATION / "package-lock.json").read_bytes()).hexdigest()[:12]
-    cache = Path(request.config.cache.mkdir("nextjs"))
+    cached = getattr(request.config, "cache", None)  # None under -p no:cacheprovider
+    cache = Path(cached.mkdir("nextjs")) if cached else tmp_path_factory.mktemp("nextjs")
     application = cache / version
     with (cache / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two test runs at once
@@ -447,14 +448,14 @@ def test_real_nextjs_stops_with_its_worker_and_goes_on_with_the_next(application
 
 def test_service_that_exits_with_0_is_completed_under_a_worker(project, run_service):
     service, _ = run_service(project("print('done')"))
-    eventually(lambda: service.status == "completed", 20)
+    assert eventually(lambda: service.status == "completed", 20)
 
 
 def test_service_ends_with_a_worker_that_is_killed(project, run_service):
     service, worker = run_service(project("signal.signal(signal.SIGTERM, signal.SIG_IGN);" + STAY))
     pid = service.wait_ready()["pid"]
     os.kill(worker.pid, signal.SIGKILL)
-    eventually(lambda: not alive_in_group(pid))
+    assert eventually(lambda: not alive_in_group(pid))
 
 
 def test_service_stops_within_the_grace_of_an_impatient_shutdown(project, run_service):

@@ -191,7 +191,7 @@ def test_backup_dir_outside_of_the_root_is_refused(roots, value):
 
 @pytest.mark.parametrize("field", ["host", "user", "database", "backup_dir", "password_file", "password_env"])
 def test_value_that_a_program_could_take_for_an_option_is_refused(roots, field):
-    for value in ("-", "-f", "--file=/tmp/x"):
+    for value in ("-", "-f", "--file=x"):
         with pytest.raises(ValueError, match=f"{field}: must not start with a dash"):
             check_backup({"database": "shop", field: value})
 
