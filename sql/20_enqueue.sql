@@ -132,10 +132,9 @@ begin
     order by u.key, u.o
     on conflict (type, idempotency_key) where idempotency_key is not null do nothing;
     v_ids := array(
-      select case when u.key is null then u.id else t.id end
-      from unnest(p_ids, p_keys) with ordinality u(id, key, o)
-      left join orchestrator.tasks t on t.type = p_type and t.idempotency_key = u.key
-      order by u.o);
+      select case when u.key is null then u.id
+                  else (select t.id from orchestrator.tasks t where t.type = p_type and t.idempotency_key = u.key) end
+      from unnest(p_ids, p_keys) with ordinality u(id, key, o) order by u.o);
     exit when array_position(v_ids, null) is null;   -- else one was pruned between the two statements: it is ours to insert
   end loop;
   return query select u.o::int, u.id, u.id = u.own from unnest(v_ids, p_ids) with ordinality u(id, own, o);

@@ -159,9 +159,11 @@ create or replace function orchestrator.promote_due(p_limit int default 1000, ou
 language plpgsql
 set search_path = '' set plan_cache_mode = force_generic_plan
 set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
+declare
+  v_now timestamptz := clock_timestamp();   -- itself it is volatile, so no index condition: all that is scheduled would be read
 begin
   with pick as materialized (
-    select t.ctid as tid from orchestrator.tasks t where t.next_retry_at <= clock_timestamp()
+    select t.ctid as tid from orchestrator.tasks t where t.next_retry_at <= v_now
     order by t.next_retry_at limit p_limit for no key update skip locked),
   due as (
     update orchestrator.tasks t

@@ -77,9 +77,10 @@ begin
     else
       update orchestrator.tasks t
       set status = 'completed', started_at = coalesce(t.started_at, t.claimed_at), completed_at = v_now, updated_at = v_now,
-          attempts = t.attempts + (t.status = 'claimed')::int, result = r.result
-      from unnest(v_ids, p_results[v_from:v_to]) r(id, result)
-      where t.id = r.id and t.claim_id is not distinct from p_claim_ids[i]
+          attempts = t.attempts + (t.status = 'claimed')::int,
+          -- not a join with the results: planned while tasks was empty, that would walk it whole
+          result = p_results[v_from - 1 + array_position(v_ids, t.id)]
+      where t.id = any (v_ids) and t.claim_id is not distinct from p_claim_ids[i]
         and t.status in ('claimed', 'running') and t.cancel_requested_at is null;
     end if;
     get diagnostics v_done = row_count;

@@ -54,6 +54,8 @@ set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off s
 declare
   v_cursor uuid;
   v_ids uuid[];
+  v_completed_before timestamptz := clock_timestamp() - p_completed;   -- clock_timestamp() itself is no index condition
+  v_dead_before timestamptz := clock_timestamp() - p_dead_letter;
 begin
   if not orchestrator._leads(p_worker_id, p_term) then return; end if;
   completed := 0;
@@ -61,16 +63,16 @@ begin
   if p_completed > interval '0' then
     select m.prune_cursor into v_cursor from orchestrator.maintenance m;
     v_ids := array(select t.id from orchestrator.tasks t
-                   where t.id > v_cursor and t.id < orchestrator._uuid_at(clock_timestamp() - p_completed) order by t.id limit p_limit);
+                   where t.id > v_cursor and t.id < orchestrator._uuid_at(v_completed_before) order by t.id limit p_limit);
     update orchestrator.maintenance
     set prune_cursor = case when cardinality(v_ids) = p_limit then v_ids[p_limit] else '00000000-0000-0000-0000-000000000000' end;
-    delete from orchestrator.tasks t where t.id = any (v_ids) and t.completed_at < clock_timestamp() - p_completed;
+    delete from orchestrator.tasks t where t.id = any (v_ids) and t.completed_at < v_completed_before;
     get diagnostics completed = row_count;
     delete from orchestrator.task_events e where e.task_id = any (v_ids)
       and not exists (select from orchestrator.tasks t where t.id = e.task_id);
   end if;
   if p_dead_letter > interval '0' then
-    v_ids := array(select t.id from orchestrator.tasks t where t.dead_at < clock_timestamp() - p_dead_letter order by t.dead_at limit p_limit
+    v_ids := array(select t.id from orchestrator.tasks t where t.dead_at < v_dead_before order by t.dead_at limit p_limit
                    for update skip locked);
     delete from orchestrator.tasks t where t.id = any (v_ids);
     get diagnostics dead = row_count;
