@@ -5,9 +5,9 @@ create or replace function orchestrator.cancel_task(p_id uuid) returns text
 language plpgsql
 set search_path = '' set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
 declare
-  t orchestrator.tasks;
+  t record;   -- not the whole row: an operator has no right on payloads
 begin
-  select * into t from orchestrator.tasks x where x.id = p_id for no key update;
+  select x.status, x.worker_id, x.cancel_requested_at, x.type, x.priority into t from orchestrator.tasks x where x.id = p_id for no key update;
   if not found then return 'not_found'; end if;
   if t.status in ('pending', 'retry_scheduled') then
     update orchestrator.tasks x
@@ -33,9 +33,9 @@ create or replace function orchestrator.retry_task(p_id uuid) returns text
 language plpgsql
 set search_path = '' set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
 declare
-  t orchestrator.tasks;
+  t record;   -- not the whole row: an operator has no right on payloads
 begin
-  select * into t from orchestrator.tasks x where x.id = p_id for no key update;
+  select x.status, x.worker_id, x.cancel_requested_at, x.type, x.priority into t from orchestrator.tasks x where x.id = p_id for no key update;
   if not found then return 'not_found'; end if;
   if t.status not in ('dead_letter', 'cancelled') then return t.status; end if;
   update orchestrator.tasks x

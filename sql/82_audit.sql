@@ -3,7 +3,7 @@
 -- or not be valid yet.
 
 -- The rules of one row of tasks, under the names of their constraints in 10_tables.sql.
-create or replace function orchestrator._broken_constraints(t orchestrator.tasks) returns setof text
+create or replace function orchestrator._broken_constraints(t orchestrator._bare_tasks) returns setof text
 language sql immutable parallel safe as $$
   select v.name from (values
     ('type_has_1_to_255_bytes', octet_length(t.type) between 1 and 255),
@@ -42,7 +42,7 @@ language sql stable set search_path = '' as $$
            count(*) filter (where e.event = 'retried') over (partition by e.task_id order by e.id) as lives_before
     from orchestrator.task_events e where e.event in ('failed', 'retried'))
 
-  select b.name, t.id, t.worker_id, 'status ' || t.status from orchestrator.tasks t cross join lateral orchestrator._broken_constraints(t) b(name)
+  select b.name, t.id, t.worker_id, 'status ' || t.status from orchestrator._bare_tasks t cross join lateral orchestrator._broken_constraints(t) b(name)
   union all
   select 'open_tasks is the number of its tasks in flight', null, c.worker_id,
          format('claim %s: open_tasks is %s, in flight are %s', c.id, c.open_tasks, h.n)

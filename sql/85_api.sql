@@ -19,7 +19,7 @@ begin
   end if;
   select e.key into v_key from jsonb_each(p) e where jsonb_typeof(e.value) in ('object', 'array') order by e.key limit 1;
   if found then
-    perform orchestrator._invalid(v_key, 'must be a string', null);
+    perform orchestrator._invalid(v_key, 'must be a string', 'Such as {"id": "…"}.');
   end if;
 end $$;
 
@@ -34,7 +34,7 @@ declare
 begin
   if v_text is null then return p_default; end if;
   if v_text !~ '^\d{1,9}$' or v_text::int not between p_min and p_max then
-    perform orchestrator._invalid(p_key, format('must be a whole number from %s to %s', p_min, p_max), null);
+    perform orchestrator._invalid(p_key, format('must be a whole number from %s to %s', p_min, p_max), 'Leave it out for the default.');
   end if;
   return v_text::int;
 end $$;
@@ -61,7 +61,9 @@ end $$;
 
 -- An age in seconds, which a browser whose clock is wrong shows rightly.
 create or replace function orchestrator._age(p_at timestamptz) returns double precision
-language sql volatile parallel safe as $$ select greatest(round(extract(epoch from clock_timestamp() - p_at), 3), 0)::double precision $$;
+language sql volatile parallel safe as $$
+  select case when p_at is not null then greatest(round(extract(epoch from clock_timestamp() - p_at), 3), 0)::double precision end
+$$;
 
 create or replace function orchestrator.api_overview(p jsonb default '{}') returns jsonb
 language plpgsql set search_path = '' as $$
@@ -131,14 +133,15 @@ comment on function orchestrator.api_history(jsonb) is
 
 -- Lists -------------------------------------------------------------------------------------------------------------------
 
-create or replace function orchestrator._api_task(t orchestrator.tasks) returns jsonb
+create or replace function orchestrator._api_task(t orchestrator._bare_tasks) returns jsonb
 language sql stable set search_path = '' as $$
   select orchestrator._brief(t) || jsonb_build_object('claimed_at', t.claimed_at, 'dead_at', t.dead_at, 'queued_at', t.queued_at,
     'cancel_requested_at', t.cancel_requested_at, 'max_retries', coalesce(t.max_retries, (orchestrator._policy(t.type)).max_retries))
 $$;
 
 -- Ids of tasks in one state, from its partial index, in its order, and their places there, to go on from: skips p_skip, and
--- looks at no more than 10,000.
+-- looks at no more than 10,000. A limit in a lateral subquery, here and below, keeps the planner from turning the join around,
+-- to walk all tasks for a few claims.
 create or replace function orchestrator._ids_in_state(p_state text, p_type text, p_status text, p_skip int, p_limit int)
 returns table (place int, id uuid)
 language plpgsql stable
@@ -147,11 +150,13 @@ set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off s
 #variable_conflict use_column
 begin
   if p_state = 'ready' and p_type is not null then
-    return query select p_skip + (row_number() over ())::int, t.id from orchestrator.tasks t
-      where t.queued_at is not null and t.type = p_type order by t.type, t.priority desc, t.queued_at offset p_skip limit p_limit;
+    return query select p_skip + (row_number() over ())::int, r.id from (
+      select t.id from orchestrator.tasks t where t.queued_at is not null and t.type = p_type
+      order by t.type, t.priority desc, t.queued_at offset p_skip limit p_limit) r;
   elsif p_state = 'ready' then
-    return query select p_skip + (row_number() over ())::int, t.id from orchestrator.tasks t
-      where t.queued_at is not null order by t.type, t.priority desc, t.queued_at offset p_skip limit p_limit;
+    return query select p_skip + (row_number() over ())::int, r.id from (
+      select t.id from orchestrator.tasks t where t.queued_at is not null
+      order by t.type, t.priority desc, t.queued_at offset p_skip limit p_limit) r;
   elsif p_state = 'scheduled' then
     return query select r.place, r.id from (
       select p_skip + (row_number() over ())::int as place, d.* from (
@@ -162,7 +167,8 @@ begin
     return query select r.place, r.id from (
       select p_skip + (row_number() over ())::int as place, f.* from (
         select t.id, t.type, t.status from (select c.id from orchestrator.claims c order by c.id) c
-        cross join lateral (select x.* from orchestrator.tasks x where x.claim_id = c.id and x.status in ('claimed', 'running')) t
+        cross join lateral (select x.id, x.type, x.status from orchestrator.tasks x
+                            where x.claim_id = c.id and x.status in ('claimed', 'running') limit 10000000) t
         offset p_skip limit 10000) f) r
       where (p_type is null or r.type = p_type) and (p_status is null or r.status::text = p_status) order by r.place limit p_limit;
   else
@@ -176,7 +182,9 @@ end $$;
 
 -- A page of tasks in one state, and where the next begins: '+' and how many places to skip. Beyond 100,000 it says so instead.
 create or replace function orchestrator._page_in_state(p_state text, p_type text, p_status text, p_before text, p_limit int) returns jsonb
-language plpgsql stable set search_path = '' as $$
+language plpgsql stable
+set search_path = '' set plan_cache_mode = force_generic_plan
+set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 declare
   v_skip int := coalesce(substr(p_before, 2)::int, 0);
   v_ids uuid[];
@@ -188,13 +196,13 @@ begin
   if cardinality(v_ids) is distinct from p_limit then   -- the page is not full: there is more only if the look was cut short
     v_next := case when p_state <> 'ready' then (select i.place from orchestrator._ids_in_state(p_state, null, null, v_skip + 9999, 1) i) end;
   end if;
-  select jsonb_agg(orchestrator._api_task(t) order by u.place) into v_tasks
-  from unnest(v_ids) with ordinality u(id, place) join orchestrator.tasks t on t.id = u.id;
+  select jsonb_agg(orchestrator._api_task(x.t) order by u.place) into v_tasks
+  from unnest(v_ids) with ordinality u(id, place) cross join lateral (select t from orchestrator._bare_tasks t where t.id = u.id limit 1) x;
   return jsonb_build_object('tasks', coalesce(v_tasks, '[]'), 'next', case when v_next < 100000 then '+' || v_next end,
                             'cut', coalesce(v_next >= 100000, false));
 end $$;
 
--- A page of tasks by id, the newest first, from v_from to v_to: looks at no more than 20,000.
+-- A page of tasks by id, the newest first, from p_from to p_to: looks at no more than 10,000.
 create or replace function orchestrator._page_by_id(p_from uuid, p_to uuid, p_before uuid, p_type text, p_status text, p_limit int) returns jsonb
 language plpgsql stable
 set search_path = '' set plan_cache_mode = force_generic_plan
@@ -207,14 +215,14 @@ begin
   v_ids := array(
     select r.id from (
       select t.id, t.type, t.status from orchestrator.tasks t where t.id >= p_from and t.id <= p_to and t.id < p_before
-      order by t.id desc limit 20000) r
+      order by t.id desc limit 10000) r
     where (p_type is null or r.type = p_type) and (p_status is null or r.status::text = p_status) order by r.id desc limit p_limit);
   v_next := v_ids[p_limit];
   if v_next is null then
     select t.id into v_next from orchestrator.tasks t where t.id >= p_from and t.id <= p_to and t.id < p_before
-    order by t.id desc offset 19999 limit 1;
+    order by t.id desc offset 9999 limit 1;
   end if;
-  select jsonb_agg(orchestrator._api_task(t) order by t.id desc) into v_tasks from orchestrator.tasks t where t.id = any (v_ids);
+  select jsonb_agg(orchestrator._api_task(t) order by t.id desc) into v_tasks from orchestrator._bare_tasks t where t.id = any (v_ids);
   return jsonb_build_object('tasks', coalesce(v_tasks, '[]'), 'next', v_next, 'cut', false);
 end $$;
 
@@ -251,38 +259,44 @@ begin
 end $$;
 comment on function orchestrator.api_tasks(jsonb) is
   'Search: id (or its beginning), type, status (also ready, scheduled, in_flight), limit (1 to 200, default 50), before (the '
-  'next of the page before). The newest first; a state with an index of its own in that order. Each page looks at 20,000 tasks '
+  'next of the page before). The newest first; a state with an index of its own in that order. Each page looks at 10,000 tasks '
   'at most, so one that is not full may have a next. Raises OR001.';
 
 create or replace function orchestrator.api_running(p jsonb default '{}') returns jsonb
-language plpgsql set search_path = '' set enable_seqscan = off as $$
+language plpgsql
+set search_path = '' set plan_cache_mode = force_generic_plan
+set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 begin
   perform orchestrator._api_check(p, '{limit}');
   return jsonb_build_object('now', extract(epoch from clock_timestamp()), 'tasks', (
-    select coalesce(jsonb_agg(orchestrator._api_task(t)
-                              || jsonb_build_object('age', orchestrator._age(coalesce(t.started_at, t.claimed_at)), 'progress', orchestrator.redact(t.result))
-                              order by i.place), '[]')
+    select coalesce(jsonb_agg(orchestrator._api_task(x.t) || jsonb_build_object(
+             'age', orchestrator._age(coalesce((x.t).started_at, (x.t).claimed_at)),
+             'progress', (select r.result from orchestrator._redacted_tasks r where r.id = i.id)) order by i.place), '[]')
     from orchestrator._ids_in_state('in_flight', null, null, 0, orchestrator._api_int(p, 'limit', 50, 1, 200)) i
-    join orchestrator.tasks t on t.id = i.id));
+    cross join lateral (select t from orchestrator._bare_tasks t where t.id = i.id limit 1) x));
 end $$;
 comment on function orchestrator.api_running(jsonb) is
   'limit (1 to 200, default 50): tasks in flight, the longest first, with their age in seconds and the progress they report.';
 
 create or replace function orchestrator.api_retries(p jsonb default '{}') returns jsonb
-language plpgsql set search_path = '' set enable_seqscan = off as $$
+language plpgsql
+set search_path = '' set plan_cache_mode = force_generic_plan
+set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 begin
   perform orchestrator._api_check(p, '{limit}');
   return jsonb_build_object('now', extract(epoch from clock_timestamp()), 'tasks', (
-    select coalesce(jsonb_agg(orchestrator._api_task(t)
-                              || jsonb_build_object('due_in', round(extract(epoch from t.next_retry_at - clock_timestamp()), 3)) order by i.place), '[]')
+    select coalesce(jsonb_agg(orchestrator._api_task(x.t) || jsonb_build_object(
+             'due_in', round(extract(epoch from (x.t).next_retry_at - clock_timestamp()), 3)) order by i.place), '[]')
     from orchestrator._ids_in_state('scheduled', null, null, 0, orchestrator._api_int(p, 'limit', 50, 1, 200)) i
-    join orchestrator.tasks t on t.id = i.id));
+    cross join lateral (select t from orchestrator._bare_tasks t where t.id = i.id limit 1) x));
 end $$;
 comment on function orchestrator.api_retries(jsonb) is
   'limit (1 to 200, default 50): retries and other tasks that wait for their time, the next one first; due_in in seconds.';
 
 create or replace function orchestrator.api_failures(p jsonb default '{}') returns jsonb
-language plpgsql set search_path = '' set enable_seqscan = off as $$
+language plpgsql
+set search_path = '' set plan_cache_mode = force_generic_plan
+set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 begin
   perform orchestrator._api_check(p, '{limit}');
   return jsonb_build_object('now', extract(epoch from clock_timestamp()), 'failures', (
