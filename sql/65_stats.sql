@@ -76,8 +76,9 @@ set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off s
     from (select t.type from orchestrator.tasks t where t.next_retry_at is not null order by t.next_retry_at limit 5000000) s group by 1
     union all
     select f.type, 0, null, 0, count(*), 0
-    from (select t.type from orchestrator.claims c join orchestrator.tasks t on t.claim_id = c.id
-          where t.status in ('claimed', 'running')) f group by 1
+    -- the limit keeps the planner from turning the join around, to walk all tasks that ever had a claim
+    from orchestrator.claims c cross join lateral (select t.type from orchestrator.tasks t
+          where t.claim_id = c.id and t.status in ('claimed', 'running') limit 5000000) f group by 1
     union all
     select d.type, 0, null, 0, 0, count(*)
     from (select t.type from orchestrator.tasks t where t.dead_at is not null order by t.dead_at limit 5000000) d group by 1
