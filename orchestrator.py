@@ -44,6 +44,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import ipaddress
 import json
 import logging
 import math
@@ -54,12 +55,14 @@ import re
 import shutil
 import signal
 import socket
+import socketserver
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -68,7 +71,7 @@ from typing import Any
 from urllib.parse import parse_qsl, quote, urlsplit
 
 import psycopg
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily, Metric
 from psycopg import pq
 from psycopg.conninfo import conninfo_to_dict
@@ -273,8 +276,15 @@ class _LogFormat(logging.Formatter):
             fields["traceback"] = self.formatException(record.exc_info)
         if self.as_json:
             return json.dumps({"time": stamp, "level": record.levelname, "message": message, **fields}, default=str)
-        line = " ".join([stamp, record.levelname, message, *(f"{name}={value}" for name, value in fields.items())])
-        return line.replace("\r", "\\r").replace("\n", "\\n")   # one event stays one line, whatever an error text holds
+        line = " ".join([stamp, record.levelname, message, *(f"{name}={self._quote(value)}" for name, value in fields.items())])
+        # whatever an error text holds, one event stays one line, and steers no terminal
+        return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]", lambda c: f"\\u{ord(c[0]):04x}", line)
+
+    @staticmethod
+    def _quote(value: object) -> str:
+        """As it is, or in quotes where it could be mistaken for more than one field."""
+        text = str(value)
+        return text if re.fullmatch(r"[^\s\"=]+", text) else json.dumps(text, ensure_ascii=False)
 
 
 def setup_logging(config: Config) -> None:
@@ -290,7 +300,24 @@ Row = tuple[Any, ...]
 
 
 def connect(config: Config, name: str = "orchestrator") -> psycopg.Connection[Row]:
-    """Open a connection with bounded waits: connecting 10 s, a statement 15 s, a lock 10 s, a dead peer 15 s."""
+    """Open a connection of our own, for what is in this module: autocommit, and values that it doesn't look into as text."""
+    connection = dial(config, name)
+    _set_up(connection, config)
+    return connection
+
+
+def _set_up(connection: psycopg.Connection[Row], config: Config) -> bool:
+    """Returns whether a transaction pooler is in between."""
+    for kind in ("jsonb", "uuid", "timestamptz"):   # as text, by psycopg's C loader: 4.0 → 0.4 µs a task
+        connection.adapters.register_loader(kind, TextLoader)
+    pooled = is_pooled(connection)
+    if pooled or not config.prepared_statements:
+        connection.prepare_threshold = None
+    return pooled
+
+
+def dial(config: Config, name: str) -> psycopg.Connection[Row]:
+    """Connect with bounded waits: connecting 10 s, a statement 15 s, a lock 10 s, a dead peer 15 s; in autocommit."""
     known = conninfo_to_dict(config.database_url)
     limits = (f"-c statement_timeout={STATEMENT_TIMEOUT:.0f}s -c lock_timeout=10s -c idle_in_transaction_session_timeout=60s "
               f"{known.get('options') or ''}").strip()
@@ -301,16 +328,11 @@ def connect(config: Config, name: str = "orchestrator") -> psycopg.Connection[Ro
     if "," in str(known.get("host", "")):
         settings["target_session_attrs"] = known.get("target_session_attrs", "read-write")
     try:
-        connection = psycopg.connect(config.database_url, autocommit=True, options=limits, **settings)
+        return psycopg.connect(config.database_url, autocommit=True, options=limits, **settings)
     except psycopg.OperationalError as error:
         if "startup parameter" not in str(error):   # PgBouncer's refusal of `options`; it has no SQLSTATE of its own
             raise
-        connection = psycopg.connect(config.database_url, autocommit=True, **settings)
-    for kind in ("jsonb", "uuid", "timestamptz"):   # as text, by psycopg's C loader: 4.0 → 0.4 µs a task
-        connection.adapters.register_loader(kind, TextLoader)
-    if not config.prepared_statements or is_pooled(connection):
-        connection.prepare_threshold = None
-    return connection
+        return psycopg.connect(config.database_url, autocommit=True, **settings)
 
 
 def is_pooled(connection: psycopg.Connection[Row]) -> bool:
@@ -326,23 +348,34 @@ class Link:
         self.config = config
         self.name = name
         self.connection: psycopg.Connection[Row] | None = None
+        self.pooled = False
         self.deadline = math.inf   # monotonic; of the call under way
+        _watch(self)
 
     def open(self) -> psycopg.Connection[Row]:
         if self.connection is None or self.connection.closed:
-            self.connection = connect(self.config, self.name)
+            self.connection = dial(self.config, self.name)
+            with self._limited():
+                self.pooled = _set_up(self.connection, self.config)
         return self.connection
 
     def call(self, query: str, *args: Any) -> list[Row]:
         """Run one statement in a transaction of its own, and return its rows. Raises psycopg.Error; opens anew next time."""
         connection = self.open()
-        self.deadline = time.monotonic() + STATEMENT_TIMEOUT + 5
-        try:
+        with self._limited():
             cursor = connection.execute(query, args, prepare=connection.prepare_threshold is not None)
             return cursor.fetchall() if cursor.description else []
+
+    @contextlib.contextmanager
+    def _limited(self) -> Iterator[None]:
+        """While it lasts, the watchdog gives the connection up after a time; if it turns out broken, the next call opens anew."""
+        self.deadline = time.monotonic() + STATEMENT_TIMEOUT + 5
+        try:
+            yield
         except psycopg.Error as error:
-            if connection.closed or error.sqlstate is None or error.sqlstate[:2] in ("08", "57") or error.sqlstate == "25006":
-                self.close()   # broken, shutting down, or a server that became a standby: the next call connects again
+            broken = self.connection is None or self.connection.closed
+            if broken or error.sqlstate is None or error.sqlstate[:2] in ("08", "57") or error.sqlstate == "25006":
+                self.close()   # gone, shutting down, or a server that became a standby
             raise
         finally:
             self.deadline = math.inf
@@ -360,6 +393,30 @@ class Link:
             with contextlib.suppress(psycopg.Error, OSError), socket.socket(fileno=os.dup(connection.fileno())) as twin:
                 log.warning("the database has not answered for %.0f s: giving the connection up", STATEMENT_TIMEOUT + 5)
                 twin.shutdown(socket.SHUT_RDWR)
+
+
+_links: weakref.WeakSet[Link] = weakref.WeakSet()
+_links_lock = threading.Lock()   # guards _links and the start of the watchdog
+_watchdog_pid = 0                # a forked child has no watchdog yet
+
+
+def _watch(link: Link) -> None:
+    """Have the watchdog, one thread a process, look after the calls of this link."""
+    global _watchdog_pid
+    with _links_lock:
+        _links.add(link)
+        if _watchdog_pid != os.getpid():
+            _watchdog_pid = os.getpid()
+            threading.Thread(target=_watchdog, name="watchdog", daemon=True).start()
+
+
+def _watchdog() -> None:
+    pause = threading.Event()
+    while not pause.wait(1.0):
+        with _links_lock:
+            links = list(_links)
+        for link in links:
+            link.give_up_if_silent()
 
 
 def redact_url(url: str) -> str:
@@ -526,7 +583,12 @@ class Task:
 
         Raises ClaimLost, and rolls back, when another worker has the task by now; Cancelled when it was cancelled.
         """
-        with psycopg.connect(self._worker.config.database_url) as connection:
+        with dial(self._worker.config, "orchestrator task") as connection:
+            if self._worker.links["report"].pooled or not self._worker.config.prepared_statements:
+                connection.prepare_threshold = None
+            connection.autocommit = False
+            connection.execute("set local statement_timeout = 0")   # how long the handler's own work may last is its timeout's matter
+            connection.execute("set local idle_in_transaction_session_timeout = 0")
             yield connection
             rows = complete_tasks(connection, [self.claim_id], [1], [self.id])
             if rows and rows[0][1] == "cancelled":
@@ -851,6 +913,7 @@ def _family(family: Callable[..., Any], name: str, text: str, labels: tuple[str,
 API_GET = ("overview", "history", "tasks", "running", "retries", "failures", "dead_letters", "task")
 API_POST = ("cancel", "retry", "retry_dead_letters", "pause", "resume")
 MAX_CLIENTS = 100        # beyond it, the connection that has been waiting longest is closed
+CLIENT_SECONDS = 30.0    # and none lives longer, however busily it dawdles
 MAX_BODY = 65536
 
 
@@ -867,10 +930,11 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.policy = content_security_policy(self.page.decode())
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(Collector(worker))
+        ProcessCollector(registry=self.registry)   # memory, CPU and open files of this process
         self.link = Link(worker.config)
         self.link_lock = threading.Lock()   # guards link: one page request at a time asks the database
-        self.clients: collections.OrderedDict[int, socket.socket] = collections.OrderedDict()
-        self.clients_lock = threading.Lock()
+        self.clients: collections.OrderedDict[int, tuple[socket.socket, float]] = collections.OrderedDict()   # and since when
+        self.clients_lock = threading.Lock()   # guards clients, the oldest first
         self.address_family = socket.AF_INET6 if ":" in worker.config.metrics_host else socket.AF_INET
         try:
             super().__init__((worker.config.metrics_host, worker.config.metrics_port), HttpRequest)
@@ -878,14 +942,27 @@ class HttpServer(http.server.ThreadingHTTPServer):
             raise ConfigError(f"METRICS_HOST, METRICS_PORT: cannot listen on {worker.config.metrics_host} "
                               f"{worker.config.metrics_port}: {error}; 0 takes any free port") from None
 
+    def server_bind(self) -> None:
+        socketserver.TCPServer.server_bind(self)   # http.server's asks the DNS for our name, which may hang
+
     def process_request(self, request: Any, client_address: Any) -> None:
         with self.clients_lock:
-            self.clients[id(request)] = request
-            while len(self.clients) > MAX_CLIENTS:
-                _, oldest = self.clients.popitem(last=False)
-                with contextlib.suppress(OSError):
-                    oldest.shutdown(socket.SHUT_RDWR)
+            self.clients[id(request)] = request, time.monotonic()
+        self._drop_clients()
         super().process_request(request, client_address)
+
+    def service_actions(self) -> None:   # twice a second
+        self._drop_clients()
+
+    def _drop_clients(self) -> None:
+        with self.clients_lock:
+            while self.clients:
+                request, since = next(iter(self.clients.values()))
+                if len(self.clients) <= MAX_CLIENTS and time.monotonic() - since < CLIENT_SECONDS:
+                    return
+                self.clients.popitem(last=False)
+                with contextlib.suppress(OSError):
+                    request.shutdown(socket.SHUT_RDWR)   # its thread sees the end of it
 
     def shutdown_request(self, request: Any) -> None:
         with self.clients_lock:
@@ -893,7 +970,8 @@ class HttpServer(http.server.ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        log.debug("a client went away", exc_info=True)
+        gone = isinstance(sys.exc_info()[1], OSError)
+        log.log(logging.DEBUG if gone else logging.ERROR, "http: %s", "a client went away" if gone else "a request failed", exc_info=True)
 
     def ask(self, name: str, parameters: Mapping[str, str]) -> Any:
         """Call orchestrator.api_NAME, whose name the caller took from API_GET or API_POST."""
@@ -907,42 +985,66 @@ class HttpRequest(http.server.BaseHTTPRequestHandler):
     server_version = "orchestrator"
     sys_version = ""
     protocol_version = "HTTP/1.0"   # a connection a request: nothing to hold open
+    default_request_version = "HTTP/1.0"
 
     def do_GET(self) -> None:
-        url = urlsplit(self.path)
-        worker = self.server.worker
-        if url.path == "/health":
-            self._health(worker.health())
-        elif url.path == "/ready":
-            self._health(worker.readiness())
-        elif not self._authorized():
-            self._send(401, {"error": "METRICS_AUTH is set: send it as Bearer token, or as user and password"},
-                       {"WWW-Authenticate": 'Basic realm="orchestrator", charset="UTF-8"'})
-        elif url.path == "/metrics":
-            self._send(200, generate_latest(self.server.registry), {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
-        elif url.path == "/":
-            self._send(200, self.server.page, {"Content-Type": "text/html; charset=utf-8",
-                                               "Content-Security-Policy": self.server.policy})
-        elif url.path.removeprefix("/api/") in API_GET and url.path.startswith("/api/"):
-            self._api(url.path.removeprefix("/api/"), dict(parse_qsl(url.query, keep_blank_values=False, max_num_fields=20)))
-        else:
-            self._send(404, {"error": "there is /, /metrics, /health, /ready and /api/" + ", /api/".join(API_GET)})
+        self._answer(self._get)
 
     do_HEAD = do_GET
 
     def do_POST(self) -> None:
-        name = urlsplit(self.path).path.removeprefix("/api/")
+        self._answer(self._post)
+
+    def _answer(self, answer: Callable[[str, dict[str, str]], None]) -> None:
+        try:
+            url = urlsplit(self.path)
+            query = dict(parse_qsl(url.query, max_num_fields=20))
+        except ValueError:
+            self._send(400, {"error": "the address is malformed"})
+            return
+        try:
+            answer(url.path, query)
+        except OSError:   # the client went away
+            raise
+        except Exception:
+            log.exception("http: %s %s failed", self.command, url.path[:200])
+            self._send(500, {"error": "this is a bug; the worker's log has more"})
+
+    def _get(self, path: str, query: dict[str, str]) -> None:
+        worker = self.server.worker
+        if path == "/health":
+            self._health(worker.health())
+        elif path == "/ready":
+            self._health(worker.readiness())
+        elif not self._authorized():
+            self._send(401, {"error": "METRICS_AUTH is set: send it as Bearer token, or as user and password"},
+                       {"WWW-Authenticate": 'Basic realm="orchestrator", charset="UTF-8"'})
+        elif not self._host_allowed():
+            self._send(403, {"error": "METRICS_HOST is a loopback address: ask for localhost or an address, or set METRICS_AUTH"})
+        elif path == "/metrics":
+            self._send(200, generate_latest(self.server.registry), {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+        elif path == "/":
+            self._send(200, self.server.page, {"Content-Type": "text/html; charset=utf-8",
+                                               "Content-Security-Policy": self.server.policy})
+        elif path.startswith("/api/") and path.removeprefix("/api/") in API_GET:
+            self._api(path.removeprefix("/api/"), query)
+        else:
+            self._send(404, {"error": "there is /, /metrics, /health, /ready and /api/" + ", /api/".join(API_GET)})
+
+    def _post(self, path: str, query: dict[str, str]) -> None:
+        """No other site's page can send this: a browser asks before it sends an Authorization header across, and gets a 405."""
+        name = path.removeprefix("/api/")
         token = self.server.worker.config.admin_token
         if not token:
             self._send(403, {"error": "this server only reads: ADMIN_TOKEN is not set"})
         elif not self._bearer(token):
             self._send(401, {"error": "the admin token is missing or wrong"}, {"WWW-Authenticate": "Bearer"})
-        elif name not in API_POST or not self.path.startswith("/api/"):
+        elif name not in API_POST or not path.startswith("/api/"):
             self._send(404, {"error": "there is no such action"})
         else:
             body = self._body()
             if body is not None:
-                log.info("%s through the page", name, extra={"parameters": json.dumps(body)})
+                log.info("%s through the page", name, extra={"parameters": json.dumps(body)[:500]})
                 self._api(name, body)
 
     def _api(self, name: str, parameters: Mapping[str, str]) -> None:
@@ -963,13 +1065,20 @@ class HttpRequest(http.server.BaseHTTPRequestHandler):
             self._send(200, answer.encode() if isinstance(answer, str) else answer)
 
     def _body(self) -> dict[str, str] | None:
-        length = self.headers.get("Content-Length", "")
-        if not length.isdigit() or int(length) > MAX_BODY:
-            self._send(413 if length.isdigit() else 411, {"error": f"send a JSON object of at most {MAX_BODY} bytes"})
+        lengths = self.headers.get_all("Content-Length") or []
+        problem = None
+        if "Transfer-Encoding" in self.headers or not lengths:
+            problem = 411, "send a JSON object, and its Content-Length"
+        elif len(lengths) != 1 or not re.fullmatch(r"[0-9]{1,18}", lengths[0], re.ASCII):
+            problem = 400, "the Content-Length is not a number of bytes"
+        elif int(lengths[0]) > MAX_BODY:
+            problem = 413, f"send at most {MAX_BODY} bytes"
+        if problem is not None:
+            self._send(problem[0], {"error": problem[1]})
             return None
         try:
-            body = json.loads(self.rfile.read(int(length)) or "{}")
-        except (ValueError, OSError):
+            body = json.loads(self.rfile.read(int(lengths[0])) or "{}")
+        except (ValueError, RecursionError):
             body = None
         if not isinstance(body, dict) or not all(isinstance(v, str) for v in body.values()):
             self._send(400, {"error": "send a JSON object of strings"})
@@ -986,11 +1095,24 @@ class HttpRequest(http.server.BaseHTTPRequestHandler):
             plain = base64.b64decode(given, validate=True) if kind.lower() == "basic" else b""
         except ValueError:
             return False
-        return ":" in wanted and hmac.compare_digest(plain, wanted.encode())
+        if ":" not in wanted:   # a token, which a browser can send only as a password
+            plain = plain.partition(b":")[2]
+        return hmac.compare_digest(plain, wanted.encode())
 
     def _bearer(self, token: str) -> bool:
         kind, _, given = self.headers.get("Authorization", "").partition(" ")
-        return kind.lower() == "bearer" and hmac.compare_digest(given.encode(), token.encode())
+        return kind.lower() == "bearer" and hmac.compare_digest(given.encode("latin-1", "replace"), token.encode())
+
+    def _host_allowed(self) -> bool:
+        """A name that some website's owner points at 127.0.0.1 (DNS rebinding) must not read what is open to this machine alone."""
+        config = self.server.worker.config
+        if config.metrics_auth or not _is_loopback(config.metrics_host):
+            return True
+        try:
+            name = urlsplit("//" + self.headers.get("Host", "localhost")).hostname or ""
+        except ValueError:
+            return False
+        return name == "localhost" or _is_address(name)
 
     def _health(self, problems: list[str]) -> None:
         self._send(503 if problems else 200, {"status": "failing" if problems else "ok", "problems": problems,
@@ -1000,7 +1122,8 @@ class HttpRequest(http.server.BaseHTTPRequestHandler):
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
         sent = {"Content-Type": "application/json", "Content-Length": str(len(data)), "Cache-Control": "no-store",
-                "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
+                "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cross-Origin-Resource-Policy": "same-origin",
+                "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
                 "X-Admin": "yes" if self.server.worker.config.admin_token else "no", **(headers or {})}
         for name, value in sent.items():
             self.send_header(name, value)
@@ -1008,8 +1131,27 @@ class HttpRequest(http.server.BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(data)
 
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """What http.server itself refuses; nothing of the request comes back."""
+        if code == 501:
+            self._send(405, {"error": "there is GET and HEAD, and with ADMIN_TOKEN set POST"}, {"Allow": "GET, HEAD, POST"})
+        else:
+            self._send(code, {"error": http.HTTPStatus(code).phrase})
+
     def log_message(self, format: str, *args: Any) -> None:
         log.debug("http " + format, *args)
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name.partition("%")[0])
+    except ValueError:
+        return False
+    return True
+
+
+def _is_loopback(host: str) -> bool:
+    return host == "localhost" or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
 
 
 def page_html() -> str:
@@ -1223,7 +1365,7 @@ class Worker:
         for _ in range(self.config.worker_pool_size):
             self._add_place()
         for name, loop in (("claim", self._claim_loop), ("report", self._report_loop), ("heartbeat", self._heartbeat_loop),
-                           ("listen", self._listen_loop), ("watchdog", self._watchdog_loop)):
+                           ("listen", self._listen_loop)):
             self._thread(name, loop)
         log.info("worker %s started: pool %d, http://%s:%d/", self.id, self.config.worker_pool_size, *self.http.server_address[:2])
 
@@ -1259,11 +1401,6 @@ class Worker:
         for name in ("claim", "report", "listen"):
             self.threads[name].join(0.5)
         log.info("worker %s stopped", self.id)
-
-    def _watchdog_loop(self) -> None:
-        while not self.stopped.wait(1.0):
-            for link in [*self.links.values(), *([self.http.link] if self.http else [])]:
-                link.give_up_if_silent()
 
     # --------------------------------------------------------------------------------------------------------------- pool
     def _add_place(self) -> None:
@@ -1547,7 +1684,7 @@ class Worker:
     def _log_end(self, task: Task, status: str) -> None:
         level = logging.INFO if status in ("completed", "cancelled", "snoozed", "released") else logging.WARNING
         fields: dict[str, Any] = {"task_id": task.id, "type": task.type, "attempt": task.attempt, "worker": task.worker_id,
-                                  "duration": f"{task.seconds:.3f}"}
+                                  "duration": round(task.seconds, 4)}
         if task.outcome is not None and task.outcome.kind == "failed":
             fields["error"] = task.outcome.text[:1000]
         log.log(level, "task %s", status, extra=fields)
@@ -1718,7 +1855,7 @@ class Worker:
             except ConfigError as error:   # the schema is of another version
                 self.fatal = error
                 log.error("%s", error)
-                return
+                break
             self.wake_heartbeat.wait(min(delay, 1.0))
             self.wake_heartbeat.clear()
         with contextlib.suppress(psycopg.Error):
@@ -1730,7 +1867,7 @@ class Worker:
     def _do_chores(self, link: Link) -> float:
         if not self.registered.is_set():
             self._register()
-        problems = self.health()
+        problems = [] if self.draining.is_set() else self.health()
         if problems:
             log.error("no heartbeat: %s", "; ".join(problems))
             return 1.0
@@ -1753,7 +1890,9 @@ class Worker:
         link.call("select orchestrator.register_worker(%s, %s, %s, %s, %s)", self.id, socket.gethostname(), self.config.worker_pool_size,
                   VERSION, Jsonb(policies))
         self.term = None
-        if not self.config.distributed_mode:
+        if not self.config.distributed_mode and link.pooled:   # who lives can't be seen there: heartbeats decide
+            log.info("behind a pooler: what an earlier instance left in flight is recovered after WORKER_TIMEOUT")
+        elif not self.config.distributed_mode:
             _, living = link.call("select declared, living from orchestrator.declare_disconnected_dead(%s)", self.id)[0]
             if living:
                 log.warning("DISTRIBUTED_MODE is false, but %d other workers live: set it to true on all of them", living)
@@ -1844,11 +1983,11 @@ class Worker:
         while not self.stopped.is_set():
             try:
                 connection = link.open()
-                if is_pooled(connection):
+                if link.pooled:
                     log.info("behind a pooler: polling every %g s", self.config.claim_interval)
                     break
-                connection.execute("listen orchestrator")
-                connection.execute("listen orchestrator_cancel")
+                link.call("listen orchestrator")
+                link.call("listen orchestrator_cancel")
                 self.wake_claim.set()
                 backoff = Backoff()
                 self._listen(link, connection)
