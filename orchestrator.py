@@ -495,6 +495,8 @@ class Task:
     id (str, UUID) · type · payload (parsed JSON) · attempt (1 = first) · max_retries · priority · created_at (datetime) ·
     deadline (time.monotonic(), or None) · cancelled (threading.Event: cancelled, timed out, lost to another worker, or the
     worker shuts down) · cancel_reason ("cancelled", "timeout", "lost", "shutdown" or None) · worker_id
+
+    A handler that stops half-way because of task.cancelled says so with task.raise_if_cancelled(): one that returns has completed.
     """
 
     # Defaults on the class, and the row kept as it came: making a task costs the drain 0.3 µs instead of 1.2.
@@ -1344,6 +1346,7 @@ class Worker:
         self.links = {name: Link(config) for name in ("claim", "report", "heartbeat", "listen")}
         self.loop_at = {name: time.monotonic() for name in ("claim", "report", "heartbeat")}
         self.reached_at = time.monotonic()                    # monotonic: when the database last answered
+        self.schema_seen = False
         self.chores = self._chores()
         self.threads: dict[str, threading.Thread] = {}
         self.http: HttpServer | None = None
@@ -1376,31 +1379,37 @@ class Worker:
     def stop(self, grace: float, hurry: threading.Event | None = None) -> None:
         """Claim no more, give back what has not started, let the rest finish for `grace` seconds, give back what is left."""
         log.info("worker %s stops: %d tasks in hand, grace %g s", self.id, len(self.tasks), grace)
+        until = time.monotonic() + grace
         self.draining.set()
         self.wake_claim.set()
-        self.threads["claim"].join(2.0)   # what it is just claiming is in hand before we look
-        for task in self.running_tasks():
-            task.cancel("shutdown")
-        until = time.monotonic() + grace
-        while self.tasks and time.monotonic() < until and not (hurry and hurry.is_set()):
+        self.threads["claim"].join(min(grace, 2.0) if self.registered.is_set() else 0)   # what it just claims is in hand then
+        while time.monotonic() < until and not (hurry and hurry.is_set()):
+            for task in self.running_tasks():   # each time: a pool thread may just have taken one that is to be given back
+                task.cancel("shutdown")
+            if not self.tasks:
+                break
             self.wake_report.set()
             self.stopped.wait(0.02)
         self.releasing.set()
         self.wake_report.set()
-        self.threads["report"].join(1.0)
+        last = time.monotonic() + 1.5   # a database that does not answer must not keep the process: it exits within 2 s
+        self._join("report", last - 0.5)
         self.stopped.set()
         for event in (self.wake_report, self.wake_heartbeat, self.wake_claim):
             event.set()
         for _ in self.places:
             self.slices.put(None)
-        self.threads["heartbeat"].join(1.0)
+        self._join("heartbeat", last)
         if self.http is not None:
             self.http.shutdown()
             self.http.server_close()
             self.http.link.close()
         for name in ("claim", "report", "listen"):
-            self.threads[name].join(0.5)
+            self._join(name, last)
         log.info("worker %s stopped", self.id)
+
+    def _join(self, name: str, until: float) -> None:
+        self.threads[name].join(max(0.0, until - time.monotonic()))
 
     # --------------------------------------------------------------------------------------------------------------- pool
     def _add_place(self) -> None:
@@ -1599,8 +1608,13 @@ class Worker:
             self._log_end(task, "completed")
         else:
             self.metrics.ended(task, "rejected")
-        self.tasks.pop(task.id, None)
+        self._forget(task)
         return True
+
+    def _forget(self, task: Task) -> None:
+        held = self.tasks.get(task.id)
+        if held is not None and held.claim_id == task.claim_id:   # else it ended late, and this worker has claimed it again since
+            del self.tasks[task.id]
 
     def _measure(self, batch: list[Task]) -> None:
         if batch:
@@ -1634,7 +1648,7 @@ class Worker:
         try:
             report(link, tasks)
         except psycopg.Error as error:
-            if (error.sqlstate or "08")[:2] not in ("22", "23", "42", "P0", "XX"):
+            if (error.sqlstate or "08")[:2] not in ("22", "23", "42", "54", "P0", "XX"):
                 raise   # not the tasks' doing
             if len(tasks) > 1:
                 middle = len(tasks) // 2
@@ -1642,10 +1656,11 @@ class Worker:
                 self._isolate(report, link, tasks[middle:])
                 return
             self._database_error(f"report of task {tasks[0].id}", error)
-            if tasks[0].outcome is not None and tasks[0].outcome.kind == "failed":
-                self._settle(tasks[0], "rejected")   # nothing more can be said of it; recovery will find it
-            else:
-                tasks[0].outcome = Outcome("failed", f"its outcome could not be recorded: {error_line(error)}")
+            before, unrecorded = tasks[0].outcome, f"its outcome could not be recorded: {error_line(error)}".encode("ascii", "replace").decode()
+            if before is not None and before.text == unrecorded:
+                self._settle(tasks[0], "rejected")   # nothing more can be said of it: it stays claimed until this worker ends
+            else:   # plain words, reported in the next round
+                tasks[0].outcome = Outcome("failed", unrecorded)
 
     def _report_completed(self, link: Link, tasks: list[Task]) -> None:
         by_claim: dict[int, list[Task]] = {}
@@ -1677,7 +1692,7 @@ class Worker:
 
     def _settle(self, task: Task, status: str) -> None:
         task.settled = "reported"
-        self.tasks.pop(task.id, None)
+        self._forget(task)
         self.metrics.ended(task, status)
         self._log_end(task, status)
 
@@ -1765,30 +1780,38 @@ class Worker:
         return self.mean is not None and self.in_hand() * self.mean / self.config.worker_pool_size > 1.0
 
     def _give_back(self, link: Link) -> None:
-        by_claim: dict[int, list[Task]] = {}
-        taken: list[Task] = list(self.careful) if self.draining.is_set() else []
-        if taken:
-            self.careful.clear()
+        taken: list[Task] = []
+        while self.draining.is_set() and self.careful:
+            taken.append(self.careful.popleft())
         with contextlib.suppress(Empty):
             while True:
                 rest = self.slices.get_nowait()
                 self.requeued -= len(rest or ())
                 taken += rest or ()
-        for task in taken:
+        by_claim: dict[int, list[Task]] = {}
+        for task in [*taken, *(self._give_up() if self.releasing.is_set() else [])]:
             by_claim.setdefault(task.claim_id, []).append(task)
-        if self.releasing.is_set():
-            for task in self.running_tasks():
-                if not task.settled:
-                    by_claim.setdefault(task.claim_id, []).append(task)
-                    task.settled = "abandoned"
-                    if task.on_cancel is not None:
-                        task.on_cancel()
-        for claim, tasks in by_claim.items():
-            release_tasks(link, claim, [task.id for task in tasks])
-            for task in tasks:
-                self.tasks.pop(task.id, None)
+        try:
+            for claim, tasks in by_claim.items():
+                release_tasks(link, claim, [task.id for task in tasks])
+                for task in tasks:
+                    self._forget(task)
+        except psycopg.Error:   # they are still ours: to run, or to be given back in the next round
+            kept = collections.deque(task for task in taken if task.id in self.tasks)
+            self.requeued += len(kept)
+            self.slices.put(kept)
+            raise
         if taken:
             log.info("gave %d tasks back that had not started", len(taken), extra={"worker": self.id})
+
+    def _give_up(self) -> list[Task]:
+        """What still runs after the grace period: asked to stop once more, its late answer is not reported."""
+        running = [task for task in self.running_tasks() if task.settled in ("", "abandoned") and task.id in self.tasks]
+        for task in running:
+            task.settled = "abandoned"
+            if task.on_cancel is not None:
+                task.on_cancel()
+        return running
 
     def _start_with_care(self, link: Link, now: float) -> None:
         """Start one task that was recovered from a dead worker: durably marked first, and not together with another such one,
@@ -1855,6 +1878,7 @@ class Worker:
             except ConfigError as error:   # the schema is of another version
                 self.fatal = error
                 log.error("%s", error)
+                self.stopped.wait()
                 break
             self.wake_heartbeat.wait(min(delay, 1.0))
             self.wake_heartbeat.clear()
@@ -1867,13 +1891,14 @@ class Worker:
     def _do_chores(self, link: Link) -> float:
         if not self.registered.is_set():
             self._register()
-        problems = [] if self.draining.is_set() else self.health()
+        problems = self.health()
         if problems:
             log.error("no heartbeat: %s", "; ".join(problems))
             return 1.0
         for chore in self.chores:
             at, every, leaders, what = chore
             if time.monotonic() >= at and (not leaders or self.leads()):
+                self.loop_at["heartbeat"] = time.monotonic()
                 chore[0] = time.monotonic() + every   # before: a chore that fails must not be hammered
                 what(link)
         self.reached_at = time.monotonic()
@@ -1884,8 +1909,9 @@ class Worker:
         link.close()
         link.name = "orchestrator " + self.id[-50:]   # orchestrator._application_name(): who asks pg_stat_activity sees it live
         link.open()
-        if not self.reached_at:   # at its start only: in a rolling upgrade it goes on, also under a new id
+        if not self.schema_seen:   # at its start only: in a rolling upgrade it goes on, also under a new id
             ensure_schema(link.open())
+            self.schema_seen = True
         policies = {pattern: handler.policy() for pattern, handler in self.router.patterns().items()}
         link.call("select orchestrator.register_worker(%s, %s, %s, %s, %s)", self.id, socket.gethostname(), self.config.worker_pool_size,
                   VERSION, Jsonb(policies))
@@ -2016,11 +2042,12 @@ class Worker:
         return time.monotonic() - min(self.loop_at[name] for name in ("claim", "report"))
 
     def health(self) -> list[str]:
-        """What is wrong with this process; never asks the database. A call to it may last STATEMENT_TIMEOUT + 5 s."""
+        """What is wrong with this process; never asks the database. A call to it may last STATEMENT_TIMEOUT + 5 s, and connecting
+        before it 10 s for each host."""
         if self.fatal is not None:
             return [str(self.fatal)]
-        now, names = time.monotonic(), ("report",) if self.draining.is_set() else ("claim", "report")
-        limit = STATEMENT_TIMEOUT + 15
+        now, names = time.monotonic(), ("report",) if self.draining.is_set() else ("claim", "report", "heartbeat")
+        limit = STATEMENT_TIMEOUT + 5 + 10 * len(str(conninfo_to_dict(self.config.database_url).get("host", "")).split(","))
         return [f"the {name} loop has not moved for {now - self.loop_at[name]:.0f} s" for name in names if now - self.loop_at[name] > limit]
 
     def readiness(self) -> list[str]:
