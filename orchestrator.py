@@ -1294,6 +1294,7 @@ class Place:
     slice: collections.deque[Task] = dataclasses.field(default_factory=collections.deque)
     taken: int = 0                                                                  # tasks that came in its slices
     abandoned: bool = False                                                         # its handler outlived its timeout
+    ended: bool = False                                                             # its thread is gone
 
 
 class Backoff:
@@ -1382,7 +1383,7 @@ class Worker:
         until = time.monotonic() + grace
         self.draining.set()
         self.wake_claim.set()
-        self.threads["claim"].join(min(grace, 2.0) if self.registered.is_set() else 0)   # what it just claims is in hand then
+        self._join("claim", time.monotonic() + min(max(grace, 0.3), 2.0))   # what it is just claiming is in hand then
         while time.monotonic() < until and not (hurry and hurry.is_set()):
             for task in self.running_tasks():   # each time: a pool thread may just have taken one that is to be given back
                 task.cancel("shutdown")
@@ -1441,6 +1442,7 @@ class Worker:
                     break
             self.wake_report.set()
             self.wake_claim.set()
+        place.ended = True
 
     def _next(self, tasks: collections.deque[Task]) -> Task | None:
         for queue in (self.urgent, tasks):
@@ -1588,6 +1590,7 @@ class Worker:
             except psycopg.Error as error:
                 self._database_error("report", error)
                 self.stopped.wait(backoff.next())
+                releasing = False
             unreported = [task for task in unreported if not task.settled]
             self._rate_line()
             if releasing and not self.finished and not unreported:
@@ -1656,7 +1659,7 @@ class Worker:
                 self._isolate(report, link, tasks[middle:])
                 return
             self._database_error(f"report of task {tasks[0].id}", error)
-            before, unrecorded = tasks[0].outcome, f"its outcome could not be recorded: {error_line(error)}".encode("ascii", "replace").decode()
+            before, unrecorded = tasks[0].outcome, ascii(f"its outcome could not be recorded: {error_line(error)}")[1:-1]
             if before is not None and before.text == unrecorded:
                 self._settle(tasks[0], "rejected")   # nothing more can be said of it: it stays claimed until this worker ends
             else:   # plain words, reported in the next round
@@ -1723,6 +1726,8 @@ class Worker:
     # -------------------------------------------------------------------- what the report loop does beside reporting
     def _supervise(self, link: Link, unreported: list[Task]) -> None:
         now = time.monotonic()
+        if any(place.ended for place in self.places):
+            self._keep_pool_size()
         unmarked: dict[int, list[Task]] = {}
         ages = []
         for place in list(self.places):
@@ -1770,10 +1775,19 @@ class Worker:
         unreported.append(stand_in)
         self.wake_report.set()
         place.abandoned = True
-        if sum(p.abandoned for p in self.places) <= self.config.worker_pool_size:
+        self._keep_pool_size()
+
+    def _keep_pool_size(self) -> None:
+        """A place whose handler outlived its timeout is replaced, up to a whole pool of them; it goes when its handler returns."""
+        ended = [place for place in self.places if place.ended]
+        if ended:
+            self.places = [place for place in self.places if not place.ended]   # first: in_hand() may be too high then, never too low
+            self.requeued -= sum(place.taken for place in ended)
+        size, stuck = self.config.worker_pool_size, sum(place.abandoned for place in self.places)
+        for _ in range(min(size - (len(self.places) - stuck), 2 * size - len(self.places))):
             self._add_place()
-        else:
-            log.error("%d handlers did not stop after their timeout: the pool shrinks", self.config.worker_pool_size)
+        if stuck > size:
+            log.error("%d handlers did not stop after their timeout: the pool shrinks", stuck)
 
     def _overloaded(self) -> bool:
         """What is in hand would take over a second to start: others could start it sooner."""
@@ -2048,7 +2062,13 @@ class Worker:
             return [str(self.fatal)]
         now, names = time.monotonic(), ("report",) if self.draining.is_set() else ("claim", "report", "heartbeat")
         limit = STATEMENT_TIMEOUT + 5 + 10 * len(str(conninfo_to_dict(self.config.database_url).get("host", "")).split(","))
-        return [f"the {name} loop has not moved for {now - self.loop_at[name]:.0f} s" for name in names if now - self.loop_at[name] > limit]
+        still = {name: now - self._moved_at(name) for name in names}
+        return [f"the {name} loop has not moved for {seconds:.0f} s" for name, seconds in still.items() if seconds > limit]
+
+    def _moved_at(self, name: str) -> float:
+        """When a loop came round last, or began the call that it is in: many slow answers are the database's fault, not the loop's."""
+        began = self.links[name].deadline - STATEMENT_TIMEOUT - 5
+        return max(self.loop_at[name], began) if began < math.inf else self.loop_at[name]
 
     def readiness(self) -> list[str]:
         problems = self.health()
