@@ -811,6 +811,13 @@ class Metrics:
             for kind, count in counts.items():
                 self.completed[self.label(kind), "completed"] += count
 
+    def recovery(self, outcomes: Mapping[str, int], dead: Mapping[str, int]) -> None:
+        """Count what became of dead workers' tasks; `dead` by type, from any worker's handlers."""
+        with self.lock:
+            self.recovered.update(outcomes)
+            for kind, count in dead.items():
+                self.dead[self.label(kind)] += count
+
     def error(self, error: BaseException) -> None:
         sqlstate = getattr(error, "sqlstate", None)
         with self.lock:
@@ -836,7 +843,8 @@ class Collector:
                       ("type", "status"), metrics.completed)
         yield _family(CounterMetricFamily, "task_retries", "Retries scheduled here, by the attempt that failed", ("type", "attempt"),
                       metrics.retries)
-        yield _family(CounterMetricFamily, "tasks_dead_letter", "Tasks whose last attempt failed here", ("type",), metrics.dead)
+        yield _family(CounterMetricFamily, "tasks_dead_letter", "Tasks that became dead letters: failed here, or recovered by this worker",
+                      ("type",), metrics.dead)
         yield _family(CounterMetricFamily, "task_outcomes_rejected", "Late outcomes that the fence refused", ("type",), metrics.rejected)
         yield _family(CounterMetricFamily, "tasks_recovered", "Tasks that this worker, leading, took from dead workers: released "
                       "uncharged, retried, dead (letters), cancelled, or failed to be recovered", ("outcome",), metrics.recovered)
@@ -1332,6 +1340,7 @@ class Worker:
         self.types: set[str] = set(router.exact)
         self.idle = False
         self.full_claims = 0
+        self.forgotten_at = 0.0
         self.promote_at = self.types_at = self.cancels_at = self.progress_at = 0.0
         self.last_careful: tuple[Task | None, float] = (None, 0.0)
         self.since_rate_line: collections.Counter[str] = collections.Counter()
@@ -1483,6 +1492,7 @@ class Worker:
                     self._declared_dead(worker_id)
                     continue
                 self.idle = False   # unknown: say it again
+                self.forgotten_at = 0.0
                 self._database_error("claim", error)
                 self.draining.wait(backoff.next())
                 continue
@@ -1497,6 +1507,9 @@ class Worker:
         if now >= self.promote_at:
             next_in = link.call("select promoted, next_in from orchestrator.promote_due()")[0][1]
             self.promote_at = now + min(1.0, max(0.005, float(next_in) + 0.001) if next_in is not None else 1.0)
+        if now >= self.forgotten_at:
+            self._release_forgotten(link, worker_id)
+            self.forgotten_at = now + 10.0
         if self.router.prefixes and now >= self.types_at:
             self._refresh_types(link)
         wait = max(0.0, min(self.config.claim_interval, self.promote_at - now))
@@ -1521,6 +1534,14 @@ class Worker:
             self._set_idle(link, worker_id, True)
             return 0.0
         return wait
+
+    def _release_forgotten(self, link: Link, worker_id: str) -> None:
+        """A claim may have been committed although its answer was lost: nobody would run its tasks while this worker lives. Only
+        this thread claims, so it knows of all the others; later again, as the lost call may still have been under way."""
+        known = {task.claim_id for task in list(self.tasks.values())}
+        released = link.call("select orchestrator.release_forgotten(%s, %s::bigint[])", worker_id, _array(known))[0][0]
+        if released:
+            log.warning("gave %d tasks back whose claim got no answer", released, extra={"worker": worker_id})
 
     def _set_idle(self, link: Link, worker_id: str, idle: bool) -> None:
         link.call("select orchestrator.set_idle(%s, %s)", worker_id, idle)
@@ -1988,8 +2009,9 @@ class Worker:
         self.recovered_at = time.monotonic()
         if dead or counts:
             log.warning("recovery: %s workers declared dead", dead, extra={"worker": self.id, **counts})
-        with self.metrics.lock:
-            self.metrics.recovered.update(counts)
+        self.metrics.recovery(counts, {})
+        if counts.get("dead"):
+            self.metrics.recovery({}, dict(link.call("select type, tasks from orchestrator.recovered_dead_letters(%s)", counts["dead"])))
         if sum(counts.values()) >= 900:   # about the limit of a call: there may be more
             self._again(self._recover)
 

@@ -237,6 +237,21 @@ comment on function orchestrator.release_tasks(bigint, uuid[]) is
   'Gives tasks of a claim back (p_ids null: all), uncharged and at their old places; those asked to cancel end as cancelled. '
   'Returns how many left the claim.';
 
+create or replace function orchestrator.release_forgotten(p_worker_id text, p_known bigint[]) returns int
+language plpgsql set search_path = '' as $$
+declare
+  v_id bigint;
+  v_n int := 0;
+begin
+  for v_id in select c.id from orchestrator.claims c where c.worker_id = p_worker_id and c.id <> all (p_known) order by c.id loop
+    v_n := v_n + orchestrator.release_tasks(v_id);
+  end loop;
+  return v_n;
+end $$;
+comment on function orchestrator.release_forgotten(text, bigint[]) is
+  'Releases the claims of a worker that it does not know of: they were committed, but the answer was lost. p_known: all claims '
+  'that it holds tasks of. Returns how many tasks left those claims.';
+
 create or replace function orchestrator.snooze_task(p_claim_id bigint, p_id uuid, p_delay interval) returns text
 language plpgsql
 set search_path = '' set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$

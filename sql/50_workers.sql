@@ -7,7 +7,8 @@ create or replace function orchestrator.register_worker(
 language plpgsql set search_path = '' as $$
 begin
   insert into orchestrator.workers (id, hostname, pool_size, version, handles)
-  values (p_id, p_hostname, p_pool_size, p_version, array(select orchestrator._like(k) from jsonb_object_keys(p_handlers) k));
+  values (p_id, p_hostname, p_pool_size, p_version, array(select orchestrator._like(k) from jsonb_object_keys(p_handlers) k))
+  on conflict (id) do nothing;   -- sent again, since the answer was lost
   insert into orchestrator.task_types as tt (type, max_retries, base_delay, max_delay, timeout)
   select h.key, coalesce((h.value ->> 'max_retries')::int, 3), make_interval(secs => coalesce((h.value ->> 'base_delay')::double precision, 1)),
          make_interval(secs => coalesce((h.value ->> 'max_delay')::double precision, 3600)),

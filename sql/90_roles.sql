@@ -59,8 +59,8 @@ begin
 
   -- look
   grant execute on function
-    orchestrator.stats, orchestrator.metrics, orchestrator.list_tasks, orchestrator.show_task, orchestrator.explain_task,
-    orchestrator.audit, orchestrator.redact, orchestrator.retry_delay, orchestrator.api_overview, orchestrator.api_history,
+    orchestrator.stats, orchestrator.metrics, orchestrator.recovered_dead_letters, orchestrator.list_tasks, orchestrator.show_task,
+    orchestrator.explain_task, orchestrator.audit, orchestrator.redact, orchestrator.retry_delay, orchestrator.api_overview, orchestrator.api_history,
     orchestrator.api_tasks, orchestrator.api_running, orchestrator.api_retries, orchestrator.api_failures,
     orchestrator.api_dead_letters, orchestrator.api_task, orchestrator._age, orchestrator._api_check, orchestrator._api_id,
     orchestrator._api_int, orchestrator._api_task, orchestrator._api_text, orchestrator._api_types, orchestrator._api_workers,
@@ -81,7 +81,7 @@ begin
     orchestrator.register_worker, orchestrator.unregister_worker, orchestrator.heartbeat, orchestrator.cancelling_tasks,
     orchestrator.set_idle, orchestrator.known_types, orchestrator.promote_due, orchestrator.claim_tasks, orchestrator.start_tasks,
     orchestrator.complete_tasks, orchestrator.fail_tasks, orchestrator.fail_task, orchestrator.release_tasks,
-    orchestrator.snooze_task, orchestrator.record_progress, orchestrator.acquire_leadership, orchestrator.resign_leadership,
+    orchestrator.release_forgotten, orchestrator.snooze_task, orchestrator.record_progress, orchestrator.acquire_leadership, orchestrator.resign_leadership,
     orchestrator.declare_dead, orchestrator.declare_disconnected_dead, orchestrator.recover_orphans, orchestrator.raise_floors,
     orchestrator.rescan_lanes, orchestrator.drop_idle_lanes, orchestrator.prune, orchestrator.mark_claims,
     orchestrator.sample_stats, orchestrator._advance_safe_floor, orchestrator._announce, orchestrator._application_name,
