@@ -1,0 +1,157 @@
+"""Write the README's tables of settings, SQL functions and metrics, each between two markers, from what the code says of itself.
+
+`make sql-docs`. The functions, views and tables come from the catalog and its comments, the settings from Config, the metrics from
+a running worker. A test compares the README with what this would write.
+"""
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psycopg
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+sys.path.insert(0, str(REPOSITORY / "tests"))
+from handlers import HANDLERS
+from orchestrator import Collector, Config, Orchestrator, _duration
+from postgres import install_schema, start_server
+
+README = REPOSITORY / "README.md"
+HEADINGS = {"20_enqueue.sql": "Enqueue", "70_operate.sql": "Operate", "80_inspect.sql": "Inspect", "82_audit.sql": "Inspect",
+            "00_schema.sql": "Inspect"}   # for people; the rest is for workers, the leader and the page
+FUNCTIONS = """
+    select p.proname, pg_get_function_arguments(p.oid), pg_get_function_result(p.oid), obj_description(p.oid, 'pg_proc')
+    from pg_proc p where p.pronamespace = 'orchestrator'::regnamespace and p.proname !~ '^_' and p.prokind = 'f'
+      and p.prorettype <> 'trigger'::regtype
+    order by p.proname, 2"""
+RELATIONS = """
+    select c.relname, c.relkind, obj_description(c.oid, 'pg_class')
+    from pg_class c where c.relnamespace = 'orchestrator'::regnamespace and c.relkind in ('r', 'v')
+      and c.relname !~ '^_' order by c.relname"""
+COLUMNS = """
+    select a.attname, format_type(a.atttypid, a.atttypmod), col_description(a.attrelid, a.attnum) from pg_attribute a
+    where a.attrelid = %s::regclass and a.attnum > 0 and not a.attisdropped order by a.attnum"""
+
+
+def defined_in() -> dict[str, str]:
+    """Which file of sql/ defines a function."""
+    files = {}
+    for path in sorted((REPOSITORY / "sql").glob("*.sql")):
+        for name in re.findall(r"^\s*create or replace function orchestrator\.(\w+)", path.read_text(), re.MULTILINE):
+            files[name] = path.name
+    return files
+
+
+def cell(text: str | None) -> str:
+    return (text or "").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+
+
+def table(names: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    return [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}", *(f"| {' | '.join(row)} |" for row in rows), ""]
+
+
+def arguments(text: str) -> str:
+    """Shorter, and with no `::type` behind the defaults."""
+    text = re.sub(r"::[a-z.\"\[\] ]+?(?=,|$)", "", text).replace("timestamp with time zone", "timestamptz")
+    return text.replace(" DEFAULT ", " = ").replace("integer", "int").replace("NULL", "null")
+
+
+def sql_docs(connection: psycopg.Connection[Any]) -> str:
+    with connection.transaction():
+        connection.execute("set local search_path = pg_catalog, orchestrator")   # no `orchestrator.` before each type
+        functions = connection.execute(FUNCTIONS).fetchall()
+        relations = connection.execute(RELATIONS).fetchall()
+        columns = connection.execute(COLUMNS, ["orchestrator.tasks"]).fetchall()
+    files = defined_in()
+    groups: dict[str, list[tuple[str, ...]]] = {heading: [] for heading in [*HEADINGS.values(), "Rest"]}
+    for name, args, result, comment in functions:
+        out = re.findall(r"OUT (\w+ [^,]+)", args)   # the columns of a single row
+        args = re.sub(r"(, )?OUT \w+ [^,]+", "", args)
+        returns = f"row ({arguments(', '.join(out))})" if out else arguments(re.sub(r"^TABLE\((.*)\)$", r"rows (\1)", result))
+        groups[HEADINGS.get(files.get(name, ""), "Rest")].append((f"`{name}({arguments(args)})`", f"`{returns}`", cell(comment)))
+    lines = []
+    for heading in dict.fromkeys(HEADINGS.values()):
+        lines += [f"**{heading}**", "", *table(("function", "returns", "what it does"), groups[heading])]
+    views = [(f"`{name}`", cell(comment)) for name, kind, comment in relations if kind == "v"]
+    lines += ["**Views**", "", *table(("view", "what it shows"), views)]
+    lines += ["<details><summary>What workers, the leader and the page call</summary>", "",
+              *table(("function", "returns", "what it does"), groups["Rest"]), "</details>", ""]
+    lines += ["<details><summary>Tables, and the columns of <code>tasks</code></summary>", "",
+              *table(("table", "what it holds"), [(f"`{name}`", cell(comment)) for name, kind, comment in relations if kind == "r"]),
+              *table(("column of tasks", "type", ""),
+                     [(f"`{name}`", f"`{arguments(kind)}`", cell(comment)) for name, kind, comment in columns]),
+              "</details>"]
+    return "\n".join(lines)
+
+
+def default(field: dataclasses.Field[Any]) -> str:
+    """A default as one would write it in the environment."""
+    value = field.default
+    if field.metadata["parse"] is _duration:
+        unit, seconds = next((unit, seconds) for unit, seconds in (("d", 86400), ("h", 3600), ("m", 60), ("s", 1)) if value % seconds == 0)
+        return f"`{value / seconds:g}{unit}`"
+    return "" if value == "" else f"`{str(value).lower()}`"
+
+
+def settings() -> str:
+    rows = [(f"`{field.name.upper()}`", default(field), cell(field.metadata["help"])) for field in dataclasses.fields(Config)]
+    return "\n".join(table(("setting", "default", "what it is"), rows)).rstrip()
+
+
+def metrics(url: str) -> str:
+    """Of a worker that leads: it alone exports what is true of the whole queue."""
+    app = Orchestrator(url, handlers=HANDLERS, metrics_port=0).start()
+    try:
+        assert app.worker is not None
+        until = time.monotonic() + 30
+        while not (app.worker.leads() and app.worker.global_stats) and time.monotonic() < until:
+            threading.Event().wait(0.05)
+        collector = Collector(app.worker)
+        of_all = {family.name for family in collector._global()}
+        assert of_all, "the worker does not lead"
+        rows = []
+        for family in collector.collect():
+            name = family.name + {"counter": "_total", "info": "_info"}.get(family.type, "")
+            labels = getattr(family, "_labelnames", ())
+            shown = f"`{name}`" + (f" by {', '.join(labels)}" if labels else "")
+            rows.append((shown, family.type, "the leader" if family.name in of_all else "each worker", cell(family.documentation)))
+    finally:
+        app.stop(grace=0)
+    return "\n".join(table(("metric", "kind", "exported by", "what it is"), rows)).rstrip()
+
+
+def replaced(readme: str, name: str, text: str) -> str:
+    """The README with the part between two markers replaced."""
+    begin, end = f"<!-- {name}: written by make sql-docs -->", f"<!-- end of {name} -->"
+    if readme.count(begin) != 1 or readme.count(end) != 1:
+        raise SystemExit(f"README.md: must have {begin} and {end}, each once")
+    before, rest = readme.split(begin)
+    return f"{before}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}"
+
+
+def written(readme: str, url: str) -> str:
+    """The README as it should be; `url` is a database that has the schema and no worker."""
+    with psycopg.connect(url) as connection:
+        readme = replaced(readme, "sql", sql_docs(connection))
+    return replaced(replaced(readme, "settings", settings()), "metrics", metrics(url))
+
+
+def main() -> None:
+    server = start_server()
+    try:
+        url = server.create_database()
+        install_schema(url)
+        README.write_text(written(README.read_text(), url))
+        server.drop_database(url)
+    finally:
+        server.stop()
+
+
+if __name__ == "__main__":
+    main()
