@@ -1,0 +1,315 @@
+"""Least privilege: what each of the four roles may do, tried on every function of the catalog, and a whole worker under its role."""
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import psycopg
+import pytest
+from psycopg import sql
+
+from postgres import LocalServer, eventually, install_schema
+from steps import audit, claim, column, enqueue, register, rows, value
+
+READ = {"schema_version", "redact", "explain_task", "show_task", "list_tasks", "audit", "stats", "metrics",
+        "recovered_dead_letters", "retry_delay", "api_overview", "api_history", "api_tasks", "api_running", "api_retries", "api_failures", "api_dead_letters", "api_task"}
+DECISIONS = {
+    "producer": {"schema_version", "enqueue", "enqueue_many"},
+    "worker": READ | {
+        "register_worker", "unregister_worker", "heartbeat", "cancelling_tasks", "set_idle", "known_types", "promote_due", "claim_tasks",
+        "start_tasks", "complete_tasks", "fail_tasks", "fail_task", "release_tasks", "snooze_task", "record_progress",
+        "acquire_leadership", "resign_leadership", "declare_dead", "declare_disconnected_dead", "recover_orphans", "raise_floors",
+        "rescan_lanes", "drop_idle_lanes", "prune", "mark_claims", "sample_stats"},
+    "operator": READ | {"cancel_task", "retry_task", "retry_dead_letters", "pause_type", "resume_type", "api_cancel", "api_retry",
+                        "api_retry_dead_letters", "api_pause", "api_resume"},
+    "auditor": READ,
+}
+ROLES = sorted(DECISIONS)
+VIEWS = ("pending_tasks", "running_tasks", "dead_letters", "queue_stats")
+HANDLERS = """
+import orchestrator
+def fail(task):
+    raise RuntimeError("no")
+def discard_or_snooze(task):
+    raise orchestrator.Snooze(0.01) if task.priority else orchestrator.Discard("enough")
+def wait(task):
+    task.progress({"step": 1, "password": "hunter2"})
+    task.cancelled.wait(30)
+    task.raise_if_cancelled()
+def written(task):
+    with task.transaction() as connection:
+        connection.execute("select 1")
+HANDLERS = {"task:ok": lambda task: {"n": 1}, "task:fail": orchestrator.Handler(fail, max_retries=1, base_delay=0.01),
+            "task:discard": discard_or_snooze, "task:wait": wait, "task:written": written, "task:pattern:*": lambda task: None}
+"""
+
+
+def as_user(url: str, user: str) -> str:
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(netloc=f"{user}@{parts.netloc.rsplit('@', 1)[1]}"))
+
+
+@pytest.fixture
+def login(installed: str, conn: Any) -> Iterator[Any]:
+    """Make a user with these of the four roles, and return the URL to connect as it."""
+    made: list[str] = []
+
+    def make(*roles: str) -> str:
+        name = f"user_{conn.info.dbname}_{len(made)}"
+        made.append(name)
+        conn.execute(sql.SQL("create role {} login").format(sql.Identifier(name)))
+        for role in roles:
+            conn.execute(sql.SQL("grant {} to {}").format(sql.Identifier("orchestrator_" + role), sql.Identifier(name)))
+        return as_user(installed, name)
+
+    yield make
+    for name in made:
+        conn.execute("select pg_terminate_backend(pid) from pg_stat_activity where usename = %s", [name])
+        conn.execute(sql.SQL("drop role {}").format(sql.Identifier(name)))
+
+
+def functions(conn: Any) -> list[dict[str, Any]]:
+    return rows(conn, """
+        select p.oid::regprocedure::text as signature, p.proname as name, p.prosrc as body,
+               'select ' || p.oid::regproc || '(' || coalesce(
+                      (select string_agg('null::' || format_type(a, null), ', ' order by o)
+                       from unnest(p.proargtypes) with ordinality u(a, o)), '') || ')' as call
+        from pg_proc p where p.pronamespace = 'orchestrator'::regnamespace order by 1""")
+
+
+def code(body: str) -> str:
+    """Without comments and string literals."""
+    return re.sub(r"'(?:[^']|'')*'", "''", re.sub(r"--[^\n]*", "", body))
+
+
+def allowed(conn: Any, role: str) -> set[str]:
+    """What a role may execute: the decisions, the views for those who look, and whatever of `_…` these call."""
+    bodies = {f["name"]: code(f["body"]) for f in functions(conn)}
+    bodies |= dict(conn.execute("select relname, pg_get_viewdef(oid) from pg_class where relkind = 'v' "
+                                "and relnamespace = 'orchestrator'::regnamespace").fetchall())
+    todo = list(DECISIONS[role] | (set(VIEWS) if role != "producer" else set()))
+    reached: set[str] = set()
+    while todo:
+        name = todo.pop()
+        if name not in reached:
+            reached.add(name)
+            todo += [other for other in bodies if re.search(rf"\b{other}\b", bodies[name])]
+    return DECISIONS[role] | {name for name in reached if name.startswith("_")}
+
+
+def test_every_public_function_has_a_decision(conn):
+    public = {f["name"] for f in functions(conn) if not f["name"].startswith("_")}
+    assert public == set().union(*DECISIONS.values())
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_each_role_may_call_what_it_needs_and_nothing_else(conn, role):
+    may = allowed(conn, role)
+    wrong = []
+    for function in functions(conn):
+        refused = None
+        with suppress(psycopg.Error), conn.transaction(force_rollback=True):
+            conn.execute(f"set local role orchestrator_{role}")
+            try:
+                conn.execute(function["call"])
+            except psycopg.Error as error:
+                refused = str(error).split("\n")[0] if error.sqlstate == "42501" else None
+                raise
+        expected = None if function["name"] in may else f"permission denied for function {function['name']}"
+        if refused != expected:
+            wrong.append(f"{function['signature']}: {refused or 'allowed'}, should be {expected or 'allowed'}")
+    assert wrong == []
+
+
+def test_public_has_nothing(conn, login):
+    assert column(conn, "select oid::regprocedure::text from pg_proc where pronamespace = 'orchestrator'::regnamespace "
+                        "and has_function_privilege('public', oid, 'execute')") == []
+    assert column(conn, "select oid::regclass::text from pg_class where relnamespace = 'orchestrator'::regnamespace "
+                        "and case when relkind in ('r', 'v') then has_table_privilege('public', oid, "
+                        "'select, insert, update, delete, truncate, references, trigger') or has_any_column_privilege('public', oid, 'select, insert, update, references') end") == []
+    assert column(conn, "select oid::regclass::text from pg_class where relnamespace = 'orchestrator'::regnamespace "
+                        "and case when relkind = 'S' then has_sequence_privilege('public', oid, 'usage, select, update') end") == []
+    assert value(conn, "select has_schema_privilege('public', 'orchestrator', 'usage, create')") is False
+    assert value(conn, "select has_type_privilege('public', 'orchestrator.task_status', 'usage')") is False
+    with psycopg.connect(login()) as stranger, pytest.raises(psycopg.errors.InsufficientPrivilege):
+        enqueue(stranger)
+
+
+def test_no_role_may_change_the_schema(login):
+    with psycopg.connect(login(*ROLES), autocommit=True) as conn:
+        for statement in ("create table orchestrator.x ()", "create function orchestrator.x() returns int language sql as 'select 1'",
+                          "drop function orchestrator.enqueue", "alter table orchestrator.tasks add x int", "truncate orchestrator.tasks",
+                          "create index on orchestrator.tasks (type)", "drop schema orchestrator cascade"):
+            with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                conn.execute(statement)
+
+
+def test_producer_enqueues_and_sees_no_payload(login, conn):
+    with psycopg.connect(login("producer"), autocommit=True) as producer:
+        first = enqueue(producer, "a", {"password": "x"}, idempotency_key="k", run_at="2030-01-01")
+        assert enqueue(producer, "a", idempotency_key="k", run_at="2030-01-01") == first
+        enqueue(producer, "a", priority=3, max_retries=0)
+        assert len(column(producer, "select id from orchestrator.enqueue_many('b', '{1,2}', 0, '{k,k}')")) == 2
+        for query in ("select payload from orchestrator.tasks", "select * from orchestrator.pending_tasks",
+                      "select last_error from orchestrator.tasks", "update orchestrator.tasks set priority = 1",
+                      "delete from orchestrator.tasks", "insert into orchestrator.tasks (type, status) values ('a', 'completed')"):
+            with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                producer.execute(query)
+    assert value(conn, "select count(*) from orchestrator.tasks") == 3
+    assert audit(conn) == []
+
+
+def test_auditor_sees_everything_but_secrets_and_changes_nothing(login, conn):
+    register(conn)
+    ids = [enqueue(conn, payload={"password": "hunter2", "to": "a"}) for _ in range(3)]
+    claim(conn, limit=1)
+    conn.execute("select orchestrator.cancel_task(%s)", [ids[2]])
+    with psycopg.connect(login("auditor"), autocommit=True) as auditor:
+        for view in VIEWS:
+            assert "hunter2" not in str(rows(auditor, f"select * from orchestrator.{view}"))
+        assert len(column(auditor, "select orchestrator.list_tasks()")) == 3
+        assert value(auditor, "select orchestrator.show_task(%s)", ids[0])["payload"] == {"password": "[redacted]", "to": "a"}
+        assert "cancelled" in value(auditor, "select orchestrator.explain_task(%s)", ids[2])
+        assert audit(auditor) == []
+        assert rows(auditor, "select * from orchestrator.stats()") == []
+        assert len(value(auditor, "select orchestrator.api_tasks('{\"status\": \"ready\"}')")["tasks"]) == 1
+        assert len(value(auditor, "select orchestrator.api_tasks()")["tasks"]) == 3
+        assert value(auditor, "select orchestrator.api_running()")["tasks"][0]["id"] == ids[0]
+        assert column(auditor, "select status from orchestrator.tasks where id = %s", ids[2]) == ["cancelled"]
+        for query in ("select payload from orchestrator.tasks", "select result from orchestrator.tasks", "select * from orchestrator.tasks",
+                      "select orchestrator.cancel_task(gen_random_uuid())", "delete from orchestrator.task_events",
+                      "update orchestrator.task_types set paused = true"):
+            with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                auditor.execute(query)
+
+
+def test_operator_cancels_retries_and_pauses_without_a_right_on_payloads(login, conn):
+    register(conn)
+    ids = [enqueue(conn, payload={"n": n}) for n in range(3)]
+    [flying] = claim(conn, limit=1)
+    with psycopg.connect(login("operator"), autocommit=True) as operator:
+        assert value(operator, "select orchestrator.cancel_task(%s)", ids[0]) == "cancelling"
+        assert value(operator, "select orchestrator.cancel_task(%s)", ids[1]) == "cancelled"
+        assert value(operator, "select orchestrator.retry_task(%s)", ids[1]) == "pending"
+        assert value(operator, "select orchestrator.pause_type('t')") is True
+        assert value(operator, "select orchestrator.api_resume('{\"type\": \"t\"}')")["changed"] is True
+        conn.execute("select orchestrator.fail_task(%s, %s, 'no', null, true)", [claim(conn, limit=1)[0]["claim_id"], ids[2]])
+        assert value(operator, "select orchestrator.retry_dead_letters()") == 1
+        for query in ("select payload from orchestrator.tasks", "select orchestrator.enqueue('t')", "delete from orchestrator.tasks",
+                      "select orchestrator.claim_tasks('w', '{t}', 1)", "update orchestrator.tasks set payload = '{}'"):
+            with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                operator.execute(query)
+    assert flying["id"] == ids[0]
+    assert audit(conn) == []
+
+
+def post(address: str, action: str, **body: str) -> tuple[int, Any]:
+    request = urllib.request.Request(f"{address}/api/{action}", json.dumps(body).encode(), {"Authorization": "Bearer secret"})
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
+def get(address: str, path: str) -> str:
+    with urllib.request.urlopen(address + path, timeout=10) as answer:
+        return str(answer.read().decode())
+
+
+def test_a_whole_worker_runs_under_its_role_alone(login, conn, worker_process, tmp_path):
+    """It runs tasks of every outcome, leads, recovers, prunes, counts and serves the page; another role acts through the page."""
+    (tmp_path / "handlers.py").write_text(HANDLERS)
+    register(conn, "dead", ["task:ok"])
+    orphan = enqueue(conn, "task:ok")
+    claim(conn, "dead", ["task:ok"])
+    conn.execute("update orchestrator.workers set last_heartbeat = now() - interval '1 hour'")
+    kinds = ["task:ok", "task:fail", "task:discard", "task:written", "task:pattern:x", "task:wait"]
+    settings = {"ADMIN_TOKEN": "secret", "DISTRIBUTED_MODE": "true", "HEARTBEAT_INTERVAL": "300ms", "WORKER_TIMEOUT": "2s",
+                "LEADER_TERM": "2s", "CLEANUP_INTERVAL": "200ms", "RETENTION_COMPLETED": "1s", "RETENTION_DEAD_LETTER": "1s"}
+    worker = worker_process(login("worker"), **settings)
+    with psycopg.connect(login("producer"), autocommit=True) as producer:
+        ids = {kind: enqueue(producer, kind) for kind in kinds}
+        snoozed = enqueue(producer, "task:discard", priority=1)
+    state = "select status::text from orchestrator.tasks where id = %s"
+    eventually(lambda: value(conn, state, ids["task:wait"]) == "running")
+    eventually(lambda: column(conn, "select id from orchestrator.workers where is_leader and id <> 'dead'"))
+    for kind in ("overview", "history", "tasks", "running", "retries", "failures", "dead_letters"):
+        assert "error" not in json.loads(get(worker.address, f"/api/{kind}"))
+    assert eventually(lambda: 'tasks_pending{type="task:ok"}' in get(worker.address, "/metrics"), 15)
+    assert post(worker.address, "cancel", id=ids["task:wait"])[0] == 403
+    operator = worker_process(login("worker", "operator"), **settings)
+    assert post(operator.address, "cancel", id=ids["task:wait"]) == (200, {"id": ids["task:wait"], "outcome": "cancelling"})
+    assert post(operator.address, "pause", type="task:ok")[0] == 200
+    # everything that ended is pruned after a second, the orphan of the dead worker too; what is snoozed over and over stays
+    gone = [*ids.values(), orphan]
+    eventually(lambda: column(conn, "select id::text from orchestrator.tasks where id = any (%s::uuid[])", gone) == [], 20)
+    assert value(conn, state, snoozed) in ("pending", "claimed", "running")
+    assert (worker.stop(), operator.stop()) == (0, 0)
+    assert "permission denied" not in worker.output + operator.output.replace("cancel: permission denied", "")
+    assert audit(conn) == []
+
+
+def test_a_worker_without_a_role_says_that_it_lacks_a_right(login, run_cli):
+    done = run_cli("run", env={"DATABASE_URL": login(), "METRICS_PORT": 0})
+    assert done.returncode == 2
+    assert "permission denied" in done.stderr and "Security in the README" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_printed_sql_is_what_a_dba_runs_and_a_worker_then_needs_no_ddl(server, db, run_cli, worker_process, tmp_path):
+    printed = run_cli("install", "--print").stdout
+    file = tmp_path / "install.sql"
+    for _ in range(2):   # a DBA may run it again
+        file.write_text(printed)
+        done = subprocess.run([server.bin / "psql", db, "-qX", "-v", "ON_ERROR_STOP=1", "-f", file], check=False,
+                              capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    with psycopg.connect(db, autocommit=True) as conn:
+        conn.execute("create role plain_worker login in role orchestrator_worker")
+        try:
+            worker = worker_process(as_user(db, "plain_worker"))
+            assert worker.stop() == 0
+            assert "permission denied" not in worker.output
+        finally:
+            conn.execute("drop role plain_worker")
+
+
+def test_install_by_a_role_that_may_not_create_roles_works_and_says_so():
+    server = LocalServer()
+    try:
+        db = server.create_database()
+        with server.connect() as admin:
+            admin.execute("create role plain login")
+            admin.execute(sql.SQL("grant create on database {} to plain").format(sql.Identifier(urlsplit(db).path[1:])))
+            notices: list[str] = []
+            with psycopg.connect(as_user(db, "plain")) as conn:
+                conn.add_notice_handler(lambda diagnostic: notices.append(diagnostic.message_primary or ""))
+                install_schema_on(conn)
+            assert sum("may not be created" in notice for notice in notices) == 4
+            with psycopg.connect(as_user(db, "plain"), autocommit=True) as conn:
+                enqueue(conn)
+                assert audit(conn) == []
+                assert value(conn, "select has_function_privilege('public', 'orchestrator.schema_version()', 'execute')") is False
+            for role in ROLES:
+                admin.execute(f"create role orchestrator_{role}")
+        install_schema(as_user(db, "plain"))
+        with psycopg.connect(as_user(db, "plain"), autocommit=True) as conn:
+            assert value(conn, "select has_function_privilege('orchestrator_worker', "
+                               "'orchestrator.claim_tasks(text, text[], int)', 'execute')") is True
+    finally:
+        server.stop()
+
+
+def install_schema_on(conn: psycopg.Connection[Any]) -> None:
+    import orchestrator
+
+    for text in orchestrator.install_sql():
+        conn.execute(text.encode())
