@@ -1386,14 +1386,14 @@ class Worker:
         self.threads[name] = threading.Thread(target=target, name=name, daemon=True)
         self.threads[name].start()
 
-    def stop(self, grace: float, hurry: threading.Event | None = None) -> None:
+    def stop(self, grace: float, hurry: Callable[[], bool] = lambda: False) -> None:
         """Claim no more, give back what has not started, let the rest finish for `grace` seconds, give back what is left."""
         log.info("worker %s stops: %d tasks in hand, grace %g s", self.id, len(self.tasks), grace)
         until = time.monotonic() + grace
         self.draining.set()
         self.wake_claim.set()
         self._join("claim", time.monotonic() + min(max(grace, 0.3), 2.0))   # what it is just claiming is in hand then
-        while time.monotonic() < until and not (hurry and hurry.is_set()):
+        while time.monotonic() < until and not hurry():
             for task in self.running_tasks():   # each time: a pool thread may just have taken one that is to be given back
                 task.cancel("shutdown")
             if not self.tasks:
@@ -1451,6 +1451,9 @@ class Worker:
                     break
             self.wake_report.set()
             self.wake_claim.set()
+        if place.slice:
+            place.taken -= len(place.slice)
+            self.slices.put(place.slice)
         place.ended = True
 
     def _next(self, tasks: collections.deque[Task]) -> Task | None:
@@ -1524,6 +1527,10 @@ class Worker:
             self.metrics.claim_seconds.add([time.monotonic() - started])
         if rows:
             self._hand_out(rows, started)
+        if self.id != worker_id:   # declared dead meanwhile: these were not yet in hand when it stopped the others
+            for row in rows:
+                if row[1] in self.tasks:
+                    self.tasks[row[1]].cancel("lost")
         if len(rows) >= room:   # there may be more: don't wait, and don't have producers ring
             self.full_claims += 1
             if self.idle and self.full_claims > 3:
@@ -1763,8 +1770,8 @@ class Worker:
                 unmarked.setdefault(task.claim_id, []).append(task)
             if task.deadline is not None and now > task.deadline:
                 self._time_out(place, task, now, unreported)
-        if ages and len(ages) >= self.config.worker_pool_size:   # all are busy: don't wait for them to end to see that they are slow
-            self.mean = max(self.mean or 0.0, sum(ages) / len(ages))
+        if self.mean is not None and len(ages) >= self.config.worker_pool_size:   # all busy: slow, seen before they end
+            self.mean = max(self.mean, sum(ages) / len(ages))
         if self.draining.is_set() or self._overloaded():
             self._give_back(link)
         for claim, tasks in unmarked.items():
@@ -2400,28 +2407,29 @@ class Orchestrator:
 
     def run(self) -> None:
         """Run a worker until SIGTERM or SIGINT; a second signal ends the grace period at once. Raises ConfigError."""
-        signals: list[int] = []
-        hurry, asked = threading.Event(), threading.Event()
+        signals: SimpleQueue[int] = SimpleQueue()   # its put() is safe in a signal handler; an Event's set() may deadlock
 
         def on_signal(number: int, frame: object) -> None:
-            (hurry if asked.is_set() else asked).set()
-            signals.append(number)
+            signals.put(number)
         before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             worker = self.start().worker
             assert worker is not None
-            while not asked.wait(0.5):
-                if worker.fatal is not None:
-                    raise worker.fatal
-            worker.stop(self.config.shutdown_grace, hurry)
+            while worker.fatal is None:
+                with contextlib.suppress(Empty):
+                    signals.get(timeout=0.5)
+                    break
+            worker.stop(self.config.shutdown_grace, lambda: not signals.empty())
+            if worker.fatal is not None:
+                raise worker.fatal
         finally:
             self.worker = None
             self.close()
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def open(self) -> psycopg.Connection[Row]:
-        """Connect for enqueuing, starting the embedded database and installing its schema if that is the one in use."""
+    def open(self) -> None:
+        """Start the embedded database and install its schema, if that is the one in use."""
         with self._lock:
             if not self.config.database_url:
                 self._embedded = Embedded(Path(".orchestrator"))
@@ -2431,7 +2439,6 @@ class Orchestrator:
                 log.info("psql: %s %s", self._embedded.bin / "psql", f"'{self.config.database_url}'")
             if self._link is None:
                 self._link = Link(self.config)
-            return self._link.open() if self.worker is None and self._embedded else self._link.connection  # type: ignore[return-value]
 
     def close(self) -> None:
         """Close the connection, and the embedded database if nobody else uses it."""
@@ -2827,4 +2834,8 @@ def _database_problem(error: psycopg.Error) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    impatience = threading.Timer(0.5, os._exit, [exit_code])
+    impatience.daemon = True   # threads that a handler left behind must not keep the process
+    impatience.start()
+    sys.exit(exit_code)
