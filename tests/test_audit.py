@@ -1,0 +1,244 @@
+"""sql/82_audit.sql: audit() names each violation that is planted, and nothing on a healthy database."""
+from __future__ import annotations
+
+import psycopg
+import pytest
+
+from steps import (
+    audit,
+    cancel,
+    claim,
+    claim_one,
+    column,
+    complete,
+    enqueue,
+    enqueue_some,
+    fail,
+    lead,
+    promote,
+    recover,
+    register,
+    release,
+    retry,
+    snooze,
+    start,
+    value,
+)
+
+
+def found(conn):
+    """(invariant, task, worker) of each violation."""
+    return [(invariant, str(id) if id else None, worker) for invariant, id, worker, _ in audit(conn)]
+
+
+@pytest.fixture
+def conn(conn):
+    register(conn)
+    return conn
+
+
+def test_a_healthy_database_in_every_state_has_no_violation(conn):
+    term = lead(conn)
+    enqueue_some(conn, 20)
+    enqueue(conn, idempotency_key="k")
+    enqueue(conn, "u", idempotency_key="k")
+    ended = claim(conn, limit=10)
+    claim_id = ended[0]["claim_id"]
+    ids = [t["id"] for t in ended]
+    start(conn, claim_id, *ids[:6])
+    complete(conn, claim_id, *ids[:3])
+    fail(conn, claim_id, ids[3])
+    fail(conn, claim_id, ids[4], permanent=True)
+    cancel(conn, ids[5])
+    snooze(conn, claim_id, ids[6])
+    release(conn, claim_id, ids[7])
+    cancel(conn, enqueue(conn))
+    retry(conn, ids[4])
+    conn.execute("select orchestrator.raise_floors('leader', %s, '0')", [term])
+    conn.execute("update orchestrator.workers set declared_dead_at = now() where id = 'w'")
+    assert audit(conn) == []
+    recover(conn, term)
+    assert audit(conn) == []
+
+
+def test_an_open_transaction_is_not_taken_for_a_violation(conn, connect):
+    """One statement, one snapshot: half of a claim is never seen."""
+    enqueue_some(conn, 5)
+    worker = connect(autocommit=False)
+    claim_id, id = claim_one(worker)
+    assert audit(conn) == []
+    worker.commit()
+    complete(worker, claim_id, id)
+    assert audit(conn) == []
+
+
+def test_a_lower_policy_makes_no_violation_of_older_tasks(conn):
+    id = enqueue(conn)
+    for _ in range(3):
+        fail(conn, claim_one(conn)[0], id, after="0")
+        promote(conn)
+    register(conn, "v", {"t": {"max_retries": 0}})
+    claim_one(conn)
+    assert audit(conn) == []
+
+
+# name of the constraint → what breaks it, from a ready task (or one that was claimed, where the name begins with +)
+BROKEN_ROWS = {
+    "type_has_1_to_255_bytes": "type = repeat('x', 256)",
+    "idempotency_key_has_1_to_255_bytes": "idempotency_key = ''",
+    "max_retries_is_0_to_1000": "max_retries = -1",
+    "failed_is_never_at_rest": "status = 'failed', queued_at = null",
+    "only_pending_is_queued": "status = 'dead_letter', dead_at = now()",
+    "pending_is_either_queued_or_scheduled": "queued_at = null",
+    "retry_scheduled_has_its_time": "status = 'retry_scheduled', queued_at = null",
+    "only_the_waiting_have_a_next_retry_at": "status = 'dead_letter', dead_at = now(), queued_at = null, next_retry_at = now()",
+    "waiting_has_no_claim": "worker_id = 'w'",
+    "+in_flight_has_claim_and_worker": "claimed_at = null",
+    "+running_and_completed_have_started": "status = 'running'",
+    "completed_at_is_when_it_completed_or_was_cancelled": "status = 'cancelled', queued_at = null",
+    "dead_at_is_when_it_became_a_dead_letter": "dead_at = now()",
+    "only_in_flight_is_asked_to_cancel": "cancel_requested_at = now()",
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_ROWS)
+def test_a_row_that_breaks_a_constraint_is_named_when_the_constraint_is_gone(conn, name):
+    id = enqueue(conn)
+    if name.startswith("+"):
+        claim_one(conn)
+    constraint = name.lstrip("+")
+    with pytest.raises(psycopg.errors.CheckViolation, match=constraint):
+        conn.execute(f"update orchestrator.tasks set {BROKEN_ROWS[name]}")
+    conn.execute(f"alter table orchestrator.tasks drop constraint {constraint}")
+    conn.execute(f"update orchestrator.tasks set {BROKEN_ROWS[name]}")
+    conn.execute("insert into orchestrator.lanes select type, priority from orchestrator.tasks")
+    assert [(invariant, task) for invariant, task, _ in found(conn)] == [(constraint, id)]
+
+
+def test_the_constraints_of_tasks_are_all_looked_at(conn):
+    query = "select conname from pg_constraint where conrelid = 'orchestrator.tasks'::regclass and contype = 'c'"
+    assert set(column(conn, query)) == {name.lstrip("+") for name in BROKEN_ROWS}
+
+
+def test_open_tasks_that_differ_from_the_tasks_in_flight(conn):
+    enqueue_some(conn, 2)
+    claim(conn)
+    conn.execute("update orchestrator.claims set open_tasks = 3")
+    assert found(conn) == [("open_tasks is the number of its tasks in flight", None, "w")]
+    assert "open_tasks is 3, in flight are 2" in audit(conn)[0][3]
+
+
+def test_a_claim_without_tasks(conn):
+    conn.execute("insert into orchestrator.claims (worker_id, open_tasks) values ('w', 1)")
+    assert found(conn) == [("a claim has tasks in flight", None, "w")]
+
+
+def test_a_task_in_flight_without_a_claim(conn):
+    ids = enqueue_some(conn, 2)
+    claim_id, _ = claim_one(conn)
+    claim_one(conn)
+    conn.execute("delete from orchestrator.claims where id = %s", [claim_id])
+    assert found(conn) == [("a task in flight has a claim", ids[0], "w")]
+
+
+def test_a_task_in_flight_with_another_worker_than_its_claim(conn):
+    id = enqueue(conn)
+    claim_one(conn)
+    conn.execute("update orchestrator.claims set worker_id = 'v'")
+    assert found(conn) == [("a task in flight is with the worker of its claim", id, "w")]
+
+
+@pytest.mark.parametrize(("own", "policy", "attempts"), [(0, None, 2), (2, 9, 4), (None, 1, 3), (None, None, 5)])
+def test_more_attempts_than_retries_allow(conn, own, policy, attempts):
+    type = "p:1"
+    if policy is not None:
+        register(conn, "v", {"p:": {"max_retries": policy}})
+    id = enqueue(conn, type, max_retries=own)
+    conn.execute("update orchestrator.tasks set attempts = %s", [attempts - 1])
+    assert found(conn) == []
+    conn.execute("update orchestrator.tasks set attempts = %s", [attempts])
+    assert found(conn) == [("attempts are at most max_retries + 1", id, None)]
+
+
+def test_an_attempt_that_failed_twice(conn):
+    id = enqueue(conn)
+    conn.execute("insert into orchestrator.task_events (task_id, event, attempt) values (%s, 'failed', 1), (%s, 'retried', null), "
+                 "(%s, 'failed', 1), (%s, 'failed', 2)", [id] * 4)
+    assert found(conn) == []
+    conn.execute("insert into orchestrator.task_events (task_id, event, attempt) values (%s, 'failed', 2)", [id])
+    assert found(conn) == [("an attempt fails once", id, None)]
+
+
+def test_a_failure_after_the_completion(conn):
+    id = enqueue(conn)
+    complete(conn, claim_one(conn)[0], id)
+    conn.execute("insert into orchestrator.task_events (task_id, event, attempt) values (%s, 'failed', 1)", [id])
+    assert found(conn) == [("what has completed stays so", id, "w")]
+
+
+@pytest.mark.parametrize("change", ["delete from orchestrator.lanes where priority = 1",
+                                    "update orchestrator.lanes set dropped_at = now() - interval '1 hour' where priority = 1"])
+def test_ready_tasks_in_no_live_lane(conn, change):
+    ids = enqueue_some(conn, 2, priority=1)
+    enqueue(conn)
+    conn.execute(change)
+    assert found(conn) == [("a ready task is in a lane", id, None) for id in ids]
+
+
+def test_ready_tasks_below_the_floor_of_their_lane(conn):
+    low, high = enqueue(conn), enqueue(conn)
+    conn.execute("insert into orchestrator.lane_floors select 't', 0, 2, queued_at from orchestrator.tasks where id = %s", [high])
+    assert found(conn) == [("a ready task is not below the floor of its lane", low, None)]
+    conn.execute("insert into orchestrator.lane_floors values ('t', 0, 1, '-infinity')")
+    assert len(found(conn)) == 1  # the newest generation counts
+    conn.execute("insert into orchestrator.lane_floors values ('t', 0, 2, '-infinity')")
+    assert found(conn) == []  # and in it the lowest
+
+
+def test_two_tasks_with_one_idempotency_key(conn):
+    first, second = enqueue(conn, idempotency_key="k"), enqueue(conn)
+    conn.execute("drop index orchestrator.tasks_idempotency")
+    conn.execute("update orchestrator.tasks set idempotency_key = 'k'")
+    assert found(conn) == [("an idempotency key is unique in its type", second, None)]
+    assert first in audit(conn)[0][3]
+
+
+def test_events_of_a_task_that_is_gone(conn):
+    id = enqueue(conn)
+    cancel(conn, id)
+    conn.execute("delete from orchestrator.tasks")
+    assert found(conn) == [("an event belongs to a task", id, None)]
+
+
+def test_two_leaders(conn):
+    lead(conn)
+    conn.execute("drop index orchestrator.workers_have_one_leader")
+    conn.execute("update orchestrator.workers set is_leader = true, leader_term = 99, leader_until = now() where id = 'w'")
+    assert found(conn) == [("one worker leads at most", None, "leader"), ("one worker leads at most", None, "w")]
+
+
+def test_two_workers_with_one_term(conn):
+    term = lead(conn)
+    conn.execute("update orchestrator.workers set leader_term = %s where id = 'w'", [term])
+    assert found(conn) == [("a term has one leader", None, "leader"), ("a term has one leader", None, "w")]
+
+
+@pytest.mark.parametrize("mark", ["idle = true", "is_leader = true, leader_term = 1, leader_until = now()"])
+def test_a_dead_worker_that_leads_or_waits_for_work(conn, mark):
+    conn.execute(f"update orchestrator.workers set declared_dead_at = now(), {mark}")
+    assert found(conn) == [("a worker declared dead neither leads nor waits for work", None, "w")]
+
+
+def test_a_leader_without_a_lease(conn):
+    conn.execute("alter table orchestrator.workers drop constraint leader_has_term_and_lease")
+    conn.execute("update orchestrator.workers set is_leader = true, leader_term = 1")
+    assert found(conn) == [("a leader has a term and a lease", None, "w")]
+
+
+def test_audit_reads_a_large_table_in_seconds(conn):
+    conn.execute("select count(*) from orchestrator.enqueue_many('t', array_fill('{}'::jsonb, array[50000]))")
+    for _ in range(5):
+        got = claim(conn, limit=1000)
+        complete(conn, got[0]["claim_id"], *[t["id"] for t in got[:-1]])
+    conn.execute("set statement_timeout = '20s'")
+    assert audit(conn) == [] and value(conn, "select count(*) from orchestrator.claims") == 5
