@@ -19,14 +19,15 @@ from postgres import LocalServer, eventually, install_schema
 from steps import audit, claim, column, enqueue, register, rows, value
 
 READ = {"schema_version", "redact", "explain_task", "show_task", "list_tasks", "audit", "stats", "metrics",
-        "recovered_dead_letters", "retry_delay", "api_overview", "api_history", "api_tasks", "api_running", "api_retries", "api_failures", "api_dead_letters", "api_task"}
+        "recovered_dead_letters", "retry_delay", "api_overview", "api_history", "api_tasks", "api_running", "api_retries", "api_failures",
+        "api_dead_letters", "api_task"}
 DECISIONS = {
     "producer": {"schema_version", "enqueue", "enqueue_many"},
     "worker": READ | {
         "register_worker", "unregister_worker", "heartbeat", "cancelling_tasks", "set_idle", "known_types", "promote_due", "claim_tasks",
-        "start_tasks", "complete_tasks", "fail_tasks", "fail_task", "release_tasks", "snooze_task", "record_progress",
-        "acquire_leadership", "resign_leadership", "declare_dead", "declare_disconnected_dead", "recover_orphans", "raise_floors",
-        "rescan_lanes", "drop_idle_lanes", "prune", "mark_claims", "sample_stats"},
+        "start_tasks", "complete_tasks", "fail_tasks", "fail_task", "release_tasks", "release_forgotten", "snooze_task",
+        "record_progress", "acquire_leadership", "resign_leadership", "declare_dead", "declare_disconnected_dead", "recover_orphans",
+        "raise_floors", "rescan_lanes", "drop_idle_lanes", "prune", "mark_claims", "sample_stats"},
     "operator": READ | {"cancel_task", "retry_task", "retry_dead_letters", "pause_type", "resume_type", "api_cancel", "api_retry",
                         "api_retry_dead_letters", "api_pause", "api_resume"},
     "auditor": READ,
@@ -133,7 +134,8 @@ def test_public_has_nothing(conn, login):
                         "and has_function_privilege('public', oid, 'execute')") == []
     assert column(conn, "select oid::regclass::text from pg_class where relnamespace = 'orchestrator'::regnamespace "
                         "and case when relkind in ('r', 'v') then has_table_privilege('public', oid, "
-                        "'select, insert, update, delete, truncate, references, trigger') or has_any_column_privilege('public', oid, 'select, insert, update, references') end") == []
+                        "'select, insert, update, delete, truncate, references, trigger') "
+                        "or has_any_column_privilege('public', oid, 'select, insert, update, references') end") == []
     assert column(conn, "select oid::regclass::text from pg_class where relnamespace = 'orchestrator'::regnamespace "
                         "and case when relkind = 'S' then has_sequence_privilege('public', oid, 'usage, select, update') end") == []
     assert value(conn, "select has_schema_privilege('public', 'orchestrator', 'usage, create')") is False
