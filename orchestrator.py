@@ -2336,6 +2336,8 @@ class Orchestrator:
         policy: max_retries=3, base_delay=1, max_delay=3600, timeout=None, in seconds. Raises ConfigError.
         """
         def register(function: Callable[[Task], Any]) -> Callable[[Task], Any]:
+            if self.worker is not None:
+                raise ConfigError(f"handler {pattern!r}: must be registered before the worker starts")
             try:
                 self.router.add(pattern, Handler(function, **policy))
             except (ValueError, TypeError) as error:
@@ -2355,8 +2357,9 @@ class Orchestrator:
 
         A repeated (type, idempotency_key) returns the first task's id. Raises ValueError, which names the field.
         """
+        _check_fields(type, priority, [idempotency_key], max_retries)
         rows = self._ask("select orchestrator.enqueue(%s, %s::jsonb, %s, %s, %s, coalesce(%s, clock_timestamp() + %s))",
-                         type, "{}" if payload is None else to_json(payload), priority, idempotency_key, max_retries,
+                         type, _payload("payload", {} if payload is None else payload), priority, idempotency_key, max_retries,
                          *_run_at(run_at, delay), connection=connection)
         return str(rows[0][0])
 
@@ -2365,9 +2368,11 @@ class Orchestrator:
                      connection: psycopg.Connection[Any] | None = None) -> list[tuple[str, bool]]:
         """Add a task for each payload in one statement; returns (id, whether it was created) in their order. Raises ValueError."""
         keys = None if idempotency_keys is None else list(idempotency_keys)
+        _check_fields(type, priority, keys or [], max_retries)
+        texts = [_payload(f"payloads[{number}]", payload) for number, payload in enumerate(payloads, 1)]   # as SQL counts
         rows = self._ask("select id, created from orchestrator.enqueue_many(%s, %s::jsonb[], %s, %s::text[], %s, "
-                         "coalesce(%s, clock_timestamp() + %s)) order by ordinal", type, [to_json(payload) for payload in payloads],
-                         priority, keys, max_retries, *_run_at(run_at, delay), connection=connection)
+                         "coalesce(%s, clock_timestamp() + %s)) order by ordinal", type, texts, priority, keys, max_retries,
+                         *_run_at(run_at, delay), connection=connection)
         return [(str(row[0]), row[1]) for row in rows]
 
     def cancel(self, task_id: str) -> str:
@@ -2465,6 +2470,23 @@ class Orchestrator:
             raise
 
 
+def _check_fields(type: str, priority: int, keys: Sequence[str | None], max_retries: int | None) -> None:
+    """What PostgreSQL would take for a call of some other function; the rest it checks itself."""
+    for name, text in (("type", type), *(("idempotency_key", key) for key in keys if key is not None)):
+        if not isinstance(text, str) or "\0" in text or clean_text(text[:256]) != text[:256]:
+            raise ValueError(f"{name}: must be text that PostgreSQL can hold")
+    for name, number in (("priority", priority), ("max_retries", 0 if max_retries is None else max_retries)):
+        if isinstance(number, bool) or not isinstance(number, int) or not -2**31 <= number < 2**31:
+            raise ValueError(f"{name}: must be a whole number")
+
+
+def _payload(name: str, payload: Any) -> str:
+    try:
+        return to_json(payload)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
 def _run_at(run_at: datetime | None, delay: float | None) -> tuple[datetime | None, timedelta | None]:
     if run_at is not None and delay is not None:
         raise ValueError("delay: give either run_at or delay")
@@ -2500,7 +2522,7 @@ def load_handlers(name: str) -> dict[str, Handler | Callable[[Task], Any]]:
         else:
             sys.path.insert(0, os.getcwd())
             module = importlib.import_module(name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"HANDLERS: cannot load {name}: {describe_error(error)}") from error
     handlers = getattr(module, "HANDLERS", None)
     if not isinstance(handlers, dict):
@@ -2532,7 +2554,7 @@ def command_enqueue(app: Orchestrator, args: argparse.Namespace) -> int:
         raise ConfigError("TYPE: say which type to enqueue, or --file tasks.jsonl")
     try:
         payload = json.loads(args.payload, parse_constant=_no_constant)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"payload: is not JSON: {getattr(error, 'msg', error)}") from None
     task_id = app.enqueue(args.type, payload, priority=args.priority, idempotency_key=args.key, max_retries=args.max_retries,
                           delay=None if args.delay is None else _argument("--delay", _duration, args.delay),
@@ -2548,7 +2570,7 @@ def _argument(name: str, parse: Callable[[str], Any], text: str) -> Any:
     try:
         return parse(text)
     except ValueError as error:
-        raise ConfigError(f"{name}: {error}") from None
+        raise ValueError(f"{name}: {error}") from None
 
 
 def _moment(text: str) -> datetime:
@@ -2565,6 +2587,7 @@ FILE_FIELDS = {"type": str, "payload": object, "priority": int, "idempotency_key
 def _enqueue_file(app: Orchestrator, args: argparse.Namespace) -> int:
     """Stream a file of JSON lines; tasks that agree in all but payload and key go together, 1,000 at a time."""
     groups: dict[tuple[Any, ...], list[tuple[int, Any, str | None]]] = {}
+    held = 0   # lines in groups
     counts = collections.Counter(created=0, known=0, bad=0)
 
     def flush(group: tuple[Any, ...]) -> None:
@@ -2582,7 +2605,7 @@ def _enqueue_file(app: Orchestrator, args: argparse.Namespace) -> int:
         counts["bad"] += 1
         print(f"line {number}: {problem}", file=sys.stderr)
         if args.on_error == "stop":
-            raise _StopFile
+            raise _StopFile(number)
 
     try:
         with (contextlib.nullcontext(sys.stdin.buffer) if args.file == "-" else open(args.file, "rb")) as file:
@@ -2595,16 +2618,26 @@ def _enqueue_file(app: Orchestrator, args: argparse.Namespace) -> int:
                     bad(number, str(error))
                     continue
                 groups.setdefault(group, []).append((number, payload, key))
+                held += 1
                 if len(groups[group]) >= 1000:
+                    held -= 1000
                     flush(group)
+                if held >= 20_000:   # many small groups: a file of any size must fit into memory
+                    held = 0
+                    for each in list(groups):
+                        flush(each)
                 if number % 10000 == 0 and sys.stderr.isatty():
                     print(f"\r{number} lines", end="", file=sys.stderr)
         for group in list(groups):
             flush(group)
-    except _StopFile:
+    except _StopFile as stop:
         with contextlib.suppress(_StopFile):
             for group in list(groups):   # what came before the bad line is not lost
+                groups[group] = [line for line in groups[group] if line[0] < stop.args[0]]
                 flush(group)
+    except psycopg.Error:
+        print(f"{counts['created']} enqueued before the database failed", file=sys.stderr)
+        raise
     except OSError as error:
         raise ConfigError(f"--file: cannot read {args.file}: {error.strerror}") from None
     _print(args, dict(counts), f"{counts['created']} enqueued, {counts['known']} known already, {counts['bad']} bad lines")
@@ -2617,8 +2650,10 @@ class _StopFile(Exception):
 
 def _parse_line(line: bytes, args: argparse.Namespace) -> tuple[tuple[Any, ...], Any, str | None]:
     try:
-        item = json.loads(line, parse_constant=_no_constant)
-    except ValueError as error:
+        item = json.loads(line.decode(), parse_constant=_no_constant)
+    except UnicodeDecodeError:
+        raise ValueError("is not UTF-8") from None
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"is not JSON: {getattr(error, 'msg', error)}") from None
     if not isinstance(item, dict) or not isinstance(item.get("type", args.type), str):
         raise ValueError("must be an object with a type, such as {\"type\": \"task:backup\", \"payload\": {}}")
@@ -2627,7 +2662,7 @@ def _parse_line(line: bytes, args: argparse.Namespace) -> tuple[tuple[Any, ...],
             raise ValueError(f"{name}: there is no such field; there are {', '.join(FILE_FIELDS)}")
         if name != "payload" and value is not None and (not isinstance(value, FILE_FIELDS[name]) or isinstance(value, bool)):
             raise ValueError(f"{name}: must be {'a whole number' if FILE_FIELDS[name] is int else 'a string'}")
-    run_at = _moment(item["run_at"]) if item.get("run_at") else None
+    run_at = _argument("run_at", _moment, item["run_at"]) if item.get("run_at") else None
     priority = item.get("priority")
     priority = args.priority if priority is None else priority
     group = (item.get("type", args.type), priority, item.get("max_retries", args.max_retries), run_at)
@@ -2768,7 +2803,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("list", "list tasks, the newest first")
     sub.add_argument("--status")
     sub.add_argument("--type")
-    sub.add_argument("--limit", type=int, default=50)
+    sub.add_argument("--limit", type=_limit, default=50, help="at most 1000")
     sub.add_argument("--before", metavar="ID", help="only those before this one")
     for name, text in (("show", "one task's whole story"), ("cancel", "cancel a task")):
         command(name, text).add_argument("id")
@@ -2776,13 +2811,19 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("id", nargs="?")
     sub.add_argument("--dead-letters", action="store_true", help="all of them")
     sub.add_argument("--type", help="only dead letters of this type")
-    sub.add_argument("--limit", type=int, default=1000)
+    sub.add_argument("--limit", type=_limit, default=1000)
     for name, text in (("pause", "keep a type from being claimed"), ("resume", "undo pause")):
         command(name, text).add_argument("type")
     command("stats", "what waits, runs and ended, by type")
     command("audit", "look for violated invariants; exit code 1 if there are any")
     command("psql", "open psql on the database in use").add_argument("psql_args", nargs=argparse.REMAINDER)
     return parser
+
+
+def _limit(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 1_000_000:
+        raise argparse.ArgumentTypeError("must be a whole number from 1 to 1000000")
+    return int(text)
 
 
 def _quiet(settings: argparse.ArgumentParser) -> argparse.ArgumentParser:
