@@ -1457,11 +1457,15 @@ class Worker:
         place.ended = True
 
     def _next(self, tasks: collections.deque[Task]) -> Task | None:
-        for queue in (self.urgent, tasks):
-            if queue:
-                with contextlib.suppress(IndexError):   # another place, or the report loop's stealing, was faster
-                    return queue.popleft()
-        return None
+        try:   # IndexError also where another place, or the report loop's stealing, was faster; contextlib.suppress costs 0.4 µs a task
+            if self.urgent:
+                return self.urgent.popleft()
+        except IndexError:
+            pass
+        try:
+            return tasks.popleft()
+        except IndexError:
+            return None
 
     def running_tasks(self) -> list[Task]:
         return [task for place in self.places if (task := place.task) is not None]
@@ -2839,7 +2843,12 @@ def _quiet(settings: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns 0: done, 1: not found or refused, 2: bad input."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, unknown = parser.parse_known_args(argv)
+    if args.command == "psql":
+        args.psql_args = unknown + args.psql_args   # argparse leaves options out of REMAINDER where they come first
+    elif unknown:
+        parser.error("unrecognized arguments: " + " ".join(unknown))
     app = None
     try:
         settings = {name.removeprefix("set_"): value for name, value in vars(args).items() if name.startswith("set_")}
