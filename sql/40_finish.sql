@@ -100,7 +100,7 @@ comment on function orchestrator.complete_tasks(bigint[], int[], uuid[], jsonb[]
   'Completes tasks grouped by claim: p_ids holds p_counts[i] tasks of p_claim_ids[i], one claim after another; p_results, if '
   'given, one for each. Returns only those that did not complete: cancelled (it was asked for) or rejected (no longer of that claim).';
 
--- Of these tasks of a locked claim, ends those that were asked to cancel.
+-- Of these tasks of a locked claim, ends those that were asked to cancel, and leaves the others locked: nobody can ask any more.
 create or replace function orchestrator._end_cancelled(p_claim_id bigint, p_ids uuid[]) returns int
 language plpgsql
 set search_path = '' set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
@@ -108,6 +108,8 @@ declare
   v_n int := 0;
   r record;
 begin
+  perform from orchestrator.tasks t
+  where t.id = any (p_ids) and t.claim_id is not distinct from p_claim_id and t.status in ('claimed', 'running') order by t.id for no key update;
   for r in
     update orchestrator.tasks t
     set status = 'cancelled', completed_at = clock_timestamp(), updated_at = clock_timestamp(), cancel_requested_at = null,
@@ -204,7 +206,7 @@ begin
   -- the worker is read before it is cleared
   select array_agg(t.id), array_agg(t.worker_id) into v_ids, v_workers
   from (select t.id, t.worker_id from orchestrator.tasks t
-        where t.claim_id = p_claim_id and (p_ids is null or t.id = any (p_ids)) and t.status in ('claimed', 'running')
+        where t.id = any (p_ids) and t.claim_id is not distinct from p_claim_id and t.status in ('claimed', 'running')
           and t.cancel_requested_at is null
         order by t.id for no key update) t;
   with released as (
@@ -222,16 +224,20 @@ begin
 end $$;
 
 create or replace function orchestrator.release_tasks(p_claim_id bigint, p_ids uuid[] default null) returns int
-language plpgsql set search_path = '' as $$
+language plpgsql
+set search_path = '' set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
 declare
+  v_ids uuid[] := p_ids;
   v_n int;
 begin
   perform from orchestrator.claims c where c.id = p_claim_id for no key update;
   if not found then return 0; end if;
-  v_n := orchestrator._end_cancelled(p_claim_id, coalesce(p_ids,
-           array(select t.id from orchestrator.tasks t where t.claim_id = p_claim_id and t.cancel_requested_at is not null)));
+  if p_ids is null then
+    v_ids := array(select t.id from orchestrator.tasks t where t.claim_id = p_claim_id and t.status in ('claimed', 'running'));
+  end if;
+  v_n := orchestrator._end_cancelled(p_claim_id, v_ids);
   perform orchestrator._settle(p_claim_id, v_n);
-  return v_n + orchestrator._release(p_claim_id, p_ids, 'released', false);
+  return v_n + orchestrator._release(p_claim_id, v_ids, 'released', false);
 end $$;
 comment on function orchestrator.release_tasks(bigint, uuid[]) is
   'Gives tasks of a claim back (p_ids null: all), uncharged and at their old places; those asked to cancel end as cancelled. '

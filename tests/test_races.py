@@ -1,0 +1,148 @@
+"""Every pair of operations on the same task, by two connections, in both orders, forced to meet.
+
+The first is done but not committed when the second begins. Whether the second then waits is seen in pg_stat_activity. The
+end must be that of doing one after the other, which is found out beforehand in transactions that are rolled back.
+"""
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import psycopg
+import pytest
+
+from steps import (
+    audit,
+    backend,
+    background,
+    cancel,
+    claim,
+    claim_one,
+    complete,
+    declare_dead,
+    enqueue,
+    fail,
+    lead,
+    recover,
+    register,
+    release,
+    retry,
+    row,
+    snooze,
+    start,
+    value,
+)
+from transitions import check_transitions, record_transitions
+
+OPERATIONS = {
+    "complete": lambda conn, claim_id, id, term: complete(conn, claim_id, id),
+    "fail": lambda conn, claim_id, id, term: fail(conn, claim_id, id),
+    "release": lambda conn, claim_id, id, term: release(conn, claim_id),
+    "snooze": lambda conn, claim_id, id, term: snooze(conn, claim_id, id),
+    "cancel": lambda conn, claim_id, id, term: cancel(conn, id),
+    "recover": lambda conn, claim_id, id, term: recover(conn, term),
+    "retry": lambda conn, claim_id, id, term: retry(conn, id),
+    "claim": lambda conn, claim_id, id, term: [t["id"] for t in claim(conn, "v")],
+}
+# Who locks the task (or the claim before it), by the state that it is in. Only claim skips what is locked.
+LOCKING = {
+    "running": {"complete", "fail", "release", "snooze", "cancel", "recover", "retry"},
+    "claimed": {"complete", "fail", "release", "snooze", "cancel", "recover", "retry"},
+    "pending": {"cancel", "retry", "claim"},
+    "dead_letter": {"cancel", "retry"},
+}
+
+
+@pytest.fixture(scope="module")
+def connections(server, template):
+    """(watcher, first, second) on a database with a leader and a recorder of transitions; and the leader's term."""
+    url = server.create_database(template=template.rsplit("/", 1)[1])
+    with (psycopg.connect(url, autocommit=True) as watcher, psycopg.connect(url) as first, psycopg.connect(url) as second):
+        record_transitions(watcher)
+        term = lead(watcher)
+        for conn in (first, second):
+            conn.execute("set statement_timeout = '20s'")
+            conn.commit()
+        yield watcher, first, second, term
+    server.drop_database(url)
+
+
+def prepare(conn: Any, state: str) -> tuple[int, str]:
+    """A task in this state, whose worker was declared dead but may still answer; and its claim, or the last that it had."""
+    conn.execute("delete from orchestrator.tasks; delete from orchestrator.claims; delete from orchestrator.task_events; "
+                 "delete from orchestrator.workers where not is_leader; delete from public.transitions")
+    register(conn, "w")
+    register(conn, "v")
+    enqueue(conn)
+    claim_id, id = claim_one(conn)
+    if state == "running":
+        start(conn, claim_id, id)
+    elif state == "pending":
+        release(conn, claim_id)
+    elif state == "dead_letter":
+        fail(conn, claim_id, id, permanent=True)
+    declare_dead(conn, "w")
+    return claim_id, id
+
+
+def ends(conn: Any, id: str) -> Any:
+    return tuple(row(conn, "select status, attempts, recoveries, worker_id, cancel_requested_at is not null as asked, "
+                           "result from orchestrator.tasks where id = %s", id).values())
+
+
+def in_turn(conn: Any, names: list[str], *of_task: Any) -> tuple[dict[str, Any], Any]:
+    """What the operations return one after the other, and how the task ends; undone."""
+    answers = {f"{name} {n}": OPERATIONS[name](conn, *of_task) for n, name in enumerate(names)}
+    end = ends(conn, of_task[1])
+    conn.rollback()
+    return answers, end
+
+
+def meet(watcher: Any, second: Any, call: Any) -> tuple[bool, Any]:
+    """Begin the second operation; True if it came to wait for a lock, and its future."""
+    late = background(call)
+    query = "select wait_event_type = 'Lock' from pg_stat_activity where pid = %s"
+    deadline = time.monotonic() + 15
+    while not late.done():
+        if value(watcher, query, backend(second)):
+            return True, late
+        assert time.monotonic() < deadline, "it neither ended nor waited"
+    return False, late
+
+
+@pytest.mark.parametrize("second_name", OPERATIONS)
+@pytest.mark.parametrize("first_name", OPERATIONS)
+def test_two_operations_on_one_task_end_as_if_one_came_after_the_other(connections, first_name, second_name):
+    watcher, first, second, term = connections
+    for state, locking in LOCKING.items():
+        for end in ("commit", "rollback"):
+            claim_id, id = prepare(watcher, state)
+            of_task = (claim_id, id, term)
+            untouched = ends(watcher, id)
+            alone = in_turn(second, [second_name], *of_task)
+            first_alone = in_turn(second, [first_name], *of_task)
+            one_way = in_turn(second, [first_name, second_name], *of_task)
+            other_way = in_turn(second, [second_name, first_name], *of_task)
+
+            answer = OPERATIONS[first_name](first, *of_task)
+            waited, late = meet(watcher, second, lambda given=of_task: OPERATIONS[second_name](second, *given))
+            getattr(first, end)()
+            late_answer = late.result(15)
+            second.commit()
+
+            where = f"{first_name} ({end}), then {second_name} of a {state} task"
+            both_lock = first_name in locking and second_name in locking - {"claim"}
+            assert waited == (both_lock or first_name == second_name == "recover"), where  # two recoveries: the leader's row
+            got = (answer, late_answer, ends(watcher, id))
+            if end == "rollback":
+                legal = [(answer, alone[0][f"{second_name} 0"], alone[1])]
+            else:
+                legal = [(one_way[0][f"{first_name} 0"], one_way[0][f"{second_name} 1"], one_way[1])]
+                if not waited:
+                    legal.append((other_way[0][f"{first_name} 1"], other_way[0][f"{second_name} 0"], other_way[1]))
+            if second_name == "claim":  # it passes over a task that is locked, even by one that then changes nothing
+                legal.append((answer, [], first_alone[1] if end == "commit" else untouched))
+            assert got in legal, where
+            check_transitions(watcher)
+            assert audit(watcher) == [], where
+
