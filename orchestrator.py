@@ -2856,7 +2856,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         setup_logging(config)
         if args.command not in (None, "run"):
             log.setLevel(logging.DEBUG if config.debug else logging.WARNING)
+        del settings["handlers"]   # the module's name, where Orchestrator takes the handlers themselves
         app = Orchestrator(**settings)
+        app.config = config
         return int(globals()["command_" + (args.command or "run")](app, args))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
