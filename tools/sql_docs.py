@@ -1,7 +1,7 @@
-"""Write the README's tables of settings, SQL functions and metrics, each between two markers, from what the code says of itself.
+"""Write the README's tables of settings, SQL functions, metrics and alerts, each between two markers, from what the code says of itself.
 
 `make sql-docs`. The functions, views and tables come from the catalog and its comments, the settings from Config, the metrics from
-a running worker. A test compares the README with what this would write.
+a running worker, the alerts from configs/alerts.yml. A test compares the README with what this would write.
 """
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
+import yaml
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
-sys.path.insert(0, str(REPOSITORY / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from handlers import HANDLERS
 from orchestrator import Collector, Config, Orchestrator, _duration
 from postgres import install_schema, start_server
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 README = REPOSITORY / "README.md"
 HEADINGS = {"20_enqueue.sql": "Enqueue", "70_operate.sql": "Operate", "80_inspect.sql": "Inspect", "82_audit.sql": "Inspect",
             "00_schema.sql": "Inspect"}   # for people; the rest is for workers, the leader and the page
@@ -126,6 +127,17 @@ def metrics(url: str) -> str:
     return "\n".join(table(("metric", "kind", "exported by", "what it is"), rows)).rstrip()
 
 
+def alerts() -> str:
+    groups = yaml.safe_load((REPOSITORY / "configs" / "alerts.yml").read_text())["groups"]
+    rows = []
+    for rule in (rule for group in groups for rule in group["rules"]):
+        wait = f"for {rule['for']}" if "for" in rule else "at once"
+        when = " ".join(rule["expr"].split()).replace("|", "\\|")
+        rows.append((f"`{rule['alert']}`", rule["labels"]["severity"], f"`{when}` {wait}", cell(rule["annotations"]["description"].strip())))
+    lines = ["<details><summary>Alerts</summary>", "", *table(("alert", "severity", "when", "what to do"), rows), "</details>"]
+    return "\n".join(lines)
+
+
 def replaced(readme: str, name: str, text: str) -> str:
     """The README with the part between two markers replaced."""
     begin, end = f"<!-- {name}: written by make sql-docs -->", f"<!-- end of {name} -->"
@@ -139,7 +151,7 @@ def written(readme: str, url: str) -> str:
     """The README as it should be; `url` is a database that has the schema and no worker."""
     with psycopg.connect(url) as connection:
         readme = replaced(readme, "sql", sql_docs(connection))
-    return replaced(replaced(readme, "settings", settings()), "metrics", metrics(url))
+    return replaced(replaced(replaced(readme, "settings", settings()), "metrics", metrics(url)), "alerts", alerts())
 
 
 def main() -> None:
