@@ -10,7 +10,8 @@ class Proxy:
 
     silence()        nothing passes any more on the connections there are, nor on new ones
     pass_again()     everything passes; what was held back arrives (forget=True: the old connections stay silent for ever)
-    lose_reply(text) once a client has sent `text`, the server's answer is dropped and the connection cut
+    lose_reply(text) once a client has sent `text`, the server's answer is dropped and the connection cut; only an answer of at least
+                     `least` bytes, since a shorter one says that nothing was done
     """
 
     def __init__(self, target: int) -> None:
@@ -20,6 +21,7 @@ class Proxy:
         self._silent = False
         self._generation = 0              # connections older than this are silent for ever
         self._lose: bytes | None = None
+        self._least = 0
         self._ready = threading.Event()
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._run, daemon=True).start()
@@ -32,7 +34,8 @@ class Proxy:
         self._generation += forget
         self._silent = False
 
-    def lose_reply(self, text: str | None) -> None:
+    def lose_reply(self, text: str | None, least: int = 0) -> None:
+        self._least = least
         self._lose = text.encode() if text else None
 
     @property
@@ -73,11 +76,14 @@ class Proxy:
             while data := await reader.read(65536):
                 while self._silent or generation != self._generation:
                     await asyncio.sleep(0.05)
+                if answer and state["losing"] and len(data) < self._least:
+                    state["losing"] = False
                 if answer and state["losing"]:   # the server has answered, so it has committed
                     self.lost += 1
+                    self._lose = None
                     break
-                if not answer and self._lose is not None and self._lose in data:
-                    self._lose, state["losing"] = None, True
+                if not answer and self._lose is not None:
+                    state["losing"] = self._lose in data
                 writer.write(data)
                 await writer.drain()
         except OSError:
