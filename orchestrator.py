@@ -388,10 +388,15 @@ class Link:
 
     def give_up_if_silent(self) -> None:
         """Called by the watchdog: end a call whose server stalls without closing, by shutting its socket down."""
+        if time.monotonic() > self.deadline and self.connection is not None:
+            log.warning("the database has not answered for %.0f s: giving the connection up", STATEMENT_TIMEOUT + 5)
+            self.interrupt()
+
+    def interrupt(self) -> None:
+        """From any thread: end what the connection waits for, as if the server had closed it."""
         connection = self.connection
-        if time.monotonic() > self.deadline and connection is not None:
+        if connection is not None:
             with contextlib.suppress(psycopg.Error, OSError), socket.socket(fileno=os.dup(connection.fileno())) as twin:
-                log.warning("the database has not answered for %.0f s: giving the connection up", STATEMENT_TIMEOUT + 5)
                 twin.shutdown(socket.SHUT_RDWR)
 
 
@@ -1414,6 +1419,7 @@ class Worker:
             self.http.shutdown()
             self.http.server_close()
             self.http.link.close()
+        self.links["listen"].interrupt()
         for name in ("claim", "report", "listen"):
             self._join(name, last)
         log.info("worker %s stopped", self.id)
@@ -2065,8 +2071,10 @@ class Worker:
                 backoff = Backoff()
                 self._listen(link, connection)
             except psycopg.Error as error:
-                self._database_error("listen", error)
                 link.close()
+                if self.stopped.is_set():
+                    break
+                self._database_error("listen", error)
                 self.stopped.wait(backoff.next())
         link.close()
 
@@ -2396,6 +2404,8 @@ class Orchestrator:
         """Run a worker in this process's threads. Raises ConfigError."""
         if self.worker is not None:
             raise RuntimeError("the worker runs already")
+        if not log.hasHandlers():   # a program that set up no logging at all: else its failures would show without their errors
+            setup_logging(self.config)
         self.open()
         if not self.router.patterns():
             log.warning("no handlers are registered: this worker has nothing to run")
