@@ -1093,6 +1093,9 @@ class HttpRequest(http.server.BaseHTTPRequestHandler):
             return None
         try:
             body = json.loads(self.rfile.read(int(lengths[0])) or "{}")
+        except TimeoutError:
+            self._send(408, {"error": "the body did not come"})
+            return None
         except (ValueError, RecursionError):
             body = None
         if not isinstance(body, dict) or not all(isinstance(v, str) for v in body.values()):
@@ -1151,6 +1154,7 @@ class HttpRequest(http.server.BaseHTTPRequestHandler):
         if code == 501:
             self._send(405, {"error": "there is GET and HEAD, and with ADMIN_TOKEN set POST"}, {"Allow": "GET, HEAD, POST"})
         else:
+            code = 400 if code == 505 else code   # a version of HTTP that there is not
             self._send(code, {"error": http.HTTPStatus(code).phrase})
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -1581,6 +1585,7 @@ class Worker:
         """Turn rows into tasks and put them into slices; what was recovered from a dead worker waits to start with care."""
         ready = []
         handlers: dict[str, Handler | None] = {}
+        was_empty = not self.tasks
         for row in rows:
             kind = row[2]
             if kind not in handlers:
@@ -1599,7 +1604,7 @@ class Worker:
         self.handed += len(ready)
         for start in range(0, len(ready), size):
             self.slices.put(collections.deque(ready[start:start + size]))
-        if self.careful:
+        if self.careful or was_empty:   # it looks up once a second while there is nothing to watch
             self.wake_report.set()
 
     def _slice_size(self, count: int) -> int:
