@@ -78,6 +78,15 @@ def conn(connect: Callable[..., psycopg.Connection[Any]]) -> psycopg.Connection[
     return connect()
 
 
+@pytest.fixture(scope="session")
+def pure(server: Server, template: str) -> Iterator[psycopg.Connection[Any]]:
+    """An autocommit connection to one database for all tests of what changes nothing, as many small ones are."""
+    url = server.create_database(template=urlsplit(template).path.lstrip("/"))
+    with psycopg.connect(url, autocommit=True) as connection:
+        yield connection
+    server.drop_database(url)
+
+
 def clean_environment(**settings: Any) -> dict[str, str]:
     """Only what a program needs to run, and these settings: nothing of the shell that started the tests gets in."""
     kept = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR", "LANG") if name in os.environ}

@@ -88,9 +88,12 @@ class Server:
         return self.dsn(name)
 
     def drop_database(self, url: str) -> None:
+        name = urlsplit(url).path.lstrip("/")
         with self.connect() as conn:
-            conn.execute(sql.SQL("drop database if exists {} with (force)").format(
-                sql.Identifier(urlsplit(url).path.lstrip("/"))))
+            # whoever is still connected ends first: DROP DATABASE looks again only every 100 ms
+            backends = "select pg_terminate_backend(pid) from pg_stat_activity where datname = %s"
+            eventually(lambda: not conn.execute(backends, [name]).fetchall())
+            conn.execute(sql.SQL("drop database if exists {} with (force)").format(sql.Identifier(name)))
 
     def stop(self) -> None:
         """Leave a server alone that isn't ours."""

@@ -60,7 +60,7 @@ BAD = {
 @pytest.mark.parametrize(("field", "bad"), [(field, bad) for field, values in BAD.items() for bad in values],
                          ids=lambda v: repr(v)[:20])
 @pytest.mark.parametrize("function", ["enqueue", "enqueue_many"])
-def test_bad_input_is_refused_naming_the_field_and_never_echoing_the_payload(conn, function, field, bad):
+def test_bad_input_is_refused_naming_the_field_and_never_echoing_the_payload(pure, function, field, bad):
     given = {"type": "t", "payload": Jsonb({"a": CANARY}), field: bad}
     if function == "enqueue_many":
         given["payloads"] = [Jsonb({}), given.pop("payload")]
@@ -69,13 +69,13 @@ def test_bad_input_is_refused_naming_the_field_and_never_echoing_the_payload(con
         field = {"payload": "payloads[2]", "idempotency_key": "idempotency_keys[2]"}.get(field, field)
     arguments = ", ".join(f"p_{name} => %({name})s" for name in given)
     with pytest.raises(psycopg.Error) as refused:
-        conn.execute(f"select * from orchestrator.{function}({arguments})", given)
+        pure.execute(f"select * from orchestrator.{function}({arguments})", given)
     diag = refused.value.diag
     assert refused.value.sqlstate == "OR001"
     assert diag.message_primary.startswith(field) and diag.column_name == field and diag.message_hint
     said = " ".join(str(getattr(diag, name)) for name in dir(diag) if not name.startswith("_"))
     assert CANARY not in said
-    assert value(conn, "select count(*) from orchestrator.tasks") == 0
+    assert value(pure, "select count(*) from orchestrator.tasks") == 0
 
 
 def test_the_largest_of_everything_is_accepted(conn):
@@ -227,9 +227,9 @@ def test_enqueue_rings_only_if_an_idle_worker_handles_the_type(conn, connect):
     ("*", ["", "x"], []),
     ("50%_\\", ["50%_\\"], ["50xy\\", "50%_"]),
 ])
-def test_a_pattern_matches_what_a_handler_of_it_takes(conn, pattern, matching, others):
+def test_a_pattern_matches_what_a_handler_of_it_takes(pure, pattern, matching, others):
     query = "select t like orchestrator._like(%s) from unnest(%s::text[]) t"
-    assert column(conn, query, pattern, matching + others) == [True] * len(matching) + [False] * len(others)
+    assert column(pure, query, pattern, matching + others) == [True] * len(matching) + [False] * len(others)
 
 
 def test_task_ids_are_version_7_and_rise_with_time(conn):

@@ -40,15 +40,6 @@ def conn(conn):
     assert audit(conn) == []
 
 
-@pytest.fixture(scope="module")
-def pure(server, template):
-    """A database for functions that change nothing."""
-    url = server.create_database(template=template.rsplit("/", 1)[1])
-    with psycopg.connect(url, autocommit=True) as connection:
-        yield connection
-    server.drop_database(url)
-
-
 def complete_with(conn, claim_id, id, result):
     query = "select id::text, outcome from orchestrator.complete_tasks(array[%s::bigint], '{1}', array[%s::uuid], array[%s])"
     return dict(conn.execute(query, [claim_id, id, Jsonb(result)]).fetchall())
@@ -289,6 +280,18 @@ def test_release_outside_read_committed_is_refused(conn, connect):
     assert status(conn, id) == "claimed"
 
 
+def test_release_forgotten_gives_back_the_claims_whose_answer_was_lost(conn):
+    register(conn, "v")
+    known, lost, asked, others = enqueue_some(conn, 4)
+    claim_id, _ = claim_one(conn)
+    claim(conn, limit=2)
+    claim(conn, "v")
+    cancel(conn, asked)
+    assert value(conn, "select orchestrator.release_forgotten('w', %s)", [claim_id]) == 2
+    assert [status(conn, id) for id in (known, lost, asked, others)] == ["claimed", "pending", "cancelled", "claimed"]
+    assert value(conn, "select orchestrator.release_forgotten('w', '{}')") == 1
+
+
 def test_snooze_puts_off_uncharged(conn):
     id = enqueue(conn)
     claim_id, _ = claim_one(conn)
@@ -391,12 +394,11 @@ def test_retry_delay_of_infinite_intervals_is_finite(pure, base, max, seconds):
     assert value(pure, query, base, max) == seconds
 
 
-@pytest.mark.parametrize(("type", "retries"), [
-    ("a:b:c", 1), ("a:b:d", 2), ("a:x", 3), ("b", 9), ("a", 9), ("a_b", 9), ("star:x", 4)])
-def test_the_policy_of_a_type_is_its_own_or_of_the_longest_pattern(conn, type, retries):
+def test_the_policy_of_a_type_is_its_own_or_of_the_longest_pattern(conn):
     register(conn, "v", {"a:b:c": {"max_retries": 1}, "a:b:": {"max_retries": 2}, "a:": {"max_retries": 3},
                          "star:*": {"max_retries": 4}, "*": {"max_retries": 9}, "a%b": {"max_retries": 5}})
-    assert value(conn, "select max_retries from orchestrator._policy(%s)", type) == retries
+    retries = {"a:b:c": 1, "a:b:d": 2, "a:x": 3, "b": 9, "a": 9, "a_b": 9, "star:x": 4}
+    assert {type: value(conn, "select max_retries from orchestrator._policy(%s)", type) for type in retries} == retries
 
 
 def test_pausing_a_type_keeps_the_policy_of_its_pattern(conn):

@@ -117,8 +117,8 @@ def test_each_view_is_served_by_indexes(conn, view):
     ([1, "two", None, []], [1, "two", None, []]),
     ("password", "password"), (3, 3), ({}, {}), (None, None),
 ])
-def test_redact_blanks_secrets_at_any_depth_and_nothing_else(conn, given, shown):
-    assert value(conn, "select orchestrator.redact(%s)", Jsonb(given)) == shown
+def test_redact_blanks_secrets_at_any_depth_and_nothing_else(pure, given, shown):
+    assert value(pure, "select orchestrator.redact(%s)", Jsonb(given)) == shown
 
 
 def explain(conn, id):
