@@ -1373,8 +1373,8 @@ class Worker:
     # ------------------------------------------------------------------------------------------------------ start and stop
     def start(self) -> None:
         """Listen, register, and start the threads. A database that is down is waited for; raises ConfigError for the rest."""
-        self.http = HttpServer(self)
-        self._thread("http", self.http.serve_forever)
+        self.http = server = HttpServer(self)
+        self._thread("http", lambda: server.serve_forever(0.1))   # how often it looks whether to stop
         try:
             self._register()
         except psycopg.OperationalError as error:
