@@ -1638,6 +1638,7 @@ class Worker:
             self._rate_line()
             if releasing and not self.finished and not unreported:
                 break
+        self._rate_line(last=True)
         link.close()
 
     def _report_delay(self) -> float:
@@ -1651,7 +1652,7 @@ class Worker:
             return False
         if task.settled == "completed":
             self.metrics.ended(task, "completed")
-            self._log_end(task, "completed")
+            self._log_completed([task])
         else:
             self.metrics.ended(task, "rejected")
         self._forget(task)
@@ -1757,9 +1758,9 @@ class Worker:
             for task in tasks:
                 self._log_end(task, "completed")
 
-    def _rate_line(self) -> None:
+    def _rate_line(self, last: bool = False) -> None:
         now = time.monotonic()
-        if now - self.rate_line_at >= 10:
+        if last or now - self.rate_line_at >= 10:
             count, seconds = self.since_rate_line["completed"], now - self.rate_line_at
             if count > 20:
                 log.info("%d tasks completed in the last %.0f s (%.0f/s)", count, seconds, count / seconds, extra={"worker": self.id})
