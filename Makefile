@@ -80,7 +80,7 @@ docker-logs: ## follow their logs
 	$(COMPOSE) logs -f
 
 docker-up-dist: ## PostgreSQL, three workers, Prometheus and Grafana
-	$(DISTRIBUTED) up -d --build --wait
+	$(DISTRIBUTED) up -d --build --wait --scale orchestrator=0
 
 docker-logs-dist: ## follow their logs
 	$(DISTRIBUTED) logs -f
