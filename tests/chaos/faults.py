@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import re
 import shutil
 import signal
@@ -56,7 +57,9 @@ def none(lab: Lab) -> str:
 
 def kill_workers(lab: Lab, total: int, kills: int, workers: int, leases: dict[str, str], limit: float, pause: float = 1.0) -> str:
     lab.work(workers, leases=leases)
-    lab.produce(total, rate=total / (kills * (0.5 + 1.5 * pause)))
+    lengths = random.Random(lab.seed)
+    lab.produce(total, rate=total / (kills * 1.5 * pause),
+                make=lambda n: ("work", {"seconds": lengths.uniform(0, 0.3), "fail": int(n % 50 == 7)}))
     killed: dict[int, float] = {}
     in_flight = 0
     for _ in range(kills):

@@ -427,7 +427,7 @@ class Lab:
             self.fail(f"illegal transitions: {dict(illegal)}")
         exits = Counter((t.task, t.was_claim) for t in transitions if t.was in IN_FLIGHT and t.now not in IN_FLIGHT)
         completions = Counter(t.task for t in transitions if t.now == "completed")
-        row.twice = sum(n > 1 for n in exits.values()) + sum(n > 1 for n in completions.values())
+        row.twice = len({task for (task, _), n in exits.items() if n > 1} | {task for task, n in completions.items() if n > 1})
         if row.twice:
             self.fail(f"{row.twice} tasks ended twice")
         strangers = [t for t in transitions if t.recovered and t.actor != t.leader]

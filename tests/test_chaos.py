@@ -1,0 +1,130 @@
+"""The quickest faults of tests/chaos/chaos.py, and that its verdict sees what it is there to see."""
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import clean_environment
+from postgres import Server
+
+CHAOS = Path(__file__).parent / "chaos"
+sys.path.append(str(CHAOS))
+
+from harness import Lab  # noqa: E402
+
+
+@pytest.mark.timeout(180)
+def test_chaos_short_version_passes(tmp_path: Path) -> None:
+    faults = ["none", "SIGKILL", "COMMIT acknowledged"]
+    only = [part for fault in faults for part in ("--only", fault)]
+    ended = subprocess.run([sys.executable, str(CHAOS / "chaos.py"), "--short", "--seed", "7", "--json", str(tmp_path / "rows"), *only],
+                           check=False, capture_output=True, text=True, cwd=tmp_path, env=clean_environment(), timeout=170)
+    rows = json.loads((tmp_path / "rows").read_text()) if (tmp_path / "rows").exists() else []
+    assert [row["problems"] for row in rows if row["problems"]] == [], ended.stdout
+    assert ended.returncode == 0 and len(rows) >= 3, ended.stdout + ended.stderr
+
+
+@pytest.fixture
+def lab(server: Server) -> Lab:
+    with Lab("planted", server, seed=1, short=True) as lab:
+        yield lab
+        lab.problems.clear()    # they were planted: keep no logs
+    server.drop_database(lab.url)
+
+
+def claim(lab: Lab, worker: str = "a:1:x") -> int:
+    lab.execute("select orchestrator.register_worker(%s, 'here', 1, '0')", worker)
+    return int(lab.value("select claim_id from orchestrator.claim_tasks(%s, array['t'], 1)", worker))
+
+
+def enqueue(lab: Lab) -> str:
+    lab.extra_ids.add(lab.value("select orchestrator.enqueue('t')::text"))
+    return max(lab.extra_ids)
+
+
+def problems(lab: Lab) -> str:
+    lab.verdict("one task")
+    return " | ".join(lab.problems)
+
+
+def complete(lab: Lab, claim_id: int, id: str) -> None:
+    lab.execute("select * from orchestrator.complete_tasks(array[%s::bigint], array[1], array[%s::uuid])", claim_id, id)
+
+
+def test_verdict_of_a_healthy_run_is_empty(lab: Lab) -> None:
+    id = enqueue(lab)
+    complete(lab, claim(lab), id)
+    assert problems(lab) == ""
+
+
+def test_verdict_sees_a_lost_task(lab: Lab) -> None:
+    lab.execute("delete from orchestrator.tasks where id = %s", enqueue(lab))
+    assert "1 acknowledged tasks are gone" in problems(lab)
+
+
+def test_verdict_sees_a_task_that_waits_for_ever(lab: Lab) -> None:
+    enqueue(lab)
+    assert "not ended" in problems(lab)
+
+
+def test_verdict_sees_a_task_that_nobody_enqueued(lab: Lab) -> None:
+    id = enqueue(lab)
+    complete(lab, claim(lab), id)
+    lab.extra_ids.clear()
+    assert "1 tasks that nobody enqueued" in problems(lab)
+
+
+def test_verdict_sees_two_exits_of_one_claim(lab: Lab) -> None:
+    id = enqueue(lab)
+    held = claim(lab)
+    complete(lab, held, id)
+    lab.execute("update orchestrator.tasks set status = 'running', completed_at = null where id = %s", id)   # as if the fence were gone
+    lab.execute("update orchestrator.tasks set status = 'completed', completed_at = now() where id = %s", id)
+    found = problems(lab)
+    assert "1 tasks ended twice" in found and "illegal transitions: {('completed', 'running'): 1}" in found
+
+
+def test_verdict_sees_an_execution_that_overlaps_another(lab: Lab) -> None:
+    id = enqueue(lab)
+    held = claim(lab)
+    lines = [f"begin {id} {held} 1 a:1:x 100.0", f"begin {id} {held + 1} 1 a:2:x 101.0", f"end {id} {held} 1 a:1:x 102.0"]
+    (lab.folder / "executions-1").write_text("\n".join(lines[:1] + lines[2:]))
+    (lab.folder / "executions-2").write_text(lines[1])
+    assert f"{id} ran again although claim {held} still held it" in problems(lab)
+
+
+def test_verdict_sees_a_recovery_by_who_does_not_lead(lab: Lab) -> None:
+    id = enqueue(lab)
+    held = claim(lab)
+    lab.execute("update orchestrator.workers set declared_dead_at = now()")
+    lab.execute("select orchestrator._recover_claim(%s, 'planted', 10)", held)
+    complete(lab, claim(lab, "a:2:x"), id)
+    found = problems(lab)
+    assert "1 recoveries by chaos, while None led" in found and "a:1:x was declared dead by chaos, while None led" in found
+
+
+def test_verdict_sees_a_worker_declared_dead_that_nobody_had_touched(lab: Lab) -> None:
+    lab.execute("select orchestrator.register_worker(w, 'here', 1, '0') from unnest(array['a:1:x', 'a:2:x']) w")
+    lab.execute("select orchestrator.acquire_leadership('a:1:x', '1 hour')")
+    lab.execute("update orchestrator.workers set declared_dead_at = now() where id = 'a:2:x'")
+    assert "1 workers were declared dead that nobody had touched" in problems(lab)
+    assert lab.verdict("").false_deaths == 1
+    lab.tampered.add(2)
+    assert lab.verdict("").false_deaths == 0
+
+
+def test_verdict_sees_terms_that_do_not_rise(lab: Lab) -> None:
+    lab.execute("select orchestrator.register_worker('a:1:x', 'here', 1, '0')")
+    for term in (2, 1):
+        lab.execute("update orchestrator.workers set is_leader = true, leader_term = %s, leader_until = now()", term)
+        lab.execute("update orchestrator.workers set is_leader = false")
+    assert "term 1 follows term 2" in problems(lab)
+
+
+def test_a_fault_that_never_bit_fails(lab: Lab) -> None:
+    lab.bit(0, "no kill")
+    assert problems(lab) == "the fault never bit: no kill"
