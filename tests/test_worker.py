@@ -1,0 +1,768 @@
+"""The worker: how each way a handler can end is recorded, and cancelling, timeouts, transactions, prefetch, reconnecting."""
+from __future__ import annotations
+
+import asyncio
+import collections
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import psycopg
+import pytest
+
+import orchestrator
+from apps import audit, events, make_app, running, story, wait_for, worker_of
+from orchestrator import Cancelled, ClaimLost, Discard, Handler, Orchestrator, Retry, Snooze, Task
+from postgres import LocalServer, eventually, install_schema
+from steps import value
+
+Connection = psycopg.Connection[Any]
+
+
+class Gate:
+    """A handler that says that it started, and waits until it may go on."""
+
+    def __init__(self) -> None:
+        self.started, self.open = threading.Semaphore(0), threading.Event()
+        self.tasks: list[Task] = []
+
+    def __call__(self, task: Task) -> None:
+        self.tasks.append(task)
+        self.started.release()
+        assert self.open.wait(30)
+
+    def wait_started(self) -> Task:
+        assert self.started.acquire(timeout=15)
+        return self.tasks[-1]
+
+
+def obedient(task: Task) -> None:
+    """Runs until it is asked to stop."""
+    assert task.cancelled.wait(30)
+    task.raise_if_cancelled()
+
+
+def no_attempt_lost(conn: Connection) -> None:
+    assert audit(conn) == []
+
+
+# ------------------------------------------------------------------------------------------------------------ outcomes
+class Unspeakable(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no message")
+
+
+def raising(error: BaseException) -> Callable[[Task], Any]:
+    def handler(task: Task) -> None:
+        raise error
+    return handler
+
+
+OUTCOMES: dict[str, tuple[Callable[[Task], Any], str, Any]] = {   # what it does, the status, what last_error says or the result is
+    "none": (lambda task: None, "completed", None),
+    "result": (lambda task: {"sum": [1, "ü", None]}, "completed", {"sum": [1, "ü", None]}),
+    "false": (lambda task: False, "completed", False),
+    "exception": (raising(ValueError("boom")), "dead_letter", "ValueError: boom (test_worker.py:"),
+    "discard": (raising(Discard("no such customer")), "dead_letter", "no such customer"),
+    "discard without words": (raising(Discard()), "dead_letter", "discarded"),
+    "exit": (raising(SystemExit(3)), "dead_letter", "SystemExit: 3"),
+    "interrupt": (raising(KeyboardInterrupt()), "dead_letter", "KeyboardInterrupt: "),
+    "cancelled by itself": (raising(Cancelled("why not")), "dead_letter", "Cancelled: why not"),
+    "unspeakable": (raising(Unspeakable()), "dead_letter", "Unspeakable: (its message cannot be shown)"),
+    "NUL in the error": (raising(ValueError("a\0b")), "dead_letter", "ValueError: a\N{REPLACEMENT CHARACTER}b"),
+    "surrogate in the error": (raising(ValueError("a\ud800b")), "dead_letter", "ValueError: a?b"),
+    "huge error": (raising(ValueError("x" * 5_000_000)), "dead_letter", "xxx … xxx"),
+    "not JSON": (lambda task: {1, 2}, "dead_letter", "not JSON"),
+    "NaN": (lambda task: [float("nan")], "dead_letter", "not JSON"),
+    "NUL in the result": (lambda task: {"a": "b\0c"}, "dead_letter", "U+0000"),
+    "half a pair in the result": (lambda task: "\ud800", "dead_letter", "surrogate"),
+    "recursive result": (lambda task: sys.modules, "dead_letter", "not JSON"),
+    "too big a number": (lambda task: float("inf"), "dead_letter", "not JSON"),
+}
+
+
+def test_every_way_to_end_is_recorded(installed: str, conn: Connection) -> None:
+    handlers = {name: Handler(function, max_retries=0) for name, (function, _, _) in OUTCOMES.items()}
+    with running(installed, {**handlers, "ok": lambda task: None}) as app:
+        ids = {name: app.enqueue(name) for name in OUTCOMES}
+        for name, (_, status, said) in OUTCOMES.items():
+            task = wait_for(app, ids[name])
+            assert (name, task["status"], task["attempts"]) == (name, status, 1)
+            if status == "completed":
+                assert (name, task["result"]) == (name, said)
+            else:
+                assert said in task["last_error"] and len(task["last_error"]) <= 8192
+        for _ in range(worker_of(app).config.worker_pool_size):   # no thread of the pool was lost
+            wait_for(app, app.enqueue("ok"), "completed")
+    no_attempt_lost(conn)
+
+
+def test_a_failed_attempt_is_retried_until_it_succeeds(installed: str) -> None:
+    attempts = []
+
+    def third_time_lucky(task: Task) -> int:
+        attempts.append(task.attempt)
+        if task.attempt < 3:
+            raise OSError("not yet")
+        return task.attempt
+
+    with running(installed, {"a": Handler(third_time_lucky, base_delay=0.01)}) as app:
+        task = wait_for(app, app.enqueue("a"))
+    assert attempts == [1, 2, 3] and (task["status"], task["result"], task["attempts"]) == ("completed", 3, 3)
+    assert events(task) == ["failed", "retry_scheduled"] * 2
+
+
+def test_retries_of_the_task_go_before_those_of_its_type(installed: str) -> None:
+    with running(installed, {"a": Handler(raising(OSError()), max_retries=5, base_delay=0)}) as app:
+        none, one = app.enqueue("a", max_retries=0), app.enqueue("a", max_retries=1)
+        assert wait_for(app, none)["attempts"] == 1
+        assert wait_for(app, one)["attempts"] == 2
+
+
+def test_retry_after_is_kept_to(installed: str) -> None:
+    with running(installed, {"a": raising(Retry("busy", after=1000))}) as app:
+        task = wait_for(app, app.enqueue("a"), "retry_scheduled")
+    assert "in 1000.000 s" in task["events"][-1]["detail"] and task["last_error"] == "busy"
+
+
+def test_snooze_charges_no_attempt(installed: str) -> None:
+    seen = []
+
+    def twice(task: Task) -> None:
+        seen.append(task.attempt)
+        if len(seen) < 3:
+            raise Snooze(0.01)
+
+    with running(installed, {"a": Handler(twice, max_retries=0)}) as app:
+        task = wait_for(app, app.enqueue("a"))
+    assert seen == [1, 1, 1] and task["status"] == "completed" and task["attempts"] == 1
+    assert events(task) == ["snoozed", "snoozed"]
+
+
+def test_what_the_database_refuses_is_a_failed_attempt_and_holds_nothing_up(installed: str, conn: Connection) -> None:
+    deep: Any = None
+    for _ in range(900):
+        deep = [deep]
+    conn.execute("alter table orchestrator.tasks add constraint small check (octet_length(result::text) < 1000)")
+    results = {"deep": deep, "big": "x" * 2000, "good": 1}
+    with running(installed, {"a": Handler(lambda task: results[task.payload], max_retries=0)}) as app:
+        ids = {name: app.enqueue("a", name) for name in ("big", "good", "deep", "good")}
+        assert wait_for(app, ids["good"])["result"] == 1
+        assert "could not be recorded" in wait_for(app, ids["big"], "dead_letter")["last_error"]
+        wait_for(app, ids["deep"], "dead_letter")
+    no_attempt_lost(conn)
+
+
+def test_a_task_of_a_type_without_a_handler_stays_and_show_says_so(installed: str) -> None:
+    with running(installed, {"a": lambda task: None}) as app:
+        stranger = app.enqueue("b")
+        wait_for(app, app.enqueue("a"))
+        task = story(app, stranger)
+    assert task["status"] == "pending" and "no live worker handles b" in task["explanation"]
+
+
+def test_a_pattern_gets_types_that_were_never_seen_before(installed: str) -> None:
+    seen = []
+    with running(installed, {"mail:": lambda task: seen.append(task.type)}) as app:
+        wait_for(app, app.enqueue("mail:first"))
+        wait_for(app, app.enqueue("mail:second"))
+    assert seen == ["mail:first", "mail:second"]
+
+
+def test_higher_priority_is_claimed_first(installed: str) -> None:
+    app = make_app(installed, worker_pool_size=1)
+    order: list[int] = []
+    app.handler("a", lambda task: order.append(task.priority))
+    for priority in (1, -5, 9, 0):
+        app.enqueue("a", priority=priority)
+    with running(installed, app):
+        eventually(lambda: len(order) == 4)
+    assert order == [9, 1, 0, -5]
+
+
+def test_progress_shows_while_it_runs(installed: str) -> None:
+    gate = Gate()
+
+    def report(task: Task) -> None:
+        task.progress({"done": 1})
+        gate(task)
+
+    with running(installed, {"a": report}) as app:
+        task_id = app.enqueue("a")
+        eventually(lambda: story(app, task_id)["result"] == {"done": 1})
+        gate.open.set()
+        assert wait_for(app, task_id)["status"] == "completed"
+
+
+# ------------------------------------------------------------------------------------------------------------------- async
+def test_async_handlers_run_together_on_one_thread(installed: str) -> None:
+    threads, together = set(), 0
+    arrived: asyncio.Event | None = None
+
+    async def meet(task: Task) -> str:
+        nonlocal together, arrived
+        threads.add(threading.get_ident())
+        arrived = arrived or asyncio.Event()
+        together += 1
+        if together == 3:
+            arrived.set()
+        await asyncio.wait_for(arrived.wait(), 10)
+        return "met"
+
+    with running(installed, {"a": meet}) as app:
+        assert [wait_for(app, i)["result"] for i in [app.enqueue("a") for _ in range(3)]] == ["met"] * 3
+    assert len(threads) == 1
+
+
+@pytest.mark.parametrize("error", [ValueError("boom"), SystemExit("boom"), KeyboardInterrupt("boom")])
+def test_an_async_handler_that_raises_fails_alone(installed: str, error: BaseException) -> None:
+    async def either(task: Task) -> int:
+        await asyncio.sleep(0)
+        if task.payload:
+            raise error
+        return 1
+
+    with running(installed, {"a": Handler(either, max_retries=0)}) as app:
+        assert "boom" in wait_for(app, app.enqueue("a", True), "dead_letter")["last_error"]
+        assert wait_for(app, app.enqueue("a", False))["result"] == 1
+
+
+def test_a_cancelled_async_handler_ends_before_its_task_does(installed: str) -> None:
+    started, cleaned, may_clean = threading.Event(), threading.Event(), threading.Event()
+
+    async def sleeper(task: Task) -> None:
+        started.set()
+        try:
+            await asyncio.sleep(60)
+        finally:
+            while not may_clean.is_set():
+                await asyncio.sleep(0.01)
+            cleaned.set()
+
+    with running(installed, {"a": sleeper}) as app:
+        task_id = app.enqueue("a")
+        assert started.wait(10)
+        assert app.cancel(task_id) == "cancelling"
+        eventually(lambda: not worker_of(app).running_tasks() or worker_of(app).running_tasks()[0].cancel_reason == "cancelled")
+        assert story(app, task_id)["status"] == "running" or not cleaned.is_set()
+        may_clean.set()
+        wait_for(app, task_id, "cancelled")
+    assert cleaned.is_set()
+
+
+def test_an_async_handler_is_cancelled_at_its_timeout(installed: str) -> None:
+    async def sleeper(task: Task) -> None:
+        await asyncio.sleep(60)
+
+    with running(installed, {"a": Handler(sleeper, timeout=0.1, max_retries=0)}) as app:
+        assert wait_for(app, app.enqueue("a"))["last_error"] == "timed out after 0.1 s"
+
+
+# -------------------------------------------------------------------------------------------------------------- cancelling
+def test_a_waiting_task_is_cancelled_at_once(installed: str) -> None:
+    gate = Gate()
+    with running(installed, {"a": gate}, worker_pool_size=1) as app:
+        app.enqueue("a")
+        gate.wait_started()
+        pending, scheduled = app.enqueue("a"), app.enqueue("a", delay=60)
+        assert app.cancel(pending) == app.cancel(scheduled) == "cancelled"
+        gate.open.set()
+        eventually(lambda: not worker_of(app).tasks)
+        assert len(gate.tasks) == 1
+        assert story(app, pending)["status"] == story(app, scheduled)["status"] == "cancelled"
+
+
+def test_a_running_task_is_told_and_ends_as_cancelled(installed: str, conn: Connection) -> None:
+    with running(installed, {"a": obedient}) as app:
+        task_id = app.enqueue("a")
+        eventually(lambda: worker_of(app).running_tasks())
+        assert app.cancel(task_id) == "cancelling"
+        task = wait_for(app, task_id)
+    assert task["status"] == "cancelled" and events(task) == ["cancel_requested", "cancelled"]
+    no_attempt_lost(conn)
+
+
+def test_a_handler_that_does_not_listen_ends_as_cancelled_too(installed: str) -> None:
+    gate = Gate()
+    with running(installed, {"a": gate, "b": Handler(lambda task: gate(task) or 1 / 0)}) as app:
+        ids = [app.enqueue("a"), app.enqueue("b")]
+        gate.wait_started()
+        gate.wait_started()
+        assert [app.cancel(i) for i in ids] == ["cancelling"] * 2
+        gate.open.set()
+        assert [wait_for(app, i)["status"] for i in ids] == ["cancelled"] * 2
+
+
+@pytest.fixture
+def greedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have workers hold more than they can run."""
+    monkeypatch.setattr(orchestrator.Worker, "prefetch", lambda self: 20)
+    monkeypatch.setattr(orchestrator.Worker, "_overloaded", lambda self: False)
+
+
+def test_a_claimed_task_that_was_cancelled_never_starts(installed: str, greedy: None) -> None:
+    gate = Gate()
+    with running(installed, {"a": gate}, worker_pool_size=1) as app:
+        worker = worker_of(app)
+        app.enqueue("a")
+        gate.wait_started()
+        second = app.enqueue("a")
+        wait_for(app, second, "claimed")
+        assert app.cancel(second) == "cancelling"
+        eventually(lambda: worker.tasks[second].cancel_reason == "cancelled")
+        gate.open.set()
+        wait_for(app, second, "cancelled")
+        assert len(gate.tasks) == 1
+
+
+def test_cancelling_works_without_notify(installed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(orchestrator.Worker, "_listen_loop", lambda self: None)
+    with running(installed, {"a": obedient}, heartbeat_interval=15) as app:
+        task_id = app.enqueue("a")
+        wait_for(app, task_id, "running")
+        app.cancel(task_id)
+        wait_for(app, task_id, "cancelled")
+
+
+# ---------------------------------------------------------------------------------------------------------------- timeouts
+def test_at_its_timeout_a_handler_is_asked_to_stop(installed: str) -> None:
+    reasons = []
+
+    def listens(task: Task) -> None:
+        assert task.cancelled.wait(10)
+        reasons.append(task.cancel_reason)
+        task.raise_if_cancelled()
+
+    with running(installed, {"a": Handler(listens, timeout=0.1, max_retries=0)}) as app:
+        task = wait_for(app, app.enqueue("a"))
+    assert reasons == ["timeout"] and task["status"] == "dead_letter" and task["last_error"] == "timed out after 0.1 s"
+
+
+def test_a_handler_that_ignores_its_timeout_fails_and_the_pool_keeps_its_size(
+        installed: str, conn: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(orchestrator, "TIMEOUT_GRACE", 0.1)
+    gate = Gate()
+    with running(installed, {"stuck": Handler(gate, timeout=0.1, max_retries=0), "ok": lambda task: task.id}, worker_pool_size=2) as app:
+        worker = worker_of(app)
+        stuck = [app.enqueue("stuck") for _ in range(2)]
+        for task_id in stuck:
+            assert "did not stop" in wait_for(app, task_id, "dead_letter")["last_error"]
+        wait_for(app, app.enqueue("ok"), "completed")
+        assert len(worker.places) == 4 and worker.idle_places() == 2
+        gate.open.set()   # their late answers change nothing, and their places go
+        eventually(lambda: len(worker.places) == 2)
+        eventually(lambda: worker.in_hand() == 0)
+        assert [story(app, task_id)["status"] for task_id in stuck] == ["dead_letter"] * 2
+        assert sum(worker.metrics.rejected.values()) == 2
+        wait_for(app, app.enqueue("ok"), "completed")
+    no_attempt_lost(conn)
+
+
+def test_more_stuck_handlers_than_places_shrink_the_pool_until_they_return(installed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(orchestrator, "TIMEOUT_GRACE", 0.05)
+    gate = Gate()
+    with running(installed, {"stuck": Handler(gate, timeout=0.05, max_retries=0), "ok": lambda task: None}, worker_pool_size=1) as app:
+        worker = worker_of(app)
+        for task_id in [app.enqueue("stuck") for _ in range(2)]:
+            wait_for(app, task_id, "dead_letter")
+        waiting = app.enqueue("ok")
+        eventually(lambda: worker.idle_places() == 0)
+        gate.open.set()
+        wait_for(app, waiting, "completed")
+        eventually(lambda: len(worker.places) == 1)
+
+
+def test_a_retry_may_run_while_the_abandoned_attempt_still_does(installed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(orchestrator, "TIMEOUT_GRACE", 0.05)
+    gates = [Gate(), Gate()]
+    with running(installed, {"a": Handler(lambda task: gates[task.attempt - 1](task), timeout=0.3, base_delay=0, max_retries=1)}) as app:
+        worker = worker_of(app)
+        task_id = app.enqueue("a")
+        gates[1].wait_started()
+        gates[0].open.set()   # the first ends late: the second is still known, can be cancelled, and is waited for
+        eventually(lambda: sum(worker.metrics.rejected.values()) == 1)
+        assert worker.tasks[task_id].attempt == 2
+        gates[1].open.set()
+        assert wait_for(app, task_id)["attempts"] == 2
+
+
+# ------------------------------------------------------------------------------------------------------------- transactions
+@pytest.fixture
+def ledger(conn: Connection) -> Callable[[], list[str]]:
+    conn.execute("create table ledger (entry text)")
+    return lambda: [entry for (entry,) in conn.execute("select entry from ledger order by entry")]
+
+
+def test_a_transaction_commits_the_writes_and_the_completion_together(installed: str, conn: Connection, ledger: Any) -> None:
+    seen = []
+
+    def pay(task: Task) -> str:
+        with task.transaction() as connection:
+            connection.execute("insert into ledger values ('paid')")
+            seen.append((ledger(), value(conn, "select status from orchestrator.tasks")))
+        seen.append((ledger(), value(conn, "select status from orchestrator.tasks")))
+        return "not kept: it completed before"
+
+    with running(installed, {"a": pay}) as app:
+        task = wait_for(app, app.enqueue("a"), "completed")
+        eventually(lambda: not worker_of(app).tasks)
+    assert seen[0][0] == [] and seen[0][1] in ("claimed", "running") and seen[1] == (["paid"], "completed")
+    assert task["attempts"] == 1
+    no_attempt_lost(conn)
+
+
+def test_an_exception_rolls_the_writes_back(installed: str, ledger: Any) -> None:
+    def fails(task: Task) -> None:
+        with task.transaction() as connection:
+            connection.execute("insert into ledger values ('paid')")
+            raise ValueError("no")
+
+    with running(installed, {"a": Handler(fails, max_retries=0)}) as app:
+        assert "ValueError: no" in wait_for(app, app.enqueue("a"), "dead_letter")["last_error"]
+    assert ledger() == []
+
+
+def test_a_stolen_claim_aborts_the_transaction(installed: str, conn: Connection, ledger: Any) -> None:
+    errors = []
+
+    def robbed(task: Task) -> None:
+        try:
+            with task.transaction() as connection:
+                connection.execute("insert into ledger values (%s)", [str(task.attempt)])
+                if not errors:   # as the leader would, had this worker been declared dead
+                    conn.execute("select orchestrator.release_tasks(%s)", [task.claim_id])
+        except ClaimLost as error:
+            errors.append(error)
+            raise
+
+    with running(installed, {"a": robbed}) as app:
+        task = wait_for(app, app.enqueue("a"))
+    assert task["status"] == "completed" and len(errors) == 1
+    assert ledger() == ["1"]
+    no_attempt_lost(conn)
+
+
+def test_a_cancel_aborts_the_transaction(installed: str, ledger: Any) -> None:
+    gate = Gate()
+
+    def pay(task: Task) -> None:
+        with task.transaction() as connection:
+            connection.execute("insert into ledger values ('paid')")
+            gate(task)
+
+    with running(installed, {"a": pay}) as app:
+        task_id = app.enqueue("a")
+        gate.wait_started()
+        app.cancel(task_id)
+        gate.open.set()
+        wait_for(app, task_id, "cancelled")
+    assert ledger() == []
+
+
+def test_a_transaction_has_psycopgs_usual_values_and_no_limit_on_its_statements(installed: str) -> None:
+    seen: list[Any] = []
+
+    def look(task: Task) -> None:
+        with task.transaction() as connection:
+            seen.append(connection.execute("select '{\"a\": 1}'::jsonb, now(), current_setting('statement_timeout')").fetchone())
+
+    with running(installed, {"a": look}) as app:
+        wait_for(app, app.enqueue("a"), "completed")
+    assert seen[0][0] == {"a": 1} and hasattr(seen[0][1], "tzinfo") and seen[0][2] == "0"
+
+
+# ------------------------------------------------------------------------------------------------------------------ prefetch
+def test_slow_tasks_are_not_hoarded(installed: str) -> None:
+    runs: list[tuple[int, float, float]] = []
+
+    def handler_of(number: int) -> Callable[[Task], None]:
+        def slow(task: Task) -> None:
+            began = time.monotonic()
+            task.cancelled.wait(1)
+            runs.append((number, began, time.monotonic()))
+        return slow
+
+    apps = [make_app(installed, {"slow": handler_of(n)}, worker_pool_size=5, distributed_mode=True) for n in range(2)]
+    apps[0].enqueue_many("slow", range(20))
+    with running(installed, apps[0]), running(installed, apps[1]):
+        eventually(lambda: len(runs) == 20, 15)
+    assert min(collections.Counter(number for number, _, _ in runs).values()) >= 6   # both work
+    assert max(ended for *_, ended in runs) - min(began for _, began, _ in runs) < 3
+
+
+def test_a_slow_task_does_not_hold_up_those_behind_it(installed: str) -> None:
+    gate, done = Gate(), []
+
+    def mixed(task: Task) -> None:
+        if task.payload == "slow":
+            gate(task)
+        else:
+            done.append(task.payload)
+
+    with running(installed, {"a": mixed}, worker_pool_size=2) as app:
+        worker = worker_of(app)
+        app.enqueue_many("a", range(1000))
+        eventually(lambda: len(done) == 1000)
+        assert worker.mean is not None
+        worker.mean = 1e-5   # known to be quick: the next come in long slices
+        app.enqueue_many("a", ["slow", *range(300)])
+        gate.wait_started()
+        eventually(lambda: len(done) == 1300, 5)
+        gate.open.set()
+
+
+# ------------------------------------------------------------------------------------------------------- the database goes away
+def test_a_worker_connects_again_when_its_connections_are_cut(installed: str, conn: Connection) -> None:
+    gate = Gate()
+    with running(installed, {"a": gate, "ok": lambda task: None}) as app:
+        before = app.enqueue("a")
+        gate.wait_started()
+        ours = "from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()"
+        assert value(conn, f"select count(pg_terminate_backend(pid)) {ours}") >= 4
+        gate.open.set()
+        wait_for_on(conn, before, "completed")
+        after = str(value(conn, "select orchestrator.enqueue('ok')"))
+        wait_for_on(conn, after, "completed")
+        assert worker_of(app).health() == []
+        eventually(lambda: value(conn, "select count(*) from pg_stat_activity where query = 'listen orchestrator_cancel'") == 1)
+    no_attempt_lost(conn)
+
+
+def wait_for_on(conn: Connection, task_id: str, status: str) -> None:
+    eventually(lambda: value(conn, "select status from orchestrator.tasks where id = %s", task_id) == status, 15)
+
+
+def test_a_listener_that_was_cut_leaves_polling_to_carry_on(installed: str, conn: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_listening(self: orchestrator.Worker, link: Any, connection: Any) -> None:
+        raise psycopg.OperationalError("listening is impossible")
+    monkeypatch.setattr(orchestrator.Worker, "_listen", no_listening)
+    with running(installed, {"a": lambda task: None}) as app:
+        wait_for(app, app.enqueue("a"), "completed", timeout=3)
+
+
+@pytest.fixture
+def own_server() -> Any:
+    """A server of the test's own, which may be stopped."""
+    if os.environ.get("TEST_DATABASE_URL") or os.environ.get("TEST_POSTGRES"):
+        pytest.skip("needs a server that it may stop")
+    server = LocalServer(fsync=True)   # what it says is committed must outlive its crash
+    yield server
+    server.stop()
+
+
+def test_a_worker_outlives_a_crash_and_a_restart_of_the_server(own_server: LocalServer) -> None:
+    url = own_server.create_database()
+    install_schema(url)
+    gate = Gate()
+    with running(url, {"a": gate, "ok": lambda task: "ok"}) as app:
+        task_id = app.enqueue("a")
+        gate.wait_started()
+        own_server.stop_server("immediate")
+        gate.open.set()   # its outcome is kept until the server is back
+        eventually(lambda: worker_of(app).metrics.errors["connection"] >= 2)
+        assert worker_of(app).health() == []
+        own_server.start()
+        with psycopg.connect(url, autocommit=True) as conn:
+            wait_for_on(conn, task_id, "completed")
+            wait_for_on(conn, str(value(conn, "select orchestrator.enqueue('ok')")), "completed")
+            assert audit(conn) == []
+            assert value(conn, "select attempts from orchestrator.tasks where id = %s", task_id) == 1
+
+
+def test_a_worker_that_starts_while_the_database_is_down_waits_for_it(own_server: LocalServer) -> None:
+    url = own_server.create_database()
+    install_schema(url)
+    own_server.stop_server()
+    app = make_app(url, {"a": lambda task: None}).start()
+    try:
+        assert worker_of(app).health() == []
+        assert any("not registered" in problem for problem in worker_of(app).readiness())
+        own_server.start()
+        eventually(worker_of(app).registered.is_set)
+        wait_for(app, app.enqueue("a"), "completed")
+    finally:
+        app.stop(0)
+
+
+def test_a_server_that_falls_silent_is_given_up(installed: str, conn: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend that is stopped neither answers nor closes, which TCP keepalive can't see."""
+    link = orchestrator.Link(make_app(installed).config)
+    pid = link.call("select pg_backend_pid()")[0][0]
+    blocker = psycopg.connect(installed)
+    blocker.execute("select pg_advisory_lock(1)")
+    monkeypatch.setattr(orchestrator, "STATEMENT_TIMEOUT", -4.5)   # the client's own deadline is 5 s later
+    with pytest.raises(psycopg.OperationalError):
+        link.call("select pg_advisory_lock(1)")
+    monkeypatch.undo()
+    blocker.close()
+    assert link.call("select pg_backend_pid()")[0][0] != pid
+    link.close()
+
+
+# --------------------------------------------------------------------------------------------------------- health and identity
+def test_a_wedged_claim_loop_stops_the_heartbeat_and_turns_health_bad(
+        installed: str, conn: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    wedged, release = threading.Event(), threading.Event()
+    original = orchestrator.Worker._claim
+
+    def claim(self: orchestrator.Worker, *args: Any) -> float:
+        if wedged.is_set():
+            release.wait(30)
+        return original(self, *args)
+
+    monkeypatch.setattr(orchestrator.Worker, "_claim", claim)
+    beat = "select last_heartbeat from orchestrator.workers"
+    with running(installed, {"a": lambda task: None}, heartbeat_interval=0.1) as app:
+        worker = worker_of(app)
+        first = value(conn, beat)
+        eventually(lambda: value(conn, beat) > first)
+        wedged.set()
+        eventually(lambda: time.monotonic() - worker.loop_at["claim"] > 1.2)   # it waits a second at most
+        worker.loop_at["claim"] -= 60
+        assert worker.health() == [problem for problem in worker.health() if "claim loop" in problem] != []
+        last = [value(conn, beat)]
+
+        def silent() -> bool:
+            previous, now = last[0], value(conn, beat)
+            last[0] = now
+            return bool(previous == now and worker.wake_heartbeat.wait(0.5) is False and value(conn, beat) == now)
+        eventually(silent)
+        release.set()
+        eventually(lambda: value(conn, beat) > last[0] and not worker.health())
+
+
+def test_a_worker_that_was_declared_dead_stops_what_it_runs_and_goes_on_under_a_new_id(installed: str, conn: Connection) -> None:
+    reasons = []
+
+    def listens(task: Task) -> None:
+        if not reasons:
+            assert task.cancelled.wait(10)
+            reasons.append(task.cancel_reason)
+            task.raise_if_cancelled()
+
+    with running(installed, {"a": Handler(listens, base_delay=0)}) as app:
+        worker = worker_of(app)
+        old, task_id = worker.id, app.enqueue("a")
+        wait_for(app, task_id, "running")
+        conn.execute("update orchestrator.workers set declared_dead_at = now(), is_leader = false, idle = false")
+        eventually(lambda: worker.id != old and worker.registered.is_set())
+        task = wait_for(app, task_id)
+        assert reasons == ["lost"] and task["status"] == "completed" and task["worker_id"] == worker.id
+        assert events(task) in (["released"], ["recovered", "failed", "retry_scheduled"])   # whoever was first, it or the leader
+    no_attempt_lost(conn)
+
+
+def test_a_single_instance_recovers_at_once_at_its_start(installed: str, conn: Connection) -> None:
+    for status in ("running", "claimed"):
+        conn.execute("select orchestrator.register_worker(%s, 'host', 1, '1', '{\"a\": {\"base_delay\": 0}}')", [status])
+        conn.execute("select orchestrator.enqueue('a')")
+        claim_id = value(conn, "select claim_id from orchestrator.claim_tasks(%s, '{a}', 1)", status)
+        if status == "running":
+            conn.execute("select orchestrator.start_tasks(claim_id, array[id]) from orchestrator.tasks where claim_id = %s", [claim_id])
+    with running(installed, {"a": Handler(lambda task: None, base_delay=0)}, worker_timeout=3600) as app:
+        eventually(lambda: value(conn, "select count(*) from orchestrator.tasks where status = 'completed'") == 2)
+        assert sorted(a for (a,) in conn.execute("select attempts from orchestrator.tasks")) == [1, 2]
+        assert value(conn, "select array_agg(id) from orchestrator.workers") == [worker_of(app).id]
+    no_attempt_lost(conn)
+
+
+def test_a_single_instance_beside_a_living_one_says_so_and_leaves_it_alone(
+        installed: str, conn: Connection, caplog: pytest.LogCaptureFixture) -> None:
+    gate = Gate()
+    orchestrator.log.propagate = True
+    with running(installed, {"a": gate}) as first:
+        task_id = first.enqueue("a")
+        wait_for(first, task_id, "running")
+        with running(installed, {"b": lambda task: None}):
+            assert "DISTRIBUTED_MODE is false, but 1 other workers live" in caplog.text
+            gate.open.set()
+            assert wait_for(first, task_id)["attempts"] == 1
+    no_attempt_lost(conn)
+
+
+def test_a_task_that_once_lost_its_worker_is_marked_running_before_it_starts(installed: str, conn: Connection) -> None:
+    app = make_app(installed)
+    ids = [app.enqueue("a") for _ in range(3)]
+    conn.execute("select orchestrator.register_worker('gone', 'host', 1, '1', '{\"a\": {}}')")
+    conn.execute("select from orchestrator.claim_tasks('gone', '{a}', 10)")
+    seen = {}
+
+    def look(task: Task) -> None:
+        with psycopg.connect(installed) as connection:
+            seen[task.id] = value(connection, "select status from orchestrator.tasks where id = %s", task.id)
+
+    app.handler("a", look)
+    with running(installed, app):
+        for task_id in ids:
+            assert wait_for(app, task_id)["attempts"] == 1
+    assert seen == dict.fromkeys(ids, "running")
+
+
+def test_a_schema_of_another_version_is_refused_with_the_way_out(installed: str, conn: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    conn.execute("create or replace function orchestrator.schema_version() returns int language sql immutable as 'select 99'")
+    with pytest.raises(orchestrator.ConfigError, match="^DATABASE_URL: .* version 99, .* use the newer"):
+        make_app(installed, {"a": lambda task: None}).start()
+    conn.execute("create or replace function orchestrator.schema_version() returns int language sql immutable as 'select 1'")
+    monkeypatch.setattr(orchestrator, "SCHEMA_VERSION", 2)
+    with pytest.raises(orchestrator.ConfigError, match="run `python orchestrator.py install`"):
+        make_app(installed, {"a": lambda task: None}).start()
+
+
+def test_a_worker_installs_the_schema_where_there_is_none(db: str) -> None:
+    with running(db, {"a": lambda task: None}) as app:
+        wait_for(app, app.enqueue("a"), "completed")
+
+
+def test_a_port_in_use_is_refused_by_name(installed: str) -> None:
+    with running(installed, {"a": lambda task: None}) as app:
+        http = worker_of(app).http
+        assert http is not None
+        with pytest.raises(orchestrator.ConfigError, match="METRICS_PORT"):
+            Orchestrator(installed, metrics_port=http.server_address[1]).start()
+
+
+def test_stop_gives_back_what_has_not_started_and_finishes_the_rest(
+        installed: str, conn: Connection, greedy: None) -> None:
+    gate = Gate()
+    app = make_app(installed, {"a": gate}, worker_pool_size=1).start()
+    eventually(worker_of(app).registered.is_set)
+    first = app.enqueue("a")
+    gate.wait_started()
+    rest = [app.enqueue("a") for _ in range(20)]
+    eventually(lambda: value(conn, "select count(*) from orchestrator.tasks where status = 'claimed'") == 20)
+    stopping = threading.Thread(target=app.stop, args=(10,))
+    stopping.start()
+    eventually(lambda: value(conn, "select count(*) from orchestrator.tasks where status = 'pending'") == 20)
+    gate.open.set()
+    stopping.join(10)
+    assert value(conn, "select status from orchestrator.tasks where id = %s", first) == "completed"
+    assert value(conn, "select count(*) from orchestrator.tasks where id = any (%s) and attempts = 0 and status = 'pending'", rest) == 20
+    assert value(conn, "select count(*) from orchestrator.workers") == 0
+    assert len(gate.tasks) == 1
+    no_attempt_lost(conn)
+
+
+def test_stop_without_grace_gives_back_what_runs_uncharged(installed: str, conn: Connection) -> None:
+    gate = Gate()
+    app = make_app(installed, {"a": Handler(gate, max_retries=0)}).start()
+    task_id = app.enqueue("a")
+    gate.wait_started()
+    wait_for(app, task_id, "running")
+    app.stop(0)
+    assert conn.execute("select status, attempts from orchestrator.tasks").fetchone() == ("pending", 0)
+    gate.open.set()
+    no_attempt_lost(conn)
+
+
+def test_shutdown_asks_running_handlers_to_stop_and_gives_back_those_that_do(installed: str, conn: Connection) -> None:
+    app = make_app(installed, {"a": obedient}).start()
+    eventually(worker_of(app).registered.is_set)
+    app.enqueue("a")
+    eventually(worker_of(app).running_tasks)
+    began = time.monotonic()
+    app.stop(20)
+    assert time.monotonic() - began < 5
+    assert conn.execute("select status, attempts from orchestrator.tasks").fetchone() == ("pending", 0)
