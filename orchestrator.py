@@ -1356,7 +1356,7 @@ class Worker:
         self.rate_line_at = time.monotonic()
         self.wake_claim, self.wake_report, self.wake_heartbeat = threading.Event(), threading.Event(), threading.Event()
         self.registered, self.draining, self.releasing, self.stopped = (threading.Event() for _ in range(4))
-        self.fatal: ConfigError | None = None
+        self.fatal: Exception | None = None                   # why this worker can't go on
         self.term: int | None = None
         self.lease_until = 0.0                                # monotonic
         self.global_stats: dict[str, Any] | None = None       # what the leader counted last
@@ -1392,7 +1392,13 @@ class Worker:
         log.info("worker %s started: pool %d, http://%s:%d/", self.id, self.config.worker_pool_size, *self.http.server_address[:2])
 
     def _thread(self, name: str, target: Callable[[], None]) -> None:
-        self.threads[name] = threading.Thread(target=target, name=name, daemon=True)
+        def run() -> None:
+            try:
+                target()
+            except Exception as error:   # no memory, or a bug: a worker that lacks a thread must end, not linger
+                self.fatal = RuntimeError(f"the {name} thread ended: {describe_error(error)}")
+                log.critical("%s", self.fatal, exc_info=True)
+        self.threads[name] = threading.Thread(target=run, name=name, daemon=True)
         self.threads[name].start()
 
     def stop(self, grace: float, hurry: Callable[[], bool] = lambda: False) -> None:

@@ -120,6 +120,19 @@ def test_a_single_instance_recovers_at_its_start_what_kill_9_left(conn: Connecti
     assert value(conn, "select count(*) from orchestrator.workers") == 1
 
 
+def test_a_worker_whose_thread_ended_exits_instead_of_lingering(
+        conn: Connection, installed: str, worker_process: Start, tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text(
+        "import orchestrator\n"
+        "def no_memory(self, link, unreported):\n    raise MemoryError\n"
+        "def sabotage(task):\n    orchestrator.Worker._supervise = no_memory\n"
+        "HANDLERS = {'sabotage': sabotage}\n")
+    worker = worker_process(installed, HANDLERS=tmp_path / "broken.py", SHUTDOWN_GRACE="1s")
+    enqueue(conn, "sabotage")
+    assert worker.process.wait(20) == 1
+    assert "the report thread ended: MemoryError" in worker.output
+
+
 @pytest.fixture
 def crashing_server() -> Iterator[LocalServer]:
     """A server of the test's own, with fsync on."""
