@@ -300,7 +300,8 @@ def latency(bench: Bench, reps: int) -> None:
         with bench.database() as (url, _):
             waits: list[float] = []
             with worker(url, {"ping": lambda task: waits.append(time.time() - task.payload["sent"])}):
-                code = ("import sys, time; sys.path.insert(0, sys.argv[1]); import orchestrator\napp = orchestrator.Orchestrator(sys.argv[2])\n"
+                code = ("import sys, time; sys.path.insert(0, sys.argv[1]); import orchestrator\n"
+                        "app = orchestrator.Orchestrator(sys.argv[2])\n"
                         "for i in range(int(sys.argv[3]) + 20): app.enqueue('ping', {'sent': time.time()}); time.sleep(0.02)")
                 subprocess.run([sys.executable, "-c", code, sys.path[0], url, str(n)], check=True)
                 wait_until(lambda: len(waits) >= n + 20)
