@@ -1,0 +1,371 @@
+"""Random calls of the SQL functions against a small model of the state machine in Python.
+
+After each step every task, claim and worker in the database must be what the model says; after each example the audit must
+find nothing, and every change of status that a trigger recorded must be one that the state machine has.
+"""
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any, ClassVar
+
+import hypothesis.strategies as st
+from hypothesis import HealthCheck, note, settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from psycopg.types.json import Jsonb
+
+import steps
+from steps import Connection, rows, value
+from transitions import check_transitions, record_transitions
+
+TYPES = ["a", "b:1", "b:2"]
+PRIORITIES = [0, 0, 0, 5, -5]
+POLICY = {"a": 1, "b:1": 2, "b:2": 2}  # max_retries, from the handlers below
+HANDLERS = {"a": {"max_retries": 1}, "b:": {"max_retries": 2}}
+OPERATIONS = """
+  enqueue enqueue enqueue_many enqueue_many claim claim claim claim start start complete complete complete fail fail fail release snooze
+  progress cancel cancel retry promote promote pause_or_resume die recover recover maintain prune
+""".split()  # noqa: SIM905
+EXAMPLES, STEPS = int(os.environ.get("MODEL_EXAMPLES", "80")), 100
+WAITING, IN_FLIGHT = ("pending", "retry_scheduled"), ("claimed", "running")
+
+
+@dataclass
+class Task:
+    type: str
+    priority: int
+    max_retries: int | None
+    status: str = "pending"
+    scheduled: bool = False
+    attempts: int = 0
+    recoveries: int = 0
+    claim: int | None = None
+    worker: str | None = None
+    asked: bool = False
+
+    def leave(self, status: str, scheduled: bool = False) -> None:
+        self.status, self.scheduled, self.asked = status, scheduled, False
+        if status in WAITING:
+            self.claim = self.worker = None
+
+    def started(self) -> None:
+        self.attempts += self.status == "claimed"
+
+    def uncharged(self) -> None:
+        self.attempts -= self.status == "running"
+
+    def fail(self, permanent: bool) -> str:
+        self.started()
+        most = POLICY[self.type] if self.max_retries is None else self.max_retries
+        if self.asked:
+            self.leave("cancelled")
+        elif permanent or self.attempts > most:
+            self.leave("dead_letter")
+        else:
+            self.leave("retry_scheduled", scheduled=True)
+        return self.status
+
+
+@dataclass
+class Model:
+    tasks: dict[str, Task] = field(default_factory=dict)
+    keys: dict[tuple[str, str], str] = field(default_factory=dict)
+    workers: dict[str, bool] = field(default_factory=dict)  # alive?
+    paused: set[str] = field(default_factory=set)
+    claims: list[int] = field(default_factory=list)  # all there ever were: the old ones answer late
+
+    def held(self, claim: int, id: str) -> Task | None:
+        task = self.tasks.get(id)
+        return task if task and task.claim == claim and task.status in IN_FLIGHT else None
+
+
+class Queue(RuleBasedStateMachine):
+    conn: Connection
+    counts: ClassVar[Counter[str]] = Counter()
+
+    @initialize()
+    def empty(self) -> None:
+        self.model, self.names, self.steps = Model(), 0, 0
+        self.conn.execute("""
+          truncate orchestrator.tasks, orchestrator.claims, orchestrator.workers, orchestrator.task_types, orchestrator.task_events,
+                   orchestrator.lanes, orchestrator.lane_floors, public.transitions""")
+        self.term = steps.lead(self.conn)
+        for _ in range(2):
+            self.register()
+
+    def register(self, draw: Random | None = None) -> None:
+        if sum(self.model.workers.values()) < 3:
+            self.names += 1
+            self.model.workers[steps.register(self.conn, f"w{self.names}", HANDLERS)] = True
+
+    def pick(self, draw: Random, found: list[Any]) -> Any:
+        """One of these; None if there are none."""
+        return draw.choice(found) if found else None
+
+    def some(self, draw: Random, *statuses: str) -> str | None:
+        return self.pick(draw, [id for id, task in self.model.tasks.items() if not statuses or task.status in statuses])
+
+    def some_held(self, draw: Random) -> tuple[int, str] | None:
+        """A claim and a task: mostly one that the claim holds, else a late or a foreign one."""
+        pairs = [(task.claim, id) for id, task in self.model.tasks.items() if task.status in IN_FLIGHT]
+        if pairs and draw.randint(0, 4):
+            return self.pick(draw, pairs)
+        claim, id = self.pick(draw, self.model.claims), self.some(draw)
+        return (claim, id) if claim and id else None
+
+    def enqueue(self, draw: Random) -> None:
+        type, priority = draw.choice(TYPES), draw.choice(PRIORITIES)
+        most, key = draw.choice([None, None, 0, 2]), draw.choice([None, None, "k", "l"])
+        later = draw.choice([False, False, True])
+        id = steps.enqueue(self.conn, type, {}, priority=priority, max_retries=most, idempotency_key=key,
+                           run_at="2030-01-01" if later else None)
+        if key and (type, key) in self.model.keys:
+            assert id == self.model.keys[type, key]
+            return
+        assert id not in self.model.tasks
+        self.model.tasks[id] = Task(type, priority, most, scheduled=later)
+        if key:
+            self.model.keys[type, key] = id
+
+    def enqueue_many(self, draw: Random) -> None:
+        type, priority = draw.choice(TYPES), draw.choice(PRIORITIES)
+        keys = draw.choices([None, None, "k", "l", "m"], k=draw.randint(0, 5))
+        query = "select id::text, created from orchestrator.enqueue_many(%s, %s::jsonb[], %s, %s::text[]) order by ordinal"
+        got = self.conn.execute(query, [type, [Jsonb({})] * len(keys), priority, keys]).fetchall()
+        assert len(got) == len(keys)
+        for key, (id, created) in zip(keys, got, strict=True):
+            known = self.model.keys.get((type, key)) if key else None
+            assert created == (known is None) and id == (known or id)
+            if created:
+                self.model.tasks[id] = Task(type, priority, None)
+                if key:
+                    self.model.keys[type, key] = id
+
+    def claim(self, draw: Random) -> None:
+        types, limit = draw.choice([set(TYPES), {"a"}, {"b:1", "b:2"}]), draw.choice([3, 1, 6, 2, 0])
+        worker = self.pick(draw, [w for w, alive in self.model.workers.items() if alive])
+        if worker is None:
+            return
+        ready = rows(self.conn, "select id::text, type, priority from orchestrator.tasks where queued_at is not null "
+                                "and type = any (%s) order by queued_at", list(types - self.model.paused))
+        got = steps.claim(self.conn, worker, sorted(types), limit)
+        ids = {t["id"] for t in got}
+        assert len(ids) == len(got) == min(limit, len(ready)) and ids <= {t["id"] for t in ready}
+        left = [t for t in ready if t["id"] not in ids]
+        if left and got:
+            assert max(t["priority"] for t in left) <= min(t["priority"] for t in got)
+        for lane in {(t["type"], t["priority"]) for t in ready}:  # the oldest of each lane
+            taken = [t["id"] in ids for t in ready if (t["type"], t["priority"]) == lane]
+            assert taken == sorted(taken, reverse=True)
+        for claimed in got:
+            task = self.model.tasks[claimed["id"]]
+            assert (claimed["attempts"], claimed["recoveries"]) == (task.attempts, task.recoveries)
+            task.status, task.claim, task.worker = "claimed", claimed["claim_id"], worker
+        if got:
+            assert got[0]["claim_id"] not in self.model.claims
+            self.model.claims.append(got[0]["claim_id"])
+            self.counts["claimed"] += len(got)
+
+    def start(self, draw: Random) -> None:
+        if pair := self.some_held(draw):
+            task = self.model.held(*pair)
+            fresh = task is not None and task.status == "claimed"
+            assert steps.start(self.conn, *pair) == fresh
+            if fresh:
+                task.started()
+                task.status = "running"
+
+    def complete(self, draw: Random) -> None:
+        """Up to three claims in one call, each with its tasks, a foreign one among them now and then."""
+        results = draw.choice([False, True])
+        claims = draw.sample(self.model.claims[-6:], min(3, len(self.model.claims)))
+        groups = [[id for id, task in self.model.tasks.items() if task.claim == claim and draw.choice([False, True])] for claim in claims]
+        if groups and self.model.tasks and draw.choice([False, True]):
+            foreign = self.some(draw)
+            if all(foreign not in group for group in groups):
+                groups[0].append(foreign)
+        ids = [id for group in groups for id in group]
+        got = dict(self.conn.execute(
+            "select id::text, outcome from orchestrator.complete_tasks(%s::bigint[], %s::int[], %s::uuid[], %s::jsonb[])",
+            [claims, [len(g) for g in groups], ids, [Jsonb({"r": 1})] * len(ids) if results else None]).fetchall())
+        expected = {}
+        for claim, group in zip(claims, groups, strict=True):
+            for id in group:
+                task = self.model.tasks[id]
+                if self.model.held(claim, id):
+                    task.started()
+                    if task.asked:
+                        expected[id] = "cancelled"
+                    task.leave("cancelled" if task.asked else "completed")
+                elif task.claim != claim or task.status != "completed":  # else it was reported before
+                    expected[id] = "cancelled" if task.claim == claim and task.status == "cancelled" else "rejected"
+        assert got == expected
+        self.counts.update(expected.values())
+        self.counts["completed"] += len(ids) - len(expected)
+
+    def fail(self, draw: Random) -> None:
+        permanent, after = draw.choice([False, False, True]), draw.choice([None, "0", "1 hour"])
+        if pair := self.some_held(draw):
+            task = self.model.held(*pair)
+            expected = task.fail(permanent) if task else "rejected"
+            assert steps.fail(self.conn, *pair, "error", after, permanent) == expected
+            self.counts[expected] += 1
+
+    def release(self, draw: Random) -> None:
+        whole = draw.choice([False, True])
+        if pair := self.some_held(draw):
+            ids = [id for id in self.model.tasks if self.model.held(pair[0], id) and (whole or id == pair[1])]
+            assert steps.release(self.conn, pair[0], *([] if whole else [pair[1]])) == len(ids)
+            for id in ids:
+                self.end_or_put_back(self.model.tasks[id])
+
+    def end_or_put_back(self, task: Task, scheduled: bool = False) -> str:
+        if task.asked:
+            task.started()
+            task.leave("cancelled")
+        else:
+            task.uncharged()
+            task.leave("pending", scheduled)
+        return task.status
+
+    def snooze(self, draw: Random) -> None:
+        if pair := self.some_held(draw):
+            task = self.model.held(*pair)
+            expected = "rejected"
+            if task:
+                expected = {"pending": "snoozed"}.get(self.end_or_put_back(task, scheduled=True), "cancelled")
+            assert steps.snooze(self.conn, *pair) == expected
+
+    def progress(self, draw: Random) -> None:
+        if pair := self.some_held(draw):
+            query = "select orchestrator.record_progress(%s, %s, '{}')"
+            assert value(self.conn, query, *pair) == (self.model.held(*pair) is not None)
+
+    def cancel(self, draw: Random) -> None:
+        if id := self.some(draw):
+            task = self.model.tasks[id]
+            if task.status in WAITING:
+                task.leave("cancelled")
+                expected = "cancelled"
+            elif task.status in IN_FLIGHT:
+                task.asked = True
+                expected = "cancelling"
+            else:
+                expected = task.status
+            assert steps.cancel(self.conn, id) == expected
+
+    def retry(self, draw: Random) -> None:
+        if id := self.some(draw, *(["dead_letter", "cancelled"] if draw.choice([False, True]) else [])):
+            task = self.model.tasks[id]
+            if task.status in ("dead_letter", "cancelled"):
+                task.leave("pending")
+                task.attempts = task.recoveries = 0
+            assert steps.retry(self.conn, id) == task.status
+
+    def promote(self, draw: Random) -> None:
+        due = draw.choice([False, True])
+        if due:
+            self.conn.execute("update orchestrator.tasks set next_retry_at = clock_timestamp() where next_retry_at is not null")
+        steps.promote(self.conn)
+        query = "select id::text from orchestrator.tasks where next_retry_at is not null"
+        still = set(steps.column(self.conn, query))  # where no delay was asked for, some are due already
+        for id, task in self.model.tasks.items():
+            if task.scheduled and id not in still:
+                task.leave("pending")
+        assert not (due and still)
+
+    def pause_or_resume(self, draw: Random) -> None:
+        type = next(iter(self.model.paused), None) or draw.choice(TYPES)  # one at a time
+        verb = "resume" if type in self.model.paused else "pause"
+        assert value(self.conn, f"select orchestrator.{verb}_type(%s)", type) is True
+        self.model.paused ^= {type}
+
+    def die(self, draw: Random) -> None:
+        busy = {task.worker for task in self.model.tasks.values() if task.status in IN_FLIGHT}
+        if worker := self.pick(draw, [w for w, alive in self.model.workers.items() if alive and (w in busy or not busy)]):
+            self.conn.execute("update orchestrator.workers set last_heartbeat = now() - interval '1 hour' where id = %s", [worker])
+            assert value(self.conn, "select orchestrator.declare_dead('leader', %s, '1 minute')", self.term) == 1
+            self.model.workers[worker] = False
+            self.register()  # its successor
+
+    def recover(self, draw: Random) -> None:
+        limit = draw.choice([1, 1000])
+        expected = Counter()
+        dead = {worker for worker, alive in self.model.workers.items() if not alive}
+        lost = [task for task in self.model.tasks.values() if task.status in IN_FLIGHT and task.worker in dead]
+        got = steps.recover(self.conn, self.term, limit=limit)
+        if limit < len(lost):  # which ones is the database's choice
+            assert sum(got[name] for name in ("released", "retried", "dead", "cancelled")) == limit and got["failed"] == 0
+            lost = self.no_longer_held(lost)
+        for task in lost:
+            if task.status == "claimed" or task.asked:
+                expected["cancelled" if task.asked else "released"] += 1
+                task.recoveries += not task.asked
+                self.end_or_put_back(task)
+            else:
+                task.recoveries += 1
+                expected["dead" if task.fail(False) == "dead_letter" else "retried"] += 1
+        assert {name: got[name] for name in ("released", "retried", "dead", "cancelled")} == {
+            name: expected[name] for name in ("released", "retried", "dead", "cancelled")}
+        for worker in dead:
+            if not any(task.worker == worker and task.status in IN_FLIGHT for task in self.model.tasks.values()):
+                del self.model.workers[worker]
+        self.counts["recovered"] += len(lost)
+
+    def no_longer_held(self, tasks: list[Task]) -> list[Task]:
+        held = set(steps.column(self.conn, "select id::text from orchestrator.tasks where status in ('claimed', 'running')"))
+        return [task for id, task in self.model.tasks.items() if task in tasks and id not in held]
+
+    def maintain(self, draw: Random) -> None:
+        self.conn.execute("select orchestrator.raise_floors('leader', %s, '0')", [self.term])
+        self.conn.execute("select orchestrator.drop_idle_lanes('leader', %s, '0')", [self.term])
+        assert value(self.conn, "select orchestrator.rescan_lanes('leader', %s)", self.term) == 0
+
+    def prune(self, draw: Random) -> None:
+        """Nothing is that old, or all is kept for ever."""
+        age = draw.choice(["1 hour", "0"])
+        assert self.conn.execute("select * from orchestrator.prune('leader', %s, %s, %s)", [self.term, age, age]).fetchone() == (0, 0)
+
+    # One rule, and a number for each step: of several rules and drawn arguments hypothesis would repeat some and leave out
+    # most in most examples, and little would get anywhere. It still drops the steps that a failure doesn't need.
+    @rule(seed=st.integers(0, 2**64 - 1))
+    def step(self, seed: int) -> None:
+        self.steps += 1
+        draw = Random(f"{seed} {self.steps}")  # hypothesis likes to draw the same numbers again
+        name = draw.choice(OPERATIONS)
+        note(name)
+        getattr(self, name)(draw)
+        self.counts["steps"] += 1
+
+    @invariant()
+    def the_database_is_what_the_model_says(self) -> None:
+        query = """select id::text, type, priority, max_retries, status::text, next_retry_at is not null, attempts, recoveries, claim_id,
+                          worker_id, cancel_requested_at is not null from orchestrator.tasks"""
+        found = {id: Task(*columns) for id, *columns in self.conn.execute(query)}
+        assert found == self.model.tasks
+        open_tasks = Counter(task.claim for task in self.model.tasks.values() if task.status in IN_FLIGHT)
+        assert steps.claims(self.conn) == open_tasks
+        workers = "select id, declared_dead_at is null from orchestrator.workers where id <> 'leader'"
+        assert dict(self.conn.execute(workers).fetchall()) == self.model.workers
+
+    def teardown(self) -> None:
+        assert steps.audit(self.conn) == []
+        check_transitions(self.conn)
+
+
+def test_random_calls_leave_the_database_as_the_model_says(conn):
+    record_transitions(conn)
+    Queue.counts = Counter()
+
+    def queue() -> Queue:
+        machine = Queue()
+        machine.conn = conn
+        return machine
+
+    run_state_machine_as_test(queue, settings=settings(
+        max_examples=EXAMPLES, stateful_step_count=STEPS, deadline=None, database=None, derandomize=True,
+        suppress_health_check=list(HealthCheck)))
+    for bite in ("claimed", "completed", "retry_scheduled", "dead_letter", "cancelled", "rejected", "recovered"):
+        assert Queue.counts[bite] >= EXAMPLES // 10, Queue.counts  # else the steps didn't get anywhere
