@@ -21,7 +21,7 @@ from playwright.sync_api import sync_playwright
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY / "tests"))
-from postgres import LocalServer, eventually, install_schema
+from postgres import LocalServer, eventually, install_schema  # noqa: E402
 
 SECONDS = 40
 CHROMIUM = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",

@@ -1,0 +1,416 @@
+"""The page in headless Chromium, on a real worker: what it shows is what SQL says, and what it does happens."""
+from __future__ import annotations
+
+import re
+import shutil
+import textwrap
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+
+import psycopg
+import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from conftest import REPOSITORY, WorkerProcess
+from postgres import eventually, free_port
+from steps import Connection, column, enqueue, enqueue_some, row, status, value
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium: apt-get install chromium")
+ARGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+        "--disable-component-update", "--disable-sync"]
+SCRIPT = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
+TOKEN = "let-me-in"
+expect.set_options(timeout=20_000)   # counts come every 2 seconds, and 100 times as long as they took on a busy machine
+HANDLERS = textwrap.dedent(f'''
+    from orchestrator import Handler
+
+    def fails(task):
+        raise ValueError("broken " + task.payload.get("why", ""))
+
+    def hangs(task):
+        task.progress({{"step": 7, "password": "canary"}})
+        task.cancelled.wait(50)
+
+    HANDLERS = {{"ok": lambda task: None, "hangs": hangs, "fails": Handler(fails, max_retries=0),
+                 "again": Handler(fails, base_delay=3000), {SCRIPT!r}: Handler(fails, max_retries=0)}}
+''')
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGS)
+        yield launched
+        launched.close()
+
+
+@pytest.fixture
+def worker(installed: str, worker_process: Callable[..., WorkerProcess], tmp_path: Path) -> Callable[..., WorkerProcess]:
+    """Start a worker with the handlers above."""
+    (tmp_path / "work.py").write_text(HANDLERS)
+    settings = {"HANDLERS": str(tmp_path / "work.py"), "CLAIM_INTERVAL": "100ms", "ADMIN_TOKEN": TOKEN}
+    return lambda **more: worker_process(installed, **{**settings, **more})
+
+
+class Tab:
+    """A browser tab. At the end of the test its console must be clean, except for what the test expected."""
+
+    def __init__(self, browser: Browser, **options: Any) -> None:
+        self.expected: list[str] = []
+        self.errors: list[str] = []
+        self.page: Page = browser.new_page(**options)
+        self.page.set_default_timeout(15_000)
+        self.page.on("console", lambda m: self.errors.append(m.text) if m.type in ("error", "warning") else None)
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+
+    def check(self) -> None:
+        assert [e for e in self.errors if not any(re.search(x, e) for x in self.expected)] == []
+
+
+@pytest.fixture
+def tabs(browser: Browser) -> Iterator[Callable[..., Tab]]:
+    opened: list[Tab] = []
+
+    def open_tab(address: str, **options: Any) -> Tab:
+        opened.append(Tab(browser, **options))
+        opened[-1].page.goto(address)
+        return opened[-1]
+
+    yield open_tab
+    for tab in opened:
+        tab.check()
+        tab.page.close()
+
+
+@pytest.fixture
+def page(worker: Callable[..., WorkerProcess], tabs: Callable[..., Tab]) -> Page:
+    """The page of a worker that has an admin token."""
+    return tabs(worker().address).page
+
+
+def cell(page: Page, table: str, key: str, head: str) -> str:
+    """What a table of the page says in the row whose first cell is `key`."""
+    found = page.locator(f"#{table} tbody tr").filter(has=page.get_by_text(key, exact=True))
+    at = page.locator(f"#{table} thead th").all_inner_texts().index(head)
+    return found.locator("td").nth(at).inner_text()
+
+
+def give_token(page: Page, token: str = TOKEN) -> None:
+    page.locator("#token").fill(token)
+    page.get_by_role("button", name="Go on").click()
+
+
+def dead(conn: Connection, n: int, why: str = "") -> list[str]:
+    ids = [enqueue(conn, "fails", {"why": why}) for _ in range(n)]
+    eventually(lambda: all(status(conn, id) == "dead_letter" for id in ids))
+    return ids
+
+
+def test_page_shows_the_numbers_that_sql_has(conn: Connection, page: Page) -> None:
+    dead(conn, 3)
+    again = enqueue(conn, "again")
+    hanging = [enqueue(conn, "hangs") for _ in range(2)]
+    enqueue_some(conn, 1234, "nobody:handles-it")
+    conn.execute("select orchestrator.pause_type('ok')")
+    enqueue_some(conn, 5, "ok")
+    eventually(lambda: status(conn, again) == "retry_scheduled" and all(status(conn, h) == "running" for h in hanging))
+    totals = row(conn, "select sum(waiting)::int waiting, sum(scheduled)::int scheduled, sum(in_flight)::int in_flight,"
+                       " sum(dead_letters)::int dead from orchestrator.queue_stats")
+    assert totals == {"waiting": 1239, "scheduled": 1, "in_flight": 2, "dead": 3}
+    for name, shown in (("waiting", "1,239"), ("scheduled", "1"), ("in-flight", "2"), ("dead", "3")):
+        expect(page.locator(f"#{name}")).to_have_text(shown)
+    expect(page.locator("#enqueued-note")).to_have_text("1,245 in all")
+    assert [cell(page, "types", "ok", head) for head in ("State", "Ready")] == ["paused", "5"]
+    assert [cell(page, "types", "hangs", head) for head in ("State", "In flight")] == ["working", "2"]
+    assert [cell(page, "types", "fails", head) for head in ("State", "Dead")] == ["idle", "3"]
+    assert cell(page, "types", "all others", "Ready") == "1,234"
+    expect(page.locator("#attention")).to_contain_text("ok is paused; 5 tasks wait.")
+    expect(page.locator("#workers tbody tr")).to_have_count(1)
+    expect(page.locator("#workers .leader")).to_have_text("leader")
+    expect(page.locator("#running tbody tr")).to_have_count(2)
+    expect(page.locator("#running tbody")).to_contain_text("step 7")
+    expect(page.locator("#retries tbody")).to_contain_text("ValueError: broken")
+    expect(page.locator("#failures tbody tr")).to_have_count(4)
+    expect(page.locator("#dead-letters tbody tr")).to_have_count(3)
+    assert "canary" not in page.content()
+
+
+def test_page_updates_itself_and_keeps_the_rows_and_the_focus_that_it_has(conn: Connection, page: Page) -> None:
+    dead(conn, 1)
+    link = page.locator("#dead-letters td.id a")
+    link.focus()
+    page.evaluate("document.querySelector('#dead-letters tbody tr').mine = true")
+    dead(conn, 2)
+    expect(page.locator("#dead-letters tbody tr")).to_have_count(3)
+    assert page.evaluate("[...document.querySelectorAll('#dead-letters tbody tr')].map(row => row.mine === true)") == [
+        False, False, True]
+    assert page.evaluate("document.activeElement.closest('tr')?.mine") is True
+    conn.execute("delete from orchestrator.tasks")
+    expect(page.locator("#dead-letters tbody tr")).to_have_count(0)
+    expect(page.get_by_text("None: nothing has failed for good.")).to_be_visible()
+
+
+def test_depth_and_throughput_are_drawn_from_the_samples(conn: Connection, page: Page) -> None:
+    conn.execute("""
+        insert into orchestrator.stats_samples
+        select clock_timestamp() - make_interval(secs => 30 + 10 * n), 900 + n, 0, 7, 0, 1000 - n * 20, 500 - n * 50
+        from generate_series(0, 20) n""")
+    page.reload()
+    page.wait_for_function("document.querySelector('#depth .line').getAttribute('d')?.split('L').length > 15")
+    page.wait_for_function("document.querySelector('#rate .line.b').getAttribute('d')?.split('L').length > 15")
+    page.locator("#rate").focus()
+    for _ in range(4):   # past what the worker has sampled meanwhile
+        page.keyboard.press("ArrowLeft")
+    expect(page.locator("#rate-legend")).to_have_text("ended 5.0/senqueued 2.0/s")
+    expect(page.locator("#rate-at")).to_contain_text("at ")
+    page.get_by_role("button", name="1 h", exact=True).click()
+    expect(page.get_by_role("button", name="1 h", exact=True)).to_have_attribute("aria-pressed", "true")
+
+
+def test_page_says_when_it_loses_the_server_and_goes_on_with_the_next(
+        conn: Connection, worker: Callable[..., WorkerProcess], tabs: Callable[..., Tab]) -> None:
+    port = free_port()
+    first = worker(METRICS_PORT=port)
+    tab = tabs(first.address)
+    tab.expected = ["ERR_CONNECTION_REFUSED", "ERR_CONNECTION_RESET", "ERR_EMPTY_RESPONSE", "status of 503"]
+    expect(tab.page.locator("#link-state")).to_contain_text("live")
+    dead(conn, 1)
+    expect(tab.page.locator("#dead")).to_have_text("1")
+    tab.page.evaluate("window.before = true")
+    first.kill()
+    expect(tab.page.get_by_role("alert")).to_contain_text("No answer from the server since")
+    expect(tab.page.locator("#dead")).to_have_text("1")   # what was known stays in sight
+    worker(METRICS_PORT=port)
+    expect(tab.page.get_by_role("alert")).to_be_hidden()
+    expect(tab.page.locator("#link-state")).to_contain_text("live")
+    dead(conn, 1)
+    expect(tab.page.locator("#dead")).to_have_text("2")
+    assert tab.page.evaluate("window.before")
+
+
+def test_page_tells_a_database_that_is_gone_from_a_server_that_is(
+        conn: Connection, worker: Callable[..., WorkerProcess], tabs: Callable[..., Tab]) -> None:
+    tab = tabs(worker().address)
+    tab.expected = ["status of 503"]
+    expect(tab.page.locator("#link-state")).to_contain_text("live")
+    conn.execute("alter function orchestrator.api_overview rename to api_overview_gone")
+    expect(tab.page.get_by_role("alert")).to_contain_text("The server answers, but not with data")
+    conn.execute("alter function orchestrator.api_overview_gone rename to api_overview")
+    expect(tab.page.get_by_role("alert")).to_be_hidden()
+
+
+def test_cancel_and_retry_ask_for_the_token_once(conn: Connection, page: Page) -> None:
+    hanging = enqueue(conn, "hangs")
+    [failed] = dead(conn, 1)
+    page.get_by_role("button", name=f"Cancel {hanging}").click()
+    give_token(page)
+    expect(page.locator("#notice")).to_contain_text("Asked it to stop")
+    eventually(lambda: status(conn, hanging) == "cancelled")
+    page.get_by_role("button", name=f"Retry {failed}").click()
+    eventually(lambda: column(conn, "select event from orchestrator.task_events where task_id = %s and event = 'retried'", failed))
+    expect(page.locator("#ask")).to_be_hidden()
+
+
+def test_a_wrong_token_is_asked_for_again_and_nothing_happens(
+        conn: Connection, worker: Callable[..., WorkerProcess], tabs: Callable[..., Tab]) -> None:
+    tab = tabs(worker().address)
+    tab.expected = ["status of 401"]
+    page = tab.page
+    [failed] = dead(conn, 1)
+    page.get_by_role("button", name=f"Retry {failed}").click()
+    give_token(page, "wrong")
+    expect(page.locator("#ask-text")).to_contain_text("did not accept")
+    assert status(conn, failed) == "dead_letter"
+    page.keyboard.press("Escape")
+    expect(page.locator("#ask")).to_be_hidden()
+    assert page.evaluate("sessionStorage.length") == 0
+    assert status(conn, failed) == "dead_letter"
+
+
+def test_wide_actions_ask_before(conn: Connection, page: Page) -> None:
+    failed = dead(conn, 3)
+    conn.execute("select orchestrator.pause_type('fails')")
+    button = page.get_by_role("button", name="Retry the dead letters of fails")
+    button.click()
+    expect(page.locator("#confirm")).to_contain_text("Retry all dead letters of fails?")
+    page.get_by_role("button", name="Leave it").click()
+    assert {status(conn, id) for id in failed} == {"dead_letter"}
+    button.click()
+    page.get_by_role("button", name="Retry them").click()
+    give_token(page)
+    expect(page.locator("#notice")).to_contain_text("3 dead letters of fails are back in the queue.")
+    assert {status(conn, id) for id in failed} == {"pending"}
+    page.get_by_role("button", name="Pause ok").click()
+    page.get_by_role("button", name="Pause it").click()
+    paused = "select paused from orchestrator.task_types where type = 'ok'"
+    eventually(lambda: value(conn, paused))
+    page.get_by_role("button", name="Resume ok").click()
+    eventually(lambda: value(conn, paused) is False)
+
+
+def test_page_is_read_only_without_an_admin_token(
+        conn: Connection, worker: Callable[..., WorkerProcess], tabs: Callable[..., Tab]) -> None:
+    address = worker(ADMIN_TOKEN="").address
+    [failed] = dead(conn, 1)
+    page = tabs(address).page
+    expect(page.locator("#dead-letters tbody tr")).to_have_count(1)
+    expect(page.locator("table button:visible")).to_have_count(0)
+    page.locator("#dead-letters td.id a").click()
+    expect(page.locator("#story")).to_be_visible()
+    expect(page.locator("#story button:visible")).to_have_count(1)   # Close
+    request = urllib.request.Request(address + "/api/retry", data=b'{"id": "%s"}' % failed.encode(),
+                                     headers={"Authorization": f"Bearer {TOKEN}"}, method="POST")
+    with pytest.raises(HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=10)
+    assert refused.value.code == 403
+    assert status(conn, failed) == "dead_letter"
+
+
+def test_script_tags_in_type_payload_and_error_stay_text(conn: Connection, page: Page) -> None:
+    id = enqueue(conn, SCRIPT, {"why": SCRIPT, SCRIPT: SCRIPT})
+    eventually(lambda: status(conn, id) == "dead_letter")
+    conn.execute("select orchestrator.pause_type(%s)", [SCRIPT])
+    enqueue(conn, SCRIPT)
+    expect(page.locator("#dead-letters td.type")).to_have_text(SCRIPT)
+    expect(page.locator("#failures td.grow")).to_contain_text(SCRIPT)
+    expect(page.locator("#types")).to_contain_text(SCRIPT)
+    expect(page.locator("#attention")).to_contain_text(SCRIPT)
+    page.locator("#dead-letters td.id a").click()
+    expect(page.locator("#story-title")).to_have_text(SCRIPT)
+    expect(page.locator("#story-error")).to_contain_text(SCRIPT)
+    expect(page.locator("#story-payload")).to_contain_text(SCRIPT)
+    expect(page.locator("#story-events")).to_contain_text(SCRIPT)
+    page.keyboard.press("Escape")
+    page.locator("#types td a", has_text="script").click()
+    expect(page.locator("#results-title")).to_contain_text(SCRIPT)
+    assert page.evaluate("[document.scripts.length, document.images.length, typeof window.hacked]") == [1, 0, "undefined"]
+
+
+def test_search_finds_by_id_type_and_status(conn: Connection, page: Page) -> None:
+    failed = dead(conn, 2)
+    done = enqueue(conn, "ok")
+    eventually(lambda: status(conn, done) == "completed")
+    enqueue_some(conn, 130, "nobody:handles-it")
+
+    def search(text: str, state: str = "") -> None:
+        page.keyboard.press("/")
+        page.locator("#query").fill(text)
+        page.locator("#status").select_option(state)
+        page.keyboard.press("Enter")
+        page.get_by_role("button", name="Search").click()
+
+    rows = page.locator("#found tbody tr")
+    search(done)
+    expect(rows).to_have_count(1)
+    expect(page.locator("#found td.id a")).to_have_attribute("title", done)
+    search(failed[0][:-2])
+    expect(rows).to_have_count(1)
+    search("fails")
+    expect(rows).to_have_count(2)
+    search("fails", "completed")
+    expect(page.get_by_text("No task found.")).to_be_visible()
+    search("", "dead_letter")
+    expect(rows).to_have_count(2)
+    search("nobody:handles-it")
+    expect(rows).to_have_count(100)
+    page.get_by_role("button", name="Show more").click()
+    expect(rows).to_have_count(130)
+    expect(page.get_by_role("button", name="Show more")).to_be_hidden()
+    page.get_by_role("link", name="back to the overview").click()
+    expect(page.locator("#board")).to_be_visible()
+
+
+def test_a_story_opens_by_its_address_and_closes_with_the_keyboard(conn: Connection, page: Page) -> None:
+    [failed] = dead(conn, 1, "password=hunter2")
+    conn.execute("update orchestrator.tasks set payload = payload || '{\"password\": \"canary\"}' where id = %s", [failed])
+    page.goto(page.url.split("#")[0] + "#task=" + failed)
+    story = page.locator("#story")
+    expect(story).to_be_visible()
+    expect(page.locator("#story-id")).to_have_text(failed)
+    expect(page.locator("#story-why")).to_contain_text("gave up after 1")
+    expect(page.locator("#story-events li")).to_have_count(4)   # enqueued, claimed, failed, dead letter
+    expect(page.locator("#story-payload")).to_contain_text('"password": "[redacted]"')
+    assert "canary" not in page.content()
+    page.keyboard.press("Escape")
+    expect(story).to_be_hidden()
+    link = page.locator("#dead-letters td.id a")
+    link.focus()
+    page.keyboard.press("Enter")
+    expect(story).to_be_visible()
+    page.get_by_role("button", name="Close").click()
+    expect(story).to_be_hidden()
+    assert page.evaluate("document.activeElement.closest('#dead-letters') !== null")
+
+
+def test_a_story_follows_its_task_and_acts_on_it(conn: Connection, page: Page) -> None:
+    hanging = enqueue(conn, "hangs")
+    eventually(lambda: status(conn, hanging) == "running")
+    page.goto(page.url.split("#")[0] + "#task=" + hanging)
+    expect(page.locator("#story-result")).to_contain_text('"password": "[redacted]"')
+    page.get_by_role("button", name="Cancel the task").click()
+    give_token(page)
+    eventually(lambda: status(conn, hanging) == "cancelled")
+    expect(page.locator("#story-facts")).to_contain_text("cancelled")
+    expect(page.locator("#story").get_by_role("button", name="Retry")).to_be_visible()
+
+
+def test_an_unknown_task_is_said_and_not_an_outage(
+        worker: Callable[..., WorkerProcess], tabs: Callable[..., Tab]) -> None:
+    tab = tabs(worker().address + "/#task=01890a5d-ac96-774b-bcce-b302099a8057")
+    tab.expected = ["status of 404"]
+    expect(tab.page.locator("#notice")).to_contain_text("There is no task with this id")
+    expect(tab.page.get_by_role("alert")).to_be_hidden()
+    expect(tab.page.locator("#story")).to_be_hidden()
+
+
+@pytest.mark.parametrize("width", [320, 390, 800, 1400])
+def test_page_fits_any_width(conn: Connection, worker: Callable[..., WorkerProcess], tabs: Callable[..., Tab], width: int) -> None:
+    address = worker().address
+    dead(conn, 1, "x" * 500)
+    enqueue(conn, "hangs")
+    page = tabs(address, viewport={"width": width, "height": 800}).page
+    expect(page.locator("#dead-letters tbody tr")).to_have_count(1)
+    expect(page.locator("#running tbody tr")).to_have_count(1)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.locator("#dead-letters td.id a").click()
+    expect(page.locator("#story")).to_be_visible()
+    assert page.evaluate("document.querySelector('#story').scrollWidth") <= width
+
+
+def test_page_is_dark_where_dark_is_preferred(worker: Callable[..., WorkerProcess], tabs: Callable[..., Tab]) -> None:
+    address = worker().address
+    shades = []
+    for scheme in ("light", "dark"):
+        page = tabs(address, color_scheme=scheme).page
+        shades.append([sum(int(n) for n in re.findall(r"\d+", page.evaluate(f"getComputedStyle(document.documentElement).{name}"))[:3])
+                       for name in ("backgroundColor", "color")])
+    (light_paper, light_ink), (dark_paper, dark_ink) = shades
+    assert light_paper > 600 > light_ink and dark_paper < 150 < dark_ink
+
+
+def test_page_is_one_file_with_nothing_from_outside_and_a_strict_policy(worker: Callable[..., WorkerProcess]) -> None:
+    source = (REPOSITORY / "page.html").read_text()
+    assert re.findall(r"(?:src|action|poster)\s*=|url\(|@import|https?:(?!//www\.w3\.org/2000/svg)", source) == []
+    assert set(re.findall(r"<link[^>]*>", source)) == {'<link rel="icon" href="data:,">'}
+    assert re.findall(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function", source) == []
+    assert re.findall(r"<[a-z][^>]*\s(?:style|on[a-z]+)\s*=", source) == []
+    with urllib.request.urlopen(worker().address + "/", timeout=10) as response:
+        policy = response.headers["Content-Security-Policy"]
+        assert response.read().decode() == source
+    assert policy.startswith("default-src 'none'; script-src 'sha256-") and "unsafe" not in policy
+    for part in ("connect-src 'self'", "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"):
+        assert part in policy
+
+
+def test_page_keeps_up_with_a_backlog_of_100_000(conn: Connection, page: Page) -> None:
+    for _ in range(5):
+        enqueue_some(conn, 20_000, "nobody:handles-it")
+    with psycopg.connect(conn.info.dsn, autocommit=True) as other:
+        other.execute("update orchestrator.stats_state set next_at = null")
+    expect(page.locator("#waiting")).to_have_text("100,000")
+    page.locator("#waiting").click()
+    expect(page.locator("#found tbody tr")).to_have_count(100)
