@@ -54,7 +54,7 @@ HANDLERS = {"task:ok": lambda task: {"n": 1}, "task:fail": orchestrator.Handler(
 
 def as_user(url: str, user: str) -> str:
     parts = urlsplit(url)
-    return urlunsplit(parts._replace(netloc=f"{user}@{parts.netloc.rsplit('@', 1)[1]}"))
+    return urlunsplit(parts._replace(netloc=f"{user}:secret@{parts.netloc.rsplit('@', 1)[1]}"))
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def login(installed: str, conn: Any) -> Iterator[Any]:
     def make(*roles: str) -> str:
         name = f"user_{conn.info.dbname}_{len(made)}"
         made.append(name)
-        conn.execute(sql.SQL("create role {} login").format(sql.Identifier(name)))
+        conn.execute(sql.SQL("create role {} login password 'secret'").format(sql.Identifier(name)))
         for role in roles:
             conn.execute(sql.SQL("grant {} to {}").format(sql.Identifier("orchestrator_" + role), sql.Identifier(name)))
         return as_user(installed, name)
@@ -275,7 +275,7 @@ def test_printed_sql_is_what_a_dba_runs_and_a_worker_then_needs_no_ddl(server, d
                               capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     with psycopg.connect(db, autocommit=True) as conn:
-        conn.execute("create role plain_worker login in role orchestrator_worker")
+        conn.execute("create role plain_worker login password 'secret' in role orchestrator_worker")
         try:
             worker = worker_process(as_user(db, "plain_worker"))
             assert worker.stop() == 0
