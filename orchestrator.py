@@ -1359,6 +1359,8 @@ class Worker:
         self.fatal: Exception | None = None                   # why this worker can't go on
         self.term: int | None = None
         self.lease_until = 0.0                                # monotonic
+        self.away = False                                     # the database is, or was until now, away for long
+        self.patient_until = 0.0                              # monotonic: until then declares no one dead, after that
         self.global_stats: dict[str, Any] | None = None       # what the leader counted last
         self.recovered_at = time.monotonic()                  # when this leader last looked for what dead workers held
         self.identity_lock = threading.Lock()                 # guards id and registered when it is declared dead
@@ -1939,6 +1941,7 @@ class Worker:
             except psycopg.Error as error:
                 self._database_error("heartbeat", error)
                 delay = backoff.next()
+                self.away = self.away or time.monotonic() - self.reached_at > self.config.worker_timeout / 2
             except ConfigError as error:   # the schema is of another version
                 self.fatal = error
                 log.error("%s", error)
@@ -1959,6 +1962,10 @@ class Worker:
         if problems:
             log.error("no heartbeat: %s", "; ".join(problems))
             return 1.0
+        if self.away:
+            link.call("select 1")
+            self.away = False   # nobody's heartbeat arrived meanwhile: give all time to be heard again
+            self.patient_until = time.monotonic() + self.config.worker_timeout
         for chore in self.chores:
             at, every, leaders, what = chore
             if time.monotonic() >= at and (not leaders or self.leads()):
@@ -2032,7 +2039,9 @@ class Worker:
         return link.call(f"select * from orchestrator.{function}(%s, %s{marks})", self.id, self.term, *args)[0]
 
     def _recover(self, link: Link) -> None:
-        dead = self._as_leader(link, "declare_dead", timedelta(seconds=self.config.worker_timeout))[0]
+        dead = 0
+        if time.monotonic() >= self.patient_until:
+            dead = self._as_leader(link, "declare_dead", timedelta(seconds=self.config.worker_timeout))[0]
         row = self._as_leader(link, "recover_orphans")
         counts = {name: count for name, count in zip(RECOVERY_OUTCOMES, row, strict=False) if count}
         self.recovered_at = time.monotonic()
@@ -2631,7 +2640,7 @@ def _enqueue_file(app: Orchestrator, args: argparse.Namespace) -> int:
         counts["bad"] += 1
         print(f"line {number}: {problem}", file=sys.stderr)
         if args.on_error == "stop":
-            raise _StopFile(number)
+            raise _StopFile
 
     try:
         with (contextlib.nullcontext(sys.stdin.buffer) if args.file == "-" else open(args.file, "rb")) as file:
@@ -2643,6 +2652,9 @@ def _enqueue_file(app: Orchestrator, args: argparse.Namespace) -> int:
                 except ValueError as error:
                     bad(number, str(error))
                     continue
+                if args.on_error == "stop" and groups and group not in groups:   # strictly in order: nothing after a bad line goes in
+                    for other in list(groups):
+                        flush(other)
                 groups.setdefault(group, []).append((number, payload, key))
                 held += 1
                 if len(groups[group]) >= 1000:
@@ -2656,10 +2668,9 @@ def _enqueue_file(app: Orchestrator, args: argparse.Namespace) -> int:
                     print(f"\r{number} lines", end="", file=sys.stderr)
         for group in list(groups):
             flush(group)
-    except _StopFile as stop:
+    except _StopFile:
         with contextlib.suppress(_StopFile):
             for group in list(groups):   # what came before the bad line is not lost
-                groups[group] = [line for line in groups[group] if line[0] < stop.args[0]]
                 flush(group)
     except psycopg.Error:
         print(f"{counts['created']} enqueued before the database failed", file=sys.stderr)
