@@ -21,6 +21,7 @@ from steps import (
     release,
     row,
     rows,
+    snooze,
     task,
     value,
 )
@@ -111,6 +112,29 @@ def test_a_plain_insert_holds_the_floor_back_as_enqueue_does(conn, connect, term
     writer.execute("insert into orchestrator.tasks (type) values ('t')")
     for _ in range(3):
         raise_floors(conn, term)
+    writer.commit()
+    assert len(claim(conn)) == 1
+
+
+@pytest.mark.parametrize("how", ["enqueue", "enqueue_many", "enqueue_many with keys", "retry_task", "promote_due"])
+def test_a_transaction_that_began_before_the_floor_rose_queues_above_it(conn, connect, term, how):
+    """now() is when a transaction began: with it the task would be queued below the floor, and hidden."""
+    id = enqueue(conn)
+    if how == "retry_task":
+        conn.execute("select orchestrator.cancel_task(%s)", [id])
+    elif how == "promote_due":
+        snooze(conn, claim_one(conn)[0], id, "0")
+    drain(conn)
+    writer = connect(autocommit=False)
+    writer.execute("select 1")  # its now()
+    enqueue(conn)
+    drain(conn)
+    raise_floors(conn, term)
+    writer.execute({"enqueue": "select orchestrator.enqueue('t')",
+                    "enqueue_many": "select count(*) from orchestrator.enqueue_many('t', '{1}')",
+                    "enqueue_many with keys": "select count(*) from orchestrator.enqueue_many('t', '{1}', 0, '{k}')",
+                    "retry_task": f"select orchestrator.retry_task('{id}')",
+                    "promote_due": "select orchestrator.promote_due()"}[how])
     writer.commit()
     assert len(claim(conn)) == 1
 

@@ -136,6 +136,7 @@ def test_nobody_is_elected_while_a_maintenance_call_is_in_its_transaction(conn, 
     term = acquire(conn, "a")
     maintaining = connect(autocommit=False)
     assert value(maintaining, "select orchestrator.declare_dead('a', %s, '1 hour')", term) == 0
+    assert column(conn, "select id from orchestrator.workers where is_leader for no key update skip locked") == []
     maintaining.execute("update orchestrator.workers set leader_until = clock_timestamp() where id = 'a'")
     assert acquire(conn, "b") is None
     maintaining.commit()

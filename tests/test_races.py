@@ -146,3 +146,61 @@ def test_two_operations_on_one_task_end_as_if_one_came_after_the_other(connectio
             check_transitions(watcher)
             assert audit(watcher) == [], where
 
+
+
+def until_waiting(watcher: Any, conn: Any, call: Any) -> Any:
+    waits, future = meet(watcher, conn, call)
+    assert waits
+    return future
+
+
+LOCKERS = ["complete", "fail", "release", "snooze", "start", "recover"]
+
+
+@pytest.mark.parametrize(("first_name", "second_name"), [(a, b) for a in LOCKERS for b in LOCKERS if (a, b) != ("recover", "recover")])
+def test_a_claim_is_locked_before_its_task_so_that_two_never_wait_for_each_other(connections, first_name, second_name):
+    """A third holds the task. The first waits for it with the claim in hand, the second for the claim."""
+    watcher, first, second, term = connections
+    operations = {**OPERATIONS, "start": lambda conn, claim_id, id, term: start(conn, claim_id, id)}
+    of_task = (*prepare(watcher, "claimed"), term)
+    with psycopg.connect(watcher.info.dsn) as holder:
+        holder.execute("select from orchestrator.tasks where id = %s for update", [of_task[1]])
+        one = until_waiting(watcher, first, lambda: operations[first_name](first, *of_task))
+        other = until_waiting(watcher, second, lambda: operations[second_name](second, *of_task))
+        holder.rollback()
+        one.result(15)
+        first.commit()
+        other.result(15)
+        second.commit()
+    assert audit(watcher) == []
+    check_transitions(watcher)
+
+
+SEVERAL = {
+    "complete": "select * from orchestrator.complete_tasks(%(claims)s, '{1,1}', %(ids)s::uuid[])",
+    "fail": "select * from orchestrator.fail_tasks(%(claims)s, %(ids)s::uuid[], '{e,e}', '{null,null}', '{f,f}')",
+    "recover": "select * from orchestrator.recover_orphans('leader', %(term)s)",
+}
+
+
+@pytest.mark.parametrize(("first_name", "second_name"), [(a, b) for a in SEVERAL for b in SEVERAL if (a, b) != ("recover", "recover")])
+def test_claims_are_locked_in_the_order_of_their_ids(connections, first_name, second_name):
+    """A third holds the later claim. The first waits for it with the earlier one in hand, the second for the earlier one."""
+    watcher, first, second, term = connections
+    early, id = prepare(watcher, "running")
+    register(watcher, "x")
+    enqueue(watcher)
+    late, late_id = claim_one(watcher, "x")
+    declare_dead(watcher, "x")
+    given = {"claims": [late, early], "ids": [late_id, id], "term": term}
+    with psycopg.connect(watcher.info.dsn) as holder:
+        holder.execute("select from orchestrator.claims where id = %s for update", [late])
+        one = until_waiting(watcher, first, lambda: first.execute(SEVERAL[first_name], given))
+        other = until_waiting(watcher, second, lambda: second.execute(SEVERAL[second_name], given))
+        holder.rollback()
+        one.result(15)
+        first.commit()
+        other.result(15)
+        second.commit()
+    assert audit(watcher) == []
+    check_transitions(watcher)
