@@ -9,6 +9,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import psycopg
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -237,6 +238,27 @@ def test_a_scrape_is_quick_with_20_types_and_100_000_tasks_waiting(installed, co
         assert min(seconds) < 0.05   # the machine may be busy with other tests
     finally:
         app.stop(0)
+
+
+def test_a_leader_that_cannot_extend_its_lease_tells_nothing_global_once_it_is_over(app, monkeypatch):
+    eventually(lambda: "tasks_pending" in names(scrape(address_of(app))))
+    stuck, go_on = threading.Event(), threading.Event()
+
+    def hang(*args: Any) -> Any:
+        stuck.set()
+        go_on.wait()
+        raise psycopg.OperationalError("gone")
+
+    monkeypatch.setattr(app.worker.links["heartbeat"], "call", hang)
+    try:
+        assert stuck.wait(10)
+        assert "tasks_pending" in names(scrape(address_of(app)))   # as long as nobody else can lead
+        app.worker.lease_until = time.monotonic()
+        series = scrape(address_of(app))
+        assert not names(series) & GLOBAL
+        assert sum(v for (name, _), v in series.items() if name == "leader_status") == 0
+    finally:
+        go_on.set()
 
 
 # ----------------------------------------------------------------------------------------------------------- several workers
