@@ -60,6 +60,8 @@ class Recent(logging.Handler):
         self.lines: collections.deque[str] = collections.deque(maxlen=5)
 
     def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.WARNING and not hasattr(record, "task_id") and not sys.stdout.isatty():
+            print(record.getMessage(), file=sys.stderr)   # not a task's failure, which is part of the demo, but trouble
         fields = [f"{name}={getattr(record, name)}" for name in ("type", "attempt", "error") if hasattr(record, name)]
         self.lines.append(" ".join([time.strftime("%H:%M:%S"), record.getMessage(), *fields]).replace("\n", " "))
 
@@ -216,7 +218,8 @@ class Demo:
         print("\nLatencies (wait: from enqueued to claimed, at the first attempt; run: from claimed to recorded as done)")
         print("\n".join(table(("", "tasks", "wait p50", "wait p95", "run p50", "run p95"), rows)))
         count, seconds = self.select(RATE)[0]
-        print(f"\nThroughput  {count:,} quick tasks that waited at once were run in {seconds:.2f} s: {count / float(seconds):,.0f} tasks/s")
+        if seconds:
+            print(f"\nThroughput  {count:,} quick tasks that waited at once ran in {seconds:.2f} s: {count / float(seconds):,.0f} tasks/s")
         print(f"Failures    {self.failures_expected} failed attempts; {self.expected['demo:flaky', 'completed']} tasks recovered, "
               f"{self.expected['demo:broken', 'dead_letter']} became dead letters after their retries")
         backup = (self.app.get(self.backup_id) or {}).get("result") or {}
@@ -236,6 +239,10 @@ def short_path(path: str) -> str:
 
 def start(app: Orchestrator) -> str:
     """Start the worker, on another port if METRICS_PORT is taken; return the address of its page."""
+    if not app.config.database_url:   # the embedded database may be of an earlier state of this folder
+        app.open()
+        with psycopg.connect(app.config.database_url, autocommit=True) as connection:
+            orchestrator.install(connection)
     try:
         app.start()
     except ConfigError as error:
