@@ -1972,7 +1972,7 @@ class Worker:
                 self.loop_at["heartbeat"] = time.monotonic()
                 chore[0] = time.monotonic() + every   # before: a chore that fails must not be hammered
                 what(link)
-        self.reached_at = time.monotonic()
+                self.reached_at = time.monotonic()
         return float(min(at for at, _, leaders, _ in self.chores if not leaders or self.leads()) - time.monotonic())
 
     def _register(self) -> None:
