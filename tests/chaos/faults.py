@@ -97,7 +97,7 @@ def sigkill_defaults(lab: Lab) -> str:
 def sigstop(lab: Lab) -> str:
     stops = 2 if lab.short else 50
     lab.work(3)
-    lab.produce(200 * stops, rate=25)
+    lab.produce(None, rate=25)
     for _ in range(stops):
         victim = lab.random.choice([w for w in lab.workers if w is not lab.leader()])
         name = name_of(lab, victim)
@@ -165,7 +165,7 @@ def memory_errors(lab: Lab) -> str:
 def gil(lab: Lab) -> str:
     holds = 2 if lab.short else 10
     lab.work(2)
-    lab.produce(60 * holds, rate=20)
+    lab.produce(None, rate=20)
     half = lab.produce(holds, rate=0.5, prefix="half", make=lambda n: ("gil", {"seconds": 0.5 * TIMEOUT}))
     half.join(120)
     lab.wait("select count(*) = %s or null from orchestrator.tasks where type = 'gil' and status = 'completed'", holds, timeout=300)
@@ -263,7 +263,7 @@ def sigterm(lab: Lab) -> str:
 def leaders(lab: Lab) -> str:
     changes = 4 if lab.short else 100
     lab.work(3)
-    lab.produce(changes * 60, rate=20)
+    lab.produce(None, rate=20)
     for n in range(changes):
         leader = eventually(lab.leader, 30)
         term = lab.value("select leader_term from orchestrator.workers where is_leader")
@@ -340,9 +340,8 @@ def restart(lab: Lab) -> str:
     """pg_ctl stop -m immediate is a crash: the server recovers from its write-ahead log."""
     assert isinstance(lab.server, LocalServer)
     crashes = 3 if lab.short else 20
-    lab.outage = True     # it may be away for longer than WORKER_TIMEOUT
     lab.work(3)
-    producer = lab.produce(crashes * 400, rate=80)
+    producer = lab.produce(None, rate=80)
     for _ in range(crashes):
         time.sleep(lab.random.uniform(1, 2))
         lab.server.stop_server("immediate")
@@ -353,6 +352,29 @@ def restart(lab: Lab) -> str:
     no_worker_ended(lab)
     lab.bit(producer.retried, "no producer noticed")
     return f"{crashes} crashes"
+
+
+@fault("server away for 2 × WORKER_TIMEOUT")
+def long_outage(lab: Lab) -> str:
+    """Nobody's heartbeat could arrive: whoever leads first must not take the others for dead, nor run again what they still run."""
+    assert isinstance(lab.server, LocalServer)
+    times = 1 if lab.short else 10
+    lab.expect_rerun = False
+    lab.work(3)
+    for n in range(times):
+        lab.produce(12, prefix=f"long{n}-", make=lambda n: ("wait", {"seconds": 2 * TIMEOUT + 6})).join(30)
+        lab.wait("select count(*) = 12 or null from orchestrator.tasks where status = 'running'")
+        lab.server.stop_server("fast")
+        time.sleep(2 * TIMEOUT)
+        lab.server.start()
+        resumes_after = time.time()
+        lab.produce(30, prefix=f"after{n}-").join(30)
+        resumes(lab, resumes_after, 5 + NOISE, "after the outage")
+        lab.drain(60)
+    no_worker_ended(lab)
+    if lab.value("select count(*) from chaos.workers where event = 'dead'"):
+        lab.fail("a worker was declared dead")
+    return f"{times} × {2 * TIMEOUT:g} s"
 
 
 @fault("connections terminated")
@@ -388,7 +410,7 @@ def blackhole(lab: Lab) -> str:
     for proxy, url in proxies:
         [worker] = lab.work(1, url=url)
         by_pid[worker.pid] = proxy
-    lab.produce(rounds * 45 * 40, rate=40)
+    lab.produce(None, rate=40)
     for n in range(2 * rounds):
         for_ever = n % 2 == 1
         leader = eventually(lab.leader, 30)
@@ -449,7 +471,7 @@ def failover(lab: Lab) -> str:
     primary, standby = lab.servers
     lab.outage = True
     lab.work(3)
-    producer = lab.produce(times * 600, rate=60)
+    producer = lab.produce(None, rate=60)
     for _ in range(times):
         time.sleep(2)
         primary.stop_server("immediate")
@@ -526,7 +548,7 @@ def installs(lab: Lab) -> str:
                 lab.fail(f"install: {output[-500:]}")
     lab.expect_rerun = False
     lab.work(2)
-    lab.produce(rounds * 500, rate=50)
+    lab.produce(None, rate=50)
     for _ in range(rounds):
         install(lab.url)
         empty = lab.server.create_database()

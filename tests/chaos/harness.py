@@ -157,9 +157,10 @@ class Worker:
 
 
 class Producer(threading.Thread):
-    """Enqueues `total` tasks, `rate` a second (None: as fast as it can), each with a key, and again until it is acknowledged."""
+    """Enqueues `total` tasks (None: until finish is set), `rate` a second (None: as fast as it can), each with a key, and again until
+    it is acknowledged."""
 
-    def __init__(self, url: str, total: int, rate: float | None, make: Callable[[int], tuple[str, dict[str, Any]]],
+    def __init__(self, url: str, total: int | None, rate: float | None, make: Callable[[int], tuple[str, dict[str, Any]]],
                  prefix: str = "k") -> None:
         super().__init__(daemon=True)
         self.url, self.total, self.rate, self.make, self.prefix = url, total, rate, make, prefix
@@ -167,14 +168,15 @@ class Producer(threading.Thread):
         self.changed: list[str] = []              # keys that were acknowledged under another id the second time
         self.retried = 0                          # batches that had to be sent again
         self.acks: list[float] = []               # when (monotonic) each batch was acknowledged
+        self.finish = threading.Event()           # all that was begun is acknowledged first
         self.halt = threading.Event()
 
     def run(self) -> None:
         started, sent = time.monotonic(), 0
         connection: psycopg.Connection[Any] | None = None
-        while sent < self.total and not self.halt.is_set():
+        while (self.total is None or sent < self.total) and not self.halt.is_set() and not self.finish.is_set():
             size = 500 if self.rate is None else max(1, int((time.monotonic() - started) * self.rate) - sent)
-            batch = range(sent, min(self.total, sent + size))
+            batch = range(sent, sent + size if self.total is None else min(self.total, sent + size))
             connection = self._until_acknowledged(connection, batch)
             sent = batch.stop
             if self.rate is not None:
@@ -317,7 +319,7 @@ class Lab:
         self.proxies.append(proxy)
         return proxy, re.sub(r":\d+/", f":{proxy.port}/", self.url)
 
-    def produce(self, total: int, rate: float | None = None, url: str | None = None, prefix: str = "k",
+    def produce(self, total: int | None, rate: float | None = None, url: str | None = None, prefix: str = "k",
                 make: Callable[[int], tuple[str, dict[str, Any]]] | None = None) -> Producer:
         producer = Producer(url or self.url, total, rate, make or self.mixed, prefix)
         self.producers.append(producer)
@@ -344,6 +346,8 @@ class Lab:
         """Wait until the producers are done and every task has ended."""
         until = time.monotonic() + timeout
         for producer in self.producers:
+            if producer.total is None:
+                producer.finish.set()
             producer.join(max(0.1, until - time.monotonic()))
             if producer.is_alive():
                 self.fail("a producer did not get its tasks acknowledged")

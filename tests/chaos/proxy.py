@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 
 
@@ -43,6 +44,7 @@ class Proxy:
         return self._lose is not None
 
     def close(self) -> None:
+        self._silent = False
         self._loop.call_soon_threadsafe(self._loop.stop)
 
     def _run(self) -> None:
@@ -67,8 +69,9 @@ class Proxy:
             writer.transport.abort()
             return
         state = {"losing": False}
-        await asyncio.gather(self._pump(reader, to_server, state, generation, False),
-                             self._pump(from_server, writer, state, generation, True))
+        with contextlib.suppress(asyncio.CancelledError):   # close()
+            await asyncio.gather(self._pump(reader, to_server, state, generation, False),
+                                 self._pump(from_server, writer, state, generation, True))
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, state: dict[str, bool],
                     generation: int, answer: bool) -> None:
