@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import json
 import re
+import signal
 import sys
 import time
 import traceback
@@ -94,6 +95,8 @@ def main() -> int:
     parser.add_argument("--write-readme", action="store_true", help="put the table into README.md")
     parser.add_argument("--list", action="store_true", help="only name the faults")
     args = parser.parse_args()
+    for number in (signal.SIGTERM, signal.SIGINT):   # INT too: a shell's background job ignores it
+        signal.signal(number, lambda number, _: sys.exit(128 + number))   # by way of all that must be stopped
     names = [name for name in FAULTS if any(part.lower() in name.lower() for part in args.only or [""])]
     if args.short:
         names = [name for name in names if name not in ONLY_FULL]
