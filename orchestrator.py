@@ -95,6 +95,7 @@ CAREFUL_SECONDS = 0.1       # a task recovered from a dead worker starts alone: 
 TIMEOUT_GRACE = 5.0         # seconds a handler has to return once its timeout has set task.cancelled
 STATEMENT_TIMEOUT = 15.0    # seconds; the client gives up 5 seconds later, should the server be silent
 ERROR_LIMIT = 8000          # characters of an error text that are kept
+RESULT_LIMIT = 1_048_576    # bytes of JSON that a handler may return, or report as its progress
 
 # --- bundled files: `make bundle` fills these in; else they are read from beside this file ---------------------------------
 BUNDLED_SQL: dict[str, str] = {}
@@ -582,7 +583,7 @@ class Task:
 
     def progress(self, value: Any) -> None:
         """Say how far it is: JSON that `show` and the page tell while the task runs (the latest of each second or so)."""
-        self._worker.progress[self.id] = (self, to_json(value))
+        self._worker.progress[self.id] = (self, result_json(value))
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[psycopg.Connection[Row]]:
@@ -666,6 +667,13 @@ def to_json(value: Any) -> str:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
             raise ValueError("not JSON that PostgreSQL can hold: a string has half of a surrogate pair") from None
+    return text
+
+
+def result_json(value: Any) -> str:
+    text = to_json(value)
+    if len(text) > RESULT_LIMIT:
+        raise ValueError(f"a result of over {RESULT_LIMIT} bytes of JSON: store the data elsewhere and return a reference to it")
     return text
 
 
@@ -1282,7 +1290,7 @@ def run_task(router: Router, task: Task) -> None:
         else:
             result = function(task)
         if result is not None:
-            task.outcome = Outcome("completed", to_json(result))
+            task.outcome = Outcome("completed", result_json(result))
     except Cancelled as error:
         if task.cancel_reason == "timeout":
             task.outcome = Outcome("failed", f"timed out after {task.handler.timeout} s")
@@ -1413,7 +1421,7 @@ class Worker:
         while time.monotonic() < until and not hurry():
             for task in self.running_tasks():   # each time: a pool thread may just have taken one that is to be given back
                 task.cancel("shutdown")
-            if not self.tasks:
+            if not self.tasks or not self.threads["report"].is_alive():
                 break
             self.wake_report.set()
             self.stopped.wait(0.02)
@@ -1661,9 +1669,9 @@ class Worker:
         if task.settled == "completed":
             self.metrics.ended(task, "completed")
             self._log_completed([task])
-        else:
+            self._forget(task)
+        else:   # whoever gave it up reports for it, and forgets it then
             self.metrics.ended(task, "rejected")
-        self._forget(task)
         return True
 
     def _forget(self, task: Task) -> None:
@@ -1713,7 +1721,7 @@ class Worker:
             self._database_error(f"report of task {tasks[0].id}", error)
             before, unrecorded = tasks[0].outcome, ascii(f"its outcome could not be recorded: {error_line(error)}")[1:-1]
             if before is not None and before.text == unrecorded:
-                self._settle(tasks[0], "rejected")   # nothing more can be said of it: it stays claimed until this worker ends
+                self._settle(tasks[0], "rejected")   # nothing more can be said of it: _release_forgotten() gives it back
             else:   # plain words, reported in the next round
                 tasks[0].outcome = Outcome("failed", unrecorded)
 

@@ -80,6 +80,7 @@ OUTCOMES: dict[str, tuple[Callable[[Task], Any], str, Any]] = {   # what it does
     "NUL in the result": (lambda task: {"a": "b\0c"}, "dead_letter", "U+0000"),
     "half a pair in the result": (lambda task: "\ud800", "dead_letter", "surrogate"),
     "recursive result": (lambda task: sys.modules, "dead_letter", "not JSON"),
+    "huge result": (lambda task: "x" * 2_000_000, "dead_letter", "store the data elsewhere"),
     "too big a number": (lambda task: float("inf"), "dead_letter", "not JSON"),
 }
 
@@ -602,6 +603,31 @@ def test_a_server_that_falls_silent_is_given_up(installed: str, conn: Connection
     blocker.close()
     assert link.call("select pg_backend_pid()")[0][0] != pid
     link.close()
+
+
+@pytest.mark.parametrize(("sqlstate", "gone"), [
+    ("08006", True), ("57P01", True), ("25006", True),                        # broken, shutting down, a standby by now
+    ("42P01", False), ("53200", False), ("22012", False), ("40P01", False)])  # it will answer the next call
+def test_a_connection_is_given_up_only_for_errors_of_its_own(installed: str, sqlstate: str, gone: bool) -> None:
+    link = orchestrator.Link(make_app(installed).config)
+    pid = link.call("select pg_backend_pid()")[0][0]
+    with pytest.raises(psycopg.Error) as failed:
+        link.call(f"do $$ begin raise exception using errcode = '{sqlstate}'; end $$")
+    assert failed.value.sqlstate == sqlstate
+    assert (link.call("select pg_backend_pid()")[0][0] != pid) is gone
+    link.close()
+
+
+def test_a_database_that_turned_read_only_is_waited_for_on_new_connections(installed: str, conn: Connection) -> None:
+    with running(installed, {"a": lambda task: None}) as app:
+        wait_for(app, app.enqueue("a"))
+        database = conn.info.dbname
+        conn.execute(f"alter database {database} set default_transaction_read_only = on")
+        conn.execute("select pg_terminate_backend(pid) from pg_stat_activity where datname = %s and pid <> pg_backend_pid()", [database])
+        eventually(lambda: worker_of(app).metrics.errors["25"] >= 2, 15)
+        conn.execute(f"alter database {database} reset default_transaction_read_only")
+        task_id = str(value(conn, "select orchestrator.enqueue('a')"))   # a session that is there from before
+        wait_for_on(conn, task_id, "completed")
 
 
 # --------------------------------------------------------------------------------------------------------- health and identity
