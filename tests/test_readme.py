@@ -164,7 +164,7 @@ def test_readme_names_only_make_targets_files_and_sections_that_exist() -> None:
     targets = set(re.findall(r"^([a-z][a-z-]*):", makefile, re.MULTILINE))
     code = [*re.findall(r"`([^`\n]+)`", TEXT), *(line for block in BLOCKS for line in block.code.splitlines())]
     assert {name for line in code for name in re.findall(r"^make ([a-z][a-z-]+)", line)} <= targets
-    links = re.findall(r"\]\(([^)#\s]+)\)", TEXT)
+    links = re.findall(r"\]\(([^)#\s]+)\)", TEXT) + re.findall(r'src(?:set)?="([^"]+)"', TEXT)
     assert [link for link in links if "://" not in link and not (REPOSITORY / link).exists()] == []
     headings = {re.sub(r"[^a-z -]", "", heading.lower()).replace(" ", "-") for heading in re.findall(r"^##+ (.*)$", TEXT, re.MULTILINE)}
     assert set(re.findall(r"\]\(#([^)]+)\)", TEXT)) <= headings
