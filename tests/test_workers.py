@@ -3,7 +3,6 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-import psycopg
 import pytest
 from psycopg.types.json import Jsonb
 
