@@ -24,49 +24,32 @@ from postgres import eventually, processes_below
 DEMO = REPOSITORY / "examples" / "demo.py"
 
 
-def run_demo(folder: Path, **settings: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(DEMO), "--exit"], check=False, cwd=folder, capture_output=True, text=True,
-                          env=clean_environment(**settings), timeout=150)
-
-
 @pytest.mark.timeout(200)
-def test_demo_counts_right_twice_on_the_same_data_also_with_its_port_taken(folder: Path) -> None:
-    first = run_demo(folder, METRICS_PORT=0)
-    assert first.returncode == 0, first.stdout + first.stderr
-    assert "tasks ended as they should" in first.stdout
-    assert "pg_dump" not in first.stderr and first.stderr == ""
-    assert re.search(r"Backup +\S+/\.orchestrator/backups/\S+\.dump, [\d,]+ bytes, \d+ tables, verified", first.stdout)
-    assert "\x1b" not in first.stdout, "plain lines where there is no terminal"
-    assert not processes_below(folder), "the embedded server stopped with its last user"
-
+def test_demo_counts_right_twice_on_the_same_data_and_serves_until_ctrl_c(folder: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        second = run_demo(folder, METRICS_PORT=port)
-    assert second.returncode == 0, second.stdout + second.stderr
-    assert f"METRICS_PORT: {port} is in use, the demo takes a free port" in second.stdout
-    assert len(list((folder / ".orchestrator" / "backups").glob("*.dump"))) == 2
+        first = subprocess.run([sys.executable, str(DEMO), "--exit"], check=False, cwd=folder, capture_output=True, text=True,
+                               env=clean_environment(METRICS_PORT=port), timeout=100)
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert "tasks ended as they should" in first.stdout
+    assert first.stderr == ""
+    assert f"METRICS_PORT: {port} is in use, the demo takes a free port" in first.stdout
+    assert re.search(r"Backup +\S+/\.orchestrator/backups/\S+\.dump, [\d,]+ bytes, \d+ tables, verified", first.stdout)
+    assert "\x1b" not in first.stdout, "plain lines where there is no terminal"
+    assert not processes_below(folder), "the embedded server stops with its last user"
 
-
-@pytest.mark.timeout(120)
-def test_demo_serves_until_ctrl_c_and_then_ends_with_0(installed: str, tmp_path: Path) -> None:
-    output = tmp_path / "output"
+    output = folder / "output"
     with output.open("w") as file:
-        process = subprocess.Popen([sys.executable, str(DEMO)], cwd=tmp_path, stdout=file, stderr=file, start_new_session=True,
-                                   env=clean_environment(DATABASE_URL=installed, METRICS_PORT=0, BACKUP_ROOT=tmp_path / "dumps"))
+        process = subprocess.Popen([sys.executable, str(DEMO)], cwd=folder, stdout=file, stderr=file, start_new_session=True,
+                                   env=clean_environment(METRICS_PORT=0))
     try:
         eventually(lambda: "until Ctrl-C" in output.read_text() or process.poll() is not None, 90)
         text = output.read_text()
-        assert process.poll() is None, text
-        address = re.findall(r"Metrics +(http://\S+)", text)[0]
-        with urllib.request.urlopen(address, timeout=10) as answer:
-            assert b'tasks_completed_total{status="completed",type="demo:quick"}' in answer.read()
-        queries = re.findall(r"^  (select .*)$", text, re.MULTILINE)
-        assert len(queries) == 3
-        with psycopg.connect(installed, autocommit=True) as connection:
-            for query in queries:
-                connection.execute(query)
+        assert process.poll() is None and "tasks ended as they should" in text, text
+        assert len(list((folder / ".orchestrator" / "backups").glob("*.dump"))) == 2
+        check_what_it_says_to_try(text, folder)
         os.killpg(process.pid, signal.SIGINT)
         assert process.wait(30) == 0, output.read_text()
     finally:
@@ -74,6 +57,17 @@ def test_demo_serves_until_ctrl_c_and_then_ends_with_0(installed: str, tmp_path:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     assert "Traceback" not in output.read_text()
+    assert not processes_below(folder / ".orchestrator")
+
+
+def check_what_it_says_to_try(text: str, folder: Path) -> None:
+    with urllib.request.urlopen(re.findall(r"Metrics +(http://\S+)", text)[0], timeout=10) as answer:
+        assert b'tasks_completed_total{status="completed",type="demo:quick"}' in answer.read()
+    queries = re.findall(r"^  (select .*)$", text, re.MULTILINE)
+    assert len(queries) == 3
+    with psycopg.connect(f"postgresql://postgres@/postgres?host={folder}/.orchestrator", autocommit=True) as connection:
+        for query in queries:
+            connection.execute(query)
 
 
 def demo_module() -> ModuleType:
