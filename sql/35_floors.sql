@@ -45,7 +45,7 @@ declare
 begin
   select * into m from orchestrator.maintenance for no key update;
   if m.candidate is not null then
-    -- a prepared transaction has the number -1/… there, so it holds the candidate back while it lasts
+    -- a prepared transaction keeps its number, but after a restart has another, -1/…, so that holds any candidate back
     if not exists (select from unnest(orchestrator._tasks_writers()) v where v = any (m.candidate_vxids) or v like '-1/%') then
       m.safe_floor := m.candidate;
       m.candidate := null;

@@ -4,7 +4,7 @@ from __future__ import annotations
 import psycopg
 import pytest
 
-from postgres import wait_for_lock
+from postgres import LocalServer, install_schema, wait_for_lock
 from steps import (
     audit,
     backend,
@@ -173,6 +173,33 @@ def test_a_prepared_transaction_holds_the_floor_back_until_it_ends(conn, connect
     raise_floors(conn, term)
     raise_floors(conn, term)
     assert floor(conn) > task(conn, late)["created_at"]
+
+
+def test_a_prepared_transaction_that_outlived_a_restart_holds_the_floor_back():
+    """It comes back under another number than the one that was noted."""
+    own = LocalServer()
+    try:
+        url = own.create_database()
+        install_schema(url)
+        with psycopg.connect(url, autocommit=True) as conn, psycopg.connect(url, autocommit=True) as writer:
+            term = lead(conn)
+            register(conn)
+            enqueue(conn)
+            drain(conn)
+            writer.execute("begin")
+            late = enqueue(writer)
+            raise_floors(conn, term)
+            writer.execute("prepare transaction 'late'")
+        own.stop_server()
+        own.start()
+        with psycopg.connect(url, autocommit=True) as conn:
+            for _ in range(3):
+                raise_floors(conn, term)
+            conn.execute("commit prepared 'late'")
+            assert [t["id"] for t in claim(conn)] == [late]
+            assert audit(conn) == []
+    finally:
+        own.stop()
 
 
 def test_a_released_task_lowers_the_floor_to_its_old_place(conn, term):
