@@ -133,7 +133,8 @@ def alerts() -> str:
     for rule in (rule for group in groups for rule in group["rules"]):
         wait = f"for {rule['for']}" if "for" in rule else "at once"
         when = " ".join(rule["expr"].split()).replace("|", "\\|")
-        rows.append((f"`{rule['alert']}`", rule["labels"]["severity"], f"`{when}` {wait}", cell(rule["annotations"]["description"].strip())))
+        what_to_do = cell(rule["annotations"]["description"].strip())
+        rows.append((f"`{rule['alert']}`", rule["labels"]["severity"], f"`{when}` {wait}", what_to_do))
     lines = ["<details><summary>Alerts</summary>", "", *table(("alert", "severity", "when", "what to do"), rows), "</details>"]
     return "\n".join(lines)
 
