@@ -137,6 +137,7 @@ class Cancelled(Exception):
 
 
 DECLARED_DEAD = "OR003"
+NOT_INSTALLED = ("3F000", "42P01", "42883")   # no such schema, table, function
 
 
 def _check_seconds(name: str, value: float) -> float:
@@ -2510,6 +2511,8 @@ class Orchestrator:
         except psycopg.Error as error:
             if error.sqlstate == "OR001":
                 raise ValueError(error_line(error)) from None
+            if error.sqlstate in NOT_INSTALLED:
+                raise ConfigError(f"DATABASE_URL: {_database_problem(error)}") from None
             raise
 
 
@@ -2919,7 +2922,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _database_problem(error: psycopg.Error) -> str:
-    if error.sqlstate in ("3F000", "42P01", "42883"):
+    if error.sqlstate in NOT_INSTALLED:
         return "the schema orchestrator is not installed there, or not whole: run `python orchestrator.py install`"
     if error.sqlstate == "42501":
         return f"{error_line(error)}: this role lacks a right; see Security in the README"

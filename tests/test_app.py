@@ -330,3 +330,10 @@ def test_start_twice_is_an_error(installed: str) -> None:
 
 def test_the_module_is_the_same_under_both_names() -> None:
     assert orchestrator.Orchestrator is Orchestrator
+
+
+def test_enqueue_where_the_schema_is_not_installed_says_what_to_run(db):
+    app = Orchestrator(db)
+    with pytest.raises(ConfigError, match=r"DATABASE_URL: .*python orchestrator.py install"):
+        app.enqueue("t")
+    app.close()
