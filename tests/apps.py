@@ -1,6 +1,9 @@
-"""Orchestrators inside the test's process."""
+"""Orchestrators inside the test's process, and a way to the database that can fail."""
 from __future__ import annotations
 
+import contextlib
+import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -58,3 +61,45 @@ def events(task: dict[str, Any]) -> list[str]:
 
 def audit(conn: psycopg.Connection[Any]) -> list[Any]:
     return conn.execute("select * from orchestrator.audit()").fetchall()
+
+
+class Relay:
+    """A way to the database that can be cut, and turned silent."""
+
+    def __init__(self, target: str) -> None:
+        self.target = psycopg.conninfo.conninfo_to_dict(target)
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.sockets: list[socket.socket] = []
+        self.silent = False
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"postgresql://{self.target['user']}@127.0.0.1:{self.listener.getsockname()[1]}/{self.target['dbname']}"
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self.listener.accept()
+            except OSError:
+                return
+            far = socket.create_connection((str(self.target["host"]), int(str(self.target["port"]))))
+            self.sockets += [near, far]
+            for source, sink in ((near, far), (far, near)):
+                threading.Thread(target=self._pump, args=(source, sink), daemon=True).start()
+
+    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
+        try:
+            while data := source.recv(65536):
+                if not self.silent:
+                    sink.sendall(data)
+        except OSError:
+            pass
+        for end in (source, sink):
+            end.close()
+
+    def cut(self) -> None:
+        for end in (self.listener, *self.sockets):
+            with contextlib.suppress(OSError):   # closed already
+                end.shutdown(socket.SHUT_RDWR)   # of the listener too: a thread in accept() would keep the port listening
+        self.listener.close()

@@ -1,10 +1,8 @@
 """SIGTERM and SIGINT to a real worker process: nothing new starts, what runs may end, the rest goes back uncharged, and it exits."""
 from __future__ import annotations
 
-import contextlib
 import signal
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from apps import audit
+from apps import Relay, audit
 from conftest import WorkerProcess
 from postgres import eventually
 from steps import enqueue, enqueue_some, value
@@ -119,48 +117,6 @@ def test_a_second_signal_ends_the_grace_period_at_once(start: Workers, conn: Con
     worker.signal(signal.SIGTERM)
     ended_within(worker, 2)
     assert status(conn, task_id) == ("pending", 0)
-
-
-class Relay:
-    """A way to the database that can be cut, and turned silent."""
-
-    def __init__(self, target: str) -> None:
-        self.target = psycopg.conninfo.conninfo_to_dict(target)
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.sockets: list[socket.socket] = []
-        self.silent = False
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    @property
-    def url(self) -> str:
-        return f"postgresql://{self.target['user']}@127.0.0.1:{self.listener.getsockname()[1]}/{self.target['dbname']}"
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                near, _ = self.listener.accept()
-            except OSError:
-                return
-            far = socket.create_connection((str(self.target["host"]), int(str(self.target["port"]))))
-            self.sockets += [near, far]
-            for source, sink in ((near, far), (far, near)):
-                threading.Thread(target=self._pump, args=(source, sink), daemon=True).start()
-
-    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
-        try:
-            while data := source.recv(65536):
-                if not self.silent:
-                    sink.sendall(data)
-        except OSError:
-            pass
-        for end in (source, sink):
-            end.close()
-
-    def cut(self) -> None:
-        for end in (self.listener, *self.sockets):
-            with contextlib.suppress(OSError):   # closed already
-                end.shutdown(socket.SHUT_RDWR)   # of the listener too: a thread in accept() would keep the port listening
-        self.listener.close()
 
 
 @pytest.fixture

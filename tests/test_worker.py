@@ -14,7 +14,7 @@ import psycopg
 import pytest
 
 import orchestrator
-from apps import audit, events, make_app, running, story, wait_for, worker_of
+from apps import Relay, audit, events, make_app, running, story, wait_for, worker_of
 from orchestrator import Cancelled, ClaimLost, Discard, Handler, Orchestrator, Retry, Snooze, Task
 from postgres import LocalServer, eventually, install_schema
 from steps import value
@@ -603,6 +603,20 @@ def test_a_server_that_falls_silent_is_given_up(installed: str, conn: Connection
     blocker.close()
     assert link.call("select pg_backend_pid()")[0][0] != pid
     link.close()
+
+
+def test_a_worker_gives_silent_connections_up_and_goes_on(installed: str, conn: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    relay = Relay(installed)
+    with running(relay.url + "?connect_timeout=2", {"a": lambda task: None}) as app:
+        wait_for(app, app.enqueue("a"))
+        monkeypatch.setattr(orchestrator, "STATEMENT_TIMEOUT", -4.0)   # the client's own deadline is 5 s later
+        relay.silent = True   # what is sent now is lost: no answer comes, and no end
+        eventually(lambda: worker_of(app).metrics.errors["connection"] >= 2, 20)
+        relay.silent = False
+        monkeypatch.undo()
+        task_id = str(value(conn, "select orchestrator.enqueue('a')"))
+        wait_for_on(conn, task_id, "completed")
+    relay.cut()
 
 
 @pytest.mark.parametrize(("sqlstate", "gone"), [
