@@ -1341,9 +1341,10 @@ class Worker:
     Tasks go from the claim loop to the pool as slices in a queue, and from the pool to the report loop through `finished`.
     """
 
-    def __init__(self, config: Config, router: Router) -> None:
+    def __init__(self, config: Config, router: Router, revive: Callable[[], object] | None = None) -> None:
         self.config = config
         self.router = router
+        self.revive = revive                                  # starts the embedded server again, if that is the one in use
         self.metrics = Metrics(router.label, router.patterns)
         self.id = _new_worker_id()
         self.tasks: dict[str, Task] = {}                      # all that this worker holds, by id
@@ -1950,6 +1951,9 @@ class Worker:
             except psycopg.Error as error:
                 self._database_error("heartbeat", error)
                 delay = backoff.next()
+                if self.revive is not None and error.sqlstate is None and not self.stopped.is_set():   # killed: nobody else brings it back
+                    with contextlib.suppress(ConfigError):
+                        self.revive()
                 self.away = self.away or time.monotonic() - self.reached_at > self.config.worker_timeout / 2
             except ConfigError as error:   # the schema is of another version
                 self.fatal = error
@@ -2439,7 +2443,7 @@ class Orchestrator:
         self.open()
         if not self.router.patterns():
             log.warning("no handlers are registered: this worker has nothing to run")
-        self.worker = Worker(self.config, self.router)
+        self.worker = Worker(self.config, self.router, self._embedded.start if self._embedded else None)
         try:
             self.worker.start()
         except BaseException:

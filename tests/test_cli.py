@@ -16,8 +16,9 @@ import psycopg
 import pytest
 
 import orchestrator
+from apps import running, wait_for
 from conftest import PROGRAM, WorkerProcess, clean_environment
-from postgres import Server, eventually
+from postgres import Server, eventually, processes_below
 from steps import column, value
 
 Connection = psycopg.Connection[Any]
@@ -311,6 +312,23 @@ def test_commands_and_a_worker_share_the_embedded_database(folder: Path, run_cli
     finally:
         worker.terminate()
         assert worker.wait(30) == 0
+
+
+def test_a_worker_brings_its_embedded_server_back_when_it_is_killed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    with running("", {"a": lambda task: "ran"}) as app:
+        assert app._embedded is not None
+        pgdata = app._embedded.data / "pgdata"
+        os.kill(int((pgdata / "postmaster.pid").read_text().split()[0]), signal.SIGKILL)
+        eventually(lambda: not processes_below(pgdata))
+
+        def ran_after() -> bool:
+            try:
+                return wait_for(app, app.enqueue("a"))["result"] == "ran"
+            except psycopg.OperationalError:
+                return False
+        eventually(ran_after, 40)
+    assert not processes_below(pgdata)
 
 
 # ---------------------------------------------------------------------------------------------------------------- bad input
