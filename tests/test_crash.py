@@ -12,7 +12,7 @@ import pytest
 
 from conftest import WorkerProcess
 from postgres import LocalServer, eventually, install_schema
-from steps import audit, claim_one, claims, column, enqueue, enqueue_some, events, register, task, value
+from steps import audit, column, enqueue, enqueue_some, events, register, task, value
 
 HANDLERS = str(Path(__file__).parent / "chaos" / "work.py")
 Connection = psycopg.Connection[Any]
@@ -118,18 +118,6 @@ def test_a_single_instance_recovers_at_its_start_what_kill_9_left(conn: Connecti
     eventually(lambda: task(conn, id)["status"] == "completed", 10)
     assert task(conn, id)["attempts"] == 2
     assert value(conn, "select count(*) from orchestrator.workers") == 1
-
-
-def test_release_forgotten_gives_back_the_claims_that_the_worker_does_not_know(conn: Connection) -> None:
-    ids = enqueue_some(conn, 3)
-    register(conn)
-    register(conn, "another")
-    known, forgotten, foreign = (claim_one(conn, worker)[0] for worker in ("w", "w", "another"))
-    assert value(conn, "select orchestrator.release_forgotten('w', %s)", [known]) == 1
-    assert claims(conn) == {known: 1, foreign: 1} and forgotten not in claims(conn)
-    assert sorted(task(conn, id)["status"] for id in ids) == ["claimed", "claimed", "pending"]
-    assert {task(conn, id)["attempts"] for id in ids} == {0}
-    assert audit(conn) == []
 
 
 def test_register_worker_may_be_sent_again_when_its_answer_was_lost(conn: Connection) -> None:

@@ -227,10 +227,9 @@ class Lab:
         self.recovery: list[float] = []          # seconds, of whatever the fault measures
         self.problems: list[str] = []
         self.extra_ids: set[str] = set()         # acknowledged outside a producer
-        self.expect_rerun = True
-        self.restarts = 0
-        self.servers: tuple[LocalServer, LocalServer]
-        self.single_instance = False
+        self.expect_rerun = True                 # whether anything may run again that did not fail
+        self.restarts = 0                        # of workers, by their supervisor or the fault
+        self.servers: tuple[LocalServer, LocalServer]    # the primary and its standby, where there are two
         self.outage = False                      # the database was away, so a death declared afterwards is not false
         self._connection: psycopg.Connection[Any] | None = None
         self._lock = threading.Lock()
@@ -474,7 +473,7 @@ class Lab:
                 leading = None
             else:
                 own = self.value("select orchestrator._application_name(%s)", worker)
-                if actor not in (leader, own) and not self.single_instance:
+                if actor not in (leader, own):
                     self.fail(f"{worker} was declared dead by {actor}, while {leader} led")
                 if actor != own and int(worker.split(":")[-2]) not in self.tampered:
                     row.false_deaths += 1
