@@ -78,8 +78,7 @@ def test_bundle_is_the_same_bytes_each_time(bundled):
 
 def test_make_bundle_writes_what_the_tool_returns(bundled, tmp_path):
     for name in ("orchestrator.py", "page.html"):
-        if (REPOSITORY / name).exists():
-            shutil.copy(REPOSITORY / name, tmp_path)
+        shutil.copy(REPOSITORY / name, tmp_path)
     shutil.copytree(REPOSITORY / "sql", tmp_path / "sql")
     shutil.copytree(REPOSITORY / "tools", tmp_path / "tools")
     subprocess.run([sys.executable, "tools/bundle.py"], cwd=tmp_path, check=True, capture_output=True)

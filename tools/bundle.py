@@ -30,10 +30,10 @@ def bundle(repository: Path = REPOSITORY) -> str:
     program = (repository / "orchestrator.py").read_text("utf-8")
     folder = repository / "sql"
     files = {str(path.relative_to(folder)): path.read_text("utf-8") for path in sorted(folder.rglob("*.sql"))}
-    page = repository / "page.html"
+    page = (repository / "page.html").read_text("utf-8")
     lines = ["# --- bundled files: sql/ and page.html, as in the repository ".ljust(125, "-"), "BUNDLED_SQL: dict[str, str] = {"]
     lines += [f"{name!r}: {raw_string(name, text)},\n" for name, text in files.items()]
-    lines += ["}", "BUNDLED_PAGE = " + (raw_string("page.html", page.read_text("utf-8")) if page.exists() else '""')]
+    lines += ["}", f"BUNDLED_PAGE = {raw_string('page.html', page)}"]
     lines += ["# --- end of bundled files ".ljust(125, "-"), ""]
     bundled, found = BLOCK.subn(lambda _: "\n".join(lines), program)
     if found != 1:
