@@ -2626,9 +2626,9 @@ def _argument(name: str, parse: Callable[[str], Any], text: str) -> Any:
 def _moment(text: str) -> datetime:
     try:
         moment = datetime.fromisoformat(text)
-    except ValueError:
+        return moment if moment.tzinfo else moment.astimezone()
+    except (ValueError, OverflowError):   # the latter from astimezone(), at the ends of the calendar
         raise ValueError("must be a moment such as 2030-01-31T12:00:00+00:00") from None
-    return moment if moment.tzinfo else moment.astimezone()
 
 
 FILE_FIELDS = {"type": str, "payload": object, "priority": int, "idempotency_key": str, "max_retries": int, "run_at": str}

@@ -79,7 +79,8 @@ REFUSED = [
     (["a", '"\\u0000"'], "payload: .*U.0000"), (["a*"], "type: "), ([], "TYPE: "),
     (["a", "--delay", "soon"], "--delay: must be a duration"), (["a", "--delay=-1s"], "--delay: "),
     (["a", "--key", ""], "idempotency_key: "),
-    (["a", "--run-at", "tomorrow"], "--run-at: must be a moment"),
+    (["a", "--run-at", "tomorrow"], "--run-at: must be a moment"), (["a", "--run-at", "9999-12-31T23:59:59"], "run.at: "),
+    (["a", "--run-at", "0001-01-01"], "run.at: "),
     (["a", "--delay", "1s", "--run-at", "2030-01-31"], "delay: give either"), (["a", "--max-retries", "-1"], "max_retries: "),
     (["a", "--priority", "9999999999"], "priority: "), (["--file", "/no/such/file"], "--file: cannot read"), (["--file", "/"], "--file: ")]
 

@@ -429,13 +429,14 @@ def test_an_exception_rolls_the_writes_back(installed: str, ledger: Any) -> None
 
 
 def test_a_stolen_claim_aborts_the_transaction(installed: str, conn: Connection, ledger: Any) -> None:
-    errors = []
+    stolen, errors = [], []
 
     def robbed(task: Task) -> None:
         try:
             with task.transaction() as connection:
                 connection.execute("insert into ledger values (%s)", [str(task.attempt)])
-                if not errors:   # as the leader would, had this worker been declared dead
+                if not stolen:
+                    stolen.append(task.claim_id)   # as the leader would, had this worker been declared dead
                     conn.execute("select orchestrator.release_tasks(%s)", [task.claim_id])
         except ClaimLost as error:
             errors.append(error)
