@@ -1721,11 +1721,11 @@ class Worker:
                 self._isolate(report, link, tasks[middle:])
                 return
             self._database_error(f"report of task {tasks[0].id}", error)
-            before, unrecorded = tasks[0].outcome, ascii(f"its outcome could not be recorded: {error_line(error)}")[1:-1]
-            if before is not None and before.text == unrecorded:
+            before, unrecorded = tasks[0].outcome, "its outcome could not be recorded"
+            if before is not None and before.text.startswith(unrecorded):
                 self._settle(tasks[0], "rejected")   # nothing more can be said of it: _release_forgotten() gives it back
             else:   # plain words, reported in the next round
-                tasks[0].outcome = Outcome("failed", unrecorded)
+                tasks[0].outcome = Outcome("failed", ascii(f"{unrecorded}: {error_line(error)}"[:ERROR_LIMIT])[1:-1])
 
     def _report_completed(self, link: Link, tasks: list[Task]) -> None:
         by_claim: dict[int, list[Task]] = {}

@@ -157,6 +157,22 @@ def test_what_the_database_refuses_is_a_failed_attempt_and_holds_nothing_up(inst
     no_attempt_lost(conn)
 
 
+def test_a_task_that_can_not_even_fail_is_given_back_and_holds_nothing_up(installed: str, conn: Connection) -> None:
+    conn.execute("""
+        create function refuse() returns trigger language plpgsql as $$ begin raise 'not %', random(); end $$;
+        create trigger refuse before update on orchestrator.tasks for each row
+        when (old.type = 'bad' and new.status not in ('pending', 'claimed', 'running')) execute function refuse()""")
+    app = make_app(installed, {"bad": lambda task: None, "good": lambda task: None})
+    app.enqueue("bad")
+    with running(installed, app):
+        eventually(lambda: worker_of(app).metrics.rejected["bad"] >= 1)
+        assert wait_for(app, app.enqueue("good"))["status"] == "completed"
+        worker_of(app).forgotten_at = 0.0   # it looks every 10 seconds
+        eventually(lambda: worker_of(app).metrics.rejected["bad"] >= 2)
+        assert not worker_of(app).health()
+    no_attempt_lost(conn)
+
+
 def test_a_task_of_a_type_without_a_handler_stays_and_show_says_so(installed: str) -> None:
     with running(installed, {"a": lambda task: None}) as app:
         stranger = app.enqueue("b")
