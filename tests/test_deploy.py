@@ -5,6 +5,7 @@ That the image and the profiles run is shown by tests/docker/verify.sh, which ne
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -137,6 +138,30 @@ def test_files_that_compose_mounts_exist():
     assert len(mounted) == 5
     for path in mounted:
         assert (REPOSITORY / path).is_file(), path
+
+
+def test_grafana_is_provisioned_with_the_datasource_and_the_dashboard():
+    mounts = dict(volume.split(":")[:2] for volume in SERVICES["grafana"]["volumes"])
+    [provider] = yaml.safe_load(text("configs/grafana-dashboards.yml"))["providers"]
+    assert str(Path(mounts["./configs/grafana-dashboard.json"]).parent) == provider["options"]["path"]
+    assert mounts["./configs/grafana-datasource.yml"].startswith("/etc/grafana/provisioning/datasources/")
+    assert mounts["./configs/grafana-dashboards.yml"].startswith("/etc/grafana/provisioning/dashboards/")
+    [source] = yaml.safe_load(text("configs/grafana-datasource.yml"))["datasources"]
+    assert source["url"] == "http://prometheus:9090" and source["type"] == "prometheus"
+    dashboard = json.loads(text("configs/grafana-dashboard.json"))
+    variables = {v["name"]: v for v in dashboard["templating"]["list"]}
+    assert uids(dashboard["panels"]) == {"${datasource}"}   # the variable, whose choices are the sources of this type
+    assert (variables["datasource"]["type"], variables["datasource"]["query"]) == ("datasource", source["type"])
+
+
+def uids(dashboard: Any) -> set[str]:
+    """Of every datasource that it names."""
+    if isinstance(dashboard, list):
+        return set().union(*map(uids, dashboard))
+    if not isinstance(dashboard, dict):
+        return set()
+    own = dashboard.get("datasource")
+    return set().union(*map(uids, dashboard.values()), {own["uid"]} if isinstance(own, dict) else set())
 
 
 def test_workflow_runs_the_same_make_targets_on_every_version():
