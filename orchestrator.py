@@ -1983,8 +1983,12 @@ class Worker:
             at, every, leaders, what = chore
             if time.monotonic() >= at and (not leaders or self.leads()):
                 self.loop_at["heartbeat"] = time.monotonic()
-                chore[0] = time.monotonic() + every   # before: a chore that fails must not be hammered
-                what(link)
+                chore[0] = time.monotonic() + every
+                try:
+                    what(link)
+                except psycopg.Error:   # soon again, as two missed heartbeats may be one too many; but the others get their turn
+                    chore[0] = time.monotonic() + min(every, 2.0)
+                    raise
                 self.reached_at = time.monotonic()
         return float(min(at for at, _, leaders, _ in self.chores if not leaders or self.leads()) - time.monotonic())
 
