@@ -38,7 +38,7 @@ check "read-only and without capabilities, it becomes healthy" within 30 healthy
 check "not root" test "$(docker exec "$single" id -u)" = 10001
 check "its file system is read-only" docker exec "$single" sh -c '! touch /app/x 2>/dev/null && ! touch /work/x 2>/dev/null'
 check "pg_dump is inside" docker exec "$single" pg_dump --version
-check "other commands run: stats" docker exec "$single" python /app/orchestrator.py stats
+check "other commands run: stats" docker run --rm --network ${COMPOSE_PROJECT_NAME}_default --read-only -e DATABASE_URL="postgresql://postgres:$POSTGRES_PASSWORD@db/orchestrator" orchestrator stats --json
 sql "select orchestrator.enqueue('verify:stubborn')" >/dev/null
 sql "select orchestrator.enqueue('verify:stubborn')" >/dev/null
 check "a handlers file mounted at /work/handlers.py is used" within 10 is 2 "select count(*) from orchestrator.running_tasks where status = 'running'"
