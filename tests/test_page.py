@@ -367,7 +367,7 @@ def test_an_unknown_task_is_said_and_not_an_outage(
     expect(tab.page.locator("#story")).to_be_hidden()
 
 
-@pytest.mark.parametrize("width", [320, 390, 800, 1400])
+@pytest.mark.parametrize("width", [320, 390, 770, 1100, 1400])
 def test_page_fits_any_width(conn: Connection, worker: Callable[..., WorkerProcess], tabs: Callable[..., Tab], width: int) -> None:
     address = worker().address
     dead(conn, 1, "x" * 500)
@@ -375,6 +375,7 @@ def test_page_fits_any_width(conn: Connection, worker: Callable[..., WorkerProce
     page = tabs(address, viewport={"width": width, "height": 800}).page
     expect(page.locator("#dead-letters tbody tr")).to_have_count(1)
     expect(page.locator("#running tbody tr")).to_have_count(1)
+    expect(page.get_by_role("button", name="Retry the dead letters of fails")).to_be_visible()   # the widest row there is
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.locator("#dead-letters td.id a").click()
     expect(page.locator("#story")).to_be_visible()
