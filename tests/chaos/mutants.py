@@ -160,10 +160,11 @@ def main(wanted: str = "") -> int:
     bad = 0
     try:
         with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary) / "sql"
+            whole, folder = Path(temporary) / "whole", Path(temporary) / "sql"
+            shutil.copytree(SQL, whole)
             for mutant in mutants:
                 shutil.rmtree(folder, ignore_errors=True)
-                shutil.copytree(SQL, folder)
+                shutil.copytree(whole, folder)
                 mutate(folder, mutant)
                 began = time.monotonic()
                 code, output = run_tests(server, folder, mutant.tests)
