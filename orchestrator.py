@@ -232,8 +232,6 @@ class Config:
             raise ConfigError("LOG_FORMAT: must be text or json")
         if self.worker_timeout < 2 * self.heartbeat_interval:
             raise ConfigError("WORKER_TIMEOUT: must be at least twice HEARTBEAT_INTERVAL, or living workers are declared dead")
-        if self.leader_term < 2 * min(self.heartbeat_interval, self.leader_term / 3):
-            raise ConfigError("LEADER_TERM: is too short")
         try:
             ports = str(conninfo_to_dict(self.database_url).get("port") or "")
             if not re.fullmatch(r"[\d,]*", ports):   # libpq would echo it, and it may be the rest of a password with a / or :

@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,14 @@ class Answer:
         return json.loads(self.out)
 
 
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """The command line sets logging up for its process."""
+    before = orchestrator.log.handlers[:], orchestrator.log.propagate, orchestrator.log.level
+    yield
+    orchestrator.log.handlers[:], orchestrator.log.propagate, orchestrator.log.level = before
+
+
 @pytest.fixture
 def cli(installed: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Answer]:
     """The command line in this process, which spares each call 0.3 s; those that need a process of their own use run_cli."""
@@ -49,9 +57,7 @@ def cli(installed: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.M
         out, err = capfd.readouterr()
         return Answer(code, out, err)
 
-    yield call
-    orchestrator.log.handlers[:] = []
-    orchestrator.log.propagate = True
+    return call
 
 
 def refused(answer: Answer, words: str) -> None:
@@ -359,6 +365,12 @@ def test_a_port_in_use_is_one_line(run_cli: Run, installed: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         done = run_cli(env={"DATABASE_URL": installed, "METRICS_PORT": taken.getsockname()[1]})
     assert done.returncode == 2 and re.fullmatch(r"error: METRICS_HOST, METRICS_PORT: [^\n]+\n", done.stderr)
+
+
+@pytest.mark.parametrize("host", ["a" * 70 + ".b", "192.0.2.1"])   # no name at all; an address of another machine
+def test_a_host_that_is_not_ours_is_one_line(capfd: pytest.CaptureFixture[str], host: str) -> None:
+    assert orchestrator.main(["--database-url", "postgresql://127.0.0.1:1/db", "--metrics-host", host, "--metrics-port", "0"]) == 2
+    assert re.fullmatch(r"error: METRICS_HOST, METRICS_PORT: [^\n]+\n", capfd.readouterr().err)
 
 
 def test_a_worker_waits_for_a_database_that_is_down_and_says_so(worker_process: Callable[..., WorkerProcess]) -> None:
