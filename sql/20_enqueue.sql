@@ -96,6 +96,7 @@ begin
   end if;
   if v_n = 0 then return; end if;
 
+  lock table orchestrator.tasks in row exclusive mode;   -- before the ids are drawn: nothing that reads by id may pass them unseen
   v_ids := array(select orchestrator._uuidv7() from generate_series(1, v_n));
   if p_idempotency_keys is null then
     insert into orchestrator.tasks (id, type, payload, priority, max_retries, queued_at, next_retry_at)

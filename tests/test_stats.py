@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 
-from postgres import eventually
+from postgres import eventually, wait_for_lock
 from steps import (
     Connection,
+    backend,
+    background,
     cancel,
     claim,
     claim_one,
@@ -313,3 +315,17 @@ def test_counting_a_backlog_at_rest_walks_nothing_but_the_ready_index(conn: Conn
     assert "Index Only Scan using tasks_ready" in plan
     before = value(conn, "select cursor from orchestrator.stats_state")
     assert value(conn, "select count(*) from orchestrator.tasks where id >= %s", before) == 0   # nothing to go through again
+
+
+def test_a_bulk_enqueue_that_waits_for_a_lock_is_counted_once(conn: Connection, connect: Any, term: int) -> None:
+    blocker, producer = connect(autocommit=False), connect()
+    sample(conn, term)
+    blocker.execute("lock table orchestrator.tasks in share mode")
+    pending = background(lambda: enqueue_some(producer, 3))
+    wait_for_lock(conn, backend(producer))
+    settle(conn, term)   # nobody holds a write lock: the floor passes the moment at which the producer began
+    blocker.rollback()
+    pending.result(10)
+    settle(conn, term)
+    settle(conn, term)
+    assert total(conn) == value(conn, "select sum(settled) from orchestrator.type_stats") == 3
