@@ -96,7 +96,9 @@ begin
   end if;
   if v_n = 0 then return; end if;
 
-  lock table orchestrator.tasks in row exclusive mode;   -- before the ids are drawn: nothing that reads by id may pass them unseen
+  -- takes the lock on tasks before the ids are drawn, so that nothing that reads by id passes them unseen; LOCK TABLE would
+  -- need more rights than a producer has
+  insert into orchestrator.tasks (type) select '' where false;
   v_ids := array(select orchestrator._uuidv7() from generate_series(1, v_n));
   if p_idempotency_keys is null then
     insert into orchestrator.tasks (id, type, payload, priority, max_retries, queued_at, next_retry_at)
