@@ -19,7 +19,7 @@ from steps import enqueue, enqueue_some, value
 Connection = psycopg.Connection[Any]
 Workers = Callable[..., WorkerProcess]
 HANDLERS = """
-import pathlib, subprocess, threading
+import concurrent.futures, pathlib, threading
 from orchestrator import Handler
 
 def held(task):   # until a file appears
@@ -35,7 +35,8 @@ def obedient(task):
     task.raise_if_cancelled()
 
 def leaves_a_thread(task):
-    threading.Thread(target=stubborn, args=(task,)).start()
+    threading.Thread(target=stubborn, args=(task,), daemon=False).start()
+    concurrent.futures.ThreadPoolExecutor().submit(stubborn, task)
 
 HANDLERS = {"quick": lambda task: None, "held": held, "stubborn": Handler(stubborn, max_retries=0), "obedient": obedient,
             "leaves_a_thread": leaves_a_thread}
