@@ -2466,6 +2466,8 @@ class Orchestrator:
 
         def on_signal(number: int, frame: object) -> None:
             signals.put(number)
+            if self.worker is not None and "claim" not in self.worker.threads:   # it registers, and a database may be slow to answer
+                raise _Stopped
         before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             worker = self.start().worker
@@ -2477,6 +2479,8 @@ class Orchestrator:
             worker.stop(self.config.shutdown_grace, lambda: not signals.empty())
             if worker.fatal is not None:
                 raise worker.fatal
+        except _Stopped:
+            log.info("stopped before it had registered")
         finally:
             self.worker = None
             self.close()
@@ -2520,6 +2524,10 @@ class Orchestrator:
             if error.sqlstate in NOT_INSTALLED:
                 raise ConfigError(f"DATABASE_URL: {_database_problem(error)}") from None
             raise
+
+
+class _Stopped(BaseException):
+    """A signal came while the worker was starting."""
 
 
 def _check_fields(type: str, priority: int, keys: Sequence[str | None], max_retries: int | None) -> None:

@@ -141,6 +141,15 @@ def test_a_database_that_is_gone_does_not_keep_a_worker(start: Workers, conn: Co
     assert status(conn, task_id)[0] == "running"   # for the next instance, or the leader, to recover
 
 
+def test_a_database_that_does_not_answer_at_the_start_does_not_keep_a_worker(worker_process: Workers, relay: Relay) -> None:
+    relay.silent = True
+    worker = worker_process(relay.url, wait=False, HANDLERS="")
+    eventually(lambda: relay.sockets)
+    worker.signal(signal.SIGTERM)
+    ended_within(worker, 2)
+    assert "stopped before it had registered" in worker.output and "Traceback" not in worker.output
+
+
 def test_a_thread_that_a_handler_left_behind_does_not_keep_the_process(start: Workers, conn: Connection) -> None:
     worker = start()
     task_id = enqueue(conn, "leaves_a_thread")
