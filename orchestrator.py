@@ -1891,7 +1891,7 @@ class Worker:
         """Start one task that was recovered from a dead worker: durably marked first, and not together with another such one,
         so that the one that kills its worker is charged for it, and its neighbours are not."""
         last, at = self.last_careful
-        if not self.careful or self.idle_places() == 0 or self.draining.is_set():
+        if not self.careful or self.urgent or self.idle_places() == 0 or self.draining.is_set():   # urgent: the last one has not begun
             return
         if last is not None and last.id in self.tasks and now - at < CAREFUL_SECONDS:
             return
@@ -2466,9 +2466,17 @@ class Orchestrator:
 
         def on_signal(number: int, frame: object) -> None:
             signals.put(number)
-            if self.worker is not None and "claim" not in self.worker.threads:   # it registers, and a database may be slow to answer
+            if starting():
+                signal.alarm(1)
+
+        def on_alarm(number: int, frame: object) -> None:
+            if starting():   # still: the database does not answer
                 raise _Stopped
-        before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+
+        def starting() -> bool:
+            return self.worker is not None and "claim" not in self.worker.threads
+        before = {number: signal.signal(number, handler)
+                  for number, handler in ((signal.SIGTERM, on_signal), (signal.SIGINT, on_signal), (signal.SIGALRM, on_alarm))}
         try:
             worker = self.start().worker
             assert worker is not None
@@ -2483,6 +2491,7 @@ class Orchestrator:
             log.info("stopped before it had registered")
         finally:
             self.worker = None
+            signal.alarm(0)
             self.close()
             for number, handler in before.items():
                 signal.signal(number, handler)
