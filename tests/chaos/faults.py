@@ -136,15 +136,18 @@ def suicidal_tasks(lab: Lab) -> str:
     def make(n: int) -> tuple[str, dict[str, Any]]:
         return ("abort", "exhaust")[n // every % 2] if n % every == every // 2 else "work", {"seconds": 0.005}
     lab.supervise()
-    producer = lab.produce(total, rate=200, make=make)
+    lab.produce(total, rate=200, make=make)
     lab.work(2)
     lab.drain(400)
     lab.bit(lab.restarts >= bad, f"only {lab.restarts} processes died")
     dead_after_their_retries(lab, ["abort", "exhaust"])
-    charged = lab.value("select count(*) from orchestrator.tasks where type = 'work' and attempts > 1")
-    if charged:
-        lab.fail(f"{charged} tasks were charged for a crash that they only sat beside")
-    assert len(producer.acknowledged) == total or lab.problems
+    bad_ids = set(lab.column("select id::text from orchestrator.tasks where type <> 'work'"))
+    killers = [e for e in lab.executions() if e.task in bad_ids]
+    for task in lab.column("select id::text from orchestrator.tasks where type = 'work' and attempts > 1"):
+        # what had been running for a while when its worker died can't be told from the one that killed it; nothing else is charged
+        beside = [k.begin - e.begin for e in lab.executions() if e.task == task and not e.how for k in killers if k.worker == e.worker]
+        if not any(seconds > 0.05 for seconds in beside):
+            lab.fail(f"{task} was charged for a crash that it only sat beside: {beside}")
     return f"{bad} among {total:,}, {lab.restarts} crashes"
 
 
@@ -492,36 +495,36 @@ def old_snapshot(lab: Lab) -> str:
     """A transaction that stays open keeps every dead row; claiming must not get slower for it."""
     rounds, size = (6, 1_000) if lab.short else (200, 5_000)
     lab.produce(1, prefix="first").join(30)
-    lab.execute("select orchestrator.register_worker('measure', 'here', 10, '0', '{\"work\": {}}')")
-    leader = lab.work(1, HANDLERS=str(_no_handlers(lab)))[0]      # raises the floors, and runs nothing
+    lab.execute("select orchestrator.register_worker('here:0:measure', 'here', 10, '0', '{\"work\": {}}')")
+    leader = lab.work(1, leases={}, HANDLERS=str(_no_handlers(lab)))[0]      # raises the floors, and runs nothing
     lab.tampered.add(leader.pid)
-    medians: list[float] = []
+    quick: list[float] = []
 
     def cycle() -> list[float]:
         lab.execute("select count(*) from orchestrator.enqueue_many('work', array_fill('{}'::jsonb, array[%s]))", size)
         seconds = []
         while True:
             began = time.perf_counter()
-            rows = lab.execute("select claim_id, id from orchestrator.claim_tasks('measure', array['work'], 50)")
+            rows = lab.execute("select claim_id, id from orchestrator.claim_tasks('here:0:measure', array['work'], 50)")
             if not rows:
                 return seconds
             seconds.append(time.perf_counter() - began)
             lab.execute("select * from orchestrator.complete_tasks(array[%s::bigint], array[%s::int], %s::uuid[])", rows[0][0], len(rows),
                         [row[1] for row in rows])
-            lab.execute("select orchestrator.heartbeat('measure')")
+            lab.execute("select orchestrator.heartbeat('here:0:measure')")
     cycle()
     with psycopg.connect(lab.url) as old:
         old.execute("set transaction isolation level repeatable read")
         old.execute("select count(*) from orchestrator.tasks")
         for _ in range(rounds):
             seconds = sorted(cycle())
-            medians.append(seconds[len(seconds) // 2])
+            quick.append(seconds[len(seconds) // 10])    # not the median: others use this machine too
             lab.recovery += seconds
         # the fault has bitten: nothing that was updated since could be removed
         lab.wait("select n_dead_tup >= %s or null from pg_stat_all_tables where relid = 'orchestrator.tasks'::regclass", rounds * size)
         old.rollback()
     lab.extra_ids = set(lab.column("select id::text from orchestrator.tasks"))
-    start, end = min(medians[:2]), min(medians[-2:])
+    start, end = min(quick[:3]), min(quick[-3:])
     if end > 2 * start + 0.002:
         lab.fail(f"a claim took {start * 1000:.1f} ms at first, {end * 1000:.1f} ms in the end")
     return f"{rounds * size:,} tasks under it, a claim {start * 1000:.1f} → {end * 1000:.1f} ms"
