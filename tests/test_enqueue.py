@@ -136,6 +136,18 @@ def test_a_second_caller_with_the_same_key_waits_for_the_first(conn, connect, en
     assert column(conn, "select id::text from orchestrator.tasks") == [got]
 
 
+@pytest.mark.parametrize("many", [False, True])
+def test_a_key_that_an_old_snapshot_cannot_see_is_a_serialization_failure(conn, connect, many):
+    """Not a second task, and not a loop for ever."""
+    caller = connect(autocommit=False)
+    caller.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+    caller.execute("set statement_timeout = '5s'")
+    caller.execute("select count(*) from orchestrator.tasks")
+    enqueue(conn, idempotency_key="k")
+    with pytest.raises(psycopg.errors.SerializationFailure):
+        enqueue_keys(caller, "k") if many else enqueue(caller, idempotency_key="k")
+
+
 def test_enqueue_many_with_the_same_keys_in_another_order_does_not_deadlock(conn, connect):
     """Unsorted, the two would hold a and c, wait for b together, and then for each other."""
     holder, one, other = connect(autocommit=False), connect(), connect()
