@@ -1,6 +1,7 @@
 # `make` alone lists what there is. Settings: make VAR=value, the environment, or .env (for demo, run and install).
 PYTHON ?= python3
 PG ?= 18
+JOBS ?= 2
 PY := .venv/bin/python
 COMPOSE := docker compose
 DISTRIBUTED := $(COMPOSE) --profile distributed
@@ -42,7 +43,7 @@ install: .venv/.run ## install or upgrade the schema
 	@$(PY) orchestrator.py install $(ARGS)
 
 test: .venv/.dev ## run the tests on a real PostgreSQL; PG=16|17|18, ARGS="-k claim"
-	PG=$(PG) $(PY) -m pytest $(ARGS)
+	PG=$(PG) $(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 check: .venv/.dev ## ruff, mypy, and the house rules of sql/
 	$(PY) -m ruff check .
