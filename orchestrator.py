@@ -1356,6 +1356,7 @@ class Worker:
         self.handed = self.requeued = 0                       # tasks put into slices by the claim loop; by the report loop (taken out: < 0)
         self.types: set[str] = set(router.exact)
         self.idle = False
+        self.full = False                                     # the claim loop waits for room
         self.full_claims = 0
         self.forgotten_at = 0.0
         self.promote_at = self.types_at = self.cancels_at = self.progress_at = 0.0
@@ -1476,7 +1477,8 @@ class Worker:
                 if place.abandoned:
                     break
             self.wake_report.set()
-            self.wake_claim.set()
+            if self.full:
+                self.wake_claim.set()
         if place.slice:
             place.taken -= len(place.slice)
             self.slices.put(place.slice)
@@ -1546,11 +1548,13 @@ class Worker:
         if self.router.prefixes and now >= self.types_at:
             self._refresh_types(link)
         wait = max(0.0, min(self.config.claim_interval, self.promote_at - now))
+        self.full = True        # before looking: whoever makes room from here on wakes this loop
         room = self._room()
         if room <= 0:
             if self.idle and self.idle_places() == 0:
                 self._set_idle(link, worker_id, False)
             return wait
+        self.full = False
         started = time.monotonic()
         rows = claim_tasks(link, worker_id, sorted(self.types), room)
         with self.metrics.lock:
@@ -1651,6 +1655,8 @@ class Worker:
                 self.stopped.wait(backoff.next())
                 releasing = False
             unreported = [task for task in unreported if not task.settled]
+            if self.full:   # what was reported or given back has made room: without this, a drain stood still for a second
+                self.wake_claim.set()
             self._rate_line()
             if releasing and not self.finished and not unreported:
                 break

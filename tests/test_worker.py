@@ -847,3 +847,21 @@ def test_shutdown_asks_running_handlers_to_stop_and_gives_back_those_that_do(ins
     app.stop(20)
     assert time.monotonic() - began < 5
     assert conn.execute("select status, attempts from orchestrator.tasks").fetchone() == ("pending", 0)
+
+
+def test_reporting_makes_room_and_wakes_the_claim_loop(installed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(orchestrator, "PREFETCH_MAX", 1)   # so that what is finished but not reported fills it up again and again
+    sat_out = []
+
+    class Wake(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            woken = super().wait(timeout)
+            if not woken and 0 < sum(worker.metrics.completed.values()) < 1000:
+                sat_out.append(timeout)
+            return woken
+    with running(installed, {"t": lambda task: None}, worker_pool_size=2, claim_interval=60) as app:
+        worker = worker_of(app)
+        worker.wake_claim = Wake()
+        app.enqueue_many("t", [{}] * 1000)
+        eventually(lambda: sum(worker.metrics.completed.values()) == 1000, 30)
+    assert sat_out == []   # it never waited for a ring although there was room and work
