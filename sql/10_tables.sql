@@ -162,7 +162,8 @@ create table if not exists orchestrator.maintenance (
   rescan_type     text,
   claim_marks     jsonb not null default '[]'
 );
-insert into orchestrator.maintenance default values on conflict do nothing;
+-- not "on conflict", which waits for a leader that updates the row: it may be waiting for the locks of this installation
+insert into orchestrator.maintenance (one) select true where not exists (select from orchestrator.maintenance);
 comment on table orchestrator.maintenance is
   'The leader''s notes, one row: how far floors may rise, where pruning and the rescan stopped, and the oldest open claim of '
   'each minute of the last hour.';

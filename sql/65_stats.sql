@@ -40,7 +40,7 @@ create table if not exists orchestrator.stats_state (
   complete    boolean not null default false,
   ended_total bigint
 ) with (fillfactor = 50);
-insert into orchestrator.stats_state default values on conflict do nothing;
+insert into orchestrator.stats_state (one) select true where not exists (select from orchestrator.stats_state);
 comment on table orchestrator.stats_state is 'When and how the counts in type_stats were taken; one row.';
 comment on column orchestrator.stats_state.cursor is 'Tasks with a smaller id are settled: counted for good.';
 comment on column orchestrator.stats_state.took is 'How long the last count took; the next comes 100 times that later, 2 seconds at least and a minute at most.';

@@ -219,6 +219,7 @@ class Lab:
         self.random = random.Random(f"{seed} {fault}")
         self.folder = Path(tempfile.mkdtemp(prefix="chaos-", dir="/tmp"))
         self.url = url or server.create_database()
+        self.log_from = server.log.stat().st_size if isinstance(server, LocalServer) else 0
         self.started = 0
         self.workers: list[Worker] = []
         self.proxies: list[Proxy] = []
@@ -399,6 +400,8 @@ class Lab:
         self._check_leaders(row)
         for invariant, task, worker, detail in self.execute("select * from orchestrator.audit()"):
             self.fail(f"audit: {invariant}: {task or ''} {worker or ''} {detail}")
+        for deadlock in self._deadlocks():
+            self.fail(f"deadlock: {deadlock}")
         row.late = self.rejected()
         row.recoveries = sum(t.recovered for t in transitions)
         if self.recovery:
@@ -406,6 +409,14 @@ class Lab:
             row.p50, row.p99 = ordered[len(ordered) // 2], ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))]
         row.seconds = time.monotonic() - self.began
         return row
+
+    def _deadlocks(self) -> list[str]:
+        """What the server's log says of deadlocks since this fault began."""
+        if not isinstance(self.server, LocalServer):
+            return []
+        with self.server.log.open(errors="replace") as log:
+            log.seek(self.log_from)
+            return [" ".join(found.split()) for found in re.findall(r"deadlock detected\n(.*?)\n\S", log.read(), re.DOTALL)]
 
     def _check_tasks(self, row: Row) -> None:
         status = dict(self.execute("select id::text, status::text from orchestrator.tasks"))
