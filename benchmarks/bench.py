@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
 import os
 import platform
 import resource
@@ -235,7 +236,8 @@ def drain_life(url: str, count: int, kinds: list[str], handler: Any) -> float:
         wait_until(lambda: completed(app) >= count)
         stop.set()
         seconds = time.perf_counter() - starts.first
-        orchestrator.log.handlers[:] = []
+        orchestrator.log.handlers[0].setStream(sys.stderr)   # type: ignore[attr-defined]
+        orchestrator.log.setLevel("WARNING")
     return count / seconds
 
 
@@ -475,11 +477,13 @@ def cost(bench: Bench, reps: int) -> None:
     """WAL of a task's whole life; memory over many tasks; an idle worker's statements and CPU."""
     count = 50_000 if QUICK else 1_000_000
     with bench.database() as (url, connection):
-        before = connection.execute("select pg_current_wal_lsn()").fetchone()[0]
-        code = ("import sys, resource; sys.path.insert(0, sys.argv[1]); import orchestrator, threading, time\n"
+        lsn = connection.execute("select pg_current_wal_lsn()").fetchone()[0]
+        code = ("import sys; sys.path.insert(0, sys.argv[1]); import orchestrator, time\n"
+                "calls, real = [], orchestrator.Link.call\n"
+                "orchestrator.Link.call = lambda *args: (calls.append(1), real(*args))[1]\n"
                 "app = orchestrator.Orchestrator(sys.argv[2], {'noop': lambda task: None}, metrics_port=0).start()\n"
                 "rss = lambda: int(open('/proc/self/statm').read().split()[1]) * 4096 // 1048576\n"
-                "for line in sys.stdin: print(rss(), sum(app.worker.metrics.completed.values()), time.process_time(), flush=True)")
+                "for line in sys.stdin: print(rss(), sum(app.worker.metrics.completed.values()), time.process_time(), len(calls), flush=True)")
         process = subprocess.Popen([sys.executable, "-c", code, sys.path[0], url], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
         def ask() -> list[float]:
@@ -492,15 +496,12 @@ def cost(bench: Bench, reps: int) -> None:
             fill(url, count // 10)
             wait_until(lambda part=part: (time.sleep(0.1), ask()[1] >= count // 10 * (part + 1))[1])
             sizes.append(ask()[0])
-        wal = float(connection.execute("select pg_wal_lsn_diff(pg_current_wal_lsn(), %s)", (before,)).fetchone()[0]) / count
-        connection.execute("select pg_stat_force_next_flush()")
-        xacts = "select xact_commit from pg_stat_database where datname = current_database()"
+        wal = float(connection.execute("select pg_wal_lsn_diff(pg_current_wal_lsn(), %s)", (lsn,)).fetchone()[0]) / count
         time.sleep(3)
-        first, cpu, started = connection.execute(xacts).fetchone()[0], ask()[2], time.monotonic()
-        time.sleep(10)
-        idle = time.monotonic() - started
-        cpu = (ask()[2] - cpu) / idle
-        statements = (connection.execute(xacts).fetchone()[0] - first - 1) / idle
+        before, started = ask(), time.monotonic()
+        time.sleep(20)
+        after, idle = ask(), time.monotonic() - started
+        cpu, statements = (after[2] - before[2]) / idle, (after[3] - before[3]) / idle
         process.terminate()
         process.wait()
     bench.row("cost", "WAL of enqueue, claim and completion", [wal], "B/task", goal=1024, at_most=True)
@@ -537,6 +538,25 @@ def svg(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines).replace("≥", "&#8805;") + "\n"
 
 
+def write_readme(path: Path) -> None:
+    """Put the table of a results file between the README's markers."""
+    results = json.loads(path.read_text())
+    lines = ["| workload | figure | of its reference | goal |", "|---|---|---|---|"]
+    for row in results["rows"]:
+        ratio = f"{row['ratio']:.2f} × {row['of']}" if row["ratio"] is not None else ""
+        goal = "" if row["goal"] is None else f"{'≤' if row['at_most'] else '≥'} {row['goal']:.3g}{'' if row['pass'] else ', missed'}"
+        lines.append(f"| {row['workload']}: {row['what']} | {row['value']:,.4g} {row['unit']} | {ratio} | {goal} |")
+    about = results["about"]
+    intro = (f"Measured on {about['when']} by `make bench` on {about['cores']} cores, Python {about['python']}, PostgreSQL {about['postgresql']}, "
+             f"fsync on; medians of {about['reps']}. Read the ratios; [benchmarks/](benchmarks/README.md) says what they are and what was found.")
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    head, rest = text.split("<!-- bench -->\n")
+    _, tail = rest.split("<!-- /bench -->")
+    readme.write_text("\n".join([head + "<!-- bench -->", intro, "", "![each figure against its goal](benchmarks/results.svg)", "", *lines,
+                                 "<!-- /bench -->" + tail]))
+
+
 def compare(revision: str, names: list[str], reps: int) -> int:
     """Run this tree and another revision's in turn, and print the ratio of each figure."""
     with tempfile.TemporaryDirectory() as folder:
@@ -567,13 +587,18 @@ def main() -> int:
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--svg", metavar="FILE")
     parser.add_argument("--compare", metavar="REV")
+    parser.add_argument("--write-readme", metavar="FILE", type=Path, help="only put the table of a --json file into README.md")
     args = parser.parse_args()
     unknown = [name for name in args.workloads if name not in WORKLOADS]
     if unknown:
         parser.error(f"there is no workload {unknown[0]}; there are {', '.join(WORKLOADS)}")
+    if args.write_readme:
+        write_readme(args.write_readme)
+        return 0
     if args.compare:
         return compare(args.compare, args.workloads, args.reps)
     QUICK = args.quick
+    orchestrator.log.addHandler(logging.StreamHandler())   # or a worker sets up its own, at INFO
     orchestrator.log.setLevel("WARNING")
     server = postgres.LocalServer("18", fsync=True, **SERVER_SETTINGS)
     bench = Bench(server)
