@@ -496,7 +496,8 @@ def cost(bench: Bench, reps: int) -> None:
             fill(url, count // 10)
             wait_until(lambda part=part: (time.sleep(0.1), ask()[1] >= count // 10 * (part + 1))[1])
             sizes.append(ask()[0])
-        wal = float(connection.execute("select pg_wal_lsn_diff(pg_current_wal_lsn(), %s)", (lsn,)).fetchone()[0]) / count
+        written = connection.execute("select pg_wal_lsn_diff(pg_current_wal_lsn(), %s)", (lsn,)).fetchone()[0]
+        wal = float(written) / count
         time.sleep(3)
         before, started = ask(), time.monotonic()
         time.sleep(20)
@@ -547,8 +548,9 @@ def write_readme(path: Path) -> None:
         goal = "" if row["goal"] is None else f"{'≤' if row['at_most'] else '≥'} {row['goal']:.3g}{'' if row['pass'] else ', missed'}"
         lines.append(f"| {row['workload']}: {row['what']} | {row['value']:,.4g} {row['unit']} | {ratio} | {goal} |")
     about = results["about"]
-    intro = (f"Measured on {about['when']} by `make bench` on {about['cores']} cores, Python {about['python']}, PostgreSQL {about['postgresql']}, "
-             f"fsync on; medians of {about['reps']}. Read the ratios; [benchmarks/](benchmarks/README.md) says what they are and what was found.")
+    intro = (f"Measured on {about['when']} by `make bench` on {about['cores']} cores, Python {about['python']}, "
+             f"PostgreSQL {about['postgresql']}, fsync on; medians of {about['reps']}. Read the ratios; "
+             "[benchmarks/](benchmarks/README.md) says what they are and what was found.")
     readme = ROOT / "README.md"
     text = readme.read_text()
     head, rest = text.split("<!-- bench -->\n")
