@@ -483,7 +483,8 @@ def cost(bench: Bench, reps: int) -> None:
                 "orchestrator.Link.call = lambda *args: (calls.append(1), real(*args))[1]\n"
                 "app = orchestrator.Orchestrator(sys.argv[2], {'noop': lambda task: None}, metrics_port=0).start()\n"
                 "rss = lambda: int(open('/proc/self/statm').read().split()[1]) * 4096 // 1048576\n"
-                "for line in sys.stdin: print(rss(), sum(app.worker.metrics.completed.values()), time.process_time(), len(calls), flush=True)")
+                "for line in sys.stdin: print(rss(), sum(app.worker.metrics.completed.values()), "
+                "time.process_time(), len(calls), flush=True)")
         process = subprocess.Popen([sys.executable, "-c", code, sys.path[0], url], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
         def ask() -> list[float]:
