@@ -473,6 +473,40 @@ def fleet_rate(url: str, connection: psycopg.Connection[Any], processes: int, co
     return count / seconds
 
 
+def scrape(bench: Bench, reps: int) -> None:
+    """1,000,000 wait, 30 types: how long a scrape takes, and what the leader's counting takes of one core."""
+    big, seconds = (50_000, 5) if QUICK else (1_000_000, 60)
+    spent: list[float] = []
+    real = orchestrator.Link.call
+
+    def timed(link: orchestrator.Link, query: str, *args: Any) -> Any:
+        started = time.perf_counter()
+        rows = real(link, query, *args)
+        if "sample_stats" in query or "orchestrator.metrics()" in query:
+            spent.append(time.perf_counter() - started)
+        return rows
+    with bench.database() as (url, connection):
+        fill(url, big)
+        settle(connection)
+        connection.execute("select orchestrator.pause_type('noop')")
+        orchestrator.Link.call = timed   # type: ignore[method-assign]
+        try:
+            with worker(url, {"noop": print, **{f"type{n}": print for n in range(29)}}) as app:
+                assert app.worker is not None and app.worker.http is not None
+                address = f"http://127.0.0.1:{app.worker.http.server_address[1]}/metrics"
+                times, until, started = [], time.monotonic() + seconds, time.perf_counter()
+                while time.monotonic() < until:
+                    before = time.perf_counter()
+                    urllib.request.urlopen(address).read()
+                    times.append(time.perf_counter() - before)
+                    time.sleep(0.5)
+                share = sum(spent) / (time.perf_counter() - started)
+        finally:
+            orchestrator.Link.call = real   # type: ignore[method-assign]
+    bench.row("scrape", f"{big:,} waiting, 30 types: a scrape, p99", [percentile(times, 0.99) * 1000], "ms", goal=50, at_most=True)
+    bench.row("scrape", "the leader's counting", [share * 100], "% of a core", goal=1, at_most=True)
+
+
 def cost(bench: Bench, reps: int) -> None:
     """WAL of a task's whole life; memory over many tasks; an idle worker's statements and CPU."""
     count = 50_000 if QUICK else 1_000_000
@@ -515,7 +549,7 @@ def cost(bench: Bench, reps: int) -> None:
 
 WORKLOADS: dict[str, Callable[[Bench, int], None]] = {
     "drain": drain, "life": life, "enqueue": enqueue, "producers": producers, "latency": latency, "sleeping": sleeping, "million": million,
-    "snapshot": snapshot, "fleet": fleet, "cost": cost}
+    "snapshot": snapshot, "fleet": fleet, "scrape": scrape, "cost": cost}
 
 
 # --------------------------------------------------------------------------------------------------------------- output

@@ -1,7 +1,7 @@
 -- Counting, by the leader, once for all who ask: page, metrics, psql. Writes type_stats, stats_state and stats_samples; reads
 -- task_types, lanes, claims, tasks and maintenance.safe_floor. Lock order: the leader's row → stats_state → type_stats.
 --
--- What waits is counted along the partial indexes, in one snapshot with what was enqueued, and not sooner than 100 times as
+-- What waits is counted along the partial indexes, in one snapshot with what was enqueued, and not sooner than 200 times as
 -- long as the last count took (a minute at most, since a burst makes one count long): less than 1% of one core. A million
 -- ready tasks take 0.08 s.
 
@@ -43,7 +43,7 @@ create table if not exists orchestrator.stats_state (
 insert into orchestrator.stats_state (one) select true where not exists (select from orchestrator.stats_state);
 comment on table orchestrator.stats_state is 'When and how the counts in type_stats were taken; one row.';
 comment on column orchestrator.stats_state.cursor is 'Tasks with a smaller id are settled: counted for good.';
-comment on column orchestrator.stats_state.took is 'How long the last count took; the next comes 100 times that later, 2 seconds at least and a minute at most.';
+comment on column orchestrator.stats_state.took is 'How long the last count took; the next comes 200 times that later, 2 seconds at least and a minute at most.';
 comment on column orchestrator.stats_state.complete is 'Whether the last count reached the newest task; not while it catches up on millions.';
 comment on column orchestrator.stats_state.ended_total is
   'enqueued less waiting, scheduled and in flight; it falls when an ended task is retried. Null until complete.';
@@ -147,7 +147,7 @@ begin
   end if;
   v_state.counted_at := clock_timestamp();
   v_state.took := v_state.counted_at - v_start;
-  v_state.next_at := v_state.counted_at + least(greatest(100 * v_state.took, interval '2 seconds'), interval '1 minute');
+  v_state.next_at := v_state.counted_at + least(greatest(200 * v_state.took, interval '2 seconds'), interval '1 minute');
   update orchestrator.stats_state s
   set cursor = v_to, counted_at = v_state.counted_at, took = v_state.took, next_at = v_state.next_at, complete = v_state.complete,
       ended_total = case when v_state.complete then n.ended else s.ended_total end

@@ -124,7 +124,7 @@ def test_next_count_comes_100_times_later_than_the_last_took(conn: Connection, t
     enqueue_some(conn, 20_000)
     after = sample(conn, term)
     took = value(conn, "select extract(epoch from took)::float from orchestrator.stats_state")
-    assert after == pytest.approx(min(max(100 * took, 2), 60))
+    assert after == pytest.approx(min(max(200 * took, 2), 60))
     left = value(conn, "select extract(epoch from next_at - counted_at)::float from orchestrator.stats_state")
     assert left == pytest.approx(after)
 
