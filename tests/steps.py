@@ -10,6 +10,8 @@ import psycopg
 from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
+from postgres import eventually
+
 Connection = psycopg.Connection[Any]
 
 
@@ -164,3 +166,12 @@ def rung(conn: Connection, other: Connection) -> list[str]:
             return heard
         heard.append(notification.payload)
     raise AssertionError("the last notification did not come")
+
+
+def count_now(conn: Connection) -> None:
+    """Have the queue counted in the leader's name: on a busy machine the next count may be half a minute away."""
+    def counted() -> bool:
+        conn.execute("update orchestrator.stats_state set next_at = null")
+        return bool(column(conn, "select w.id from orchestrator.workers w, orchestrator.sample_stats(w.id, w.leader_term) due "
+                                 "where w.is_leader and due is not null"))
+    eventually(counted, 30)

@@ -17,7 +17,7 @@ import orchestrator
 from conftest import WorkerProcess
 from orchestrator import BUCKETS, Discard, Handler, Metrics, Orchestrator, Router, Tally
 from postgres import eventually
-from steps import Connection, enqueue, value
+from steps import Connection, count_now, enqueue, value
 
 GLOBAL = {"tasks_pending", "tasks_scheduled", "tasks_in_flight", "tasks_dead_letters", "tasks_oldest_pending_seconds",
           "tasks_enqueued_total", "workers_total", "workers_dead", "recovery_age_seconds", "queue_stats_age_seconds"}
@@ -135,6 +135,7 @@ def test_each_outcome_is_counted_once_whoever_enqueued(app, conn):
     app.cancel(cancelled)
     ended = "select count(*) from orchestrator.tasks where status in ('completed', 'dead_letter', 'cancelled')"
     eventually(lambda: value(conn, ended) == 9)
+    count_now(conn)
     series = eventually(lambda: (found := scrape(address)) and get(found, "tasks_pending", type="other") == 1 and found)
 
     def completed(kind: str, status: str) -> float | None:
@@ -159,11 +160,13 @@ def test_10_000_random_types_leave_the_number_of_series_unchanged(app, conn):
     address = address_of(app)
     eventually(lambda: counted(conn))
     enqueue(conn, "mail:first")
+    count_now(conn)
     before = eventually(lambda: (found := scrape(address)) and get(found, "tasks_completed_total", type="mail:", status="completed")
                         and get(found, "tasks_enqueued_total", type="mail:") and found)
     conn.execute("select orchestrator.enqueue('random-' || n) from generate_series(1, 10000) n")
     conn.execute("select orchestrator.enqueue('mail:' || n) from generate_series(1, 300) n")   # more than SQL tells apart
     eventually(lambda: get(scrape(address), "tasks_completed_total", type="mail:", status="completed") == 301, 30)
+    count_now(conn)
     after = eventually(lambda: (found := scrape(address)) and get(found, "tasks_pending", type="other") == 10000 and found, 20)
     assert after.keys() == before.keys()
     assert sum(v for (name, _), v in after.items() if name == "tasks_enqueued_total") == 10301
@@ -229,6 +232,7 @@ def test_a_scrape_is_quick_with_20_types_and_100_000_tasks_waiting(installed, co
     conn.execute("select count(*) from orchestrator.enqueue_many('nobody''s', array_fill('{}'::jsonb, array[100000]))")
     app = start(installed, {f"type-{n}": HANDLERS["ok"] for n in range(20)})
     try:
+        count_now(conn)
         eventually(lambda: get(scrape(address_of(app)), "tasks_pending", type="other") == 100000, 20)
         seconds = []
         for _ in range(10):
@@ -291,12 +295,14 @@ def test_what_is_global_comes_from_the_leader_alone_and_a_stale_one_tells_nothin
         enqueue(conn, "nobody's")
     eventually(lambda: leads(first) or leads(second))
     leader, other = (first, second) if leads(first) else (second, first)
+    count_now(conn)
     eventually(lambda: get(scrape(leader.address), "tasks_pending", type="other") == 3)
     assert get(scrape(leader.address), "workers_total") == 2
     assert not names(scrape(other.address)) & GLOBAL
 
     leader.signal(signal.SIGSTOP)
     eventually(lambda: leads(other))
+    count_now(conn)
     eventually(lambda: get(scrape(other.address), "tasks_enqueued_total", type="other") == 3)
     leader.signal(signal.SIGCONT)
     series = scrape(leader.address)   # before its next heartbeat tells it
