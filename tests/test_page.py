@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
 
-import psycopg
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
