@@ -344,11 +344,18 @@ def test_health_turns_503_when_a_loop_no_longer_moves_and_200_when_it_does(app, 
 
 
 def test_ready_turns_503_when_the_database_has_not_answered_lately(app):
-    app.worker.links["heartbeat"].call("select 1")
-    for loop in ("claim", "report", "heartbeat"):
-        app.worker.links[loop].call = lambda *_: threading.Event().wait()
-    app.worker.wake_claim.set()
-    app.worker.reached_at -= 100
+    worker, silent = app.worker, {name: threading.Event() for name in ("claim", "heartbeat")}   # nothing to report here
+
+    def fall_silent(loop: str) -> None:
+        silent[loop].set()
+        threading.Event().wait()
+
+    for loop in silent:
+        worker.links[loop].call = lambda *_, loop=loop: fall_silent(loop)
+    worker.wake_claim.set()
+    worker.wake_heartbeat.set()
+    assert all(event.wait(10) for event in silent.values())   # what was under way has been answered by now
+    worker.reached_at -= 100
     status, _, body = ask(port_of(app), "/ready")
     assert (status, json.loads(body)["problems"]) == (503, ["the database has not answered for 100 s"])
     assert ask(port_of(app), "/health")[0] == 200
