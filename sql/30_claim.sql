@@ -58,7 +58,9 @@ declare
   v_heads timestamptz[];
   v_claim_id bigint;
   v_priority int;
+  v_lanes int;
   v_left int := p_limit;
+  v_share int;
   v_taken int;
   v_now timestamptz := clock_timestamp();
 begin
@@ -68,8 +70,9 @@ begin
   perform orchestrator._check_worker(p_worker_id);
   select array_agg(l.type), array_agg(l.priority), array_agg(l.head) into v_types, v_priorities, v_heads
   from orchestrator._ready_lanes(orchestrator._unpaused(p_types)) l;
-  for v_priority in select distinct p from unnest(v_priorities) p order by p desc loop
+  for v_priority, v_lanes in select p, count(*) from unnest(v_priorities) p group by p order by p desc loop
     loop
+      v_share := ceil(v_left::double precision / v_lanes);
       v_claim_id := coalesce(v_claim_id, nextval('orchestrator.claims_id_seq'));
       return query
         with lane as materialized (
@@ -96,7 +99,7 @@ begin
                   extract(epoch from v_now - p.queued_at)::double precision, t.recoveries;
       get diagnostics v_taken = row_count;
       v_left := v_left - v_taken;
-      exit when v_left <= 0 or v_taken = 0;
+      exit when v_left <= 0 or v_taken < v_share;   -- then no lane filled its share, so none has more
     end loop;
     exit when v_left <= 0;
   end loop;
