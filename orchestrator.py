@@ -52,6 +52,7 @@ import os
 import pwd
 import random
 import re
+import select
 import shutil
 import signal
 import socket
@@ -1332,10 +1333,36 @@ class Backoff:
         return float(min(2.0, 0.05 * 2 ** min(self.tries - 1, 10)) * (0.5 + random.random() / 2))
 
 
+class Bell:
+    """A threading.Event that poll() can wait for, along with a connection. For one waiting thread."""
+
+    def __init__(self) -> None:
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        self._rung = False
+
+    def fileno(self) -> int:
+        return self._read
+
+    def set(self) -> None:
+        if not self._rung:
+            self._rung = True
+            os.write(self._write, b"!")
+
+    def clear(self) -> None:
+        if self._rung:
+            os.read(self._read, 100)   # then the flag: who rings in between writes nothing, and the waiting thread goes on to look
+            self._rung = False
+
+    def __del__(self) -> None:
+        os.close(self._read)   # not before: a thread of the pool may ring at any time
+        os.close(self._write)
+
+
 class Worker:
     """Claims tasks, runs them in a pool of threads, reports how they ended.
 
-    Threads and what they own: the claim loop, the report loop, the heartbeat and the listener each a connection; the pool none.
+    Threads and what they own: the claim loop, which also listens, the report loop and the heartbeat each a connection; the pool none.
     Tasks go from the claim loop to the pool as slices in a queue, and from the pool to the report loop through `finished`.
     """
 
@@ -1363,7 +1390,8 @@ class Worker:
         self.last_careful: tuple[Task | None, float] = (None, 0.0)
         self.since_rate_line: collections.Counter[str] = collections.Counter()
         self.rate_line_at = time.monotonic()
-        self.wake_claim, self.wake_report, self.wake_heartbeat = threading.Event(), threading.Event(), threading.Event()
+        self.wake_claim, self.wake_report, self.wake_heartbeat = Bell(), threading.Event(), threading.Event()
+        self.listening: psycopg.Connection[Row] | None = None # the claim loop's connection, since it listens on it
         self.registered, self.draining, self.releasing, self.stopped = (threading.Event() for _ in range(4))
         self.fatal: Exception | None = None                   # why this worker can't go on
         self.term: int | None = None
@@ -1373,7 +1401,7 @@ class Worker:
         self.global_stats: dict[str, Any] | None = None       # what the leader counted last
         self.recovered_at = time.monotonic()                  # when this leader last looked for what dead workers held
         self.identity_lock = threading.Lock()                 # guards id and registered when it is declared dead
-        self.links = {name: Link(config) for name in ("claim", "report", "heartbeat", "listen")}
+        self.links = {name: Link(config) for name in ("claim", "report", "heartbeat")}
         self.loop_at = {name: time.monotonic() for name in ("claim", "report", "heartbeat")}
         self.reached_at = time.monotonic()                    # monotonic: when the database last answered
         self.schema_seen = False
@@ -1397,8 +1425,7 @@ class Worker:
             raise
         for _ in range(self.config.worker_pool_size):
             self._add_place()
-        for name, loop in (("claim", self._claim_loop), ("report", self._report_loop), ("heartbeat", self._heartbeat_loop),
-                           ("listen", self._listen_loop)):
+        for name, loop in (("claim", self._claim_loop), ("report", self._report_loop), ("heartbeat", self._heartbeat_loop)):
             self._thread(name, loop)
         log.info("worker %s started: pool %d, http://%s:%d/", self.id, self.config.worker_pool_size, *self.http.server_address[:2])
 
@@ -1440,8 +1467,7 @@ class Worker:
             self.http.shutdown()
             self.http.server_close()
             self.http.link.close()
-        self.links["listen"].interrupt()
-        for name in ("claim", "report", "listen"):
+        for name in ("claim", "report"):
             self._join(name, last)
         log.info("worker %s stopped", self.id)
 
@@ -1522,6 +1548,8 @@ class Worker:
             try:
                 delay = self._claim(self.links["claim"], worker_id)
                 self.reached_at, backoff = time.monotonic(), Backoff()
+                if delay > 0:
+                    self._wait_for_bell(min(delay, 1.0))
             except psycopg.Error as error:
                 if error.sqlstate == DECLARED_DEAD:
                     self._declared_dead(worker_id)
@@ -1530,14 +1558,12 @@ class Worker:
                 self.forgotten_at = 0.0
                 self._database_error("claim", error)
                 self.draining.wait(backoff.next())
-                continue
-            if delay > 0:
-                self.wake_claim.wait(min(delay, 1.0))
         self.links["claim"].close()
 
     def _claim(self, link: Link, worker_id: str) -> float:
         """Claim what there is room for; returns the seconds to wait unless woken."""
         self.wake_claim.clear()   # first: whatever rings from here on is not missed
+        self._listen(link)
         now = time.monotonic()
         if now >= self.promote_at:
             next_in = link.call("select promoted, next_in from orchestrator.promote_due()")[0][1]
@@ -1575,6 +1601,45 @@ class Worker:
             self._set_idle(link, worker_id, True)
             return 0.0
         return wait
+
+    def _listen(self, link: Link) -> None:
+        """Have producers' notifications come over the connection that claims; behind a pooler they don't, and polling has to do."""
+        connection = link.open()
+        if connection is self.listening:
+            return
+        if link.pooled:
+            log.info("behind a pooler: polling every %g s", self.config.claim_interval)
+        else:
+            connection.add_notify_handler(lambda notify: self._notified(notify.channel, notify.payload))
+            link.call("listen orchestrator")
+            link.call("listen orchestrator_cancel")
+        self.listening = connection
+
+    def _notified(self, channel: str, payload: str) -> None:
+        if channel == "orchestrator_cancel":
+            self._cancel([[payload]])
+        elif payload in self.types:
+            self.wake_claim.set()
+        elif self.router.find(payload) is not None:
+            self.types = self.types | {payload}
+            self.wake_claim.set()
+
+    def _wait_for_bell(self, seconds: float) -> None:
+        """Wait until someone in this process rings, or the connection has something to say. Raises psycopg.OperationalError."""
+        connection = self.links["claim"].connection
+        poll = select.poll()   # not select(), which takes descriptors below 1024 only
+        poll.register(self.wake_claim, select.POLLIN)
+        if connection is not None:
+            self._hear(connection)   # what came along with the last answer
+            poll.register(connection, select.POLLIN)
+        rung = [descriptor for descriptor, _ in poll.poll(seconds * 1000)]
+        if connection is not None and connection.fileno() in rung:
+            connection.pgconn.consume_input()
+            self._hear(connection)
+
+    def _hear(self, connection: psycopg.Connection[Row]) -> None:
+        while (notify := connection.pgconn.notifies()) is not None:
+            self._notified(notify.relname.decode(), notify.extra.decode())
 
     def _release_forgotten(self, link: Link, worker_id: str) -> None:
         """A claim may have been committed although its answer was lost: nobody would run its tasks while this worker lives. Only
@@ -2097,44 +2162,7 @@ class Worker:
             if chore[3] == what:
                 chore[0] = time.monotonic() + seconds
 
-    # ----------------------------------------------------------------------------------------------- listening and health
-    def _listen_loop(self) -> None:
-        """Wakes the claim loop when a producer rings. Without it (a pooler, a lost connection) polling carries on."""
-        link, backoff = self.links["listen"], Backoff()
-        while not self.stopped.is_set():
-            try:
-                connection = link.open()
-                if link.pooled:
-                    log.info("behind a pooler: polling every %g s", self.config.claim_interval)
-                    break
-                link.call("listen orchestrator")
-                link.call("listen orchestrator_cancel")
-                self.wake_claim.set()
-                backoff = Backoff()
-                self._listen(link, connection)
-            except psycopg.Error as error:
-                link.close()
-                if self.stopped.is_set():
-                    break
-                self._database_error("listen", error)
-                self.stopped.wait(backoff.next())
-        link.close()
-
-    def _listen(self, link: Link, connection: psycopg.Connection[Row]) -> None:
-        checked = time.monotonic()
-        while not self.stopped.is_set():
-            for notify in connection.notifies(timeout=1.0, stop_after=1):
-                if notify.channel == "orchestrator_cancel":
-                    self._cancel([[notify.payload]])
-                elif notify.payload in self.types:
-                    self.wake_claim.set()
-                elif self.router.find(notify.payload) is not None:
-                    self.types = self.types | {notify.payload}
-                    self.wake_claim.set()
-            if time.monotonic() - checked > 10:   # a connection that died in silence would leave us deaf
-                link.call("select 1")
-                checked = time.monotonic()
-
+    # ------------------------------------------------------------------------------------------------------------- health
     def loop_lag(self) -> float:
         return time.monotonic() - min(self.loop_at[name] for name in ("claim", "report"))
 

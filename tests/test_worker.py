@@ -338,7 +338,7 @@ def test_a_claimed_task_that_was_cancelled_never_starts(installed: str, greedy: 
 
 
 def test_cancelling_works_without_notify(installed: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(orchestrator.Worker, "_listen_loop", lambda self: None)
+    monkeypatch.setattr(orchestrator.Worker, "_notified", lambda self, channel, payload: None)
     with running(installed, {"a": obedient}, heartbeat_interval=15) as app:
         task_id = app.enqueue("a")
         wait_for(app, task_id, "running")
@@ -535,19 +535,24 @@ def test_a_slow_task_does_not_hold_up_those_behind_it(installed: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- the database goes away
-def test_a_worker_connects_again_when_its_connections_are_cut(installed: str, conn: Connection) -> None:
+def test_a_worker_connects_again_when_its_connections_are_cut(
+        installed: str, conn: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = Gate()
     with running(installed, {"a": gate, "ok": lambda task: None}) as app:
         before = app.enqueue("a")
         gate.wait_started()
         ours = "from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()"
-        assert value(conn, f"select count(pg_terminate_backend(pid)) {ours}") >= 4
+        assert value(conn, f"select count(pg_terminate_backend(pid)) {ours}") >= 3
         gate.open.set()
         wait_for_on(conn, before, "completed")
         after = str(value(conn, "select orchestrator.enqueue('ok')"))
         wait_for_on(conn, after, "completed")
         assert worker_of(app).health() == []
-        eventually(lambda: value(conn, "select count(*) from pg_stat_activity where query = 'listen orchestrator_cancel'") == 1)
+        heard: list[tuple[str, str]] = []
+        monkeypatch.setattr(orchestrator.Worker, "_notified", lambda self, channel, payload: heard.append((channel, payload)))
+        for channel in ("orchestrator", "orchestrator_cancel"):   # it listens again
+            conn.execute(f"notify {channel}, 'ok'")
+            eventually(lambda channel=channel: (channel, "ok") in heard)
     no_attempt_lost(conn)
 
 
@@ -555,10 +560,34 @@ def wait_for_on(conn: Connection, task_id: str, status: str) -> None:
     eventually(lambda: value(conn, "select status from orchestrator.tasks where id = %s", task_id) == status, 15)
 
 
-def test_a_listener_that_was_cut_leaves_polling_to_carry_on(installed: str, conn: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_listening(self: orchestrator.Worker, link: Any, connection: Any) -> None:
-        raise psycopg.OperationalError("listening is impossible")
-    monkeypatch.setattr(orchestrator.Worker, "_listen", no_listening)
+@pytest.mark.parametrize("rings", ["set", "notify", "notify while it claims"])
+def test_a_ring_wakes_the_claim_loop_at_once(installed: str, conn: Connection, monkeypatch: pytest.MonkeyPatch, rings: str) -> None:
+    """However it comes: from this process, over the connection while it waits, or along with the answer to a claim."""
+    claims = 0
+    claim_tasks = orchestrator.claim_tasks
+    waiting = orchestrator.Worker._wait_for_bell
+
+    def claim_and_count(link: Any, *args: Any) -> Any:
+        nonlocal claims
+        claims += 1
+        if rings == "notify while it claims" and claims == 5:
+            link.connection.execute("notify orchestrator, 'a'")   # its own: it arrives together with the answer
+        return claim_tasks(link, *args)
+
+    monkeypatch.setattr(orchestrator, "claim_tasks", claim_and_count)
+    monkeypatch.setattr(orchestrator.Worker, "_wait_for_bell", lambda self, seconds: waiting(self, 1000 if claims >= 5 else 0.01))
+    with running(installed, {"a": lambda task: None}) as app:
+        if rings != "notify while it claims":
+            eventually(lambda: claims == 5)   # from here on it waits for ever
+            if rings == "set":
+                worker_of(app).wake_claim.set()
+            else:
+                conn.execute("notify orchestrator, 'a'")
+        eventually(lambda: claims == 6)
+
+
+def test_polling_carries_on_where_no_notification_arrives(installed: str, conn: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(orchestrator.Worker, "_notified", lambda self, channel, payload: None)
     with running(installed, {"a": lambda task: None}) as app:
         wait_for(app, app.enqueue("a"), "completed", timeout=3)
 
@@ -853,15 +882,15 @@ def test_reporting_makes_room_and_wakes_the_claim_loop(installed: str, monkeypat
     monkeypatch.setattr(orchestrator, "PREFETCH_MAX", 1)   # so that what is finished but not reported fills it up again and again
     sat_out = []
 
-    class Wake(threading.Event):
-        def wait(self, timeout: float | None = None) -> bool:
-            woken = super().wait(timeout)
-            if not woken and 0 < sum(worker.metrics.completed.values()) < 1000:
-                sat_out.append(timeout)
-            return woken
+    waiting = orchestrator.Worker._wait_for_bell
+
+    def wait_and_tell(worker: orchestrator.Worker, seconds: float) -> None:
+        waiting(worker, seconds)
+        if not worker.wake_claim._rung and 0 < sum(worker.metrics.completed.values()) < 1000:
+            sat_out.append(seconds)
+    monkeypatch.setattr(orchestrator.Worker, "_wait_for_bell", wait_and_tell)
     with running(installed, {"t": lambda task: None}, worker_pool_size=2, claim_interval=60) as app:
         worker = worker_of(app)
-        worker.wake_claim = Wake()
         app.enqueue_many("t", [{}] * 1000)
         eventually(lambda: sum(worker.metrics.completed.values()) == 1000, 30)
     assert sat_out == []   # it never waited for a ring although there was room and work

@@ -36,7 +36,7 @@ def fault(name: str) -> Callable[[Fault], Fault]:
 
 def within(lab: Lab, what: str, limit: float) -> None:
     if lab.recovery and max(lab.recovery) > limit:
-        lab.fail(f"{what} took {max(lab.recovery):.1f} s, the limit is {limit:.1f} s")
+        lab.slow(f"{what} took {max(lab.recovery):.1f} s, the limit is {limit:.1f} s")
 
 
 def name_of(lab: Lab, worker: Worker) -> str:
@@ -76,7 +76,7 @@ def kill_workers(lab: Lab, total: int, kills: int, workers: int, leases: dict[st
     within(lab, "recovery", limit)
     again = sum(1 for e in lab.executions() if e.how == "" or e.how == "end") - len(lab.column("select 1 from orchestrator.tasks"))
     if again > 4 * in_flight + 20 * kills:    # what is in flight changes between the count and the kill
-        lab.fail(f"{again} executions too many for {kills} kills that met {in_flight} tasks in flight")
+        lab.slow(f"{again} executions too many for {kills} kills that met {in_flight} tasks in flight")
     return f"{total:,} tasks, {kills} kills"
 
 
@@ -128,7 +128,7 @@ def dead_after_their_retries(lab: Lab, types: list[str]) -> None:
         lab.fail(f"{count} tasks of type {kind} ended as {status} after {attempts} attempts")
 
 
-@fault("task aborts its process")
+@fault("task aborts, or uses up the memory")
 def suicidal_tasks(lab: Lab) -> str:
     total, bad = (600, 4) if lab.short else (2_000, 20)
     every = total // bad
@@ -155,7 +155,7 @@ def suicidal_tasks(lab: Lab) -> str:
     return f"{bad} among {total:,}, {lab.restarts} crashes"
 
 
-@fault("task runs out of memory")
+@fault("allocations fail")
 def memory_errors(lab: Lab) -> str:
     total, bad = (400, 5) if lab.short else (2_000, 20)
     every = total // bad
@@ -165,7 +165,7 @@ def memory_errors(lab: Lab) -> str:
     lab.drain(300)
     dead_after_their_retries(lab, ["memory"])
     lab.bit(lab.value("select count(*) from orchestrator.task_events where event = 'failed'"), "no allocation failed")
-    return f"{bad} among {total:,}, {lab.restarts} crashes"
+    return f"{bad} among {total:,}"
 
 
 @fault("interpreter lock held")
@@ -177,7 +177,7 @@ def gil(lab: Lab) -> str:
     half.join(120)
     lab.wait("select count(*) = %s or null from orchestrator.tasks where type = 'gil' and status = 'completed'", holds, timeout=300)
     if lab.value("select count(*) from chaos.workers where event = 'dead'"):
-        lab.fail("a worker was declared dead although it held the lock for half the timeout only")
+        lab.slow("a worker was declared dead although it held the lock for half the timeout only")
     before = lab.rejected()
     for n in range(holds):
         lab.tampered |= {w.pid for w in lab.workers}
@@ -209,9 +209,11 @@ def sigterm(lab: Lab) -> str:
         with contextlib.suppress(subprocess.TimeoutExpired):
             worker.process.wait(limit + 20)
         exits.append(time.monotonic() - began)
-        if worker.alive or exits[-1] > limit + NOISE / 2:
-            lab.fail(f"{what}: the exit took {exits[-1]:.1f} s")
+        if worker.alive:
+            lab.fail(f"{what}: it did not exit")
             worker.kill()
+        elif exits[-1] > limit + NOISE / 10:
+            lab.slow(f"{what}: the exit took {exits[-1]:.1f} s")
         elif worker.process.returncode != 0:
             lab.fail(f"{what}: exit code {worker.process.returncode}: {worker.output[-300:]}")
         lab.workers.remove(worker)
@@ -333,7 +335,7 @@ def resumes(lab: Lab, ready: float, limit: float, what: str) -> None:
                   ready, timeout=60)
     lab.recovery.append(at - ready)
     if at - ready > limit:
-        lab.fail(f"{what}: {at - ready:.1f} s until tasks were claimed again")
+        lab.slow(f"{what}: {at - ready:.1f} s until tasks were claimed again")
 
 
 def no_worker_ended(lab: Lab) -> None:
@@ -403,7 +405,7 @@ def terminate(lab: Lab) -> str:
     ended = lab.value("select count(*) from orchestrator.tasks where completed_at between to_timestamp(%s) and to_timestamp(%s)",
                       calm, calm + after)
     if ended < 0.95 * rate * after:
-        lab.fail(f"only {ended} tasks ended in the {after} s after, {rate * after} were enqueued")
+        lab.slow(f"only {ended} tasks ended in the {after} s after, {rate * after} were enqueued")
     lab.bit("terminating connection" in "".join(worker.output for worker in lab.workers), "no worker noticed")
     return f"{killed} connections in {seconds} s"
 
@@ -497,12 +499,11 @@ def failover(lab: Lab) -> str:
 @fault("old snapshot held")
 def old_snapshot(lab: Lab) -> str:
     """A transaction that stays open keeps every dead row; claiming must not get slower for it."""
-    rounds, size = (6, 1_000) if lab.short else (200, 5_000)
+    rounds, size, lasting = (6, 1_000, 0.0) if lab.short else (200, 5_000, 600.0)
     lab.produce(1, prefix="first").join(30)
     lab.execute("select orchestrator.register_worker('here:0:measure', 'here', 10, '0', '{\"work\": {}}')")
     leader = lab.work(1, leases={}, HANDLERS=str(_no_handlers(lab)))[0]      # raises the floors, and runs nothing
     lab.tampered.add(leader.pid)
-    quick: list[float] = []
 
     def cycle() -> list[float]:
         lab.execute("select count(*) from orchestrator.enqueue_many('work', array_fill('{}'::jsonb, array[%s]))", size)
@@ -516,22 +517,28 @@ def old_snapshot(lab: Lab) -> str:
             lab.execute("select * from orchestrator.complete_tasks(array[%s::bigint], array[%s::int], %s::uuid[])", rows[0][0], len(rows),
                         [row[1] for row in rows])
             lab.execute("select orchestrator.heartbeat('here:0:measure')")
+
+    def p99(seconds: list[float]) -> float:
+        return sorted(seconds)[int(len(seconds) * 0.99)] * 1000
+
     cycle()
     with psycopg.connect(lab.url) as old:
         old.execute("set transaction isolation level repeatable read")
         old.execute("select count(*) from orchestrator.tasks")
-        for _ in range(rounds):
-            seconds = sorted(cycle())
-            quick.append(seconds[len(seconds) // 10])    # not the median: others use this machine too
-            lab.recovery += seconds
+        began = time.monotonic()
+        for n in range(rounds):
+            lab.recovery += cycle()
+            time.sleep(max(0.0, began + lasting * (n + 1) / rounds - time.monotonic()))
+        held = time.monotonic() - began
         # the fault has bitten: nothing that was updated since could be removed
         lab.wait("select n_dead_tup >= %s or null from pg_stat_all_tables where relid = 'orchestrator.tasks'::regclass", rounds * size)
         old.rollback()
     lab.extra_ids = set(lab.column("select id::text from orchestrator.tasks"))
-    start, end = min(quick[:3]), min(quick[-3:])
-    if end > 2 * start + 0.002:
-        lab.fail(f"a claim took {start * 1000:.1f} ms at first, {end * 1000:.1f} ms in the end")
-    return f"{rounds * size:,} tasks under it, a claim {start * 1000:.1f} → {end * 1000:.1f} ms"
+    tenth = len(lab.recovery) // 10
+    start, end = p99(lab.recovery[:tenth]), p99(lab.recovery[-tenth:])
+    if end > 2 * start:
+        lab.slow(f"the p99 of a claim was {start:.1f} ms in the first tenth, {end:.1f} ms in the last")
+    return f"{rounds * size:,} tasks in {held:.0f} s, p99 of a claim {start:.1f} → {end:.1f} ms"
 
 
 def _no_handlers(lab: Lab) -> Path:
