@@ -111,6 +111,7 @@ def test_verdict_sees_a_worker_declared_dead_that_nobody_had_touched(lab: Lab) -
     lab.execute("select orchestrator.register_worker(w, 'here', 1, '0') from unnest(array['a:1:x', 'a:2:x']) w")
     lab.execute("select orchestrator.acquire_leadership('a:1:x', '1 hour')")
     lab.execute("update orchestrator.workers set declared_dead_at = now() where id = 'a:2:x'")
+    lab.short = False    # else a busy machine may do that too
     assert "1 workers were declared dead that nobody had touched" in problems(lab)
     assert lab.verdict("").false_deaths == 1
     lab.tampered.add(2)
