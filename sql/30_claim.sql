@@ -96,7 +96,7 @@ begin
         set status = 'claimed', worker_id = p_worker_id, claim_id = v_claim_id, claimed_at = v_now, updated_at = v_now, queued_at = null
         from pick p where t.ctid = p.tid
         returning t.claim_id, t.id, t.type, t.payload, t.attempts, t.max_retries, t.priority, t.created_at,
-                  extract(epoch from v_now - p.queued_at)::double precision, t.recoveries;
+                  date_part('epoch', v_now - p.queued_at), t.recoveries;
       get diagnostics v_taken = row_count;
       v_left := v_left - v_taken;
       exit when v_left <= 0 or v_taken < v_share;   -- then no lane filled its share, so none has more

@@ -318,7 +318,7 @@ def test_a_handler_that_does_not_listen_ends_as_cancelled_too(installed: str) ->
 @pytest.fixture
 def greedy(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have workers hold more than they can run."""
-    monkeypatch.setattr(orchestrator.Worker, "prefetch", lambda self: 20)
+    monkeypatch.setattr(orchestrator.Worker, "prefetch", lambda self: 40)
     monkeypatch.setattr(orchestrator.Worker, "_overloaded", lambda self: False)
 
 
