@@ -68,7 +68,7 @@ class Bench:
                           "ratio": judged if reference else None, "of": of, "goal": goal, "at_most": at_most, "pass": good})
         ratio = f"{judged:6.2f} × {of}" if reference else ""
         wanted = "" if goal is None else f"{'≤' if at_most else '≥'} {goal:g} {'ok' if good else 'MISSED'}"
-        print(f"{workload:10} {what:44} {value:12,.4g} {unit:10} {ratio:36} {wanted}", flush=True)
+        print(f"{workload:10} {what:44} {number(value):>12} {unit:10} {ratio:36} {wanted}", flush=True)
 
 
 @contextlib.contextmanager
@@ -574,14 +574,18 @@ def svg(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines).replace("≥", "&#8805;") + "\n"
 
 
+def number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
 def write_readme(path: Path) -> None:
     """Put the table of a results file between the README's markers."""
     results = json.loads(path.read_text())
     lines = ["| workload | figure | of its reference | goal |", "|---|---|---|---|"]
     for row in results["rows"]:
         ratio = f"{row['ratio']:.2f} × {row['of']}" if row["ratio"] is not None else ""
-        goal = "" if row["goal"] is None else f"{'≤' if row['at_most'] else '≥'} {row['goal']:.3g}{'' if row['pass'] else ', missed'}"
-        lines.append(f"| {row['workload']}: {row['what']} | {row['value']:,.4g} {row['unit']} | {ratio} | {goal} |")
+        goal = "" if row["goal"] is None else f"{'≤' if row['at_most'] else '≥'} {number(row['goal'])}{'' if row['pass'] else ', missed'}"
+        lines.append(f"| {row['workload']}: {row['what']} | {number(row['value'])} {row['unit']} | {ratio} | {goal} |")
     about = results["about"]
     intro = (f"Measured on {about['when']} by `make bench` on {about['cores']} cores, Python {about['python']}, "
              f"PostgreSQL {about['postgresql']}, fsync on; medians of {about['reps']}. Read the ratios; "
