@@ -180,7 +180,7 @@ class Producer(threading.Thread):
             connection = self._until_acknowledged(connection, batch)
             sent = batch.stop
             if self.rate is not None:
-                self.halt.wait(0.05)
+                self.halt.wait(max(0.05, 1 / self.rate))
         if connection is not None:
             connection.close()
 
