@@ -91,6 +91,16 @@ def test_lanes_of_one_priority_share_a_claim_equally_and_leave_nothing_over(conn
     assert Counter(t["type"] for t in claim(conn, types=["big", "small", "tiny"], limit=100)) == {"big": 98, "small": 2}
 
 
+def test_the_share_of_a_lane_whose_tasks_are_locked_goes_to_the_others(conn, connect):
+    register(conn)
+    enqueue_some(conn, 10, "a")
+    locked = enqueue(conn, "b")
+    other = connect()
+    with other.transaction():
+        other.execute("select from orchestrator.tasks where id = %s for no key update", [locked])
+        assert [t["type"] for t in claim(conn, types=["a", "b"], limit=4)] == ["a"] * 4   # a's share is two, and b gives none
+
+
 def test_a_claim_of_one_takes_turns_by_the_age_of_the_lanes_heads(conn):
     register(conn)
     old = enqueue(conn, "a")

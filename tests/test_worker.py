@@ -4,6 +4,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import os
+import select
 import sys
 import threading
 import time
@@ -584,6 +585,57 @@ def test_a_ring_wakes_the_claim_loop_at_once(installed: str, conn: Connection, m
             else:
                 conn.execute("notify orchestrator, 'a'")
         eventually(lambda: claims == 6)
+
+
+def at_rest(url: str) -> orchestrator.Worker:
+    """A worker whose threads were never started."""
+    app = make_app(url, {"a": lambda task: None}, worker_pool_size=10)
+    return orchestrator.Worker(app.config, app.router)
+
+
+def test_a_notification_that_was_read_along_with_an_answer_is_heard_before_waiting(installed: str, conn: Connection) -> None:
+    worker = at_rest(installed)
+    link = worker.links["claim"]
+    worker._listen(link)
+    connection = link.open()
+    conn.execute("notify orchestrator, 'a'")
+    assert select.select([connection], [], [], 10)[0]
+    connection.pgconn.consume_input()   # out of the socket, so that nothing is left for poll() to see
+    assert not worker.wake_claim._rung
+    worker._wait_for_bell(0)
+    assert worker.wake_claim._rung
+    link.close()
+
+
+def test_a_bell_rings_until_it_is_cleared_and_again_after() -> None:
+    bell = orchestrator.Bell()
+
+    def rings() -> bool:
+        return bool(select.select([bell], [], [], 0)[0])
+    for _ in range(2):
+        assert not rings()
+        bell.set()
+        bell.set()
+        assert rings()
+        bell.clear()
+        bell.clear()   # must not block
+    assert not rings()
+
+
+@pytest.mark.parametrize("mean, in_hand, held, room", [
+    (None, 0, 0, 0),            # not measured yet: no more than there are idle places, and here there are none
+    (1.0, 0, 0, 1),             # ten places start ten tasks a second, so one within HOLD_SECONDS
+    (1.0, 1, 1, 0),
+    (1e-6, 0, 0, 4000),
+    (1e-6, 2400, 2400, 1600),   # claims again at 60%
+    (1e-6, 2401, 2401, 0),
+    (1e-6, 0, 5000, 1010),      # finished and not reported counts: 6,000 and the pool at most
+    (1e-6, 0, 6010, 0)])
+def test_how_many_tasks_a_worker_claims(installed: str, mean: float | None, in_hand: int, held: int, room: int) -> None:
+    worker = at_rest(installed)
+    worker.mean, worker.handed = mean, in_hand
+    worker.tasks = dict.fromkeys(map(str, range(held)))
+    assert worker._room() == room
 
 
 def test_polling_carries_on_where_no_notification_arrives(installed: str, conn: Connection, monkeypatch: pytest.MonkeyPatch) -> None:

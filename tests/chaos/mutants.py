@@ -44,6 +44,7 @@ MUTANTS = [
     Mutant("fence of record_progress", "40_finish", "record_progress", FENCE, "true", "finish claim"),
     Mutant("fence of start_tasks", "30_claim", "start_tasks", FENCE, "true", "finish claim"),
     Mutant("what a lane leaves is left", "30_claim", "claim_tasks", "v_left <= 0 or v_taken < v_share", "true", "claim lanes"),
+    Mutant("a lane that filled its share is left", "30_claim", "claim_tasks", "v_taken < v_share", "v_taken <= v_share", "claim lane"),
     # the lock order: claims by id, before tasks
     Mutant("lock order of complete_tasks", "40_finish", "complete_tasks", "order by c.id for", "order by c.id desc for",
            "races order_of_their_ids"),
