@@ -89,6 +89,7 @@ log = logging.getLogger("orchestrator")
 HOLD_SECONDS = 0.1          # a worker holds what it will start within this time, at its measured pace
 PREFETCH_MAX = 4000         # and never more than this; 2,000 drain 9% slower: the next claim is sent too late
 CLAIM_AT = 0.6              # it claims again when this part of that is left
+CLAIM_MAX = 2000            # at once; half of what it holds, so that the next claim can be made while this one is handed out: 6%
 SLICE_MAX = 50              # tasks handed to a pool thread at once
 SLICE_SECONDS = 0.002
 MARK_RUNNING_AFTER = 0.2    # seconds; what ends sooner goes from claimed to completed in one update
@@ -361,12 +362,30 @@ class Link:
                 self.pooled = _set_up(self.connection, self.config)
         return self.connection
 
-    def call(self, query: str, *args: Any) -> list[Row]:
-        """Run one statement in a transaction of its own, and return its rows. Raises psycopg.Error; opens anew next time."""
+    def call(self, query: str, *args: Any, meanwhile: Callable[[], None] | None = None) -> list[Row]:
+        """Run one statement in a transaction of its own, and return its rows. Raises psycopg.Error; opens anew next time.
+
+        meanwhile: called while the server works, if it gets that far.
+        """
         connection = self.open()
+        prepare = connection.prepare_threshold is not None
+        if meanwhile is not None and not psycopg.Pipeline.is_supported():   # by libpq before 14
+            meanwhile()
+            meanwhile = None
         with self._limited():
-            cursor = connection.execute(query, args, prepare=connection.prepare_threshold is not None)
-            return cursor.fetchall() if cursor.description else []
+            if meanwhile is None:
+                cursor = connection.execute(query, args, prepare=prepare)
+                return cursor.fetchall() if cursor.description else []
+            try:
+                with connection.pipeline():   # sends without waiting; with begin and commit, since by itself it commits at its end
+                    connection.execute("begin")
+                    cursor = connection.execute(query, args, prepare=prepare)
+                    connection.execute("commit")
+                    meanwhile()
+                    return cursor.fetchall()
+            except psycopg.Error:
+                self.close()   # rather than find out where it stopped
+                raise
 
     @contextlib.contextmanager
     def _limited(self) -> Iterator[None]:
@@ -690,9 +709,9 @@ def complete_tasks(connection: psycopg.Connection[Row] | Link, claims: Sequence[
     return connection.call(query, *args) if isinstance(connection, Link) else connection.execute(query, args).fetchall()
 
 
-def claim_tasks(link: Link, worker_id: str, types: Sequence[str], limit: int) -> list[Row]:
+def claim_tasks(link: Link, worker_id: str, types: Sequence[str], limit: int, meanwhile: Callable[[], None] | None = None) -> list[Row]:
     return link.call("select claim_id, id, type, payload, attempts, max_retries, priority, created_at, waited, recoveries "
-                     "from orchestrator.claim_tasks(%s, %s, %s)", worker_id, list(types), limit)
+                     "from orchestrator.claim_tasks(%s, %s, %s)", worker_id, list(types), limit, meanwhile=meanwhile)
 
 
 def start_tasks(link: Link, claim: int, ids: Sequence[str]) -> int:
@@ -1381,6 +1400,8 @@ class Worker:
         self.progress: dict[str, tuple[Task, str]] = {}
         self.places: list[Place] = []
         self.mean: float | None = None                        # seconds a task takes, lately
+        self.arrived: list[Row] = []                          # claimed, not yet handed out: that is done while the next claim is made
+        self.arrived_at = 0.0                                 # monotonic; when their claim was sent
         self.handed = self.requeued = 0                       # tasks put into slices by the claim loop; by the report loop (taken out: < 0)
         self.types: set[str] = set(router.exact)
         self.idle = False
@@ -1575,28 +1596,32 @@ class Worker:
         if self.router.prefixes and now >= self.types_at:
             self._refresh_types(link)
         wait = max(0.0, min(self.config.claim_interval, self.promote_at - now))
-        self.full = True        # before looking: whoever makes room from here on wakes this loop
-        room = self._room()
-        if room <= 0:
-            if self.idle and self.idle_places() == 0:
-                self._set_idle(link, worker_id, False)
-            return wait
-        self.full = False
-        started = time.monotonic()
-        rows = claim_tasks(link, worker_id, sorted(self.types), room)
-        with self.metrics.lock:
-            self.metrics.claim_seconds.add([time.monotonic() - started])
-        if rows:
-            self._hand_out(rows, started)
-        if self.id != worker_id:   # declared dead meanwhile: these were not yet in hand when it stopped the others
-            for row in rows:
-                if row[1] in self.tasks:
-                    self.tasks[row[1]].cancel("lost")
-        if len(rows) >= room:   # there may be more: don't wait, and don't have producers ring
-            self.full_claims += 1
-            if self.idle and self.full_claims > 3:
-                self._set_idle(link, worker_id, False)
-            return 0.0
+
+        def hand_out() -> None:
+            self._hand_out(worker_id)
+        try:
+            while True:
+                self.full = True        # before looking: whoever makes room from here on wakes this loop
+                room = self._room()
+                if room <= 0:
+                    if self.idle and self.idle_places() == 0:
+                        self._set_idle(link, worker_id, False)
+                    return wait
+                self.full = False
+                started = time.monotonic()
+                rows = claim_tasks(link, worker_id, sorted(self.types), room, hand_out if self.arrived else None)
+                self.arrived, self.arrived_at = rows, started
+                with self.metrics.lock:
+                    self.metrics.claim_seconds.add([time.monotonic() - started])
+                if len(rows) < room:
+                    break
+                self.full_claims += 1   # there may be more: don't wait, and don't have producers ring
+                if self.idle and self.full_claims > 3:
+                    self._set_idle(link, worker_id, False)
+                if self.draining.is_set() or time.monotonic() >= self.promote_at:
+                    return 0.0
+        finally:
+            hand_out()
         self.full_claims = 0
         if not self.idle:       # from now on producers ring; look once more for what came before they knew
             self._set_idle(link, worker_id, True)
@@ -1661,14 +1686,16 @@ class Worker:
         self.types_at = time.monotonic() + 2.0
 
     def _room(self) -> int:
-        limit = int(1.5 * PREFETCH_MAX) + self.config.worker_pool_size - len(self.tasks)   # what is finished but not reported counts here
-        prefetch, in_hand, idle = self.prefetch(), self.in_hand() + len(self.careful), self.idle_places()
+        arrived, prefetch, idle = len(self.arrived), self.prefetch(), self.idle_places()
+        limit = int(1.5 * PREFETCH_MAX) + self.config.worker_pool_size - len(self.tasks) - arrived   # finished but not reported counts here
+        in_hand = self.in_hand() + len(self.careful) + arrived
         if in_hand > CLAIM_AT * prefetch and in_hand >= idle:
             return 0
-        return min(limit, idle + prefetch - in_hand)
+        return min(limit, idle + prefetch - in_hand, CLAIM_MAX)
 
-    def _hand_out(self, rows: list[Row], claimed: float) -> None:
-        """Turn rows into tasks and put them into slices; what was recovered from a dead worker waits to start with care."""
+    def _hand_out(self, worker_id: str) -> None:
+        """Turn what arrived into tasks and put them into slices; what was recovered from a dead worker waits to start with care."""
+        rows, self.arrived = self.arrived, []
         ready = []
         handlers: dict[str, Handler | None] = {}
         was_empty = not self.tasks
@@ -1680,7 +1707,7 @@ class Worker:
             if handler is None:
                 continue   # can't be: types come from the router
             task = Task(self, row, handler)
-            task.claimed = claimed
+            task.claimed = self.arrived_at
             self.tasks[task.id] = task
             if row[9]:
                 self.careful.append(task)
@@ -1690,6 +1717,10 @@ class Worker:
         self.handed += len(ready)
         for start in range(0, len(ready), size):
             self.slices.put(collections.deque(ready[start:start + size]))
+        if self.id != worker_id:   # declared dead meanwhile: these were not yet in hand when it stopped the others
+            for row in rows:
+                if row[1] in self.tasks:
+                    self.tasks[row[1]].cancel("lost")
         if self.careful or was_empty:   # it looks up once a second while there is nothing to watch
             self.wake_report.set()
 
@@ -2082,6 +2113,7 @@ class Worker:
                 log.warning("DISTRIBUTED_MODE is false, but %d other workers live: set it to true on all of them", living)
         for chore in self.chores:
             chore[0] = 0.0
+        self._again(self._count, 1.0)   # not at once: there may be much to claim
         self.idle = False
         self.reached_at = time.monotonic()
         self.registered.set()

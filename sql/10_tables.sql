@@ -4,7 +4,7 @@
 -- set only while the task waits for that, carry the partial indexes.
 
 create table if not exists orchestrator.tasks (
-  id                  uuid primary key default orchestrator._uuidv7(),
+  id                  uuid default orchestrator._uuidv7(),
   type                text not null,
   payload             jsonb not null default '{}',
   status              orchestrator.task_status not null default 'pending',
@@ -26,6 +26,7 @@ create table if not exists orchestrator.tasks (
   cancel_requested_at timestamptz,
   recoveries          int not null default 0,
   result              jsonb,
+  primary key (id) with (fillfactor = 45),
   constraint type_has_1_to_255_bytes check (octet_length(type) between 1 and 255),
   constraint idempotency_key_has_1_to_255_bytes check (octet_length(idempotency_key) between 1 and 255),
   constraint max_retries_is_0_to_1000 check (max_retries between 0 and 1000),

@@ -626,7 +626,8 @@ def test_a_bell_rings_until_it_is_cleared_and_again_after() -> None:
     (None, 0, 0, 0),            # not measured yet: no more than there are idle places, and here there are none
     (1.0, 0, 0, 1),             # ten places start ten tasks a second, so one within HOLD_SECONDS
     (1.0, 1, 1, 0),
-    (1e-6, 0, 0, 4000),
+    (1e-6, 0, 0, 2000),         # at once; 4,000 in all
+    (1e-6, 2000, 2000, 2000),
     (1e-6, 2400, 2400, 1600),   # claims again at 60%
     (1e-6, 2401, 2401, 0),
     (1e-6, 0, 5000, 1010),      # finished and not reported counts: 6,000 and the pool at most
@@ -636,6 +637,74 @@ def test_how_many_tasks_a_worker_claims(installed: str, mean: float | None, in_h
     worker.mean, worker.handed = mean, in_hand
     worker.tasks = dict.fromkeys(map(str, range(held)))
     assert worker._room() == room
+
+
+def test_what_arrived_but_was_not_handed_out_counts(installed: str) -> None:
+    worker = at_rest(installed)
+    worker.mean, worker.arrived = 1e-6, [()] * 2400
+    assert worker._room() == 1600
+    worker.tasks = dict.fromkeys(map(str, range(3000)))
+    assert worker._room() == 6010 - 3000 - 2400
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_a_link_does_something_else_while_the_server_works(
+        installed: str, conn: Connection, monkeypatch: pytest.MonkeyPatch, supported: bool) -> None:
+    monkeypatch.setattr(psycopg.Pipeline, "is_supported", lambda: supported)
+    link = orchestrator.Link(make_app(installed, {}).config)
+    conn.execute("create table seen (n int)")
+    conn.execute("select pg_advisory_lock(1)")
+    done: list[int] = []
+
+    def meanwhile() -> None:
+        done.append(1)
+        conn.execute("select pg_advisory_unlock(1)")   # what the server waits for: called later, it would wait for ever
+    if not supported:   # an old libpq: one after the other, and nothing is left out
+        conn.execute("select pg_advisory_unlock(1)")
+    link.call("select 1")
+    insert = "with waited as materialized (select pg_advisory_xact_lock(1)) insert into seen select 7 from waited returning n"
+    assert link.call(insert, meanwhile=meanwhile) == [(7,)]
+    assert done == [1]
+    assert value(conn, "select n from seen") == 7   # committed when it returns
+    connection = link.open()
+    with pytest.raises(psycopg.errors.DivisionByZero):
+        link.call("select 1 / %s", 0, meanwhile=lambda: done.append(2))
+    assert done[1:] == [2]
+    assert link.call("select %s", 5, meanwhile=lambda: done.append(3)) == [(5,)]
+    assert done[2:] == [3]
+    assert not supported or link.open() is not connection   # one whose transaction failed is not used again
+    link.close()
+
+
+def test_what_was_claimed_is_handed_out_also_if_the_next_claim_fails(
+        installed: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """A claim that filled the room is handed out while the next is under way: it must not depend on how that ends."""
+    claim_tasks, claims = orchestrator.claim_tasks, 0
+
+    def claim_or_fail(*args: Any) -> Any:
+        nonlocal claims
+        claims += 1
+        if claims == 2:
+            raise psycopg.OperationalError("planted")
+        return claim_tasks(*args)
+    monkeypatch.setattr(orchestrator, "claim_tasks", claim_or_fail)
+    with running(installed, {"a": lambda task: None}, worker_pool_size=2) as app:
+        ids = [row[0] for row in app.enqueue_many("a", [1, 2, 3])]
+        for task_id in ids:
+            wait_for(app, task_id, "completed")
+    assert claims > 2
+    assert "gave" not in caplog.text   # none had to be claimed twice
+
+
+def test_what_was_claimed_by_a_worker_declared_dead_meanwhile_is_lost(installed: str, conn: Connection) -> None:
+    worker = at_rest(installed)
+    worker._register()
+    claimed_as = worker.id
+    value(conn, "select orchestrator.enqueue('a')")
+    worker.arrived = orchestrator.claim_tasks(worker.links["claim"], claimed_as, ["a"], 5)
+    worker._declared_dead(claimed_as)
+    worker._hand_out(claimed_as)
+    assert [task.cancel_reason for task in worker.tasks.values()] == ["lost"]
 
 
 def test_polling_carries_on_where_no_notification_arrives(installed: str, conn: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
