@@ -479,9 +479,9 @@ def scrape(bench: Bench, reps: int) -> None:
     spent: list[float] = []
     real = orchestrator.Link.call
 
-    def timed(link: orchestrator.Link, query: str, *args: Any) -> Any:
+    def timed(link: orchestrator.Link, query: str, *args: Any, **keywords: Any) -> Any:
         started = time.perf_counter()
-        rows = real(link, query, *args)
+        rows = real(link, query, *args, **keywords)
         if "sample_stats" in query or "orchestrator.metrics()" in query:
             spent.append(time.perf_counter() - started)
         return rows
