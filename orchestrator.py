@@ -697,15 +697,21 @@ def result_json(value: Any) -> str:
     return text
 
 
-# One thin function for each SQL function on the path of tasks; ids go as one '{…}' literal (1.9 → 0.1 µs each).
+# One thin function for each SQL function on the path of tasks. Arrays go as one literal, since psycopg writes lists slowly.
 def _array(items: Iterable[Any]) -> str:
+    """An array literal of numbers or ids (1.9 → 0.1 µs each)."""
     return "{" + ",".join(map(str, items)) + "}"
+
+
+def _texts(items: Iterable[str | None]) -> str:
+    """An array literal of any texts (4.8 → 0.4 µs each)."""
+    return "{" + ",".join(["NULL" if text is None else '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"' for text in items]) + "}"
 
 
 def complete_tasks(connection: psycopg.Connection[Row] | Link, claims: Sequence[int], counts: Sequence[int], ids: Sequence[str],
                    results: list[str] | None = None) -> list[Row]:
     query = "select id, outcome from orchestrator.complete_tasks(%s::bigint[], %s::int[], %s::uuid[], %s::jsonb[])"
-    args = (_array(claims), _array(counts), _array(ids), results)
+    args = (_array(claims), _array(counts), _array(ids), None if results is None else _texts(results))
     return connection.call(query, *args) if isinstance(connection, Link) else connection.execute(query, args).fetchall()
 
 
@@ -725,7 +731,7 @@ def release_tasks(link: Link, claim: int, ids: Sequence[str]) -> int:
 def fail_tasks(link: Link, tasks: Sequence[tuple[int, str, str, float | None, bool]]) -> list[Row]:
     claims, ids, errors, afters, permanents = zip(*tasks, strict=True)
     return link.call("select id, outcome from orchestrator.fail_tasks(%s::bigint[], %s::uuid[], %s::text[], %s::interval[], %s::boolean[])",
-                     _array(claims), _array(ids), list(errors), [None if a is None else f"{a} seconds" for a in afters], list(permanents))
+                     _array(claims), _array(ids), _texts(errors), [None if a is None else f"{a} seconds" for a in afters], list(permanents))
 
 
 def snooze_task(link: Link, claim: int, task_id: str, seconds: float) -> str:
@@ -2486,8 +2492,8 @@ class Orchestrator:
         _check_fields(type, priority, keys or [], max_retries)
         texts = [_payload(f"payloads[{number}]", payload) for number, payload in enumerate(payloads, 1)]   # as SQL counts
         rows = self._ask("select id, created from orchestrator.enqueue_many(%s, %s::jsonb[], %s, %s::text[], %s, "
-                         "coalesce(%s, clock_timestamp() + %s)) order by ordinal", type, texts, priority, keys, max_retries,
-                         *_run_at(run_at, delay), connection=connection)
+                         "coalesce(%s, clock_timestamp() + %s)) order by ordinal", type, _texts(texts), priority,
+                         None if keys is None else _texts(keys), max_retries, *_run_at(run_at, delay), connection=connection)
         return [(str(row[0]), row[1]) for row in rows]
 
     def cancel(self, task_id: str) -> str:

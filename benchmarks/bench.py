@@ -258,7 +258,7 @@ def enqueue(bench: Bench, reps: int) -> None:
                 for _ in range(n):
                     statement()
                 target.append(n / (time.perf_counter() - started))
-            texts = [text] * 1000
+            texts = orchestrator._texts([text] * 1000)   # as enqueue_many sends them
             for target, statement in ((bulk_bare, lambda: connection.execute(insert_many, (texts,), prepare=True)),
                                       (bulk, lambda: app.enqueue_many("noop", [PAYLOAD] * 1000))):
                 started = time.perf_counter()

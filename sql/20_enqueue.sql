@@ -99,7 +99,7 @@ begin
   -- takes the lock on tasks before the ids are drawn, so that nothing that reads by id passes them unseen; LOCK TABLE would
   -- need more rights than a producer has
   insert into orchestrator.tasks (type) select '' where false;
-  v_ids := array(select orchestrator._uuidv7() from generate_series(1, v_n));
+  v_ids := orchestrator._uuidv7s(v_n);
   if p_idempotency_keys is null then
     insert into orchestrator.tasks (id, type, payload, priority, max_retries, queued_at, next_retry_at)
     select u.id, p_type, coalesce(u.payload, '{}'), p_priority, p_max_retries, case when v_later is null then clock_timestamp() end, v_later

@@ -51,7 +51,7 @@ begin
   -- enqueue
   grant execute on function
     orchestrator.enqueue, orchestrator.enqueue_many, orchestrator._check_task, orchestrator._payload_too_large,
-    orchestrator._enqueue_keyed, orchestrator._uuidv7, orchestrator._announce to orchestrator_producer;
+    orchestrator._enqueue_keyed, orchestrator._uuidv7, orchestrator._uuidv7s, orchestrator._announce to orchestrator_producer;
   grant insert (id, type, payload, priority, idempotency_key, max_retries, queued_at, next_retry_at), select (id, type, idempotency_key)
     on orchestrator.tasks to orchestrator_producer;
   grant select (type, priority, dropped_at), insert (type, priority) on orchestrator.lanes to orchestrator_producer;

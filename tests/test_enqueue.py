@@ -1,6 +1,7 @@
 """sql/20_enqueue.sql, and the small functions of sql/00_schema.sql."""
 from __future__ import annotations
 
+import uuid
 from datetime import UTC, datetime
 
 import psycopg
@@ -250,3 +251,14 @@ def test_task_ids_are_version_7_and_rise_with_time(conn):
     found = row(conn, "select orchestrator._uuid_at(created_at - interval '2 ms') as low, id, "
                       "orchestrator._uuid_at(created_at + interval '2 ms') as high from orchestrator.tasks limit 1")
     assert found["low"] < found["id"] < found["high"]
+
+
+@pytest.mark.parametrize("n", [0, 1, 1000])
+def test_many_ids_are_uuids_of_now_in_ascending_order(conn, n):
+    before, ids, again, after = row(
+        conn, "select orchestrator._uuid_at(clock_timestamp()) as before, orchestrator._uuidv7s(%s) as ids, "
+              "orchestrator._uuidv7s(%s) as again, orchestrator._uuid_at(clock_timestamp() + interval '1 ms') as after", n, n).values()
+    assert len(ids) == n
+    assert len({*ids, *again}) == 2 * n
+    assert ids == sorted(ids) and again == sorted(again)
+    assert all(before < id < after and id.version == 7 and id.variant == uuid.RFC_4122 for id in ids + again)

@@ -647,6 +647,11 @@ def test_what_arrived_but_was_not_handed_out_counts(installed: str) -> None:
     assert worker._room() == 6010 - 3000 - 2400
 
 
+@pytest.mark.parametrize("texts", [[], [None], ["NULL", None, ""], ['a"b', "a\\b", '\\"', "a,b", "{x}", " ' ", "é\n\t"]])
+def test_an_array_literal_holds_any_text(pure: Connection, texts: list[str | None]) -> None:
+    assert value(pure, "select %s::text[]", orchestrator._texts(texts)) == texts
+
+
 @pytest.mark.parametrize("supported", [True, False])
 def test_a_link_does_something_else_while_the_server_works(
         installed: str, conn: Connection, monkeypatch: pytest.MonkeyPatch, supported: bool) -> None:
