@@ -681,6 +681,15 @@ def test_a_link_does_something_else_while_the_server_works(
     link.close()
 
 
+def test_a_commit_that_fails_returns_no_rows_although_they_have_arrived(installed: str, conn: Connection) -> None:
+    conn.execute("create table seen (n int unique deferrable initially deferred)")
+    conn.execute("insert into seen values (7)")
+    link = orchestrator.Link(make_app(installed, {}).config)
+    with pytest.raises(psycopg.errors.UniqueViolation):
+        link.call("insert into seen values (7) returning n", meanwhile=lambda: None)
+    link.close()
+
+
 def test_what_was_claimed_is_handed_out_also_if_the_next_claim_fails(
         installed: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """A claim that filled the room is handed out while the next is under way: it must not depend on how that ends."""
