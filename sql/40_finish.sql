@@ -65,6 +65,10 @@ declare
 begin
   perform from orchestrator.claims c where c.id = any (p_claim_ids) order by c.id for no key update;
   v_now := clock_timestamp();   -- after the wait for the locks
+  if p_results is not null then   -- by 100, since each result is looked for by its id's place: 2,000 at once took 7.5 µs each, so 3.8
+    select coalesce(array_agg(c.id order by c.o, k), '{}'), array_agg(least(100, c.n - k) order by c.o, k) into p_claim_ids, p_counts
+    from unnest(p_claim_ids, p_counts) with ordinality c(id, n, o) cross join generate_series(0, c.n - 1, 100) k;
+  end if;
   for i in 1..cardinality(p_claim_ids) loop
     v_to := v_from + p_counts[i] - 1;
     v_ids := p_ids[v_from:v_to];

@@ -85,6 +85,19 @@ def test_complete_keeps_the_results(conn):
     assert {status(conn, t["id"]) for t in one + two} == {"completed"}
 
 
+def test_complete_gives_each_of_many_its_own_result(conn):
+    enqueue_some(conn, 350)
+    one, two = claim(conn, limit=230), claim(conn, limit=120)
+    named = [t["id"] for t in one[::-1] + two]   # not in the order of the table
+    query = "select * from orchestrator.complete_tasks(%s, '{230,119}', %s::uuid[], %s::jsonb[])"
+    args = [one[0]["claim_id"], two[0]["claim_id"]], named[:-1], [Jsonb(id) for id in named[:-1]]
+    assert rows(conn, query, *args) == []
+    assert claims(conn) == {two[0]["claim_id"]: 1}
+    assert value(conn, "select count(*) from orchestrator.tasks where status = 'completed' and result = to_jsonb(id)") == 349
+    assert rows(conn, query, *args) == []   # sent again
+    assert rows(conn, "select * from orchestrator.complete_tasks('{}', '{}', '{}', '{}')") == []
+
+
 def test_complete_sent_again_is_not_rejected_and_changes_nothing(conn):
     enqueue(conn)
     claim_id, id = claim_one(conn)
