@@ -1259,18 +1259,19 @@ class Router:
     def patterns(self) -> dict[str, Handler]:
         return {**self.exact, **self.prefixes}
 
-    def find(self, kind: str) -> Handler | None:
-        if kind in self.exact:
-            return self.exact[kind]
-        fitting = [p for p in self.prefixes if kind.startswith(p.rstrip("*"))]
-        return self.prefixes[max(fitting, key=len)] if fitting else None
-
-    def label(self, kind: str) -> str:
-        """The type as a metric's label: itself if registered by that name, else the pattern it falls under, else `other`."""
+    def pattern(self, kind: str) -> str | None:
+        """What this type is registered under: itself, or a prefix."""
         if kind in self.exact:
             return kind
-        fitting = [p for p in self.prefixes if kind.startswith(p.rstrip("*"))]
-        return max(fitting, key=len) if fitting else "other"
+        return max((p for p in self.prefixes if kind.startswith(p.rstrip("*"))), key=len, default=None)
+
+    def find(self, kind: str) -> Handler | None:
+        pattern = self.pattern(kind)
+        return None if pattern is None else self.exact.get(pattern) or self.prefixes[pattern]
+
+    def label(self, kind: str) -> str:
+        """The type as a metric's label, of which there must be few."""
+        return self.pattern(kind) or "other"
 
     def call(self, task: Task) -> Any:
         """Run the handler inside the middleware; an async handler on the event loop's thread, while this one waits."""
@@ -1419,7 +1420,7 @@ class Worker:
         self.forgotten_at = 0.0
         self.promote_at = self.types_at = self.cancels_at = self.progress_at = 0.0
         self.last_careful: tuple[Task | None, float] = (None, 0.0)
-        self.since_rate_line: collections.Counter[str] = collections.Counter()
+        self.since_rate_line = 0                              # completed since the last rate line
         self.rate_line_at = time.monotonic()
         self.wake_claim, self.wake_report, self.wake_heartbeat = Bell(), threading.Event(), threading.Event()
         self.listening: psycopg.Connection[Row] | None = None # the claim loop's connection, since it listens on it
@@ -1881,19 +1882,18 @@ class Worker:
 
     def _log_completed(self, tasks: list[Task]) -> None:
         """A line for each task while they are few; a rate line every 10 seconds while they are many."""
-        self.since_rate_line["completed"] += len(tasks)
-        if self.since_rate_line["completed"] <= 20 or log.isEnabledFor(logging.DEBUG):
+        self.since_rate_line += len(tasks)
+        if self.since_rate_line <= 20 or log.isEnabledFor(logging.DEBUG):
             for task in tasks:
                 self._log_end(task, "completed")
 
     def _rate_line(self, last: bool = False) -> None:
         now = time.monotonic()
         if last or now - self.rate_line_at >= 10:
-            count, seconds = self.since_rate_line["completed"], now - self.rate_line_at
+            count, seconds = self.since_rate_line, now - self.rate_line_at
             if count > 20:
                 log.info("%d tasks completed in the last %.0f s (%.0f/s)", count, seconds, count / seconds, extra={"worker": self.id})
-            self.since_rate_line.clear()
-            self.rate_line_at = now
+            self.since_rate_line, self.rate_line_at = 0, now
 
     # -------------------------------------------------------------------- what the report loop does beside reporting
     def _supervise(self, link: Link, unreported: list[Task]) -> None:
