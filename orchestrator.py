@@ -100,6 +100,7 @@ TIMEOUT_GRACE = 5.0         # seconds a handler has to return once its timeout h
 STATEMENT_TIMEOUT = 15.0    # seconds; the client gives up 5 seconds later, should the server be silent
 ERROR_LIMIT = 8000          # characters of an error text that are kept
 RESULT_LIMIT = 1_048_576    # bytes of JSON that a handler may return, or report as its progress
+CALL_LIMIT = 2 ** 26        # characters of JSON in one call, roughly: PostgreSQL closes the connection on a message of 2^30 bytes
 
 # --- bundled files: `make bundle` fills these in; else they are read from beside this file ---------------------------------
 BUNDLED_SQL: dict[str, str] = {}
@@ -1805,9 +1806,8 @@ class Worker:
             self._isolate(self._report_completed, link, plain)
         if len(plain) == len(tasks) and all(task.settled for task in tasks):
             return
-        results = [task for task in tasks if task.outcome is not None and task.outcome.kind == "completed"]
-        if results:
-            self._isolate(self._report_completed, link, results)
+        for batch in _batches([task for task in tasks if task.outcome is not None and task.outcome.kind == "completed"]):
+            self._isolate(self._report_completed, link, batch)
         failed = [task for task in tasks if task.outcome is not None and task.outcome.kind == "failed"]   # after the above: it may add
         if failed:
             self._isolate(self._report_failed, link, failed)
@@ -2238,6 +2238,21 @@ class Worker:
         log.warning("%s: database: %s", where, error_line(error), extra={"sqlstate": error.sqlstate})
 
 
+def _batches(tasks: list[Task]) -> Iterator[list[Task]]:
+    """These tasks, in lists whose results are below CALL_LIMIT together."""
+    batch: list[Task] = []
+    size = 0
+    for task in tasks:
+        length = len(task.outcome.text) if task.outcome else 0
+        if batch and size + length > CALL_LIMIT:
+            yield batch
+            batch, size = [], 0
+        batch.append(task)
+        size += length
+    if batch:
+        yield batch
+
+
 def _new_worker_id() -> str:
     return f"{socket.gethostname()[:180]}:{os.getpid()}:{os.urandom(5).hex()}"
 
@@ -2493,9 +2508,11 @@ class Orchestrator:
         """Add a task for each payload in one statement; returns (id, whether it was created) in their order. Raises ValueError."""
         keys = None if idempotency_keys is None else list(idempotency_keys)
         _check_fields(type, priority, keys or [], max_retries)
-        texts = [_payload(f"payloads[{number}]", payload) for number, payload in enumerate(payloads, 1)]   # as SQL counts
+        texts = _texts([_payload(f"payloads[{number}]", payload) for number, payload in enumerate(payloads, 1)])   # as SQL counts
+        if len(texts) > 8 * CALL_LIMIT:
+            raise ValueError(f"payloads: over {8 * CALL_LIMIT >> 20} MiB in one call; add them in several")
         rows = self._ask("select id, created from orchestrator.enqueue_many(%s, %s::jsonb[], %s, %s::text[], %s, "
-                         "coalesce(%s, clock_timestamp() + %s)) order by ordinal", type, _texts(texts), priority,
+                         "coalesce(%s, clock_timestamp() + %s)) order by ordinal", type, texts, priority,
                          None if keys is None else _texts(keys), max_retries, *_run_at(run_at, delay), connection=connection)
         return [(str(row[0]), row[1]) for row in rows]
 

@@ -158,6 +158,36 @@ def test_what_the_database_refuses_is_a_failed_attempt_and_holds_nothing_up(inst
     no_attempt_lost(conn)
 
 
+def test_large_results_are_reported_in_several_calls(installed: str, conn: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after an outage: PostgreSQL closes the connection on a message of 1 GiB, and would again and again."""
+    monkeypatch.setattr(orchestrator, "CALL_LIMIT", 100)
+    worker, calls = at_rest(installed), []
+    worker._register()
+    lengths = [10, 98, 2, 1, 200, 1, 1]   # with the quotes
+    app = make_app(installed, {})
+    app.enqueue_many("a", lengths)
+    worker.arrived = orchestrator.claim_tasks(worker.links["claim"], worker.id, ["a"], 10)
+    worker._hand_out(worker.id)
+    tasks = sorted(worker.tasks.values(), key=lambda task: task.id)
+    for task in tasks:
+        task.outcome = orchestrator.Outcome("completed", orchestrator.result_json("x" * (task.payload - 2)) if task.payload > 1 else "1")
+    complete = orchestrator.complete_tasks
+    monkeypatch.setattr(orchestrator, "complete_tasks", lambda *args: (calls.append(len(args[3])), complete(*args))[1])
+    worker._report(worker.links["report"], tasks)
+    assert calls == [1, 2, 1, 1, 2]
+    assert all(task.settled for task in tasks)
+    assert value(conn, "select count(*) from orchestrator.tasks where length(result::text) = (payload #>> '{}')::int") == 7
+    no_attempt_lost(conn)
+
+
+def test_a_call_that_would_be_too_large_for_postgresql_is_refused(installed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(orchestrator, "CALL_LIMIT", 2 ** 17)
+    app = make_app(installed, {})
+    with pytest.raises(ValueError, match="payloads: over 1 MiB in one call; add them in several"):
+        app.enqueue_many("a", ["x" * 2 ** 18] * 4)
+    app.enqueue_many("a", ["x" * (2 ** 18 - 100)] * 3)
+
+
 def test_a_task_that_can_not_even_fail_is_given_back_and_holds_nothing_up(installed: str, conn: Connection) -> None:
     conn.execute("""
         create function refuse() returns trigger language plpgsql as $$ begin raise 'not %', random(); end $$;
