@@ -89,6 +89,7 @@ log = logging.getLogger("orchestrator")
 
 HOLD_SECONDS = 0.1          # a worker holds what it will start within this time, at its measured pace
 PREFETCH_MAX = 4000         # and never more than this; 2,000 drain 9% slower: the next claim is sent too late
+PREFETCH_CHARACTERS = 2 ** 26   # nor than this of payloads, by the length of those that came last: memory is bounded, too
 CLAIM_AT = 0.6              # it claims again when this part of that is left
 CLAIM_MAX = 2000            # at once; half of what it holds, so that the next claim can be made while this one is handed out: 6%
 SLICE_MAX = 50              # tasks handed to a pool thread at once
@@ -1411,6 +1412,7 @@ class Worker:
         self.progress: dict[str, tuple[Task, str]] = {}
         self.places: list[Place] = []
         self.mean: float | None = None                        # seconds a task takes, lately
+        self.payload_length = 1.0                             # mean of the last claim's, in characters
         self.arrived: list[Row] = []                          # claimed, not yet handed out: that is done while the next claim is made
         self.arrived_at = 0.0                                 # monotonic; when their claim was sent
         self.handed = self.requeued = 0                       # tasks put into slices by the claim loop; by the report loop (taken out: < 0)
@@ -1568,7 +1570,8 @@ class Worker:
         """How many tasks to hold beyond the running ones: what starts within HOLD_SECONDS, at the measured pace."""
         if self.mean is None:
             return 0
-        return int(min(PREFETCH_MAX, self.config.worker_pool_size * HOLD_SECONDS / max(self.mean, 1e-6)))
+        pace = self.config.worker_pool_size * HOLD_SECONDS / max(self.mean, 1e-6)
+        return int(min(PREFETCH_MAX, pace, PREFETCH_CHARACTERS / self.payload_length))
 
     # --------------------------------------------------------------------------------------------------------- claim loop
     def _claim_loop(self) -> None:
@@ -1707,6 +1710,8 @@ class Worker:
     def _hand_out(self, worker_id: str) -> None:
         """Turn what arrived into tasks and put them into slices; what was recovered from a dead worker waits to start with care."""
         rows, self.arrived = self.arrived, []
+        if rows:
+            self.payload_length = sum(len(row[3]) for row in rows) / len(rows)
         ready = []
         handlers: dict[str, Handler | None] = {}
         was_empty = not self.tasks

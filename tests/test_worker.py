@@ -669,6 +669,20 @@ def test_how_many_tasks_a_worker_claims(installed: str, mean: float | None, in_h
     assert worker._room() == room
 
 
+def test_large_payloads_bound_what_a_worker_holds(installed: str) -> None:
+    worker = at_rest(installed)
+    worker._register()
+    worker.mean = 1e-6
+    app = make_app(installed, {})
+    for length, prefetch in ((100, 4000), (2 ** 18 - 2, 2 ** 8), (100, 4000)):
+        app.enqueue_many("a", ["x" * length] * 3)
+        worker.arrived = orchestrator.claim_tasks(worker.links["claim"], worker.id, ["a"], 10)
+        worker._hand_out(worker.id)
+        assert worker.prefetch() == prefetch
+        worker._hand_out(worker.id)   # nothing came: nothing is known of it
+        assert worker.prefetch() == prefetch
+
+
 def test_what_arrived_but_was_not_handed_out_counts(installed: str) -> None:
     worker = at_rest(installed)
     worker.mean, worker.arrived = 1e-6, [()] * 2400
