@@ -1566,12 +1566,14 @@ class Worker:
         """Tasks in slices that no place has taken."""
         return self.handed + self.requeued - sum(place.taken for place in self.places)
 
+    def hold_max(self) -> float:
+        return min(PREFETCH_MAX, PREFETCH_CHARACTERS / self.payload_length)
+
     def prefetch(self) -> int:
         """How many tasks to hold beyond the running ones: what starts within HOLD_SECONDS, at the measured pace."""
         if self.mean is None:
             return 0
-        pace = self.config.worker_pool_size * HOLD_SECONDS / max(self.mean, 1e-6)
-        return int(min(PREFETCH_MAX, pace, PREFETCH_CHARACTERS / self.payload_length))
+        return int(min(self.hold_max(), self.config.worker_pool_size * HOLD_SECONDS / max(self.mean, 1e-6)))
 
     # --------------------------------------------------------------------------------------------------------- claim loop
     def _claim_loop(self) -> None:
@@ -1701,7 +1703,7 @@ class Worker:
 
     def _room(self) -> int:
         arrived, prefetch, idle = len(self.arrived), self.prefetch(), self.idle_places()
-        limit = int(1.5 * PREFETCH_MAX) + self.config.worker_pool_size - len(self.tasks) - arrived   # finished but not reported counts here
+        limit = int(1.5 * self.hold_max()) + self.config.worker_pool_size - len(self.tasks) - arrived   # unreported ones count
         in_hand = self.in_hand() + len(self.careful) + arrived
         if in_hand > CLAIM_AT * prefetch and in_hand >= idle:
             return 0

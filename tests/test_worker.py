@@ -681,6 +681,10 @@ def test_large_payloads_bound_what_a_worker_holds(installed: str) -> None:
         assert worker.prefetch() == prefetch
         worker._hand_out(worker.id)   # nothing came: nothing is known of it
         assert worker.prefetch() == prefetch
+        worker.handed, held = 0, worker.tasks
+        worker.tasks = dict.fromkeys(map(str, range(int(1.5 * prefetch))))   # finished, not yet reported
+        assert worker._room() == 10
+        worker.tasks = held
 
 
 def test_what_arrived_but_was_not_handed_out_counts(installed: str) -> None:
