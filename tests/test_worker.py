@@ -669,6 +669,15 @@ def test_how_many_tasks_a_worker_claims(installed: str, mean: float | None, in_h
     assert worker._room() == room
 
 
+def test_a_new_worker_sees_to_all_chores_at_once_but_counts_later(installed: str) -> None:
+    worker = at_rest(installed)
+    before = time.monotonic()
+    worker._register()
+    later = [chore for chore in worker.chores if chore[0] > 0.0]
+    assert [chore[3] for chore in later] == [worker._count]
+    assert before + 1.0 <= later[0][0] <= time.monotonic() + 1.0
+
+
 def test_large_payloads_bound_what_a_worker_holds(installed: str) -> None:
     worker = at_rest(installed)
     worker._register()
