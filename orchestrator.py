@@ -820,23 +820,20 @@ class Metrics:
             self.dead[label] += 0
             self.rejected[label] += 0
             self.seconds[label], self.waits[label] = self.seconds[label], self.waits[label]
-        for outcome in RECOVERY_OUTCOMES:
-            self.recovered[outcome] += 0
-        for name in ERROR_CLASSES:
-            self.errors[name] += 0
+        self.recovered.update(dict.fromkeys(RECOVERY_OUTCOMES, 0))
+        self.errors.update(dict.fromkeys(ERROR_CLASSES, 0))
 
     def ended(self, task: Task, status: str) -> None:
         label = self.label(task.type)
         with self.lock:
             if status == "rejected":
                 self.rejected[label] += 1
-                return
-            if status in ("retry_scheduled", "dead_letter"):
+            elif status == "dead_letter":
                 self.completed[label, "failed"] += 1
-                if status == "dead_letter":
-                    self.dead[label] += 1
-                else:
-                    self.retries[label, RETRY_LABELS[min(task.attempt, len(RETRY_LABELS)) - 1]] += 1
+                self.dead[label] += 1
+            elif status == "retry_scheduled":
+                self.completed[label, "failed"] += 1
+                self.retries[label, RETRY_LABELS[min(task.attempt, len(RETRY_LABELS)) - 1]] += 1
             elif status in ("completed", "cancelled"):
                 self.completed[label, status] += 1
 
@@ -876,14 +873,8 @@ class Collector:
         self.worker = worker
 
     def collect(self) -> Iterator[Metric]:
-        metrics = self.worker.metrics.snapshot()
-        yield from self._counters(metrics)
-        yield from self._histograms(metrics)
-        yield from self._running(metrics)
-        yield from self._gauges()
-        yield from self._global()
-
-    def _counters(self, metrics: Metrics) -> Iterator[Metric]:
+        worker = self.worker
+        metrics = worker.metrics.snapshot()
         yield _family(CounterMetricFamily, "tasks_completed", "Attempts that ended here: completed, failed (one attempt) or cancelled",
                       ("type", "status"), metrics.completed)
         yield _family(CounterMetricFamily, "task_retries", "Retries scheduled here, by the attempt that failed", ("type", "attempt"),
@@ -894,44 +885,40 @@ class Collector:
         yield _family(CounterMetricFamily, "tasks_recovered", "Tasks that this worker, leading, took from dead workers: released "
                       "uncharged, retried, dead (letters), cancelled, or failed to be recovered", ("outcome",), metrics.recovered)
         yield _family(CounterMetricFamily, "database_errors", "Database errors by SQLSTATE class", ("class",), metrics.errors)
-
-    def _histograms(self, metrics: Metrics) -> Iterator[Metric]:
         for name, text, tallies in (("task_duration_seconds", "How long handlers ran", metrics.seconds),
                                     ("task_wait_seconds", "From enqueued (or due) to the handler's start", metrics.waits)):
             family = HistogramMetricFamily(name, text, labels=["type"])
             for label, tally in tallies.items():
                 family.add_metric([label], tally.buckets(), tally.sum)
             yield family
-        family = HistogramMetricFamily("task_claim_duration_seconds", "How long a claim took in the database")
-        family.add_metric([], metrics.claim_seconds.buckets(), metrics.claim_seconds.sum)
-        yield family
+        yield HistogramMetricFamily("task_claim_duration_seconds", "How long a claim took in the database",
+                                    metrics.claim_seconds.buckets(), metrics.claim_seconds.sum)
+        yield from self._running(metrics)
+        yield GaugeMetricFamily("worker_pool_capacity", "Places of the pool", worker.config.worker_pool_size)
+        yield GaugeMetricFamily("worker_prefetch_size", "How many tasks beyond the running ones this worker would hold", worker.prefetch())
+        yield GaugeMetricFamily("worker_loop_lag_seconds", "How long ago the slower loop last made progress", worker.loop_lag())
+        yield GaugeMetricFamily("worker_database_silence_seconds", "How long ago the database last answered",
+                                time.monotonic() - worker.reached_at)
+        yield _family(GaugeMetricFamily, "leader_status", "1 on the leader", ("worker_id",), {worker.id: int(worker.leads())})
+        yield InfoMetricFamily("orchestrator_build", "Versions", {"version": VERSION, "schema": str(SCHEMA_VERSION),
+                                                                  "python": ".".join(map(str, sys.version_info[:3]))})
+        yield from self._global()
 
     def _running(self, metrics: Metrics) -> Iterator[Metric]:
-        running, overdue, longest = ({label: 0.0 for label in metrics.handlers()} for _ in range(3))
+        zeros = dict.fromkeys(metrics.handlers(), 0.0)
+        running, overdue, longest = (collections.defaultdict(float, zeros) for _ in range(3))
         now = time.monotonic()
         for place in list(self.worker.places):
             task, started = place.task, place.started
             if task is not None:
                 label = metrics.label(task.type)
-                running[label] = running.get(label, 0) + 1
-                overdue[label] = overdue.get(label, 0) + (task.deadline is not None and now > task.deadline)
-                longest[label] = max(longest.get(label, 0), now - started)
+                running[label] += 1
+                overdue[label] += task.deadline is not None and now > task.deadline
+                longest[label] = max(longest[label], now - started)
         yield _family(GaugeMetricFamily, "tasks_running", "Handlers running here", ("type",), running)
         yield _family(GaugeMetricFamily, "tasks_overdue", "Handlers running here past their timeout", ("type",), overdue)
         yield _family(GaugeMetricFamily, "tasks_longest_running_seconds", "How long the oldest handler here has run", ("type",), longest)
-        yield GaugeMetricFamily("worker_pool_active", "Busy places of the pool", value=sum(running.values()))
-
-    def _gauges(self) -> Iterator[Metric]:
-        worker = self.worker
-        for name, text, value in (
-                ("worker_pool_capacity", "Places of the pool", worker.config.worker_pool_size),
-                ("worker_prefetch_size", "How many tasks beyond the running ones this worker would hold", worker.prefetch()),
-                ("worker_loop_lag_seconds", "How long ago the slower loop last made progress", worker.loop_lag()),
-                ("worker_database_silence_seconds", "How long ago the database last answered", time.monotonic() - worker.reached_at)):
-            yield GaugeMetricFamily(name, text, value=value)
-        yield _family(GaugeMetricFamily, "leader_status", "1 on the leader", ("worker_id",), {worker.id: int(worker.leads())})
-        yield InfoMetricFamily("orchestrator_build", "Versions", {"version": VERSION, "schema": str(SCHEMA_VERSION),
-                                                                  "python": ".".join(map(str, sys.version_info[:3]))})
+        yield GaugeMetricFamily("worker_pool_active", "Busy places of the pool", sum(running.values()))
 
     def _global(self) -> Iterator[Metric]:
         """What is true of the whole queue, from the leader alone, so that a sum over workers is right. Counted lately, not now:
@@ -949,12 +936,11 @@ class Collector:
         yield _family(CounterMetricFamily, "tasks_enqueued", "Tasks enqueued by anyone, psql too", ("type",),
                       {t["type"]: t["enqueued_total"] for t in types})
         now = time.monotonic()
-        for name, text, value in (
-                ("workers_total", "Live workers", stats["workers"]),
-                ("workers_dead", "Workers declared dead whose tasks are still to be recovered", stats["dead_workers"]),
-                ("recovery_age_seconds", "How long ago the leader last looked for tasks to recover", now - self.worker.recovered_at),
-                ("queue_stats_age_seconds", "How old the counts of tasks are", now - stats["at"])):
-            yield GaugeMetricFamily(name, text, value=value)
+        yield GaugeMetricFamily("workers_total", "Live workers", stats["workers"])
+        yield GaugeMetricFamily("workers_dead", "Workers declared dead whose tasks are still to be recovered", stats["dead_workers"])
+        yield GaugeMetricFamily("recovery_age_seconds", "How long ago the leader last looked for tasks to recover",
+                                now - self.worker.recovered_at)
+        yield GaugeMetricFamily("queue_stats_age_seconds", "How old the counts of tasks are", now - stats["at"])
 
 
 def _family(family: Callable[..., Any], name: str, text: str, labels: tuple[str, ...], values: Mapping[Any, float]) -> Metric:
