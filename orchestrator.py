@@ -962,14 +962,13 @@ class HttpServer(http.server.ThreadingHTTPServer):
     """The page, its data, /metrics, /health and /ready. Clients that say nothing are dropped after 5 seconds, or sooner when
     there are more than MAX_CLIENTS: a flood of half-open connections must not keep a health check out."""
 
-    daemon_threads = True
     request_queue_size = 1024
 
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
-        self.page = page_html().encode()
-        self.policy = content_security_policy(self.page.decode())
-        self.registry = CollectorRegistry(auto_describe=False)
+        page = page_html()
+        self.page, self.policy = page.encode(), content_security_policy(page)
+        self.registry = CollectorRegistry()
         self.registry.register(Collector(worker))
         ProcessCollector(registry=self.registry)   # memory, CPU and open files of this process
         self.link = Link(worker.config)
@@ -989,13 +988,10 @@ class HttpServer(http.server.ThreadingHTTPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         with self.clients_lock:
             self.clients[id(request)] = request, time.monotonic()
-        self._drop_clients()
         super().process_request(request, client_address)
 
-    def service_actions(self) -> None:   # twice a second
-        self._drop_clients()
-
-    def _drop_clients(self) -> None:
+    def service_actions(self) -> None:
+        """Drop clients. serve_forever calls this after each connection that it takes, and ten times a second."""
         with self.clients_lock:
             while self.clients:
                 request, since = next(iter(self.clients.values()))
@@ -1053,6 +1049,7 @@ class HttpRequest(http.server.BaseHTTPRequestHandler):
 
     def _get(self, path: str, query: dict[str, str]) -> None:
         worker = self.server.worker
+        folder, _, name = path.rpartition("/")
         if path == "/health":
             self._health(worker.health())
         elif path == "/ready":
@@ -1067,32 +1064,30 @@ class HttpRequest(http.server.BaseHTTPRequestHandler):
         elif path == "/":
             self._send(200, self.server.page, {"Content-Type": "text/html; charset=utf-8",
                                                "Content-Security-Policy": self.server.policy})
-        elif path.startswith("/api/") and path.removeprefix("/api/") in API_GET:
-            self._api(path.removeprefix("/api/"), query)
+        elif folder == "/api" and name in API_GET:
+            self._api(name, query)
         else:
             self._send(404, {"error": "there is /, /metrics, /health, /ready and /api/" + ", /api/".join(API_GET)})
 
     def _post(self, path: str, query: dict[str, str]) -> None:
         """No other site's page can send this: a browser asks before it sends an Authorization header across, and gets a 405."""
-        name = path.removeprefix("/api/")
+        folder, _, name = path.rpartition("/")
         token = self.server.worker.config.admin_token
         if not token:
             self._send(403, {"error": "this server only reads: ADMIN_TOKEN is not set"})
         elif not self._bearer(token):
             self._send(401, {"error": "the admin token is missing or wrong"}, {"WWW-Authenticate": "Bearer"})
-        elif name not in API_POST or not path.startswith("/api/"):
+        elif folder != "/api" or name not in API_POST:
             self._send(404, {"error": "there is no such action"})
-        else:
-            body = self._body()
-            if body is not None:
-                log.info("%s through the page", name, extra={"parameters": json.dumps(body)[:500]})
-                self._api(name, body)
+        elif (body := self._body()) is not None:
+            log.info("%s through the page", name, extra={"parameters": json.dumps(body)[:500]})
+            self._api(name, body)
 
     def _api(self, name: str, parameters: Mapping[str, str]) -> None:
         try:
             answer = self.server.ask(name, parameters)
         except psycopg.Error as error:
-            if error.sqlstate == "OR001" or (error.sqlstate or "").startswith("22"):
+            if (error.sqlstate or "").startswith(("OR001", "22")):
                 self._send(400, {"error": error_line(error)})
             elif error.sqlstate == "42501":
                 self._send(403, {"error": f"{error_line(error)}: the worker's database role may not; grant orchestrator_operator to it"})
@@ -1103,31 +1098,29 @@ class HttpRequest(http.server.BaseHTTPRequestHandler):
         if answer is None:
             self._send(404, {"error": "there is no such task"})
         else:
-            self._send(200, answer.encode() if isinstance(answer, str) else answer)
+            self._send(200, answer.encode())
 
     def _body(self) -> dict[str, str] | None:
+        """What was posted; None if that was refused, and answered."""
         lengths = self.headers.get_all("Content-Length") or []
-        problem = None
         if "Transfer-Encoding" in self.headers or not lengths:
-            problem = 411, "send a JSON object, and its Content-Length"
-        elif len(lengths) != 1 or not re.fullmatch(r"[0-9]{1,18}", lengths[0], re.ASCII):
-            problem = 400, "the Content-Length is not a number of bytes"
+            self._send(411, {"error": "send a JSON object, and its Content-Length"})
+        elif len(lengths) != 1 or not re.fullmatch(r"[0-9]{1,18}", lengths[0]):
+            self._send(400, {"error": "the Content-Length is not a number of bytes"})
         elif int(lengths[0]) > MAX_BODY:
-            problem = 413, f"send at most {MAX_BODY} bytes"
-        if problem is not None:
-            self._send(problem[0], {"error": problem[1]})
-            return None
-        try:
-            body = json.loads(self.rfile.read(int(lengths[0])) or "{}")
-        except TimeoutError:
-            self._send(408, {"error": "the body did not come"})
-            return None
-        except (ValueError, RecursionError):
-            body = None
-        if not isinstance(body, dict) or not all(isinstance(v, str) for v in body.values()):
+            self._send(413, {"error": f"send at most {MAX_BODY} bytes"})
+        else:
+            try:
+                body = json.loads(self.rfile.read(int(lengths[0])) or "{}")
+            except TimeoutError:
+                self._send(408, {"error": "the body did not come"})
+                return None
+            except (ValueError, RecursionError):
+                body = None
+            if isinstance(body, dict) and all(isinstance(v, str) for v in body.values()):
+                return body
             self._send(400, {"error": "send a JSON object of strings"})
-            return None
-        return body
+        return None
 
     def _authorized(self) -> bool:
         wanted = self.server.worker.config.metrics_auth
@@ -1154,9 +1147,11 @@ class HttpRequest(http.server.BaseHTTPRequestHandler):
             return True
         try:
             name = urlsplit("//" + self.headers.get("Host", "localhost")).hostname or ""
-        except ValueError:
+            if name != "localhost":
+                ipaddress.ip_address(name.partition("%")[0])
+        except ValueError:   # some other name
             return False
-        return name == "localhost" or _is_address(name)
+        return True
 
     def _health(self, problems: list[str]) -> None:
         self._send(503 if problems else 200, {"status": "failing" if problems else "ok", "problems": problems,
@@ -1187,16 +1182,11 @@ class HttpRequest(http.server.BaseHTTPRequestHandler):
         log.debug("http " + format, *args)
 
 
-def _is_address(name: str) -> bool:
+def _is_loopback(host: str) -> bool:
     try:
-        ipaddress.ip_address(name.partition("%")[0])
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-    return True
-
-
-def _is_loopback(host: str) -> bool:
-    return host == "localhost" or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
 
 
 def page_html() -> str:
