@@ -822,23 +822,20 @@ class Metrics:
             self.dead[label] += 0
             self.rejected[label] += 0
             self.seconds[label], self.waits[label] = self.seconds[label], self.waits[label]
-        for outcome in RECOVERY_OUTCOMES:
-            self.recovered[outcome] += 0
-        for name in ERROR_CLASSES:
-            self.errors[name] += 0
+        self.recovered.update(dict.fromkeys(RECOVERY_OUTCOMES, 0))
+        self.errors.update(dict.fromkeys(ERROR_CLASSES, 0))
 
     def ended(self, task: Task, status: str) -> None:
         label = self.label(task.type)
         with self.lock:
             if status == "rejected":
                 self.rejected[label] += 1
-                return
-            if status in ("retry_scheduled", "dead_letter"):
+            elif status == "dead_letter":
                 self.completed[label, "failed"] += 1
-                if status == "dead_letter":
-                    self.dead[label] += 1
-                else:
-                    self.retries[label, RETRY_LABELS[min(task.attempt, len(RETRY_LABELS)) - 1]] += 1
+                self.dead[label] += 1
+            elif status == "retry_scheduled":
+                self.completed[label, "failed"] += 1
+                self.retries[label, RETRY_LABELS[min(task.attempt, len(RETRY_LABELS)) - 1]] += 1
             elif status in ("completed", "cancelled"):
                 self.completed[label, status] += 1
 
@@ -878,14 +875,8 @@ class Collector:
         self.worker = worker
 
     def collect(self) -> Iterator[Metric]:
-        metrics = self.worker.metrics.snapshot()
-        yield from self._counters(metrics)
-        yield from self._histograms(metrics)
-        yield from self._running(metrics)
-        yield from self._gauges()
-        yield from self._global()
-
-    def _counters(self, metrics: Metrics) -> Iterator[Metric]:
+        worker = self.worker
+        metrics = worker.metrics.snapshot()
         yield _family(CounterMetricFamily, "tasks_completed", "Attempts that ended here: completed, failed (one attempt) or cancelled",
                       ("type", "status"), metrics.completed)
         yield _family(CounterMetricFamily, "task_retries", "Retries scheduled here, by the attempt that failed", ("type", "attempt"),
@@ -896,44 +887,40 @@ class Collector:
         yield _family(CounterMetricFamily, "tasks_recovered", "Tasks that this worker, leading, took from dead workers: released "
                       "uncharged, retried, dead (letters), cancelled, or failed to be recovered", ("outcome",), metrics.recovered)
         yield _family(CounterMetricFamily, "database_errors", "Database errors by SQLSTATE class", ("class",), metrics.errors)
-
-    def _histograms(self, metrics: Metrics) -> Iterator[Metric]:
         for name, text, tallies in (("task_duration_seconds", "How long handlers ran", metrics.seconds),
                                     ("task_wait_seconds", "From enqueued (or due) to the handler's start", metrics.waits)):
             family = HistogramMetricFamily(name, text, labels=["type"])
             for label, tally in tallies.items():
                 family.add_metric([label], tally.buckets(), tally.sum)
             yield family
-        family = HistogramMetricFamily("task_claim_duration_seconds", "How long a claim took in the database")
-        family.add_metric([], metrics.claim_seconds.buckets(), metrics.claim_seconds.sum)
-        yield family
+        yield HistogramMetricFamily("task_claim_duration_seconds", "How long a claim took in the database",
+                                    metrics.claim_seconds.buckets(), metrics.claim_seconds.sum)
+        yield from self._running(metrics)
+        yield GaugeMetricFamily("worker_pool_capacity", "Places of the pool", worker.config.worker_pool_size)
+        yield GaugeMetricFamily("worker_prefetch_size", "How many tasks beyond the running ones this worker would hold", worker.prefetch())
+        yield GaugeMetricFamily("worker_loop_lag_seconds", "How long ago the slower loop last made progress", worker.loop_lag())
+        yield GaugeMetricFamily("worker_database_silence_seconds", "How long ago the database last answered",
+                                time.monotonic() - worker.reached_at)
+        yield _family(GaugeMetricFamily, "leader_status", "1 on the leader", ("worker_id",), {worker.id: int(worker.leads())})
+        yield InfoMetricFamily("orchestrator_build", "Versions", {"version": VERSION, "schema": str(SCHEMA_VERSION),
+                                                                  "python": ".".join(map(str, sys.version_info[:3]))})
+        yield from self._global()
 
     def _running(self, metrics: Metrics) -> Iterator[Metric]:
-        running, overdue, longest = ({label: 0.0 for label in metrics.handlers()} for _ in range(3))
+        zeros = dict.fromkeys(metrics.handlers(), 0.0)
+        running, overdue, longest = (collections.defaultdict(float, zeros) for _ in range(3))
         now = time.monotonic()
         for place in list(self.worker.places):
             task, started = place.task, place.started
             if task is not None:
                 label = metrics.label(task.type)
-                running[label] = running.get(label, 0) + 1
-                overdue[label] = overdue.get(label, 0) + (task.deadline is not None and now > task.deadline)
-                longest[label] = max(longest.get(label, 0), now - started)
+                running[label] += 1
+                overdue[label] += task.deadline is not None and now > task.deadline
+                longest[label] = max(longest[label], now - started)
         yield _family(GaugeMetricFamily, "tasks_running", "Handlers running here", ("type",), running)
         yield _family(GaugeMetricFamily, "tasks_overdue", "Handlers running here past their timeout", ("type",), overdue)
         yield _family(GaugeMetricFamily, "tasks_longest_running_seconds", "How long the oldest handler here has run", ("type",), longest)
-        yield GaugeMetricFamily("worker_pool_active", "Busy places of the pool", value=sum(running.values()))
-
-    def _gauges(self) -> Iterator[Metric]:
-        worker = self.worker
-        for name, text, value in (
-                ("worker_pool_capacity", "Places of the pool", worker.config.worker_pool_size),
-                ("worker_prefetch_size", "How many tasks beyond the running ones this worker would hold", worker.prefetch()),
-                ("worker_loop_lag_seconds", "How long ago the slower loop last made progress", worker.loop_lag()),
-                ("worker_database_silence_seconds", "How long ago the database last answered", time.monotonic() - worker.reached_at)):
-            yield GaugeMetricFamily(name, text, value=value)
-        yield _family(GaugeMetricFamily, "leader_status", "1 on the leader", ("worker_id",), {worker.id: int(worker.leads())})
-        yield InfoMetricFamily("orchestrator_build", "Versions", {"version": VERSION, "schema": str(SCHEMA_VERSION),
-                                                                  "python": ".".join(map(str, sys.version_info[:3]))})
+        yield GaugeMetricFamily("worker_pool_active", "Busy places of the pool", sum(running.values()))
 
     def _global(self) -> Iterator[Metric]:
         """What is true of the whole queue, from the leader alone, so that a sum over workers is right. Counted lately, not now:
@@ -951,12 +938,11 @@ class Collector:
         yield _family(CounterMetricFamily, "tasks_enqueued", "Tasks enqueued by anyone, psql too", ("type",),
                       {t["type"]: t["enqueued_total"] for t in types})
         now = time.monotonic()
-        for name, text, value in (
-                ("workers_total", "Live workers", stats["workers"]),
-                ("workers_dead", "Workers declared dead whose tasks are still to be recovered", stats["dead_workers"]),
-                ("recovery_age_seconds", "How long ago the leader last looked for tasks to recover", now - self.worker.recovered_at),
-                ("queue_stats_age_seconds", "How old the counts of tasks are", now - stats["at"])):
-            yield GaugeMetricFamily(name, text, value=value)
+        yield GaugeMetricFamily("workers_total", "Live workers", stats["workers"])
+        yield GaugeMetricFamily("workers_dead", "Workers declared dead whose tasks are still to be recovered", stats["dead_workers"])
+        yield GaugeMetricFamily("recovery_age_seconds", "How long ago the leader last looked for tasks to recover",
+                                now - self.worker.recovered_at)
+        yield GaugeMetricFamily("queue_stats_age_seconds", "How old the counts of tasks are", now - stats["at"])
 
 
 def _family(family: Callable[..., Any], name: str, text: str, labels: tuple[str, ...], values: Mapping[Any, float]) -> Metric:
@@ -978,14 +964,13 @@ class HttpServer(http.server.ThreadingHTTPServer):
     """The page, its data, /metrics, /health and /ready. Clients that say nothing are dropped after 5 seconds, or sooner when
     there are more than MAX_CLIENTS: a flood of half-open connections must not keep a health check out."""
 
-    daemon_threads = True
     request_queue_size = 1024
 
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
-        self.page = page_html().encode()
-        self.policy = content_security_policy(self.page.decode())
-        self.registry = CollectorRegistry(auto_describe=False)
+        page = page_html()
+        self.page, self.policy = page.encode(), content_security_policy(page)
+        self.registry = CollectorRegistry()
         self.registry.register(Collector(worker))
         ProcessCollector(registry=self.registry)   # memory, CPU and open files of this process
         self.link = Link(worker.config)
@@ -1005,13 +990,10 @@ class HttpServer(http.server.ThreadingHTTPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         with self.clients_lock:
             self.clients[id(request)] = request, time.monotonic()
-        self._drop_clients()
         super().process_request(request, client_address)
 
-    def service_actions(self) -> None:   # twice a second
-        self._drop_clients()
-
-    def _drop_clients(self) -> None:
+    def service_actions(self) -> None:
+        """Drop clients. serve_forever calls this after each connection that it takes, and ten times a second."""
         with self.clients_lock:
             while self.clients:
                 request, since = next(iter(self.clients.values()))
@@ -1069,6 +1051,7 @@ class HttpRequest(http.server.BaseHTTPRequestHandler):
 
     def _get(self, path: str, query: dict[str, str]) -> None:
         worker = self.server.worker
+        folder, _, name = path.rpartition("/")
         if path == "/health":
             self._health(worker.health())
         elif path == "/ready":
@@ -1083,32 +1066,30 @@ class HttpRequest(http.server.BaseHTTPRequestHandler):
         elif path == "/":
             self._send(200, self.server.page, {"Content-Type": "text/html; charset=utf-8",
                                                "Content-Security-Policy": self.server.policy})
-        elif path.startswith("/api/") and path.removeprefix("/api/") in API_GET:
-            self._api(path.removeprefix("/api/"), query)
+        elif folder == "/api" and name in API_GET:
+            self._api(name, query)
         else:
             self._send(404, {"error": "there is /, /metrics, /health, /ready and /api/" + ", /api/".join(API_GET)})
 
     def _post(self, path: str, query: dict[str, str]) -> None:
         """No other site's page can send this: a browser asks before it sends an Authorization header across, and gets a 405."""
-        name = path.removeprefix("/api/")
+        folder, _, name = path.rpartition("/")
         token = self.server.worker.config.admin_token
         if not token:
             self._send(403, {"error": "this server only reads: ADMIN_TOKEN is not set"})
         elif not self._bearer(token):
             self._send(401, {"error": "the admin token is missing or wrong"}, {"WWW-Authenticate": "Bearer"})
-        elif name not in API_POST or not path.startswith("/api/"):
+        elif folder != "/api" or name not in API_POST:
             self._send(404, {"error": "there is no such action"})
-        else:
-            body = self._body()
-            if body is not None:
-                log.info("%s through the page", name, extra={"parameters": json.dumps(body)[:500]})
-                self._api(name, body)
+        elif (body := self._body()) is not None:
+            log.info("%s through the page", name, extra={"parameters": json.dumps(body)[:500]})
+            self._api(name, body)
 
     def _api(self, name: str, parameters: Mapping[str, str]) -> None:
         try:
             answer = self.server.ask(name, parameters)
         except psycopg.Error as error:
-            if error.sqlstate == "OR001" or (error.sqlstate or "").startswith("22"):
+            if (error.sqlstate or "").startswith(("OR001", "22")):
                 self._send(400, {"error": error_line(error)})
             elif error.sqlstate == "42501":
                 self._send(403, {"error": f"{error_line(error)}: the worker's database role may not; grant orchestrator_operator to it"})
@@ -1119,31 +1100,29 @@ class HttpRequest(http.server.BaseHTTPRequestHandler):
         if answer is None:
             self._send(404, {"error": "there is no such task"})
         else:
-            self._send(200, answer.encode() if isinstance(answer, str) else answer)
+            self._send(200, answer.encode())
 
     def _body(self) -> dict[str, str] | None:
+        """What was posted; None if that was refused, and answered."""
         lengths = self.headers.get_all("Content-Length") or []
-        problem = None
         if "Transfer-Encoding" in self.headers or not lengths:
-            problem = 411, "send a JSON object, and its Content-Length"
-        elif len(lengths) != 1 or not re.fullmatch(r"[0-9]{1,18}", lengths[0], re.ASCII):
-            problem = 400, "the Content-Length is not a number of bytes"
+            self._send(411, {"error": "send a JSON object, and its Content-Length"})
+        elif len(lengths) != 1 or not re.fullmatch(r"[0-9]{1,18}", lengths[0]):
+            self._send(400, {"error": "the Content-Length is not a number of bytes"})
         elif int(lengths[0]) > MAX_BODY:
-            problem = 413, f"send at most {MAX_BODY} bytes"
-        if problem is not None:
-            self._send(problem[0], {"error": problem[1]})
-            return None
-        try:
-            body = json.loads(self.rfile.read(int(lengths[0])) or "{}")
-        except TimeoutError:
-            self._send(408, {"error": "the body did not come"})
-            return None
-        except (ValueError, RecursionError):
-            body = None
-        if not isinstance(body, dict) or not all(isinstance(v, str) for v in body.values()):
+            self._send(413, {"error": f"send at most {MAX_BODY} bytes"})
+        else:
+            try:
+                body = json.loads(self.rfile.read(int(lengths[0])) or "{}")
+            except TimeoutError:
+                self._send(408, {"error": "the body did not come"})
+                return None
+            except (ValueError, RecursionError):
+                body = None
+            if isinstance(body, dict) and all(isinstance(v, str) for v in body.values()):
+                return body
             self._send(400, {"error": "send a JSON object of strings"})
-            return None
-        return body
+        return None
 
     def _authorized(self) -> bool:
         wanted = self.server.worker.config.metrics_auth
@@ -1170,9 +1149,11 @@ class HttpRequest(http.server.BaseHTTPRequestHandler):
             return True
         try:
             name = urlsplit("//" + self.headers.get("Host", "localhost")).hostname or ""
-        except ValueError:
+            if name != "localhost":
+                ipaddress.ip_address(name.partition("%")[0])
+        except ValueError:   # some other name
             return False
-        return name == "localhost" or _is_address(name)
+        return True
 
     def _health(self, problems: list[str]) -> None:
         self._send(503 if problems else 200, {"status": "failing" if problems else "ok", "problems": problems,
@@ -1203,16 +1184,11 @@ class HttpRequest(http.server.BaseHTTPRequestHandler):
         log.debug("http " + format, *args)
 
 
-def _is_address(name: str) -> bool:
+def _is_loopback(host: str) -> bool:
     try:
-        ipaddress.ip_address(name.partition("%")[0])
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-    return True
-
-
-def _is_loopback(host: str) -> bool:
-    return host == "localhost" or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
 
 
 def page_html() -> str:
