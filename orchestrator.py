@@ -1145,7 +1145,7 @@ class HttpRequest(http.server.BaseHTTPRequestHandler):
     def _host_allowed(self) -> bool:
         """A name that some website's owner points at 127.0.0.1 (DNS rebinding) must not read what is open to this machine alone."""
         config = self.server.worker.config
-        if config.metrics_auth or not _is_loopback(config.metrics_host):
+        if config.metrics_auth or not ipaddress.ip_address(str(self.server.server_address[0])).is_loopback:
             return True
         try:
             name = urlsplit("//" + self.headers.get("Host", "localhost")).hostname or ""
@@ -1184,17 +1184,10 @@ class HttpRequest(http.server.BaseHTTPRequestHandler):
         log.debug("http " + format, *args)
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 def page_html() -> str:
     path = Path(__file__).resolve().parent / "page.html"
     if BUNDLED_PAGE or path.exists():
-        return BUNDLED_PAGE or path.read_text()
+        return BUNDLED_PAGE or path.read_text("utf-8")
     return "<!doctype html><title>orchestrator</title><p>page.html is not beside orchestrator.py. There is /metrics and /health.</p>"
 
 

@@ -60,9 +60,9 @@ def port_of(app: Orchestrator) -> int:
 
 @pytest.fixture(scope="module")
 def ports(server: Server, template: str) -> Iterator[dict[str, int]]:
-    """Three workers' ports: open, with a token (and an admin's), and with a user and password."""
+    """Workers' ports: open, the same by a host's other name, with a token (and an admin's), and with a user and password."""
     url = server.create_database(template=urlsplit(template).path.lstrip("/"))
-    apps = {"open": start(url), "token": start(url, metrics_auth="sésame", admin_token="boss"),
+    apps = {"open": start(url), "named": start(url, metrics_host="127.1"), "token": start(url, metrics_auth="sésame", admin_token="boss"),
             "user": start(url, metrics_auth="ada:pass:word")}
     yield {name: port_of(app) for name, app in apps.items()}
     for thread in [threading.Thread(target=app.stop, args=(0,)) for app in apps.values()]:
@@ -114,8 +114,9 @@ def test_secrets_are_compared_in_constant_time(ports, monkeypatch):
     ("localhost.evil.example", 403), ("127.0.0.1.evil.example", 403), ("[", 403), ("", 403)])
 def test_a_name_pointed_at_loopback_reads_nothing(ports, host, status):
     """DNS rebinding: some website's name suddenly resolves to 127.0.0.1, and its script is same-origin with us."""
-    assert ask(ports["open"], "/metrics", Host=host)[0] == status
-    assert ask(ports["open"], "/health", Host=host)[0] == 200
+    for which in ("open", "named"):
+        assert ask(ports[which], "/metrics", Host=host)[0] == status
+        assert ask(ports[which], "/health", Host=host)[0] == 200
 
 
 def test_with_metrics_auth_any_name_will_do(ports):
