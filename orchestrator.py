@@ -2729,7 +2729,9 @@ def _enqueue_file(app: Orchestrator, args: argparse.Namespace) -> int:
     counts = collections.Counter(created=0, known=0, bad=0)
 
     def flush(group: tuple[Any, ...]) -> None:
+        nonlocal held
         lines = groups.pop(group)
+        held -= len(lines)
         try:
             counts.update(_enqueue_lines(app, group, lines))
         except ValueError:
@@ -2739,7 +2741,13 @@ def _enqueue_file(app: Orchestrator, args: argparse.Namespace) -> int:
                 except ValueError as error:
                     bad(line[0], str(error))
 
+    def flush_all() -> None:
+        for group in list(groups):
+            flush(group)
+
     def bad(number: int, problem: str) -> None:
+        if args.on_error == "stop":
+            flush_all()   # what came before is not lost; and if one of those lines is refused, that is where it stops
         counts["bad"] += 1
         print(f"line {number}: {problem}", file=sys.stderr)
         if args.on_error == "stop":
@@ -2755,26 +2763,19 @@ def _enqueue_file(app: Orchestrator, args: argparse.Namespace) -> int:
                 except ValueError as error:
                     bad(number, str(error))
                     continue
-                if args.on_error == "stop" and groups and group not in groups:   # strictly in order: nothing after a bad line goes in
-                    for other in list(groups):
-                        flush(other)
+                if args.on_error == "stop" and group not in groups:   # strictly in order: nothing after a bad line goes in
+                    flush_all()
                 groups.setdefault(group, []).append((number, payload, key))
                 held += 1
                 if len(groups[group]) >= 1000:
-                    held -= 1000
                     flush(group)
                 if held >= 20_000:   # many small groups: a file of any size must fit into memory
-                    held = 0
-                    for each in list(groups):
-                        flush(each)
+                    flush_all()
                 if number % 10000 == 0 and sys.stderr.isatty():
                     print(f"\r{number} lines", end="", file=sys.stderr)
-        for group in list(groups):
-            flush(group)
+        flush_all()
     except _StopFile:
-        with contextlib.suppress(_StopFile):
-            for group in list(groups):   # what came before the bad line is not lost
-                flush(group)
+        pass
     except psycopg.Error:
         print(f"{counts['created']} enqueued before the database failed", file=sys.stderr)
         raise
@@ -2795,24 +2796,25 @@ def _parse_line(line: bytes, args: argparse.Namespace) -> tuple[tuple[Any, ...],
         raise ValueError("is not UTF-8") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"is not JSON: {getattr(error, 'msg', error)}") from None
-    if not isinstance(item, dict) or not isinstance(item.get("type", args.type), str):
-        raise ValueError("must be an object with a type, such as {\"type\": \"task:backup\", \"payload\": {}}")
+    if not isinstance(item, dict):
+        raise ValueError("must be an object such as {\"type\": \"task:backup\", \"payload\": {}}")
     for name, value in item.items():
         if name not in FILE_FIELDS:
             raise ValueError(f"{name}: there is no such field; there are {', '.join(FILE_FIELDS)}")
         if name != "payload" and value is not None and (not isinstance(value, FILE_FIELDS[name]) or isinstance(value, bool)):
             raise ValueError(f"{name}: must be {'a whole number' if FILE_FIELDS[name] is int else 'a string'}")
-    run_at = _argument("run_at", _moment, item["run_at"]) if item.get("run_at") else None
-    priority = item.get("priority")
-    priority = args.priority if priority is None else priority
-    group = (item.get("type", args.type), priority, item.get("max_retries", args.max_retries), run_at)
-    return group, item.get("payload"), item.get("idempotency_key")
+    item = {"type": args.type, "priority": args.priority, "max_retries": args.max_retries, "payload": {}, "idempotency_key": None,
+            **{name: value for name, value in item.items() if value is not None}}
+    if item["type"] is None:
+        raise ValueError("type: is missing, here and on the command line")
+    run_at = _argument("run_at", _moment, item["run_at"]) if "run_at" in item else None
+    return (item["type"], item["priority"], item["max_retries"], run_at), item["payload"], item["idempotency_key"]
 
 
 def _enqueue_lines(app: Orchestrator, group: tuple[Any, ...], lines: list[tuple[int, Any, str | None]]) -> dict[str, int]:
     kind, priority, max_retries, run_at = group
     keys = [key for _, _, key in lines]
-    rows = app.enqueue_many(kind, [{} if payload is None else payload for _, payload, _ in lines], priority=priority,
+    rows = app.enqueue_many(kind, [payload for _, payload, _ in lines], priority=priority,
                             idempotency_keys=keys if any(key is not None for key in keys) else None,
                             max_retries=max_retries, run_at=run_at)
     created = sum(made for _, made in rows)
@@ -2914,20 +2916,26 @@ def _table(args: argparse.Namespace, rows: list[dict[str, Any]], columns: list[s
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    settings = argparse.ArgumentParser(add_help=False)
-    group = settings.add_argument_group("settings (environment variables of the same names in capitals)")
+def _settings_parser(listed: bool) -> argparse.ArgumentParser:
+    """A flag for each setting, and --json. After the command there are the same ones, unlisted, which leave alone what came before."""
+    parser = argparse.ArgumentParser(add_help=False, argument_default=None if listed else argparse.SUPPRESS)
+    group = parser.add_argument_group("settings (environment variables of the same names in capitals)")
     for field in dataclasses.fields(Config):
-        group.add_argument("--" + field.name.replace("_", "-"), dest="set_" + field.name, metavar="X", default=None,
-                           help=field.metadata["help"].replace("%", "%%"))
-    settings.add_argument("--json", action="store_true", help="print JSON")
-    parser = argparse.ArgumentParser(prog="orchestrator.py", description=__doc__, parents=[settings],
+        group.add_argument("--" + field.name.replace("_", "-"), dest="set_" + field.name, metavar="X",
+                           help=field.metadata["help"].replace("%", "%%") if listed else argparse.SUPPRESS)
+    parser.add_argument("--json", action="store_true", help="print JSON" if listed else argparse.SUPPRESS)
+    return parser
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="orchestrator.py", description=__doc__, parents=[_settings_parser(listed=True)],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    unlisted = _settings_parser(listed=False)
     parser.add_argument("--version", action="version", version=f"orchestrator {VERSION} (schema {SCHEMA_VERSION})")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
     def command(name: str, text: str) -> argparse.ArgumentParser:
-        return commands.add_parser(name, help=text, description=text, parents=[_quiet(settings)])
+        return commands.add_parser(name, help=text, description=text, parents=[unlisted])
     command("run", "run a worker (the default)")
     command("install", "install or upgrade the schema").add_argument("--print", action="store_true", help="only print the SQL")
     sub = command("enqueue", "add a task, or many from a file")
@@ -2943,7 +2951,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("list", "list tasks, the newest first")
     sub.add_argument("--status")
     sub.add_argument("--type")
-    sub.add_argument("--limit", type=_limit, default=50, help="at most 1000")
+    sub.add_argument("--limit", type=_up_to(1000), default=50, help="at most 1000")
     sub.add_argument("--before", metavar="ID", help="only those before this one")
     for name, text in (("show", "one task's whole story"), ("cancel", "cancel a task")):
         command(name, text).add_argument("id")
@@ -2951,7 +2959,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("id", nargs="?")
     sub.add_argument("--dead-letters", action="store_true", help="all of them")
     sub.add_argument("--type", help="only dead letters of this type")
-    sub.add_argument("--limit", type=_limit, default=1000)
+    sub.add_argument("--limit", type=_up_to(1_000_000), default=1000)
     for name, text in (("pause", "keep a type from being claimed"), ("resume", "undo pause")):
         command(name, text).add_argument("type")
     command("stats", "what waits, runs and ended, by type")
@@ -2960,21 +2968,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _limit(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 1_000_000:
-        raise argparse.ArgumentTypeError("must be a whole number from 1 to 1000000")
-    return int(text)
-
-
-def _quiet(settings: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """The same options, that leave alone what was given before the command."""
-    copy = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    for action in settings._actions:
-        if action.dest == "json":
-            copy.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-        else:
-            copy.add_argument(*action.option_strings, dest=action.dest, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    return copy
+def _up_to(most: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isdecimal() or not 1 <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"must be a whole number from 1 to {most}")
+        return int(text)
+    return parse
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -2996,9 +2995,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         app = Orchestrator(**settings)
         app.config = config
         return int(globals()["command_" + (args.command or "run")](app, args))
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-    except ValueError as error:
+    except (ConfigError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
     except psycopg.Error as error:
         print(f"error: DATABASE_URL: {_database_problem(error)}", file=sys.stderr)

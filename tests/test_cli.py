@@ -156,6 +156,23 @@ def test_stopping_keeps_what_came_before_and_nothing_after(cli: Callable[..., An
     assert column(conn, "select type from orchestrator.tasks") == ["a"]
 
 
+def test_stopping_names_only_the_first_bad_line(cli: Callable[..., Answer], conn: Connection, tmp_path: Path) -> None:
+    """Line 2 is refused by the database, to which it goes with its neighbours; line 4 is found bad at once."""
+    (tmp_path / "f").write_text('{"type": "a"}\n{"type": "a", "idempotency_key": ""}\n{"type": "a"}\n{nonsense\n')
+    answer = cli("enqueue", "--file", str(tmp_path / "f"), "--on-error", "stop")
+    assert answer.code == 2 and answer.out == "1 enqueued, 0 known already, 1 bad lines\n"
+    assert answer.err.startswith("line 2: ") and len(answer.err.splitlines()) == 1
+
+
+def test_a_null_in_a_file_is_as_if_it_were_left_out(cli: Callable[..., Answer], conn: Connection, tmp_path: Path) -> None:
+    names = ("type", "payload", "priority", "idempotency_key", "max_retries", "run_at")
+    (tmp_path / "f").write_text(json.dumps(dict.fromkeys(names)) + '\n{"run_at": ""}\n')
+    answer = cli("enqueue", "a", "--priority", "3", "--max-retries", "7", "--file", str(tmp_path / "f"))
+    assert answer.code == 2 and answer.out.startswith("1 enqueued") and answer.err.startswith("line 2: run_at: ")
+    assert conn.execute("select type, payload, priority, idempotency_key, max_retries, next_retry_at from orchestrator.tasks"
+                        ).fetchall() == [("a", {}, 3, None, 7, None)]
+
+
 def test_a_long_file_of_many_kinds_is_streamed(cli: Callable[..., Answer], conn: Connection, tmp_path: Path) -> None:
     with (tmp_path / "f").open("w") as file:
         for n in range(30_000):
@@ -183,7 +200,7 @@ def test_list_shows_the_newest_first_and_pages(cli: Callable[..., Answer]) -> No
 
 
 def test_list_refuses_bad_filters(cli: Callable[..., Answer]) -> None:
-    for args in (["--status", "lost"], ["--limit", "0"], ["--limit", "-1"], ["--limit", "many"], ["--before", "x"]):
+    for args in (["--status", "lost"], ["--limit", "0"], ["--limit", "-1"], ["--limit", "many"], ["--limit", "1001"], ["--before", "x"]):
         answer = cli("list", *args)
         assert answer.code == 2 and "error: " in answer.err and "Traceback" not in answer.err
         assert "--database-url" in answer.err or "DATABASE_URL" not in answer.err
