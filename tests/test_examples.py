@@ -90,6 +90,14 @@ def test_web_app_stores_an_order_and_its_task_together_or_neither(start: Callabl
     assert conn.execute("select count(*), (select count(*) from orders) from orchestrator.tasks").fetchone() == (1, 1)
 
 
+def test_other_drivers_enqueue_in_their_own_transactions(start: Callable[..., Program], conn: psycopg.Connection[Any]) -> None:
+    program = start("other_drivers.py")
+    assert program.process.wait(40) == 0, program.output
+    assert program.output.splitlines() == ["orders of Ada, Bob, Cy", "tasks 3"]
+    pairs = "select o.customer from orchestrator.tasks t join orders o on o.id = (t.payload ->> 'order')::int order by t.id"
+    assert [row[0] for row in conn.execute(pairs)] == ["Ada", "Bob", "Cy"]
+
+
 def test_checked_payload_refuses_wrong_payloads_by_the_name_of_the_field(start: Callable[..., Program]) -> None:
     program = start("checked_payload.py")
     assert program.process.wait(40) == 0, program.output
