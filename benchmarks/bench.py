@@ -442,7 +442,7 @@ def snapshot(bench: Bench, reps: int) -> None:
 
 def fleet(bench: Bench, reps: int) -> None:
     """4 worker processes on one database, against one."""
-    count = 20_000 if QUICK else 100_000
+    count = 20_000 if QUICK else 200_000
     one, four = [], []
     for _ in range(reps):
         for processes, into in ((1, one), (4, four)):

@@ -101,6 +101,45 @@ def test_the_share_of_a_lane_whose_tasks_are_locked_goes_to_the_others(conn, con
         assert [t["type"] for t in claim(conn, types=["a", "b"], limit=4)] == ["a"] * 4   # a's share is two, and b gives none
 
 
+def ids_of(claimed):
+    return [t["id"] for t in claimed]
+
+
+def test_large_claims_at_the_same_time_start_apart_and_leave_nothing_over(conn, connect):
+    register(conn)
+    ids = enqueue_some(conn, 1300)
+    other = connect()
+    with other.transaction():
+        assert ids_of(claim(other, limit=500)) == ids[:500]
+        assert ids_of(claim(conn, limit=500)) == ids[500:1000]
+        assert ids_of(claim(conn, limit=500)) == ids[1000:]
+        assert claim(conn, limit=500) == []
+
+
+def test_a_large_claim_that_started_further_on_looks_before_that_too(conn, connect):
+    register(conn)
+    ids = enqueue_some(conn, 1200)
+    enqueue_some(conn, 500, "other")
+    other = connect()
+    with other.transaction():
+        claim(other, types=["other"], limit=500)   # has the first place, although it wants none of these
+        assert ids_of(claim(conn, limit=499)) == ids[:499]   # not large
+        assert ids_of(claim(conn, limit=500)) == ids[999:] + ids[499:798]
+        assert ids_of(claim(conn, limit=500)) == ids[798:999]
+    assert audit(conn) == []
+
+
+def test_a_lane_too_short_to_start_further_on_gets_its_share_all_the_same(conn, connect):
+    register(conn)
+    enqueue_some(conn, 2000, "big")
+    enqueue_some(conn, 10, "small")
+    enqueue_some(conn, 500, "other")
+    other = connect()
+    with other.transaction():
+        claim(other, types=["other"], limit=500)
+        assert Counter(t["type"] for t in claim(conn, types=["big", "small"], limit=500)) == {"big": 490, "small": 10}
+
+
 def test_a_claim_of_one_takes_turns_by_the_age_of_the_lanes_heads(conn):
     register(conn)
     old = enqueue(conn, "a")
