@@ -91,8 +91,8 @@ begin
             order by t.queued_at limit 1) h
           left join lateral (
             select t.queued_at from orchestrator.tasks t
-            where t.type = l.type and t.priority = v_priority and t.queued_at >= h.queued_at
-            order by t.queued_at offset v_place * v_share limit 1) f on v_place > 0
+            where v_place > 0 and t.type = l.type and t.priority = v_priority and t.queued_at >= h.queued_at
+            order by t.queued_at offset v_place * v_share limit 1) f on true
           where l.priority = v_priority),
         -- materialized: a plain LIMIT … SKIP LOCKED could be run again by a join, and claim more than the limit
         pick as materialized (
