@@ -315,9 +315,10 @@ def latency(bench: Bench, reps: int) -> None:
 
 
 def sleeping(bench: Bench, reps: int) -> None:
-    """2,000 tasks of 50 ms, pool 50; and 95% no-op with 5% of 200 ms, whose quick ones must not wait for the slow ones."""
-    ratios, waits_p99, shares = [], [], []
-    n = 500 if QUICK else 2000
+    """2,000 tasks of 50 ms, pool 50; 95% no-op with 5% of 200 ms, whose quick ones must not wait for the slow ones; and what
+    10 places of 5 ms cost, 2,000 tasks/s."""
+    ratios, waits_p99, shares, calls, cpu = [], [], [], [], []
+    n, quick = (500, 1000) if QUICK else (2000, 10_000)
     for _ in range(reps):
         with bench.database() as (url, connection):
             fill(url, n)
@@ -328,9 +329,35 @@ def sleeping(bench: Bench, reps: int) -> None:
             waits_p99.append(mixed(url))
         with bench.database() as (url, _):
             shares.append(two_workers(url))
+        with bench.database() as (url, connection), counted_calls() as made:
+            fill(url, quick)
+            settle(connection)
+            made.clear()
+            cpu.append(drain_once(url, quick, handler=lambda task: time.sleep(0.005))["cpu"])
+            calls.append(len(made) / quick)
     bench.row("sleeping", f"{n:,} tasks of 50 ms, pool 50", ratios, "× ideal", goal=1.05, at_most=True)
     bench.row("sleeping", "mixed, pool 50: quick ones' p99 wait", waits_p99, "ms", goal=100, at_most=True)
     bench.row("sleeping", "two workers share 100 tasks of 200 ms", shares, "× ideal", goal=1.15, at_most=True)
+    bench.row("sleeping", "10 places of 5 ms: calls to the database", calls, "a task")
+    bench.row("sleeping", "10 places of 5 ms: Python's CPU", cpu, "µs/task")
+
+
+@contextlib.contextmanager
+def counted_calls(*functions: str) -> Iterator[list[float]]:
+    """While it lasts, each call to the database (of one of these functions, if any are named) puts its seconds into the list."""
+    real, made = orchestrator.Link.call, []
+
+    def counted(link: orchestrator.Link, query: str, *args: Any, **keywords: Any) -> Any:
+        started = time.perf_counter()
+        rows = real(link, query, *args, **keywords)
+        if not functions or any(name in query for name in functions):
+            made.append(time.perf_counter() - started)
+        return rows
+    orchestrator.Link.call = counted   # type: ignore[method-assign]
+    try:
+        yield made
+    finally:
+        orchestrator.Link.call = real   # type: ignore[method-assign]
 
 
 def mixed(url: str) -> float:
@@ -475,34 +502,22 @@ def fleet_rate(url: str, connection: psycopg.Connection[Any], processes: int, co
 
 def scrape(bench: Bench, reps: int) -> None:
     """1,000,000 wait, 30 types: how long a scrape takes, and what the leader's counting takes of one core."""
-    big, seconds = (50_000, 5) if QUICK else (1_000_000, 60)
-    spent: list[float] = []
-    real = orchestrator.Link.call
-
-    def timed(link: orchestrator.Link, query: str, *args: Any, **keywords: Any) -> Any:
-        started = time.perf_counter()
-        rows = real(link, query, *args, **keywords)
-        if "sample_stats" in query or "orchestrator.metrics()" in query:
-            spent.append(time.perf_counter() - started)
-        return rows
+    big, seconds = (50_000, 5) if QUICK else (1_000_000, 120)   # counts come at most a minute apart, the first one takes twice as long
     with bench.database() as (url, connection):
         fill(url, big)
         settle(connection)
         connection.execute("select orchestrator.pause_type('noop')")
-        orchestrator.Link.call = timed   # type: ignore[method-assign]
-        try:
-            with worker(url, {"noop": print, **{f"type{n}": print for n in range(29)}}) as app:
-                assert app.worker is not None and app.worker.http is not None
-                address = f"http://127.0.0.1:{app.worker.http.server_address[1]}/metrics"
-                times, until, started = [], time.monotonic() + seconds, time.perf_counter()
-                while time.monotonic() < until:
-                    before = time.perf_counter()
-                    urllib.request.urlopen(address).read()
-                    times.append(time.perf_counter() - before)
-                    time.sleep(0.5)
-                share = sum(spent) / (time.perf_counter() - started)
-        finally:
-            orchestrator.Link.call = real   # type: ignore[method-assign]
+        with counted_calls("sample_stats", "orchestrator.metrics()") as spent, \
+                worker(url, {"noop": print, **{f"type{n}": print for n in range(29)}}) as app:
+            assert app.worker is not None and app.worker.http is not None
+            address = f"http://127.0.0.1:{app.worker.http.server_address[1]}/metrics"
+            times, until, started = [], time.monotonic() + seconds, time.perf_counter()
+            while time.monotonic() < until:
+                before = time.perf_counter()
+                urllib.request.urlopen(address).read()
+                times.append(time.perf_counter() - before)
+                time.sleep(0.5)
+            share = sum(spent) / (time.perf_counter() - started)
     bench.row("scrape", f"{big:,} waiting, 30 types: a scrape, p99", [percentile(times, 0.99) * 1000], "ms", goal=50, at_most=True)
     bench.row("scrape", "the leader's counting", [share * 100], "% of a core", goal=1, at_most=True)
 

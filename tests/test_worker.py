@@ -1080,11 +1080,29 @@ def test_reporting_makes_room_and_wakes_the_claim_loop(installed: str, monkeypat
 
     def wait_and_tell(worker: orchestrator.Worker, seconds: float) -> None:
         waiting(worker, seconds)
-        if not worker.wake_claim._rung and 0 < sum(worker.metrics.completed.values()) < 1000:
-            sat_out.append(seconds)
+        if worker.full and worker._room() > 0 and not select.select([worker.wake_claim], [], [], 2)[0]:
+            sat_out.append(seconds)   # there is room, and nobody says so
     monkeypatch.setattr(orchestrator.Worker, "_wait_for_bell", wait_and_tell)
     with running(installed, {"t": lambda task: None}, worker_pool_size=2, claim_interval=60) as app:
         worker = worker_of(app)
         app.enqueue_many("t", [{}] * 1000)
         eventually(lambda: sum(worker.metrics.completed.values()) == 1000, 30)
-    assert sat_out == []   # it never waited for a ring although there was room and work
+    assert sat_out == []
+
+
+def test_small_reports_keep_a_distance_but_not_when_it_stops(installed: str, conn: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(orchestrator, "REPORT_PAUSE", 3600.0)
+    gate = Gate()
+    gate.open.set()
+    with running(installed, {"t": gate}) as app:
+        first = app.enqueue("t")
+        wait_for(app, first, "completed")
+        second = app.enqueue("t")
+        gate.wait_started()
+        gate.wait_started()
+        eventually(lambda: len(worker_of(app).finished) == 1)   # it has ended, and is not reported
+        assert value(conn, "select status::text from orchestrator.tasks where id = %s", second) == "claimed"
+        began = time.monotonic()
+        app.stop(30)
+        assert time.monotonic() - began < 15
+    assert value(conn, "select status::text from orchestrator.tasks where id = %s", second) == "completed"
