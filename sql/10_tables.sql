@@ -27,21 +27,13 @@ create table if not exists orchestrator.tasks (
   recoveries          int not null default 0,
   result              jsonb,
   primary key (id) with (fillfactor = 45),
-  constraint type_has_1_to_255_bytes check (octet_length(type) between 1 and 255),
-  constraint idempotency_key_has_1_to_255_bytes check (octet_length(idempotency_key) between 1 and 255),
-  constraint max_retries_is_0_to_1000 check (max_retries between 0 and 1000),
-  constraint failed_is_never_at_rest check (status <> 'failed'),
-  constraint only_pending_is_queued check (queued_at is null or status = 'pending'),
-  constraint pending_is_either_queued_or_scheduled check (status <> 'pending' or (queued_at is null) <> (next_retry_at is null)),
-  constraint retry_scheduled_has_its_time check (status <> 'retry_scheduled' or next_retry_at is not null),
-  constraint only_the_waiting_have_a_next_retry_at check (next_retry_at is null or status in ('pending', 'retry_scheduled')),
-  constraint waiting_has_no_claim check (status not in ('pending', 'retry_scheduled') or (claim_id is null and worker_id is null)),
-  constraint in_flight_has_claim_and_worker check
-    (status not in ('claimed', 'running') or (claim_id is not null and worker_id is not null and claimed_at is not null)),
-  constraint running_and_completed_have_started check (status not in ('running', 'completed') or (started_at is not null and attempts > 0)),
-  constraint completed_at_is_when_it_completed_or_was_cancelled check ((completed_at is not null) = (status in ('completed', 'cancelled'))),
-  constraint dead_at_is_when_it_became_a_dead_letter check ((dead_at is not null) = (status = 'dead_letter')),
-  constraint only_in_flight_is_asked_to_cancel check (cancel_requested_at is null or status in ('claimed', 'running'))
+  -- Few, since PostgreSQL parses each one anew for each statement: fourteen of them were 27 µs of a bare insert's 38. These two
+  -- refuse what a hand-made update gets wrong; audit() knows all the rules.
+  constraint a_status_has_its_time check (case status
+    when 'pending' then coalesce(queued_at, next_retry_at) when 'retry_scheduled' then next_retry_at
+    when 'claimed' then claimed_at when 'running' then started_at
+    when 'completed' then completed_at when 'cancelled' then completed_at when 'dead_letter' then dead_at end is not null),
+  constraint a_task_rests_in_one_place check (num_nonnulls(queued_at, next_retry_at, completed_at, dead_at) <= 1)
 ) with (fillfactor = 32);   -- room for the next versions on the page: completions stay heap-only, also
                           -- while several workers' claims keep old versions from being pruned (at 40, half of them then did not)
 comment on table orchestrator.tasks is 'One row for each task, waiting, in flight or ended. Written by the functions of this schema only.';

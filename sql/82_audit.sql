@@ -1,35 +1,31 @@
 -- The audit: each invariant that the data can show, looked for in one statement, so in one snapshot. Reads only, locks
--- nothing, and reads tasks whole a few times. The rules that constraints hold are looked at too: a constraint can be dropped,
--- or not be valid yet.
+-- nothing, and reads tasks whole a few times.
 
--- The rules of one row of tasks, under the names of their constraints in 10_tables.sql, and which of them it breaks.
-create or replace function orchestrator._broken_constraints(t orchestrator._bare_tasks) returns table (name text, broken boolean)
+-- The first rule that one row of tasks breaks, or null.
+create or replace function orchestrator._broken_rule(t orchestrator._bare_tasks) returns text
 language sql immutable parallel safe as $$
-  select v.name, not v.holds from (values
-    ('type_has_1_to_255_bytes', octet_length(t.type) between 1 and 255),
-    ('idempotency_key_has_1_to_255_bytes', octet_length(t.idempotency_key) between 1 and 255),
-    ('max_retries_is_0_to_1000', t.max_retries between 0 and 1000),
-    ('failed_is_never_at_rest', t.status <> 'failed'),
-    ('only_pending_is_queued', t.queued_at is null or t.status = 'pending'),
-    ('pending_is_either_queued_or_scheduled', t.status <> 'pending' or (t.queued_at is null) <> (t.next_retry_at is null)),
-    ('retry_scheduled_has_its_time', t.status <> 'retry_scheduled' or t.next_retry_at is not null),
-    ('only_the_waiting_have_a_next_retry_at', t.next_retry_at is null or t.status in ('pending', 'retry_scheduled')),
-    ('waiting_has_no_claim', t.status not in ('pending', 'retry_scheduled') or (t.claim_id is null and t.worker_id is null)),
-    ('in_flight_has_claim_and_worker',
-     t.status not in ('claimed', 'running') or (t.claim_id is not null and t.worker_id is not null and t.claimed_at is not null)),
-    ('running_and_completed_have_started', t.status not in ('running', 'completed') or (t.started_at is not null and t.attempts > 0)),
-    ('completed_at_is_when_it_completed_or_was_cancelled', (t.completed_at is not null) = (t.status in ('completed', 'cancelled'))),
-    ('dead_at_is_when_it_became_a_dead_letter', (t.dead_at is not null) = (t.status = 'dead_letter')),
-    ('only_in_flight_is_asked_to_cancel', t.cancel_requested_at is null or t.status in ('claimed', 'running'))
-  ) v(name, holds)
+  select case
+    when octet_length(t.type) not between 1 and 255 then 'type has 1 to 255 bytes'
+    when octet_length(t.idempotency_key) not between 1 and 255 then 'idempotency_key has 1 to 255 bytes'
+    when t.max_retries not between 0 and 1000 then 'max_retries is 0 to 1000'
+    when t.status = 'failed' then 'failed is never at rest'
+    when t.queued_at is not null and t.status <> 'pending' then 'only pending is queued'
+    when t.status = 'pending' and (t.queued_at is null) = (t.next_retry_at is null) then 'pending is either queued or scheduled'
+    when t.status = 'retry_scheduled' and t.next_retry_at is null then 'retry_scheduled has its time'
+    when t.next_retry_at is not null and t.status not in ('pending', 'retry_scheduled') then 'only the waiting have a next_retry_at'
+    when t.status in ('pending', 'retry_scheduled') and num_nonnulls(t.claim_id, t.worker_id) > 0 then 'waiting has no claim'
+    when t.status in ('claimed', 'running') and num_nulls(t.claim_id, t.worker_id, t.claimed_at) > 0 then 'in flight has claim and worker'
+    when t.status in ('running', 'completed') and (t.started_at is null or t.attempts < 1) then 'running and completed have started'
+    when (t.completed_at is not null) <> (t.status in ('completed', 'cancelled'))
+      then 'completed_at is when it completed or was cancelled'
+    when (t.dead_at is not null) <> (t.status = 'dead_letter') then 'dead_at is when it became a dead letter'
+    when t.cancel_requested_at is not null and t.status not in ('claimed', 'running') then 'only in flight is asked to cancel'
+  end
 $$;
 
 create or replace function orchestrator.audit() returns table (invariant text, task_id uuid, worker_id text, detail text)
 language sql stable set search_path = '' as $$
-  with unguarded as materialized (   -- none, unless somebody dropped a constraint: then no row need be looked at
-    select r.name from orchestrator._broken_constraints(null) r where not exists (
-      select from pg_constraint c where c.conrelid = 'orchestrator.tasks'::regclass and c.conname = r.name and c.convalidated)),
-  in_flight as materialized (
+  with in_flight as materialized (
     select t.id, t.claim_id, t.worker_id, t.status from orchestrator.tasks t where t.status in ('claimed', 'running')),
   held as (select f.claim_id, count(*) as n from in_flight f where f.claim_id is not null group by 1),
   ready as materialized (
@@ -45,9 +41,8 @@ language sql stable set search_path = '' as $$
            count(*) filter (where e.event = 'retried') over (partition by e.task_id order by e.id) as lives_before
     from orchestrator.task_events e where e.event in ('failed', 'retried'))
 
-  select r.name, t.id, t.worker_id, 'status ' || t.status
-  from orchestrator._bare_tasks t cross join lateral orchestrator._broken_constraints(t) r join unguarded g on g.name = r.name
-  where exists (select from unguarded) and r.broken
+  select orchestrator._broken_rule(t), t.id, t.worker_id, 'status ' || t.status
+  from orchestrator._bare_tasks t where orchestrator._broken_rule(t) is not null
   union all
   select 'open_tasks is the number of its tasks in flight', null, c.worker_id,
          format('claim %s: open_tasks is %s, in flight are %s', c.id, c.open_tasks, h.n)

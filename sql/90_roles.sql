@@ -64,7 +64,7 @@ begin
     orchestrator.api_tasks, orchestrator.api_running, orchestrator.api_retries, orchestrator.api_failures,
     orchestrator.api_dead_letters, orchestrator.api_task, orchestrator._age, orchestrator._api_check, orchestrator._api_id,
     orchestrator._api_int, orchestrator._api_task, orchestrator._api_text, orchestrator._api_types, orchestrator._api_workers,
-    orchestrator._brief, orchestrator._broken_constraints, orchestrator._claims_since, orchestrator._ids_in_state,
+    orchestrator._brief, orchestrator._broken_rule, orchestrator._claims_since, orchestrator._ids_in_state,
     orchestrator._like, orchestrator._metric_label, orchestrator._page_by_id, orchestrator._page_in_state, orchestrator._policy
     to orchestrator_worker, orchestrator_operator, orchestrator_auditor;
   grant select (id, type, status, priority, idempotency_key, worker_id, claim_id, created_at, queued_at, claimed_at, started_at,

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import psycopg
 import pytest
 
-from postgres import Server, eventually, install_schema, processes_below, start_server
+from postgres import Server, eventually, hold_every_rule, install_schema, processes_below, start_server
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PROGRAM = REPOSITORY / "orchestrator.py"
@@ -38,6 +38,7 @@ def template(server: Server) -> Iterator[str]:
     """A database that has the schema, to be cloned."""
     url = server.create_database()
     install_schema(url)
+    hold_every_rule(url)
     yield url
     server.drop_database(url)
 

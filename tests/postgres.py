@@ -58,6 +58,16 @@ def install_schema(url: str) -> None:
             conn.execute(file.read_text().encode())
 
 
+def hold_every_rule(url: str) -> None:
+    """Have the database refuse each row that audit() would name, which costs too much for any but a test."""
+    with psycopg.connect(url) as conn:
+        conn.execute("""
+            create function public.every_rule_holds(t orchestrator.tasks) returns boolean language sql security definer as $$
+              select orchestrator._broken_rule(jsonb_populate_record(null::orchestrator._bare_tasks, to_jsonb(t) - '{payload,result}'::text[]))
+                     is null $$;
+            alter table orchestrator.tasks add constraint every_rule_holds check (public.every_rule_holds(tasks))""")
+
+
 class Server:
     """A PostgreSQL server; databases are made and dropped on it."""
 
