@@ -63,8 +63,8 @@ def hold_every_rule(url: str) -> None:
     with psycopg.connect(url) as conn:
         conn.execute("""
             create function public.every_rule_holds(t orchestrator.tasks) returns boolean language sql security definer as $$
-              select orchestrator._broken_rule(jsonb_populate_record(null::orchestrator._bare_tasks, to_jsonb(t) - '{payload,result}'::text[]))
-                     is null $$;
+              select orchestrator._broken_rule(jsonb_populate_record(null::orchestrator._bare_tasks, to_jsonb(t) - 'payload' - 'result'))
+                is null $$;
             alter table orchestrator.tasks add constraint every_rule_holds check (public.every_rule_holds(tasks))""")
 
 

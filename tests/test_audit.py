@@ -11,7 +11,6 @@ from steps import (
     cancel,
     claim,
     claim_one,
-    column,
     complete,
     enqueue,
     enqueue_some,
