@@ -1726,14 +1726,14 @@ class Worker:
             self.loop_at["report"] = time.monotonic()
             releasing = self.releasing.is_set()   # before the work: the last round must have seen it
             self.wake_report.wait(self._report_delay())
-            self.draining.wait(max(0.0, pause_until - time.monotonic()))
+            self.draining.wait(max(0.0, pause_until - time.monotonic()))   # no pause while it drains
             self.wake_report.clear()
             batch = [self.finished.popleft() for _ in range(len(self.finished))]
             unreported += [task for task in batch if not self._settled_already(task)]
             self._measure(batch)
             try:
                 if unreported:
-                    pause_until = time.monotonic() + REPORT_PAUSE if len(unreported) < 100 else 0.0
+                    pause_until = time.monotonic() + REPORT_PAUSE if len(unreported) < 100 else 0.0   # a drain's are large: no pause
                     self._report(link, unreported)
                     self.reached_at = time.monotonic()
                 self._supervise(link, unreported)

@@ -83,7 +83,7 @@ begin
     v_claim_id := coalesce(v_claim_id, nextval('orchestrator.claims_id_seq'));
     v_lanes := cardinality(array_positions(v_priorities, v_priorities[v_first]));
     v_last := v_first + v_lanes - 1;
-    while v_left > 0 and v_lanes > 0 loop
+    while v_left > 0 and v_lanes > 0 loop   -- ends: in each pass but the first, a lane gives its whole share or is done with
       v_share := ceil(v_left::double precision / v_lanes);
       for i in v_first..v_last loop
         continue when v_heads[i] is null;
@@ -92,7 +92,7 @@ begin
           v_from := (
             select t.queued_at from orchestrator.tasks t
             where t.type = v_types[i] and t.priority = v_priorities[i] and t.queued_at >= v_heads[i]
-            order by t.queued_at offset v_place * v_share limit 1);   -- null, and so none, in a shorter lane: the next pass looks there
+            order by t.queued_at offset v_place::bigint * v_share limit 1);   -- null, so none, in a shorter lane: see the next pass
         end if;
         return query
           -- materialized: a plain LIMIT … SKIP LOCKED could be run again by a join, and claim more than the limit

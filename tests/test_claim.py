@@ -116,6 +116,16 @@ def test_large_claims_at_the_same_time_start_apart_and_leave_nothing_over(conn, 
         assert claim(conn, limit=500) == []
 
 
+def test_a_claim_of_all_there_is_may_name_any_limit(conn, connect):
+    register(conn)
+    ids = enqueue_some(conn, 3)
+    first, second = connect(), connect()
+    with first.transaction(), second.transaction():
+        for other in (first, second):   # they have the first two places in line
+            claim(other, limit=500, types=["other"])
+        assert ids_of(claim(conn, limit=2**31 - 1)) == ids
+
+
 def test_a_large_claim_that_started_further_on_looks_before_that_too(conn, connect):
     register(conn)
     ids = enqueue_some(conn, 1200)
