@@ -356,7 +356,7 @@ def test_completions_are_heap_only_while_others_keep_old_versions(conn, connect)
     other.execute("select 1")
     completed, heap_only = complete_five_hundred(conn)
     assert completed == 500
-    assert heap_only >= 0.8 * completed
+    assert heap_only >= 0.8 * completed   # 459 with the table's fillfactor of 32, 219 with 40
 
 
 def test_a_task_that_was_claimed_twice_has_two_claims(conn):
