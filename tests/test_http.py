@@ -352,7 +352,7 @@ def test_ready_turns_503_when_the_database_has_not_answered_lately(app):
         threading.Event().wait()
 
     for loop in silent:
-        worker.links[loop].call = lambda *_, loop=loop: fall_silent(loop)
+        worker.links[loop].call = lambda *_, loop=loop, meanwhile=None: fall_silent(loop)
     worker.wake_claim.set()
     worker.wake_heartbeat.set()
     assert all(event.wait(10) for event in silent.values())   # what was under way has been answered by now
