@@ -12,7 +12,8 @@ set search_path = '' set plan_cache_mode = force_generic_plan
 set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 #variable_conflict use_column
 declare
-  v_floored text[] := array(select distinct f.type from orchestrator.lane_floors f where f.type = any (p_types));
+  v_floored text[] := array(select u.type from unnest(p_types) u(type)   -- the newest come first: the dead ones are not read
+                            where exists (select from orchestrator.lane_floors f where f.type = u.type));
 begin
   return query
     with recursive lane as (

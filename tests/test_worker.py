@@ -740,6 +740,14 @@ def test_a_link_does_something_else_while_the_server_works(
     link.close()
 
 
+def test_where_raising_floors_helped_it_is_done_again_within_a_second(installed: str, conn: Connection) -> None:
+    conn.execute("create table raised (at timestamptz)")
+    conn.execute("create or replace function orchestrator.raise_floors(p_worker_id text, p_term bigint, p_worth interval default '0') "
+                 "returns int language sql as 'insert into public.raised values (clock_timestamp()); select 1'")
+    with running(installed, {}):   # once a second, no two could be so close
+        eventually(lambda: value(conn, "select min(gap) < '0.6 s' from (select at - lag(at) over (order by at) gap from raised) g"))
+
+
 def test_a_commit_that_fails_returns_no_rows_although_they_have_arrived(installed: str, conn: Connection) -> None:
     conn.execute("create table seen (n int unique deferrable initially deferred)")
     conn.execute("insert into seen values (7)")
