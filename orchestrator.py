@@ -382,7 +382,7 @@ class Link:
                 cursor, self.cursor = self.cursor or connection.cursor(), None
                 cursor.execute(query, args, prepare=prepare)
                 rows = cursor.fetchall() if cursor.description else []
-                if len(rows) < 100:   # it holds them until the next call
+                if len(rows) < 100 and all(len(arg) < 10_000 for arg in args if isinstance(arg, str)):   # it holds both until the next call
                     self.cursor = cursor
                 return rows
             try:

@@ -116,8 +116,8 @@ begin
   return v_raised;
 end $$;
 comment on function orchestrator.raise_floors(text, bigint, interval) is
-  'The leader''s: raises the floors of lanes where looking for the oldest ready task takes p_worth or longer. Returns how many; null '
-  'under a stale term. Call it in a transaction of its own: it keeps the floors'' lock to the end.';
+  'The leader''s: raises the floors of lanes where looking for the oldest ready task takes p_worth or longer, twice '
+  'in a row. Returns how many; null under a stale term. Call it in a transaction of its own: it keeps the floors'' lock to the end.';
 
 -- Lanes whose tasks are all gone cost each claim a look. Dropping marks a lane first; enqueue then opens a new one. Those who
 -- saw the old one may still commit into it, until safe_floor has passed dropped_at: then a lane that holds tasks is opened

@@ -91,6 +91,17 @@ def test_a_lane_that_is_quick_to_look_at_is_left_alone(conn, term):
     assert value(conn, "select orchestrator.raise_floors('leader', %s, '1 minute')", term) == 0
 
 
+@pytest.mark.parametrize("slow_looks", [1, 2])
+def test_a_floor_is_raised_only_if_the_second_look_is_slow_too(conn, term, slow_looks):
+    """After a rest the first one always is, so that an idle system would write a floor each second."""
+    enqueue(conn)
+    drain(conn)
+    conn.execute("create sequence looks")
+    conn.execute(f"""create or replace function orchestrator._lane_head(p_type text, p_priority int) returns timestamptz
+        language plpgsql as $$ begin if nextval('public.looks') <= {slow_looks} then perform pg_sleep(1); end if; return null; end $$""")
+    assert value(conn, "select orchestrator.raise_floors('leader', %s, '900 ms')", term) == slow_looks - 1
+
+
 def test_an_open_older_writer_holds_the_floor_back(conn, connect, term):
     writer = connect(autocommit=False)
     late = enqueue(writer)

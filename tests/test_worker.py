@@ -748,6 +748,23 @@ def test_where_raising_floors_helped_it_is_done_again_within_a_second(installed:
         eventually(lambda: value(conn, "select min(gap) < '0.6 s' from (select at - lag(at) over (order by at) gap from raised) g"))
 
 
+def test_a_link_keeps_its_cursor_but_nothing_large_and_none_of_an_old_connection(installed: str) -> None:
+    link = orchestrator.Link(make_app(installed, {}).config)
+    link.call("select 1")
+    kept = link.cursor
+    assert link.call("select %s", "x" * 9_999) == [("x" * 9_999,)]
+    assert kept is not None and link.cursor is kept
+    link.call("select length(%s)", "x" * 10_000)
+    assert link.cursor is None   # it would hold what was sent
+    assert len(link.call("select generate_series(1, 100)")) == 100
+    assert link.cursor is None   # and what was answered
+    link.call("select 1")
+    link.close()
+    assert link.call("select 2") == [(2,)]
+    assert link.cursor is not None and link.cursor.connection is link.connection
+    link.close()
+
+
 def test_a_commit_that_fails_returns_no_rows_although_they_have_arrived(installed: str, conn: Connection) -> None:
     conn.execute("create table seen (n int unique deferrable initially deferred)")
     conn.execute("insert into seen values (7)")
