@@ -144,12 +144,7 @@ def drain_once(url: str, count: int, kinds: list[str] | None = None, handler: An
 def sql_ceiling(url: str, count: int, batch: int = 500) -> dict[str, float]:
     """The same SQL in a loop on one connection: no threads, no handlers, no metrics."""
     claim_times = []
-    with psycopg.connect(url, autocommit=True) as connection:
-        link = orchestrator.Link(orchestrator.Config.load({"database_url": url}))
-        link.connection = connection
-        connection.adapters.register_loader("uuid", orchestrator.TextLoader)
-        connection.adapters.register_loader("jsonb", orchestrator.TextLoader)
-        connection.adapters.register_loader("timestamptz", orchestrator.TextLoader)
+    with contextlib.closing(orchestrator.Link(orchestrator.Config.load({"database_url": url}))) as link:
         link.call("select orchestrator.register_worker('bench', 'bench', 1, '0')")
         done, started = 0, time.perf_counter()
         while done < count:

@@ -709,34 +709,29 @@ def test_an_array_literal_holds_any_text(pure: Connection, texts: list[str | Non
     assert value(pure, "select %s::text[]", orchestrator._texts(texts)) == texts
 
 
-@pytest.mark.parametrize("supported", [True, False])
-def test_a_link_does_something_else_while_the_server_works(
-        installed: str, conn: Connection, monkeypatch: pytest.MonkeyPatch, supported: bool) -> None:
-    monkeypatch.setattr(psycopg.Pipeline, "is_supported", lambda: supported)
+def test_a_link_does_something_else_while_the_server_works(installed: str, conn: Connection) -> None:
     link = orchestrator.Link(make_app(installed, {}).config)
     conn.execute("create table seen (n int)")
-    conn.execute("select pg_advisory_lock(1)")
     done: list[int] = []
 
     def meanwhile() -> None:
         done.append(1)
         conn.execute("select pg_advisory_unlock(1)")   # what the server waits for: called later, it would wait for ever
-    if not supported:   # an old libpq: one after the other, and nothing is left out
-        conn.execute("select pg_advisory_unlock(1)")
-    link.call("select 1")
     waited = "with waited as materialized (select pg_advisory_xact_lock(1)) "
+    conn.execute("select pg_advisory_lock(1)")
     assert link.call(waited + "insert into seen select 7 from waited returning n", meanwhile=meanwhile) == [(7,)]
     assert done == [1]
     assert value(conn, "select n from seen") == 7   # committed when it returns
-    connection = link.open()
-    if supported:
-        conn.execute("select pg_advisory_lock(1)")   # else the error may be there before it is done with sending
+    conn.execute("select pg_advisory_lock(1)")
     with pytest.raises(psycopg.errors.DivisionByZero):
         link.call(waited + "select 1 / %s from waited", 0, meanwhile=meanwhile)
     assert done == [1, 1]
-    assert link.call("select %s", 5, meanwhile=lambda: done.append(3)) == [(5,)]
+    connection = link.open()
+    with pytest.raises(ZeroDivisionError):
+        link.call("select %s::int", 5, meanwhile=lambda: done.append(1 // 0))
+    assert link.open() is not connection   # whose answer nobody read
+    assert link.call("select %s::int", 5, meanwhile=lambda: done.append(3)) == [(5,)]
     assert done[2:] == [3]
-    assert not supported or link.open() is not connection   # one whose transaction failed is not used again
     link.close()
 
 
@@ -748,20 +743,35 @@ def test_where_raising_floors_helped_it_is_done_again_within_a_second(installed:
         eventually(lambda: value(conn, "select min(gap) < '0.6 s' from (select at - lag(at) over (order by at) gap from raised) g"))
 
 
-def test_a_link_keeps_its_cursor_but_nothing_large_and_none_of_an_old_connection(installed: str) -> None:
+def test_a_link_opens_anew_when_its_prepared_statements_no_longer_fit(installed: str, conn: Connection) -> None:
     link = orchestrator.Link(make_app(installed, {}).config)
-    link.call("select 1")
-    kept = link.cursor
-    assert link.call("select %s", "x" * 9_999) == [("x" * 9_999,)]
-    assert kept is not None and link.cursor is kept
-    link.call("select length(%s)", "x" * 10_000)
-    assert link.cursor is None   # it would hold what was sent
-    assert len(link.call("select generate_series(1, 100)")) == 100
-    assert link.cursor is None   # and what was answered
-    link.call("select 1")
+    conn.execute("create table widened (a int)")
+    assert link.call("select * from widened") == []
+    conn.execute("alter table widened add b int")
+    with pytest.raises(psycopg.errors.FeatureNotSupported, match="cached plan"):
+        link.call("select * from widened")
+    assert link.call("select 1") == [(1,)]
+    link.call("deallocate all")
+    with pytest.raises(psycopg.errors.InvalidSqlStatementName):
+        link.call("select 1")
+    assert link.call("select 1") == [(1,)]
+    connection = link.open()
+    with pytest.raises(psycopg.errors.SyntaxError):
+        link.call("selec 1")
+    assert link.call("select 2") == [(2,)]   # under the name that the other didn't get
+    assert link.open() is connection
     link.close()
-    assert link.call("select 2") == [(2,)]
-    assert link.cursor is not None and link.cursor.connection is link.connection
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_a_link_prepares_each_query_once_if_at_all_and_keeps_no_answer(installed: str, prepared: bool) -> None:
+    link = orchestrator.Link(make_app(installed, {}, prepared_statements=prepared).config)
+    for argument, text in ((1, "1"), (2 ** 40, "1099511627776"), (None, None), (True, "t"), ("é", "é"), (0.5, "0.5"), ([1, 2], "{1,2}")):
+        assert link.call("select %s::text, %s::int + 1", argument, 6) == [(text, 7)]
+    statements = [row[0] for row in link.call("select statement from pg_prepared_statements where not from_sql")]
+    assert [text for text in statements if "::int" in text] == (["select $1::text, $2::int + 1"] if prepared else [])
+    with pytest.raises(psycopg.InterfaceError):   # nothing that it could load
+        link._adapter.load_rows(0, 1, tuple)
     link.close()
 
 
