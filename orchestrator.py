@@ -2043,8 +2043,9 @@ class Worker:
             return lambda link: self._as_leader(link, function)
         return [[0.0, *chore] for chore in (
             (beat, False, self._say_alive), (min(beat, config.leader_term / 3), False, self._lead), (beat, True, self._recover),
-            (1.0, True, self._raise_floors), (10.0, True, leaders("rescan_lanes")), (60.0, True, leaders("drop_idle_lanes")),
-            (60.0, True, leaders("mark_claims")), (config.cleanup_interval, True, self._prune), (60.0, True, self._count))]
+            (1.0, True, self._raise_floors), (60.0, True, leaders("drop_floors")), (10.0, True, leaders("rescan_lanes")),
+            (60.0, True, leaders("drop_idle_lanes")), (60.0, True, leaders("mark_claims")),
+            (config.cleanup_interval, True, self._prune), (60.0, True, self._count))]
 
     def _heartbeat_loop(self) -> None:
         link, backoff = self.links["heartbeat"], Backoff()

@@ -119,6 +119,43 @@ comment on function orchestrator.raise_floors(text, bigint, interval) is
   'The leader''s: raises the floors of lanes where looking for the oldest ready task takes p_worth or longer, twice '
   'in a row. Returns how many; null under a stale term. Call it in a transaction of its own: it keeps the floors'' lock to the end.';
 
+-- Whether claims would walk dead entries if the lane had no floor.
+create or replace function orchestrator._floor_helps(p_type text, p_priority int, p_quick interval) returns boolean
+language plpgsql
+set search_path = '' set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+declare
+  v_looked_at timestamptz;
+begin
+  for look in 1..2 loop   -- the first one marks the entries that no snapshot needs any longer, and so makes the second quick
+    v_looked_at := clock_timestamp();
+    perform from orchestrator.tasks t
+    where t.type = p_type and t.priority = p_priority and t.queued_at is not null order by t.queued_at limit 1;
+    if clock_timestamp() - v_looked_at < p_quick then return false; end if;
+  end loop;
+  return true;
+end $$;
+
+create or replace function orchestrator.drop_floors(
+  p_worker_id text, p_term bigint, p_quick interval default '30 microseconds', p_budget interval default '100 milliseconds') returns int
+language plpgsql set search_path = '' as $$
+declare
+  v_until timestamptz := clock_timestamp() + p_budget;
+  v_types text[];
+  v_priorities int[];
+begin
+  if not orchestrator._leads(p_worker_id, p_term) then return null; end if;
+  select array_agg(l.type), array_agg(l.priority) into v_types, v_priorities   -- before the lock, as it may take long
+  from (select type, priority from orchestrator.lane_floors group by type, priority order by random()) l
+  where clock_timestamp() < v_until and not orchestrator._floor_helps(l.type, l.priority, p_quick);
+  if v_types is null or not pg_try_advisory_xact_lock(hashtext('orchestrator.floors')) then return 0; end if;
+  delete from orchestrator.lane_floors f using unnest(v_types, v_priorities) l(type, priority)
+  where f.type = l.type and f.priority = l.priority;
+  return cardinality(v_types);
+end $$;
+comment on function orchestrator.drop_floors(text, bigint, interval, interval) is
+  'The leader''s: drops the floors of lanes where looking for the oldest ready task from the very beginning takes less than '
+  'p_quick, the old snapshot being gone. Takes about p_budget. Returns how many; null under a stale term.';
+
 -- Lanes whose tasks are all gone cost each claim a look. Dropping marks a lane first; enqueue then opens a new one. Those who
 -- saw the old one may still commit into it, until safe_floor has passed dropped_at: then a lane that holds tasks is opened
 -- again, and the mark goes.

@@ -84,13 +84,14 @@ begin
     orchestrator.release_forgotten, orchestrator.snooze_task, orchestrator.record_progress, orchestrator.acquire_leadership,
     orchestrator.resign_leadership,
     orchestrator.declare_dead, orchestrator.declare_disconnected_dead, orchestrator.recover_orphans, orchestrator.raise_floors,
-    orchestrator.rescan_lanes, orchestrator.drop_idle_lanes, orchestrator.prune, orchestrator.mark_claims,
+    orchestrator.drop_floors, orchestrator.rescan_lanes, orchestrator.drop_idle_lanes, orchestrator.prune, orchestrator.mark_claims,
     orchestrator.sample_stats, orchestrator._advance_safe_floor, orchestrator._announce, orchestrator._application_name,
     orchestrator._check_worker, orchestrator._count_enqueued, orchestrator._count_live, orchestrator._end_cancelled,
-    orchestrator._fail, orchestrator._id_after, orchestrator._keep_sample, orchestrator._lane_head, orchestrator._leads,
-    orchestrator._mend_lane, orchestrator._name_types, orchestrator._put_back, orchestrator._raise_floor, orchestrator._ready_lanes,
-    orchestrator._record, orchestrator._recover_claim, orchestrator._recover_tasks, orchestrator._release, orchestrator._settle,
-    orchestrator._store_counts, orchestrator._tasks_writers, orchestrator._unpaused, orchestrator._uuid_at
+    orchestrator._fail, orchestrator._floor_helps, orchestrator._id_after, orchestrator._keep_sample, orchestrator._lane_head,
+    orchestrator._leads, orchestrator._mend_lane, orchestrator._name_types, orchestrator._put_back, orchestrator._raise_floor,
+    orchestrator._ready_lanes, orchestrator._record, orchestrator._recover_claim, orchestrator._recover_tasks,
+    orchestrator._release, orchestrator._settle, orchestrator._store_counts, orchestrator._tasks_writers, orchestrator._unpaused,
+    orchestrator._uuid_at
     to orchestrator_worker;
   grant select, delete on orchestrator.tasks to orchestrator_worker;
   grant update (status, worker_id, claim_id, queued_at, claimed_at, started_at, completed_at, updated_at, attempts, last_error,

@@ -271,6 +271,70 @@ def test_each_raise_leaves_one_floor_for_each_lane(conn, term):
     assert value(conn, "select generation from orchestrator.lane_floors") == 5
 
 
+def drop_floors(conn, term, quick="1 minute", budget="1 minute"):
+    return value(conn, "select orchestrator.drop_floors('leader', %s, %s, %s)", term, quick, budget)
+
+
+def test_a_floor_that_no_longer_helps_is_dropped_and_one_that_helps_stays(conn, term):
+    ids = enqueue_some(conn, 3)
+    claim_one(conn)
+    raise_floors(conn, term)
+    assert drop_floors(conn, term, quick="0") == 0  # no look is that quick
+    assert drop_floors(conn, term, budget="-1 s") == 0
+    assert floor(conn) is not None
+    assert drop_floors(conn, term) == 1
+    assert floor(conn) is None
+    assert drop_floors(conn, term) == 0
+    assert [t["id"] for t in claim(conn)] == ids[1:]
+    enqueue(conn)
+    drain(conn)
+    assert raise_floors(conn, term) == 1
+
+
+def test_whether_a_floor_helps_is_asked_from_the_very_beginning_and_a_second_time_when_the_old_snapshot_is_gone(conn, connect, term):
+    pin = connect(autocommit=False)
+    pin.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+    pin.execute("select count(*) from orchestrator.tasks")
+    enqueue_some(conn, 5000)
+    drain(conn)
+    raise_floors(conn, term)
+
+    def ask():
+        assert drop_floors(conn, term, quick="0") == 0
+    assert entries_read(conn, ask) >= 2 * 5000
+    pin.rollback()
+    assert 5000 <= entries_read(conn, ask) < 2 * 5000  # the first look marks the dead ones, the second passes them by
+    assert entries_read(conn, ask) < 5000
+
+
+def test_floors_are_not_dropped_while_a_task_is_being_put_back(conn, connect, term):
+    enqueue(conn)
+    claim_id, id = claim_one(conn)
+    raise_floors(conn, term)
+    releaser = connect(autocommit=False)
+    release(releaser, claim_id)
+    assert drop_floors(conn, term) == 0
+    releaser.commit()
+    assert floor(conn) == task(conn, id)["created_at"]
+    assert drop_floors(conn, term) == 1
+    raise_floors(conn, term)
+    assert [t["id"] for t in claim(conn)] == [id]
+
+
+def test_a_task_put_back_while_floors_are_dropped_waits_and_is_found(conn, connect, term):
+    enqueue(conn)
+    claim_id, id = claim_one(conn)
+    raise_floors(conn, term)
+    leader, releaser = connect(autocommit=False), connect()
+    assert drop_floors(leader, term) == 1
+    back = background(lambda: release(releaser, claim_id))
+    wait_for_lock(conn, backend(releaser))
+    leader.commit()
+    assert back.result(10) == 1
+    assert floor(conn) is None
+    assert [t["id"] for t in claim(conn)] == [id]
+
+
 def test_raising_outside_read_committed_does_nothing(conn, connect, term):
     enqueue(conn)
     strict = connect(autocommit=False)

@@ -158,7 +158,8 @@ def test_a_lease_begins_when_the_lock_was_got_not_when_it_was_asked_for(conn, co
 
 
 # What a maintenance function is called with, apart from (worker, term) and defaults.
-SAMPLES = {"interval": "'1 microsecond'", "integer": "1000", "bigint": "1000", "text": "'x'", "jsonb": "'{}'"}
+SAMPLES = {"p_quick": "'1 minute'", "p_budget": "'1 minute'",
+           "interval": "'1 microsecond'", "integer": "1000", "bigint": "1000", "text": "'x'", "jsonb": "'{}'"}
 
 
 def maintenance_functions(conn):
@@ -174,7 +175,7 @@ def maintenance_functions(conn):
     calls = {}
     for found in rows(conn, query):
         given = ["p_worker_id => %s", "p_term => %s"]
-        given += [f"{name} => {SAMPLES[type]}" for name, type in zip(found["names"], found["types"], strict=True)
+        given += [f"{name} => {SAMPLES.get(name) or SAMPLES[type]}" for name, type in zip(found["names"], found["types"], strict=True)
                   if (name not in ("p_worker_id", "p_term") and type == "interval") or
                   (name not in ("p_worker_id", "p_term") and found["names"].index(name) < found["needed"])]
         calls[found["name"]] = f"select * from orchestrator.{found['name']}({', '.join(given)})"
@@ -200,13 +201,14 @@ def plenty_to_do(conn):
     fail(conn, two["claim_id"], two["id"], permanent=True)
     enqueue(conn, "hidden")
     conn.execute("delete from orchestrator.lanes where type = 'hidden'")
+    conn.execute("insert into orchestrator.lane_floors values ('v', 0, 1, '-infinity')")
     register(conn, "silent", ["u"])
     declare_dead(conn, "dead")
     conn.execute("update orchestrator.tasks set id = (overlay(id::text placing '00000000' from 1))::uuid where status = 'completed'")
     conn.execute("update orchestrator.workers set last_heartbeat = now() - interval '1 hour' where id = 'silent'")
 
 
-KNOWN = {"raise_floors", "drop_idle_lanes", "rescan_lanes", "declare_dead", "recover_orphans", "prune", "mark_claims"}
+KNOWN = {"raise_floors", "drop_floors", "drop_idle_lanes", "rescan_lanes", "declare_dead", "recover_orphans", "prune", "mark_claims"}
 
 
 @pytest.mark.parametrize("stale", ["an older term", "another worker", "a lease that ran out", "resigned", "no term"])

@@ -45,6 +45,7 @@ HOT = {
     "cancelling_tasks": "select orchestrator.cancelling_tasks('w')",
     "recover_orphans": "select * from orchestrator.recover_orphans('leader', %(term)s)",
     "raise_floors": "select orchestrator.raise_floors('leader', %(term)s, '0')",
+    "drop_floors": "select orchestrator.drop_floors('leader', %(term)s, '0')",
     "drop_idle_lanes": "select orchestrator.drop_idle_lanes('leader', %(term)s, '0')",
     "rescan_lanes": "select orchestrator.rescan_lanes('leader', %(term)s)",
     "prune": "select * from orchestrator.prune('leader', %(term)s, '1 day', '1 day', 20)",

@@ -27,7 +27,7 @@ DECISIONS = {
         "register_worker", "unregister_worker", "heartbeat", "cancelling_tasks", "set_idle", "known_types", "promote_due", "claim_tasks",
         "start_tasks", "complete_tasks", "fail_tasks", "fail_task", "release_tasks", "release_forgotten", "snooze_task",
         "record_progress", "acquire_leadership", "resign_leadership", "declare_dead", "declare_disconnected_dead", "recover_orphans",
-        "raise_floors", "rescan_lanes", "drop_idle_lanes", "prune", "mark_claims", "sample_stats"},
+        "raise_floors", "drop_floors", "rescan_lanes", "drop_idle_lanes", "prune", "mark_claims", "sample_stats"},
     "operator": READ | {"cancel_task", "retry_task", "retry_dead_letters", "pause_type", "resume_type", "api_cancel", "api_retry",
                         "api_retry_dead_letters", "api_pause", "api_resume"},
     "auditor": READ,

@@ -104,9 +104,9 @@ MUTANTS = [
     Mutant("the leader's row not locked", "60_leader", "_leads", "for no key update", "", "leader nobody_is_elected"),
     *[Mutant(f"no look at the term in {function}", file, function,
              "if not orchestrator._leads(p_worker_id, p_term)", "if false", "leader stale_term")
-      for file, function in [("35_floors", "raise_floors"), ("35_floors", "drop_idle_lanes"), ("35_floors", "rescan_lanes"),
-                             ("50_workers", "declare_dead"), ("50_workers", "recover_orphans"), ("60_leader", "prune"),
-                             ("60_leader", "mark_claims")]],
+      for file, function in [("35_floors", "raise_floors"), ("35_floors", "drop_floors"), ("35_floors", "drop_idle_lanes"),
+                             ("35_floors", "rescan_lanes"), ("50_workers", "declare_dead"), ("50_workers", "recover_orphans"),
+                             ("60_leader", "prune"), ("60_leader", "mark_claims")]],
     Mutant("0 is not for ever", "60_leader", "prune", "interval '0'", "interval '-1 s'", "leader for_ever"),
     # floors
     Mutant("floors rise over open writers", "35_floors", "_advance_safe_floor",
@@ -119,6 +119,9 @@ MUTANTS = [
     Mutant("putting back does not wait for a raise", "35_floors", "_put_back",
            "perform pg_advisory_xact_lock_shared", "perform hashtext(''); perform abs",
            "floors put_back"),
+    Mutant("floors are dropped while a task is put back", "35_floors", "drop_floors",
+           "or not pg_try_advisory_xact_lock(hashtext('orchestrator.floors'))", "", "floors being_put_back"),
+    Mutant("floors that help are dropped", "35_floors", "_floor_helps", "return true", "return false", "floors helps"),
     Mutant("dropped lanes stay dropped", "35_floors", "drop_idle_lanes",
            "is not null then", "is null then", "floors late_writer"),
     # plans and noise
