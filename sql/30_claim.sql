@@ -12,17 +12,19 @@ set search_path = '' set plan_cache_mode = force_generic_plan
 set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 #variable_conflict use_column
 declare
-  v_floored text[] := array(select u.type from unnest(p_types) u(type)   -- the newest come first: the dead ones are not read
-                            where exists (select from orchestrator.lane_floors f where f.type = u.type));
+  v_floored text[];
+  v_plain text[];
 begin
+  select array_agg(u.type) filter (where u.floored), array_agg(u.type) filter (where not u.floored) into v_floored, v_plain
+  from (select u.type, exists (select from orchestrator.lane_floors f where f.type = u.type) as floored   -- the newest first: no dead ones
+        from unnest(p_types) u(type)) u;
   return query
     with recursive lane as (
       select u.type, h.priority, h.queued_at
-      from unnest(p_types) u(type)
+      from unnest(v_plain) u(type)
       cross join lateral (
         select t.priority, t.queued_at from orchestrator.tasks t
         where t.type = u.type and t.queued_at is not null order by t.priority desc, t.queued_at limit 1) h
-      where u.type <> all (v_floored)
       union all
       select l.type, h.priority, h.queued_at
       from lane l
@@ -30,7 +32,7 @@ begin
         select t.priority, t.queued_at from orchestrator.tasks t
         where t.type = l.type and t.priority < l.priority and t.queued_at is not null order by t.priority desc, t.queued_at limit 1) h)
     select l.type, l.priority, l.queued_at from lane l;
-  if v_floored <> '{}' then
+  if v_floored is not null then
     return query
       select l.type, l.priority, h.queued_at
       from (select distinct o.type, o.priority from orchestrator.lanes o where o.type = any (v_floored) and o.dropped_at is null) l
