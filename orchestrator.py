@@ -2043,7 +2043,7 @@ class Worker:
             return lambda link: self._as_leader(link, function)
         return [[0.0, *chore] for chore in (
             (beat, False, self._say_alive), (min(beat, config.leader_term / 3), False, self._lead), (beat, True, self._recover),
-            (1.0, True, self._raise_floors), (60.0, True, leaders("drop_floors")), (10.0, True, leaders("rescan_lanes")),
+            (1.0, True, self._raise_floors), (60.0, True, leaders("drop_floors")), (10.0, True, self._rescan),
             (60.0, True, leaders("drop_idle_lanes")), (60.0, True, leaders("mark_claims")),
             (config.cleanup_interval, True, self._prune), (60.0, True, self._count))]
 
@@ -2182,6 +2182,12 @@ class Worker:
         started = time.monotonic()
         if self._as_leader(link, "raise_floors")[0]:
             self._again(self._raise_floors, min(1.0, max(0.2, 10 * (time.monotonic() - started))))   # it looks at each lane
+
+    def _rescan(self, link: Link) -> None:
+        """Every ten seconds, and at most a 200th of the time: it walks all that an old snapshot keeps, while others claim."""
+        started = time.monotonic()
+        self._as_leader(link, "rescan_lanes")
+        self._again(self._rescan, max(10.0, 200 * (time.monotonic() - started)))
 
     def _prune(self, link: Link) -> None:
         row = self._as_leader(link, "prune", timedelta(seconds=self.config.retention_completed),

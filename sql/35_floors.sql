@@ -145,7 +145,8 @@ declare
 begin
   if not orchestrator._leads(p_worker_id, p_term) then return null; end if;
   select array_agg(l.type), array_agg(l.priority) into v_types, v_priorities   -- before the lock, as it may take long
-  from (select type, priority from orchestrator.lane_floors group by type, priority order by random()) l
+  from (select type, priority from orchestrator.lane_floors group by type, priority
+        having max(floor) < clock_timestamp() - interval '1 minute' order by random()) l   -- one that rises helps
   where clock_timestamp() < v_until and not orchestrator._floor_helps(l.type, l.priority, p_quick);
   if v_types is null or not pg_try_advisory_xact_lock(hashtext('orchestrator.floors')) then return 0; end if;
   delete from orchestrator.lane_floors f using unnest(v_types, v_priorities) l(type, priority)
@@ -153,8 +154,8 @@ begin
   return cardinality(v_types);
 end $$;
 comment on function orchestrator.drop_floors(text, bigint, interval, interval) is
-  'The leader''s: drops the floors of lanes where looking for the oldest ready task from the very beginning takes less than '
-  'p_quick, the old snapshot being gone. Takes about p_budget. Returns how many; null under a stale term.';
+  'The leader''s: drops floors that have not risen for a minute and no longer help, as looking for the oldest ready task from '
+  'the very beginning takes less than p_quick. Takes about p_budget. Returns how many; null under a stale term.';
 
 -- Lanes whose tasks are all gone cost each claim a look. Dropping marks a lane first; enqueue then opens a new one. Those who
 -- saw the old one may still commit into it, until safe_floor has passed dropped_at: then a lane that holds tasks is opened

@@ -320,7 +320,8 @@ class Queue(RuleBasedStateMachine):
 
     def maintain(self, draw: Random) -> None:
         self.conn.execute("select orchestrator.raise_floors('leader', %s, '0')", [self.term])
-        if draw.random() < 0.3:
+        if draw.random() < 0.3:   # as if the floors had not risen for a minute
+            self.conn.execute("update orchestrator.lane_floors set floor = floor - interval '1 minute'")
             self.conn.execute("select orchestrator.drop_floors('leader', %s, '1 minute')", [self.term])
         self.conn.execute("select orchestrator.drop_idle_lanes('leader', %s, '0')", [self.term])
         assert value(self.conn, "select orchestrator.rescan_lanes('leader', %s)", self.term) == 0

@@ -743,6 +743,19 @@ def test_where_raising_floors_helped_it_is_done_again_within_a_second(installed:
         eventually(lambda: value(conn, "select min(gap) < '0.6 s' from (select at - lag(at) over (order by at) gap from raised) g"))
 
 
+def test_the_leader_rescans_for_at_most_a_200th_of_the_time(installed: str, conn: Connection) -> None:
+    """Under an old snapshot the walk takes long, while others claim."""
+    worker = at_rest(installed)
+    worker._register()
+    conn.execute("create or replace function orchestrator.rescan_lanes(p_worker_id text, p_term bigint, "
+                 "p_budget interval default '0') returns int language sql as 'select 0 from pg_sleep(0.1)'")
+    [chore] = [chore for chore in worker.chores if chore[3] == worker._rescan]
+    now = time.monotonic()
+    worker._rescan(worker.links["heartbeat"])
+    assert chore[0] - now > 20
+    worker.links["heartbeat"].close()
+
+
 def test_a_link_opens_anew_when_its_prepared_statements_no_longer_fit(installed: str, conn: Connection) -> None:
     link = orchestrator.Link(make_app(installed, {}).config)
     conn.execute("create table widened (a int)")
