@@ -388,8 +388,7 @@ class Link:
                     self._answer(connection)
                     self._prepared[query] = name
                 server.send_query_prepared(self._prepared[query], values)
-            if meanwhile is not None:
-                server.flush()   # without waiting; what is left goes with the wait for the answer
+            if meanwhile is not None:   # what didn't fit into the socket goes with the wait for the answer
                 meanwhile()
             result = self._answer(connection)
             adapter.set_pgresult(result)
@@ -413,7 +412,7 @@ class Link:
             state = getattr(error, "sqlstate", None) or ""
             halfway = not isinstance(error, psycopg.Error) or self.connection.pgconn.transaction_status != pq.TransactionStatus.IDLE
             if halfway or state[:2] in ("08", "57") or state in ("25006", "26000", "0A000"):
-                self.close()   # gone, shutting down, a server that became a standby, or a prepared statement that no longer fits
+                self.close()   # gone, shutting down, a server that became a standby, or statements that no longer fit what was prepared
 
     def close(self) -> None:
         connection, self.connection = self.connection, None

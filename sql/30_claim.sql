@@ -15,9 +15,10 @@ declare
   v_floored text[];
   v_plain text[];
 begin
-  select array_agg(u.type) filter (where u.floored), array_agg(u.type) filter (where not u.floored) into v_floored, v_plain
-  from (select u.type, exists (select from orchestrator.lane_floors f where f.type = u.type) as floored   -- the newest first: no dead ones
-        from unnest(p_types) u(type)) u;
+  select array_agg(u.type) filter (where f.found), array_agg(u.type) filter (where f.found is null) into v_floored, v_plain
+  from unnest(p_types) u(type)
+  left join lateral (   -- limit 1: the newest come first, so the dead ones are not read
+    select true as found from orchestrator.lane_floors f where f.type = u.type limit 1) f on true;
   return query
     with recursive lane as (
       select u.type, h.priority, h.queued_at

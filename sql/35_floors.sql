@@ -6,7 +6,8 @@
 -- transactions too. So take the time first and the list after; when none of the list is left, nothing older can appear.
 -- It needs queued_at = clock_timestamp() taken inside the INSERT or UPDATE, and READ COMMITTED in all who take part.
 -- A lane's floor is the lowest of its newest generation: a raise writes generation + 1, a lowering writes into the current
--- one, so lowerings commute with each other and none is lost to a raise.
+-- one, so lowerings commute with each other and none is lost to a raise. A lane without a floor is looked at from its very
+-- beginning, so dropping one hides nothing; under the lock, so that no lowering still to commit outlives its generation.
 
 create or replace function orchestrator._tasks_writers() returns text[]
 language sql stable set search_path = '' as $$
@@ -146,7 +147,8 @@ begin
   if not orchestrator._leads(p_worker_id, p_term) then return null; end if;
   select array_agg(l.type), array_agg(l.priority) into v_types, v_priorities   -- before the lock, as it may take long
   from (select type, priority from orchestrator.lane_floors group by type, priority
-        having max(floor) < clock_timestamp() - interval '1 minute' order by random()) l   -- one that rises helps
+        having max(floor) < clock_timestamp() - interval '1 minute'   -- one that still rises helps
+        order by random()) l                                          -- else the same slow ones would use up the budget each time
   where clock_timestamp() < v_until and not orchestrator._floor_helps(l.type, l.priority, p_quick);
   if v_types is null or not pg_try_advisory_xact_lock(hashtext('orchestrator.floors')) then return 0; end if;
   delete from orchestrator.lane_floors f using unnest(v_types, v_priorities) l(type, priority)

@@ -776,6 +776,25 @@ def test_a_link_opens_anew_when_its_prepared_statements_no_longer_fit(installed:
     link.close()
 
 
+def test_a_link_that_was_interrupted_while_preparing_opens_anew(
+        installed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server has prepared it, and the link doesn't know: the name must not be used again."""
+    link = orchestrator.Link(make_app(installed, {}).config)
+    connection = link.open()
+    answer = link._answer
+
+    def interrupted(connection: Connection) -> None:
+        answer(connection)
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(link, "_answer", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            link.call("select 1")
+    assert link.call("select 1") == [(1,)]
+    assert link.open() is not connection
+    link.close()
+
+
 @pytest.mark.parametrize("prepared", [True, False])
 def test_a_link_prepares_each_query_once_if_at_all_and_keeps_no_answer(installed: str, prepared: bool) -> None:
     link = orchestrator.Link(make_app(installed, {}, prepared_statements=prepared).config)
