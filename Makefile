@@ -7,7 +7,7 @@ COMPOSE := docker compose
 DISTRIBUTED := $(COMPOSE) --profile distributed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo run install test check bundle bench bench-compare chaos chaos-mutants sql-docs screenshot \
+.PHONY: help venv demo run install test check bundle build bench bench-compare chaos chaos-mutants sql-docs screenshot \
         docker-build docker-up docker-logs docker-up-dist docker-logs-dist docker-down clean
 
 # What the shell exports wins over .env, hence ?=. Tests and checks never see .env.
@@ -45,13 +45,20 @@ install: .venv/.run ## install or upgrade the schema
 test: .venv/.dev ## run the tests on a real PostgreSQL; PG=16|17|18, ARGS="-k claim"
 	PG=$(PG) $(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
-check: .venv/.dev ## ruff, mypy, and the house rules of sql/
+check: .venv/.dev ## ruff, mypy, the house rules, and whether dist/orchestrator.py is up to date
 	$(PY) -m ruff check .
-	$(PY) -m mypy --strict orchestrator.py handlers.py
+	$(PY) -m mypy --strict orchestrator.py handlers.py tools/bundle.py tools/lint_house.py
+	$(PY) tools/lint_house.py
 	$(PY) tests/lint_sql.py
+	$(PY) tools/bundle.py --check
 
-bundle: .venv/.run ## write dist/orchestrator.py: one file, the SQL and the page inside
+bundle: .venv/.run ## write dist/orchestrator.py: one file, the SQL and the page inside; commit it
 	$(PY) tools/bundle.py
+
+build: bundle .venv/.dev ## write the bundle, and dist/*.whl that holds it
+	rm -f dist/*.whl
+	$(PY) -m pip wheel -q --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir dist .
+	@ls dist
 
 bench: .venv/.dev ## measure; WORKLOAD=drain for one of them
 	$(PY) benchmarks/bench.py $(WORKLOAD) $(ARGS)
@@ -89,6 +96,6 @@ docker-logs-dist: ## follow their logs
 docker-down: ## stop the containers; the data stays
 	$(DISTRIBUTED) down
 
-clean: ## remove .venv, dist and caches; .orchestrator, the embedded database, stays
-	rm -rf .venv dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+clean: ## remove .venv, wheels and caches; dist/orchestrator.py and .orchestrator, the embedded database, stay
+	rm -rf .venv dist/*.whl .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
