@@ -38,9 +38,9 @@ def requirements() -> list[str]:
 
 
 def minors_of_the_range() -> list[str]:
-    """From psycopg[binary]>=3.2,<3.4: 3.2 and 3.3."""
-    found = re.search(r"(?m)^psycopg\[binary\]>=3\.(\d+),<3\.(\d+)$", "\n".join(requirements()))
-    assert found, "requirements.txt: psycopg must be pinned to minor versions, as psycopg[binary]>=3.2,<3.4"
+    """From psycopg[binary]>=3.2.11,<3.4: 3.2 and 3.3."""
+    found = re.search(r"(?m)^psycopg\[binary\]>=3\.(\d+)(?:\.\d+)?,<3\.(\d+)$", "\n".join(requirements()))
+    assert found, "requirements.txt: psycopg must be pinned to minor versions, as psycopg[binary]>=3.2.11,<3.4"
     return [f"3.{minor}" for minor in range(int(found[1]), int(found[2]))]
 
 
