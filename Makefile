@@ -7,7 +7,7 @@ COMPOSE := docker compose
 DISTRIBUTED := $(COMPOSE) --profile distributed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo run install test check bundle build bench bench-compare chaos chaos-mutants sql-docs screenshot \
+.PHONY: help venv demo run install test check bundle try-bundle build bench bench-compare chaos chaos-mutants sql-docs screenshot \
         docker-build docker-up docker-logs docker-up-dist docker-logs-dist docker-down clean
 
 # What the shell exports wins over .env, hence ?=. Tests and checks never see .env.
@@ -54,6 +54,9 @@ check: .venv/.dev ## ruff, mypy, the house rules, and whether dist/orchestrator.
 
 bundle: .venv/.run ## write dist/orchestrator.py: one file, the SQL and the page inside; commit it
 	$(PY) tools/bundle.py
+
+try-bundle: .venv/.run ## run dist/orchestrator.py alone in an empty folder
+	tools/try_bundle.sh
 
 build: bundle .venv/.dev ## write the bundle, and dist/*.whl that holds it
 	rm -f dist/*.whl

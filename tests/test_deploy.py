@@ -171,7 +171,34 @@ def test_workflow_runs_the_same_make_targets_on_every_version():
     targets = set(re.findall(r"(?m)^([a-z-]+):.*##", text("Makefile")))
     commands = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
     used = {word for command in commands for word in re.findall(r"(?m)^\s*make (?:-s )?([a-z-]+)", command)}
-    assert {"test", "check", "demo", "bundle", "docker-build"} <= used <= targets
+    assert {"test", "check", "demo", "try-bundle", "build", "docker-build"} <= used <= targets
+    assert workflow["permissions"] == {"contents": "read"}
+
+
+def test_workflow_tries_the_oldest_pinned_dependencies():
+    oldest = dict(re.findall(r"(?m)^([\w-]+(?:\[\w+\])?)>=([\d.]+)", text("requirements.txt")))
+    commands = "\n".join(step.get("run", "") for step in yaml.safe_load(text(".github/workflows/ci.yml"))["jobs"]["oldest"]["steps"])
+    pinned = dict(re.findall(r"([\w-]+(?:\[\w+\])?)==([\d.]+)", commands))
+    assert set(pinned) == {"psycopg[binary]", "prometheus-client"}
+    for name, version in pinned.items():
+        assert version in (oldest[name], oldest[name] + ".0"), name
+
+
+def test_release_attaches_what_was_built_and_only_its_job_may_write():
+    workflow = yaml.safe_load(text(".github/workflows/release.yml"))
+    assert workflow[True] == {"push": {"tags": ["v*"]}}   # YAML reads `on` as true
+    assert workflow["permissions"] == {"contents": "read"}
+    assert {name: job.get("permissions") for name, job in workflow["jobs"].items()} == {"ci": None, "release": {"contents": "write"}}
+    assert workflow["jobs"]["release"]["needs"] == "ci"
+    commands = "\n".join(step.get("run", "") for step in workflow["jobs"]["release"]["steps"])
+    assert "make build" in commands
+    assert re.search(r"gh release create .* dist/orchestrator\.py dist/\*\.whl", commands)
+
+
+def test_ci_run_runs_the_targets_that_people_run():
+    script = text(".ci/run")
+    for line in ("make check", "make test", "make try-bundle", "make build", "make chaos", "demo ARGS=--exit"):
+        assert line in script, line
 
 
 def test_make_has_the_targets_of_docker():
