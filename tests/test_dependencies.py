@@ -13,6 +13,7 @@ import psycopg
 import pytest
 from psycopg import waiting
 
+import orchestrator
 from conftest import PROGRAM, REPOSITORY
 
 # Documented by psycopg: a minor version doesn't change them.
@@ -138,3 +139,9 @@ def test_a_wait_for_a_silent_server_resumes_its_generator_at_each_interval():
 def test_every_import_from_psycopg_is_known_as_public_or_checked_here():
     modules = {name.rsplit(".", 1)[0] for name in INTERNAL}
     assert imported() - PUBLIC <= modules | set(INTERNAL) | {"psycopg.generators", "psycopg.waiting"}
+
+
+@pytest.mark.skipif(not hasattr(orchestrator, "PSYCOPG_PARTS"), reason="this version does not list them")
+def test_the_internal_parts_that_orchestrator_lists_are_checked_here():
+    checked = [resolve(name) for name in INTERNAL]
+    assert [part for part in orchestrator.PSYCOPG_PARTS if part not in checked] == []
