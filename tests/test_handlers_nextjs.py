@@ -199,7 +199,7 @@ def test_lock_held_by_an_earlier_instance_names_its_process(project):
     assert task.reports == []
 
 
-def test_lock_file_that_nobody_holds_is_no_obstacle(project):
+def test_lock_file_that_nobody_holds_does_not_prevent_a_start(project):
     payload = project("print('done')")
     lock = Path(payload["working_dir"], ".next/dev/lock")
     lock.parent.mkdir(parents=True)
@@ -235,8 +235,8 @@ def test_project_without_a_dev_script_runs_the_local_next(project, tmp_path):
 
 
 @pytest.mark.parametrize(("spoil", "message"), [
-    (lambda directory: (directory / "package.json").unlink(), "working_dir: holds no readable package.json"),
-    (lambda directory: (directory / "package.json").write_text("{"), "working_dir: holds no readable package.json"),
+    (lambda directory: (directory / "package.json").unlink(), "working_dir: has no readable package.json"),
+    (lambda directory: (directory / "package.json").write_text("{"), "working_dir: has no readable package.json"),
     (lambda directory: shutil.rmtree(directory / "node_modules"), "working_dir: Next.js is not installed there"),
     (shutil.rmtree, "working_dir: there is no such directory"),
 ], ids=["no package.json", "broken package.json", "nothing installed", "no directory"])
@@ -247,7 +247,7 @@ def test_directory_that_is_no_project_is_refused_for_good(project, spoil, messag
         call(handlers.nextjs, StandInTask(payload))
 
 
-def test_npm_that_is_not_there_is_refused_for_good(project, monkeypatch, tmp_path):
+def test_missing_npm_is_permanent(project, monkeypatch, tmp_path):
     payload = project(STAY)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(Discard, match="npm is not on the worker's PATH"):

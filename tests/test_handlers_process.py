@@ -49,6 +49,10 @@ class StandInTask:
         if self.cancelled.is_set():
             raise Cancelled(self.cancel_reason)
 
+    def sleep(self, seconds: float) -> None:
+        self.cancelled.wait(seconds)
+        self.raise_if_cancelled()
+
     def cancel(self, reason: str = "cancelled") -> None:
         self.cancel_reason = reason
         self.cancelled.set()
@@ -246,7 +250,7 @@ def test_close_leaves_no_zombie_no_descriptor_and_no_thread(start):
     assert children == []
 
 
-def test_program_that_is_not_there_leaves_nothing_running(start):
+def test_missing_program_leaves_nothing_running(start):
     with pytest.raises(FileNotFoundError):
         start(["/nowhere/such-program"])
     assert Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text() == ""
