@@ -196,6 +196,14 @@ def test_value_that_a_program_could_take_for_an_option_is_refused(roots, field):
             check_backup({"database": "shop", field: value})
 
 
+@pytest.mark.parametrize("field", ["database", "user", "backup_dir", "password_file"])
+@pytest.mark.parametrize("value", ["postgresql://me:canary@db/shop", "host=db password=canary", "x PASSWORD = canary"])
+def test_connection_string_with_a_password_is_refused_where_a_name_belongs(roots, field, value):
+    with pytest.raises(ValueError, match=f"{field}: must not be a URL or connection string with a password") as refusal:
+        check_backup({"database": "shop", field: value})
+    assert "canary" not in str(refusal.value)
+
+
 @pytest.mark.parametrize("host", ["a b", "a,b", "h?x", "h;x", "/run,/etc", "@abstract", "h/../x", "h=1"])
 def test_host_is_one_name_address_or_socket_directory(roots, host):
     with pytest.raises(ValueError, match="host: must be a host name"):
