@@ -3,12 +3,11 @@
 A handler is a function of a Task; HANDLERS at the bottom maps task types to them. Write your own the same way.
 
   service:nextjs        {working_dir, port=3000, host="127.0.0.1", ready_timeout=120}
-                        Runs `npm run dev` (or the local `next dev`) for as long as the task lives. It occupies
+                        Runs `npm run dev` (or the local `next dev`) for as long as the task lives, and occupies
                         a slot of the pool all that time: count services when choosing WORKER_POOL_SIZE.
-                        Exit code 0 completes the task. Any other end is a failed attempt, and ten of them are
-                        retried. A run that was healthy for 10 minutes is not charged when it ends, and its worker
-                        forgives the failures before it. So the task becomes a dead letter only after 11 failures
-                        with no such run between them.
+                        Exit code 0 completes the task; any other end is a failed attempt, retried 10 times.
+                        A run that was healthy for 10 minutes is not charged when it ends, and its worker
+                        forgives the failures before it: only 11 in a row make the task a dead letter.
   service:notion-clone  no payload: the same for NOTION_CLONE_DIR on NOTION_CLONE_PORT
   task:backup           {database, host="localhost", port=5432, user="postgres", backup_dir=".", retention_days=0
                         (keep all), and one of password, password_env, password_file}
@@ -59,15 +58,16 @@ from orchestrator import Discard, Handler, Retry, Snooze, Task
 
 log = logging.getLogger("orchestrator.handlers")
 Options = TypeVar("Options")
+Number = TypeVar("Number", int, float)
 
-STOP_GRACE = 3.0  # seconds between SIGTERM and SIGKILL; a timed-out handler has 5 s to return
-HASTY_STOP_GRACE = 1.0  # the same when the worker shuts down or has lost the task
+STOP_GRACE = 1.5  # seconds between SIGTERM and SIGKILL: a hasty shutdown waits for 2 s, a timeout for 5
 CHECK_EVERY = 5.0  # seconds between two checks of a service's port
 REPORT_EVERY = 10.0  # seconds between two reports of a task's progress
 HEALTHY_RUN = 600.0  # seconds after which the end of a service is no longer charged to its task
 DAY = 86400.0
-# Errors that waiting does not mend; others, such as a full disk or too many open files, are retried.
-PERMANENT = (errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.EADDRNOTAVAIL)
+# Waiting does not mend these; other errors, such as a full disk or too many open files, are retried.
+PERMANENT = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP,
+             errno.ENAMETOOLONG, errno.EADDRNOTAVAIL)
 
 
 def failure(what: str, error: OSError) -> Exception:
@@ -75,7 +75,7 @@ def failure(what: str, error: OSError) -> Exception:
     return Discard(message) if error.errno in PERMANENT else Retry(message)
 
 
-# --- Child processes --------------------------------------------------------------------------------------------------
+# --- Child processes ------------------------------------------------------------
 
 # Runs beside a child. Its stdin is a pipe from the worker, which ends when the worker does, even by SIGKILL.
 GUARD = "import os, signal, sys; sys.stdin.read(); os.killpg(int(sys.argv[1]), signal.SIGKILL)"
@@ -85,7 +85,7 @@ URL_PASSWORD = re.compile(r"(://[^\s/:@]*:)[^\s/]+@")
 
 
 def minimal_environment(**extra: str) -> dict[str, str]:
-    """Return `extra` and what any program needs, without the rest of the worker's environment: it may hold secrets."""
+    """Return `extra` and what any program needs; the rest of the worker's environment may hold secrets."""
     kept = ("PATH", "HOME", "USER", "LOGNAME", "TMPDIR", "TZ", "LANG", "LD_LIBRARY_PATH")
     return {name: os.environ[name] for name in kept if name in os.environ} | extra
 
@@ -93,13 +93,13 @@ def minimal_environment(**extra: str) -> dict[str, str]:
 class Process:
     """A child in its own session, whose last output is kept; close() leaves nothing of its process group.
 
-    Without `stdout`, a descriptor, standard output is kept too. The group also ends when the worker is killed.
+    The group also ends when the worker is killed. With `stdout`, a descriptor, only stderr is kept.
     """
 
     def __init__(self, args: list[str], *, env: dict[str, str], cwd: str = "/", stdin: int = subprocess.DEVNULL,
                  stdout: int | None = None, pass_fds: tuple[int, ...] = (),
-                 on_line: Callable[[str], object] | None = None) -> None:
-        self._lines: deque[str] = deque(maxlen=100)
+                 on_line: Callable[[bytes], object] = lambda line: None) -> None:
+        self._lines: deque[bytes] = deque(maxlen=100)
         self._on_line = on_line
         self._child = subprocess.Popen(
             args, env=env, cwd=cwd, stdin=stdin, pass_fds=pass_fds, start_new_session=True,
@@ -121,13 +121,9 @@ class Process:
         output = self._child.stdout or self._child.stderr
         assert output is not None
         with output:
-            for piece in iter(lambda: output.readline(LINE_BYTES), b""):
-                line = ESCAPE_SEQUENCE.sub("", piece.decode(errors="replace")).rstrip()
-                if line:
-                    line = URL_PASSWORD.sub(r"\1***@", line)
-                    self._lines.append(line)
-                    if self._on_line:
-                        self._on_line(line)
+            for line in iter(lambda: output.readline(LINE_BYTES), b""):
+                self._lines.append(line)
+                self._on_line(line)
 
     @property
     def status(self) -> int | None:
@@ -135,30 +131,29 @@ class Process:
         return self._child.returncode
 
     def ended(self) -> bool:
-        """Tell whether the child has ended, without reaping it: while it is a zombie, its group's id is not reused."""
+        """Tell whether the child has ended, without reaping it: a zombie keeps its group's id from reuse."""
         if self._child.returncode is not None or not hasattr(os, "waitid"):
             return self._child.poll() is not None
         return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def wait(self, cancelled: threading.Event, timeout: float) -> bool:
-        """Return True when the child has ended, False when `cancelled` is set or `timeout` seconds have passed."""
+        """Return True when the child has ended, False after `timeout` seconds or when `cancelled` is set."""
         deadline = time.monotonic() + timeout
-        pause = 0.005
         while not self.ended():
             left = deadline - time.monotonic()
-            if left <= 0 or cancelled.wait(min(pause, left)):
+            if left <= 0 or cancelled.wait(min(0.05, left)):
                 return False
-            pause = min(pause * 1.5, 0.25)
         return True
 
-    def tail(self, *hidden: str) -> str:
-        """Return the last 1,500 characters of its output, with `hidden` texts replaced."""
+    def tail(self, *secrets: str) -> str:
+        """Return the last 1,500 characters of its output, without secrets and passwords in URLs."""
         if self.ended():
             self._reader.join(0.5)
-        text = "\n".join(list(self._lines))
-        for secret in hidden:
+        text = ESCAPE_SEQUENCE.sub("", b"".join(list(self._lines)).decode(errors="replace"))
+        for secret in secrets:
             text = text.replace(secret, "***")
-        return text[-1500:]
+        lines = URL_PASSWORD.sub(r"\1***@", text).split("\n")
+        return "\n".join(line.rstrip() for line in lines if line.strip())[-1500:]
 
     def close(self, grace: float = STOP_GRACE) -> None:
         """Send the group SIGTERM, after `grace` seconds SIGKILL, and reap the child."""
@@ -179,10 +174,6 @@ class Process:
             os.killpg(self.pid, number)
 
 
-def stop_grace(task: Task) -> float:
-    return HASTY_STOP_GRACE if task.cancel_reason in ("shutdown", "lost") else STOP_GRACE
-
-
 def ended_how(status: int | None) -> str:
     if status is None or status >= 0:
         return f"exit code {status}"
@@ -190,10 +181,12 @@ def ended_how(status: int | None) -> str:
     return f"killed by {names.get(-status, f'signal {-status}')}"
 
 
-# --- Checks of payloads: each raises ValueError, which names the field and never its value -----------------
+# --- Checks of payloads 
+
+# Each raises ValueError, which names the field and never its value.
 
 def checked(check: Callable[[Any], Options], payload: Any) -> Options:
-    """Return check(payload); a payload that is wrong stays wrong, so no retry."""
+    """Return check(payload); an invalid payload stays invalid, so it is not retried."""
     try:
         return check(payload)
     except ValueError as error:
@@ -214,34 +207,31 @@ def object_with(payload: Any, *names: str) -> dict[str, Any]:
 
 def text_field(fields: dict[str, Any], name: str, default: str | None = None, *, limit: int = 255,
                secret: bool = False) -> str:
-    """Return a string of printable characters; unless it is a secret, it holds none, nor looks like an option."""
+    """Return a string of printable characters; unless `secret`, it is no option and contains no password."""
     value = fields.get(name, default)
     if value is None:
-        raise ValueError(f"{name}: is required")
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"{name}: must be a string that is not empty")
-    if re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", value):
-        raise ValueError(f"{name}: must not contain control characters")
-    if len(value.encode()) > limit:
-        raise ValueError(f"{name}: must be at most {limit} bytes long")
-    if value.startswith("-") and not secret:
-        raise ValueError(f"{name}: must not start with a dash")
-    if not secret and (URL_PASSWORD.search(value) or re.search(r"\bpassword\s*=", value, re.I)):
-        raise ValueError(f"{name}: must not be a URL or connection string with a password")
-    return value
+        problem = "is required"
+    elif not isinstance(value, str) or not value:
+        problem = "must be a string that is not empty"
+    elif re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", value):
+        problem = "must not contain control characters"
+    elif len(value.encode()) > limit:
+        problem = f"must be at most {limit} bytes long"
+    elif value.startswith("-") and not secret:
+        problem = "must not start with a dash"
+    elif not secret and re.search(URL_PASSWORD.pattern + r"|\b(?i:password)\s*=", value):
+        problem = "must not be a URL or connection string with a password"
+    else:
+        return value
+    raise ValueError(f"{name}: {problem}")
 
 
-def number_field(fields: dict[str, Any], name: str, default: float, low: float, high: float) -> float:
+def number_field(fields: dict[str, Any], name: str, default: Number, low: int, high: int) -> Number:
+    """Return a number, which must be whole if the default is an int."""
     value = fields.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise ValueError(f"{name}: must be a number from {low:g} to {high:g}")
-    return value
-
-
-def integer_field(fields: dict[str, Any], name: str, default: int, low: int, high: int) -> int:
-    value = fields.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ValueError(f"{name}: must be a whole number from {low} to {high}")
+    kinds, what = (int, "a whole number") if isinstance(default, int) else (int | float, "a number")
+    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+        raise ValueError(f"{name}: must be {what} from {low} to {high}")
     return value
 
 
@@ -262,7 +252,7 @@ def read_file(path: str, limit: int) -> bytes:
         return file.read(limit) or b""
 
 
-# --- service:nextjs ---------------------------------------------------------------------------------------------------
+# --- service:nextjs -----------------------------------------------------------
 
 @dataclass(frozen=True)
 class Service:
@@ -276,9 +266,9 @@ class Service:
         return f"http://[{self.host}]:{self.port}" if ":" in self.host else f"http://{self.host}:{self.port}"
 
     @property
-    def lock(self) -> Path:
-        """Held with flock() by Next.js 16 while it runs, removed at an orderly end."""
-        return Path(self.working_dir, ".next", "dev", "lock")
+    def lock(self) -> str:
+        """The file that Next.js 16 holds a flock() on while it runs, and removes at an orderly end."""
+        return os.path.join(self.working_dir, ".next/dev/lock")
 
 
 def check_nextjs(payload: Any) -> Service:
@@ -290,9 +280,9 @@ def check_nextjs(payload: Any) -> Service:
         host = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host).compressed
     except ValueError:
         raise ValueError("host: must be an IP address of this machine, or localhost") from None
-    service = Service(path_inside("SERVICE_ROOT", ".", fields, "working_dir", None),
-                      integer_field(fields, "port", 3000, 1, 65535), host,
-                      number_field(fields, "ready_timeout", 120, 1, 3600))
+    service = Service(path_inside("SERVICE_ROOT", ".", fields, "working_dir"),
+                      number_field(fields, "port", 3000, 1, 65535), host,
+                      number_field(fields, "ready_timeout", 120.0, 1, 3600))
     if not os.path.isdir(service.working_dir):
         raise ValueError("working_dir: there is no such directory")
     return service
@@ -319,27 +309,16 @@ def notion_clone(task: Task) -> dict[str, object]:
     return serve(task, checked(check_notion_clone, task.payload))
 
 
-class Died(Retry):
-    """The server ended or is deaf, `healthy` seconds after its first answer."""
-
-    def __init__(self, reason: str, healthy: float) -> None:
-        super().__init__(reason)
-        self.healthy = healthy
-
-
-# How many more failures of a task go uncharged, because an earlier run was healthy for long.
-# In memory only: a worker that restarts forgets it, which costs a task no more than the retries it had left.
+# By task: how many more failures go uncharged. A worker that restarts forgets this, and charges them again.
 forgiven: dict[str, int] = {}
 
 
 def serve(task: Task, service: Service) -> dict[str, object]:
-    """Run the server. A long healthy run restores the task's retries: as many failures as it had are uncharged."""
+    """Run the server. After a long healthy run, its end and as many failures as were charged go uncharged."""
     try:
         return run_server(task, service)
     except Retry as death:
         task.raise_if_cancelled()
-        if isinstance(death, Died) and death.healthy >= HEALTHY_RUN:
-            forgiven[task.id] = task.attempt
         left = forgiven.pop(task.id, 0) - 1
         if left < 0:
             raise
@@ -363,41 +342,44 @@ def run_server(task: Task, service: Service) -> dict[str, object]:
     except OSError as error:
         raise Retry(f"{os.path.basename(args[0])} cannot be started: {error.strerror}") from None
     try:
-        healthy, problem = watch_server(task, service, server)
+        ready_at, problem = watch_server(task, service, server)
+        healthy = time.monotonic() - ready_at
     finally:
-        server.close(stop_grace(task))
+        server.close()
     task.raise_if_cancelled()
     # `next dev` exits with 0 also when its server was killed, but only then does the server's lock stay behind.
-    killed = modification_time(service.lock) not in (None, lock_before)
-    if not problem and (server.status != 0 or killed):
-        problem = "its server process was killed" if server.status == 0 else ended_how(server.status)
-    if problem:
-        raise Died(f"{problem}; its last output:\n{server.tail()}", healthy)
-    return {"exit_code": 0, "url": service.url, "uptime": round(time.monotonic() - started, 1)}
+    if not problem and server.status == 0 and modification_time(service.lock) not in (None, lock_before):
+        problem = "its server process was killed"
+    elif not problem and server.status != 0:
+        problem = ended_how(server.status)
+    if not problem:
+        return {"exit_code": 0, "url": service.url, "uptime": round(time.monotonic() - started, 1)}
+    if healthy >= HEALTHY_RUN:
+        forgiven[task.id] = task.attempt
+    raise Retry(f"{problem}; its last output:\n{server.tail()}")
 
 
 def watch_server(task: Task, service: Service, server: Process) -> tuple[float, str]:
-    """Watch until the server ends, is deaf, or the task is cancelled; return its healthy seconds and what is wrong."""
-    started = time.monotonic()
-    ready_at, refusals, next_report = math.inf, 0, started
+    """Watch until the server ends, is deaf, or the task is cancelled; return since when it was ready, and a problem."""
+    started = next_report = time.monotonic()
+    ready_at, refusals = math.inf, 0
     while True:
         now = time.monotonic()
         ready = now >= ready_at
-        healthy = now - ready_at if ready else 0.0
         if now >= next_report:
             task.progress({"ready": ready, "url": service.url, "pid": server.pid, "uptime": round(now - started, 1)})
             next_report = now + REPORT_EVERY
         if server.wait(task.cancelled, CHECK_EVERY if ready else 0.1) or task.cancelled.is_set():
-            return time.monotonic() - ready_at if ready else 0.0, ""
-        if not ready and answers(service):
-            ready_at = next_report = time.monotonic()
-        elif not ready and now - started > service.ready_timeout:
-            return 0.0, f"no answer on {service.url} within {service.ready_timeout:g} s"
-        elif ready:
+            return ready_at, ""
+        if ready:
             # A busy server answers late, but its port is open; one that died under a living parent has no port.
-            refusals = refusals + 1 if port_closed(service) else 0
+            refusals = 0 if listens(service) else refusals + 1
             if refusals == 3:
-                return healthy, f"nothing listens on {service.url} any more"
+                return ready_at, f"nothing listens on {service.url} any more"
+        elif listens(service, b"HEAD / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"):
+            ready_at = next_report = time.monotonic()
+        elif now - started > service.ready_timeout:
+            return ready_at, f"no answer on {service.url} within {service.ready_timeout:g} s"
 
 
 def server_command(service: Service) -> list[str]:
@@ -405,10 +387,10 @@ def server_command(service: Service) -> list[str]:
     directory = Path(service.working_dir)
     try:
         package = json.loads(read_file(os.path.realpath(directory / "package.json"), 1_000_000))
-    except (FileNotFoundError, IsADirectoryError, ValueError, RecursionError):
+    except (ValueError, RecursionError):
         raise Discard("working_dir: has no readable package.json") from None
     except OSError as error:
-        raise failure("working_dir", error) from None
+        raise failure("working_dir: has no readable package.json", error) from None
     installed = [parent / "node_modules/next" for parent in (directory, *directory.parents)]
     next_package = next((path for path in installed if path.is_dir()), None)
     if next_package is None:
@@ -454,45 +436,32 @@ def refuse_port_in_use(service: Service) -> None:
         raise failure(f"host, port: cannot listen on {service.url}", error) from None
 
 
-def local_address(service: Service) -> tuple[str, int]:
-    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(service.host, service.host), service.port
-
-
-def answers(service: Service) -> bool:
-    """Tell whether it answers over HTTP, whatever the answer, within about a second for each step."""
+def listens(service: Service, request: bytes = b"") -> bool:
+    """Tell whether its port is open; with a request, whether it answers that over HTTP within about a second."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(service.host, service.host)
     try:
-        with socket.create_connection(local_address(service), timeout=1) as connection:
-            connection.sendall(b"HEAD / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-            return connection.recv(5) == b"HTTP/"
-    except OSError:
-        return False
+        with socket.create_connection((host, service.port), timeout=1) as connection:
+            connection.sendall(request)
+            return not request or connection.recv(5) == b"HTTP/"
+    except OSError as error:
+        return not request and not isinstance(error, ConnectionRefusedError)
 
 
-def port_closed(service: Service) -> bool:
-    try:
-        socket.create_connection(local_address(service), timeout=1).close()
-    except ConnectionRefusedError:
-        return True
-    except OSError:
-        return False
-    return False
-
-
-def modification_time(path: Path) -> int | None:
+def modification_time(path: str) -> int | None:
     try:
         return os.stat(path, follow_symlinks=False).st_mtime_ns
     except OSError:
         return None
 
 
-# --- task:backup ------------------------------------------------------------------------------------------------------
+# --- task:backup --------------------------------------------------------------
 
 LOCK_WAIT_MS = 300_000  # for a table that somebody has locked; the dump would hold its snapshot meanwhile
 STAMP = "%Y%m%dT%H%M%S.%fZ"
 NO_RETRY_HELPS = re.compile(
-    r"password authentication failed|no password supplied|no pg_hba\.conf entry|authentication failed"
-    r"|authentication method requirement|role \".*\" does not exist|database \".*\" does not exist"
-    r"|permission denied|server version mismatch|row-level security", re.S)
+    r"authentication failed|no password supplied|no pg_hba\.conf entry|authentication method requirement"
+    r"|role \".*\" does not exist|database \".*\" does not exist|permission denied|server version mismatch"
+    r"|row-level security", re.S)
 
 
 @dataclass(frozen=True)
@@ -523,11 +492,11 @@ def check_backup(payload: Any) -> Backup:
     host = text_field(fields, "host", "localhost")
     if not re.fullmatch(r"/[^,]*|[A-Za-z0-9._:-]+", host):
         raise ValueError("host: must be a host name, an IP address or the absolute directory of a Unix socket")
-    return Backup(host=host, port=integer_field(fields, "port", 5432, 1, 65535),
+    return Backup(host=host, port=number_field(fields, "port", 5432, 1, 65535),
                   user=text_field(fields, "user", "postgres", limit=63), password=check_password(fields),
                   database=text_field(fields, "database", limit=63),
                   directory=path_inside("BACKUP_ROOT", "backups", fields, "backup_dir", "."),
-                  retention_days=number_field(fields, "retention_days", 0, 0, 36500))
+                  retention_days=number_field(fields, "retention_days", 0.0, 0, 36500))
 
 
 def check_password(fields: dict[str, Any]) -> str | None:
@@ -537,27 +506,28 @@ def check_password(fields: dict[str, Any]) -> str | None:
         raise ValueError(f"{given[1]}: only one of password, password_env and password_file may be given")
     if not given:
         return None
+    found = fields.get("password")
     if given == ["password_env"]:
         variable = text_field(fields, "password_env")
         if not re.fullmatch(r"BACKUP_PASSWORD[A-Z0-9_]*|PGPASSWORD", variable):
             raise ValueError("password_env: must be PGPASSWORD or a name that starts with BACKUP_PASSWORD")
-        fields = {"password_env": os.environ.get(variable, "")}
-        if not fields["password_env"]:
+        found = os.environ.get(variable)
+        if not found:
             raise ValueError("password_env: this variable is not set in the worker's environment")
     elif given == ["password_file"]:
         path = path_inside("BACKUP_SECRETS", "/run/secrets", fields, "password_file")
         try:
-            fields = {"password_file": read_file(path, 4096).decode().rstrip("\r\n")}
+            found = read_file(path, 4096).decode().rstrip("\r\n")
         except (OSError, UnicodeDecodeError):
             raise ValueError("password_file: cannot be read") from None
-    return text_field(fields, given[0], limit=1024, secret=True)
+    return text_field({given[0]: found}, given[0], limit=1024, secret=True)
 
 
 def backup(task: Task) -> dict[str, object]:
     """Dump a database into a new file, verify it, then remove its backups older than retention_days.
 
-    Return {path, bytes, seconds, tables, removed}. Nothing is left of a backup that fails or is cancelled. After a
-    SIGKILL of the worker a file *.partial stays; a later backup removes it when it is a day old.
+    Return {path, bytes, seconds, tables, removed}. A backup that fails or is cancelled leaves no file. A worker
+    that is killed leaves a file *.partial, which a later backup removes when it is a day old.
     """
     wanted = checked(check_backup, task.payload)
     started = time.monotonic()
@@ -594,38 +564,37 @@ def open_private_directory(path: str) -> int:
         os.close(directory)
 
 
-def pg_environment(wanted: Backup, passfile: int | None) -> dict[str, str]:
-    """Return libpq's settings: unlike an argument, a variable is never read as an option or connection string."""
-    env = minimal_environment(
-        PGHOST=wanted.host, PGPORT=str(wanted.port), PGUSER=wanted.user, PGDATABASE=wanted.database,
-        PGCONNECT_TIMEOUT="10", PGAPPNAME="orchestrator backup",
-        PGREQUIREAUTH="!password",  # the payload names the server, which must not ask for the password in clear
-        LC_ALL="C")  # the programs' errors are told apart by their text, so it must be English
-    if passfile is not None:
-        env["PGPASSFILE"] = f"/proc/self/fd/{passfile}"
-    elif wanted.password is not None:
-        env["PGPASSWORD"] = wanted.password
-    return env | {name: os.environ[name] for name in ("PGSSLMODE", "PGSSLROOTCERT") if name in os.environ}
-
-
 class PgRunner:
     """Runs PostgreSQL's programs for one backup, and turns their failures into Retry or Discard."""
 
     def __init__(self, task: Task, wanted: Backup, stack: contextlib.ExitStack) -> None:
-        self.task, self.hidden = task, [wanted.password] if wanted.password else []
+        self.task = task
+        self.secrets: tuple[str, ...] = ()
         self.pass_fds: tuple[int, ...] = ()
-        # The password file has no name, so nothing of it can be left, however the worker ends. Where there is no
-        # memfd, as on macOS, the environment has the password; without one, libpq looks into ~/.pgpass.
-        if wanted.password and hasattr(os, "memfd_create"):
-            self.pass_fds = (os.memfd_create("pgpass"),)
-            stack.callback(os.close, *self.pass_fds)
-            os.fchmod(*self.pass_fds, 0o600)  # libpq ignores any other
-            self.hidden.insert(0, re.sub(r"([\\:])", r"\\\1", wanted.password))
-            os.write(*self.pass_fds, f"*:*:*:*:{self.hidden[0]}\n".encode())
-        self.env = pg_environment(wanted, *self.pass_fds or (None,))
+        # Unlike an argument, a variable is never read as an option or a connection string.
+        self.env = minimal_environment(
+            PGHOST=wanted.host, PGPORT=str(wanted.port), PGUSER=wanted.user, PGDATABASE=wanted.database,
+            PGCONNECT_TIMEOUT="10", PGAPPNAME="orchestrator backup",
+            PGREQUIREAUTH="!password",  # the payload names the server, which must not get the password in clear
+            LC_ALL="C")  # the programs' errors are told apart by their text, so it must be English
+        self.env |= {name: os.environ[name] for name in ("PGSSLMODE", "PGSSLROOTCERT") if name in os.environ}
+        if not wanted.password:
+            return  # libpq looks into ~/.pgpass
+        escaped = re.sub(r"([\\:])", r"\\\1", wanted.password)
+        self.secrets = (escaped, wanted.password)
+        if not hasattr(os, "memfd_create"):  # macOS
+            self.env["PGPASSWORD"] = wanted.password
+            return
+        # A password file without a name: nothing of it is left, however the worker ends.
+        passfile = os.memfd_create("pgpass")
+        stack.callback(os.close, passfile)
+        os.fchmod(passfile, 0o600)  # libpq ignores a file that others may read
+        os.write(passfile, f"*:*:*:*:{escaped}\n".encode())
+        self.env["PGPASSFILE"] = f"/proc/self/fd/{passfile}"
+        self.pass_fds = (passfile,)
 
     def __call__(self, program: Path, *args: str, stdin: int = subprocess.DEVNULL, stdout: int | None = None,
-                 on_line: Callable[[str], object] | None = None) -> str:
+                 on_line: Callable[[bytes], object] = lambda line: None) -> str:
         try:
             process = Process([str(program), *args], env=self.env, stdin=stdin, stdout=stdout, on_line=on_line,
                               pass_fds=self.pass_fds)
@@ -637,13 +606,13 @@ class PgRunner:
                 if stdout is not None:
                     self.task.progress({"bytes": os.fstat(stdout).st_size})
         finally:
-            process.close(stop_grace(self.task))
+            process.close()
         if process.status != 0:
             self.failed(program.name, process)
         return process.tail()
 
     def failed(self, name: str, process: Process) -> NoReturn:
-        output, shown = process.tail(), process.tail(*self.hidden)  # no program prints the password, but one might
+        output, shown = process.tail(), process.tail(*self.secrets)  # in case a program prints the password
         if "No space left on device" in output or "Disk quota exceeded" in output:
             raise Retry(f"backup_dir: the disk is full ({name}: {shown[-300:]})")
         message = f"{name} failed ({ended_how(process.status)}): {shown[-1000:]}"
@@ -664,9 +633,9 @@ def dump(run: PgRunner, wanted: Backup, directory: int) -> tuple[str, int, int]:
             stdout=file)
         os.fsync(file)
         os.lseek(file, 0, os.SEEK_SET)
-        tables: list[str] = []
+        tables: list[bytes] = []
         run(binaries / "pg_restore", "--list", stdin=file,
-            on_line=lambda line: tables.append("") if re.match(r"\d+; 1259 \d+ TABLE ", line) else None)
+            on_line=lambda line: tables.append(line) if re.match(rb"\d+; 1259 \d+ TABLE ", line) else None)
         os.rename(partial, name, src_dir_fd=directory, dst_dir_fd=directory)
         leftover = name
         os.fsync(directory)
@@ -758,7 +727,7 @@ def made_at(stamp: str, name: str, directory: int) -> float:
     return max(named, found.st_mtime) if stat.S_ISREG(found.st_mode) else math.inf
 
 
-# --- The demo's handlers ----------------------------------------------------------------------------------------------
+# --- The demo's handlers ------------------------------------------------------
 
 def quick(task: Task) -> None:
     """Do nothing."""
@@ -772,7 +741,7 @@ def slow(task: Task) -> None:
 
 def flaky(task: Task) -> str:
     """Fail {fail_times} times, then succeed."""
-    fail_times = checked(lambda payload: integer_field(object_with(payload, "fail_times"), "fail_times", 1, 0, 1000),
+    fail_times = checked(lambda payload: number_field(object_with(payload, "fail_times"), "fail_times", 1, 0, 1000),
                          task.payload)
     if task.attempt <= fail_times:
         raise RuntimeError(f"attempt {task.attempt} fails, as {fail_times} of them shall")
