@@ -112,7 +112,8 @@ class Process:
             self._reader.start()
             self._guard = subprocess.Popen(
                 [sys.executable, "-I", "-S", "-c", GUARD, str(self.pid)], env=minimal_environment(), cwd="/",
-                stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT, start_new_session=True)
+                stdin=subprocess.PIPE, start_new_session=True,
+                stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
         except BaseException:
             self._signal_group(signal.SIGKILL)
             self._child.wait()
@@ -513,8 +514,8 @@ def check_password(fields: dict[str, Any]) -> str | None:
 def backup(task: Task) -> dict[str, object]:
     """Dump a database into a new file, verify it, then remove its backups older than retention_days.
 
-    Return {path, bytes, seconds, tables, removed}. A backup that fails or is cancelled leaves no file; a killed
-    worker leaves *.partial, which a later backup removes when it is a day old.
+    Return {path, bytes, seconds, tables, removed}. A backup that fails or is cancelled leaves no file.
+    A killed worker leaves *.partial, which a later backup removes when it is a day old.
     """
     wanted = checked(check_backup, task.payload)
     started = time.monotonic()
