@@ -75,13 +75,13 @@ def failure(what: str, error: OSError) -> Exception:
     return Discard(message) if error.errno in PERMANENT else Retry(message)
 
 
-# --- Child processes ------------------------------------------------------------
+# --- Child processes ----------------------------------------------------------
 
 # Runs beside a child. Its stdin is a pipe from the worker, which ends when the worker does, even by SIGKILL.
 GUARD = "import os, signal, sys; sys.stdin.read(); os.killpg(int(sys.argv[1]), signal.SIGKILL)"
 LINE_BYTES = 500
 ESCAPE_SEQUENCE = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f]")
-URL_PASSWORD = re.compile(r"(://[^\s/:@]*:)[^\s/]+@")
+URL_PASSWORD = re.compile(r"(://[^\s/:@]*:)\S+@")
 
 
 def minimal_environment(**extra: str) -> dict[str, str]:
@@ -176,9 +176,7 @@ def ended_how(status: int | None) -> str:
     return f"killed by {names.get(-status, f'signal {-status}')}"
 
 
-# --- Checks of payloads -------------------------------------------------------
-
-# Each raises ValueError, which names the field and never its value.
+# --- Checks of payloads: each ValueError names the field and never its value ----
 
 def checked(check: Callable[[Any], Options], payload: Any) -> Options:
     """Return check(payload); an invalid payload stays invalid, so it is not retried."""

@@ -194,7 +194,7 @@ def test_output_can_go_to_a_file_while_errors_are_kept(start, tmp_path):
 
 
 @pytest.mark.parametrize("url", ["postgres://me:canary@db/x", "at redis://:canary@h:6379/0.", "amqp://u:c@nary@h",
-                                 "https://u:canary%40@h?x=1"])
+                                 "https://u:canary%40@h?x=1", "mysql://u:a/canary@h/x"])
 def test_password_in_a_url_is_not_kept(start, url):
     output = finish(start(python("import sys; print(sys.argv[1])", url)))
     assert "***@" in output
