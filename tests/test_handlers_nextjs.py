@@ -1,6 +1,7 @@
 """service:nextjs and service:notion-clone: with a stand-in for npm that behaves as told, then with a real Next.js."""
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -20,7 +21,7 @@ import pytest
 from psycopg.types.json import Jsonb
 
 import handlers
-from orchestrator import Cancelled, Discard, Retry
+from orchestrator import Cancelled, Discard, Retry, Snooze
 from postgres import eventually, free_port
 from test_handlers_process import StandInTask, alive_in_group, call, in_thread
 
@@ -149,6 +150,63 @@ def test_service_killed_by_a_signal_says_which(project):
         running.result(10)
 
 
+# --- Failures that a long healthy run makes good ----------------------------------------------------------------------
+
+DIES_WHEN_ASKED = "listen(); open('up', 'w').close()\nwhile not os.path.exists('die'): time.sleep(0.01)\nsys.exit(3)"
+
+
+def run_once(task: StandInTask) -> BaseException | None:
+    """Run a service until it is ready, then let it die; return what the handler raised."""
+    die = Path(task.payload["working_dir"], "die")
+    die.unlink(missing_ok=True)
+    task.reports.clear()
+    running = in_thread(handlers.nextjs, task)
+    until_ready(task)
+    die.touch()
+    return running.exception(20)
+
+
+def test_death_after_a_short_run_is_a_failed_attempt(project):
+    assert isinstance(run_once(StandInTask(project(DIES_WHEN_ASKED))), Retry)
+
+
+def test_death_after_a_long_healthy_run_is_not_charged(project, monkeypatch, caplog):
+    monkeypatch.setattr(handlers, "HEALTHY_RUN", 0.0)
+    task = StandInTask(project(DIES_WHEN_ASKED), attempt=1)
+    for _ in range(3):
+        assert isinstance(run_once(task), Snooze)
+    assert f"task {task.id}: restarting http://127.0.0.1:{task.payload['port']} in 1 s" in caplog.text
+    assert "exit code 3" in caplog.text
+
+
+def test_long_healthy_run_makes_good_for_the_failures_before_it(project, monkeypatch):
+    task = StandInTask(project(DIES_WHEN_ASKED), attempt=4)  # three failed
+    monkeypatch.setattr(handlers, "HEALTHY_RUN", 0.0)
+    delays = [run_once(task)]
+    monkeypatch.setattr(handlers, "HEALTHY_RUN", 600.0)
+    delays += [run_once(task) for _ in range(3)]
+    assert [delay.seconds for delay in delays if isinstance(delay, Snooze)] == [1, 2, 4, 8]
+    assert isinstance(run_once(task), Retry)
+    assert task.id not in handlers.forgiven
+
+
+def test_port_in_use_after_a_long_healthy_run_uses_up_what_it_made_good(project, monkeypatch):
+    task = StandInTask(project(DIES_WHEN_ASKED), attempt=2)
+    monkeypatch.setattr(handlers, "HEALTHY_RUN", 0.0)
+    assert isinstance(run_once(task), Snooze)
+    with socket.create_server(("127.0.0.1", task.payload["port"])):
+        with pytest.raises(Snooze):
+            call(handlers.nextjs, task)
+        with pytest.raises(Retry, match="is in use"):
+            call(handlers.nextjs, task)
+
+
+def test_service_that_was_never_ready_is_not_healthy_however_long_it_ran(project, monkeypatch):
+    monkeypatch.setattr(handlers, "HEALTHY_RUN", 0.5)
+    with pytest.raises(Retry, match="no answer"):
+        call(handlers.nextjs, StandInTask(project("time.sleep(600)", ready_timeout=1)))
+
+
 def test_service_that_never_answers_fails_after_ready_timeout(project):
     task = StandInTask(project("print('thinking', flush=True); time.sleep(600)", ready_timeout=1))
     with pytest.raises(Retry, match=r"no answer on http://127.0.0.1:.* within 1 s.*\n.*\nthinking"):
@@ -199,7 +257,7 @@ def test_lock_held_by_an_earlier_instance_names_its_process(project):
     assert task.reports == []
 
 
-def test_lock_file_that_nobody_holds_is_no_obstacle(project):
+def test_lock_file_that_nobody_holds_does_not_prevent_a_start(project):
     payload = project("print('done')")
     lock = Path(payload["working_dir"], ".next/dev/lock")
     lock.parent.mkdir(parents=True)
@@ -235,8 +293,8 @@ def test_project_without_a_dev_script_runs_the_local_next(project, tmp_path):
 
 
 @pytest.mark.parametrize(("spoil", "message"), [
-    (lambda directory: (directory / "package.json").unlink(), "working_dir: holds no readable package.json"),
-    (lambda directory: (directory / "package.json").write_text("{"), "working_dir: holds no readable package.json"),
+    (lambda directory: (directory / "package.json").unlink(), "working_dir: has no readable package.json"),
+    (lambda directory: (directory / "package.json").write_text("{"), "working_dir: has no readable package.json"),
     (lambda directory: shutil.rmtree(directory / "node_modules"), "working_dir: Next.js is not installed there"),
     (shutil.rmtree, "working_dir: there is no such directory"),
 ], ids=["no package.json", "broken package.json", "nothing installed", "no directory"])
@@ -247,7 +305,7 @@ def test_directory_that_is_no_project_is_refused_for_good(project, spoil, messag
         call(handlers.nextjs, StandInTask(payload))
 
 
-def test_npm_that_is_not_there_is_refused_for_good(project, monkeypatch, tmp_path):
+def test_missing_npm_is_permanent(project, monkeypatch, tmp_path):
     payload = project(STAY)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(Discard, match="npm is not on the worker's PATH"):
@@ -279,6 +337,59 @@ def test_notion_clone_with_a_bad_port_says_which_setting(monkeypatch, tmp_path, 
     monkeypatch.setenv("NOTION_CLONE_PORT", port)
     with pytest.raises(Discard, match="NOTION_CLONE_PORT: must be a port number"):
         call(handlers.notion_clone, StandInTask({}))
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOMEM])
+def test_error_that_may_pass_does_not_end_a_service_for_good(project, monkeypatch, number):
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(socket, "create_server", fail)
+    with pytest.raises(Retry, match="cannot listen on"):
+        call(handlers.nextjs, StandInTask(project(STAY)))
+
+
+def test_npm_that_cannot_be_started_says_so(project, tmp_path):
+    payload = project(STAY)
+    (tmp_path / "programs/npm").write_text("#!/nowhere/interpreter\n")
+    with pytest.raises(Retry, match="npm cannot be started: No such file"):
+        call(handlers.nextjs, StandInTask(payload))
+
+
+def test_package_json_that_blocks_or_nests_too_deep_is_refused(project):
+    payload = project(STAY)
+    package = Path(payload["working_dir"], "package.json")
+    package.write_text("[" * 100_000)
+    with pytest.raises(Discard, match="has no readable package.json"):
+        call(handlers.nextjs, StandInTask(payload))
+    package.unlink()
+    os.mkfifo(package)
+    running = in_thread(handlers.nextjs, StandInTask(payload))
+    with pytest.raises(Discard, match="has no readable package.json"):
+        running.result(5)
+
+
+def test_cancelled_while_the_server_sends_its_answer_byte_by_byte(project):
+    drip = """
+server = socket.create_server((host, port))
+while True:
+    client, _ = server.accept()
+    try:
+        while True:
+            client.send(b"H")
+            time.sleep(0.2)
+    except OSError:
+        pass
+"""
+    task = StandInTask(project("import socket\n" + drip))
+    running = in_thread(handlers.nextjs, task)
+    eventually(lambda: task.reports)
+    eventually(lambda: not port_is_free(task.payload["port"]))
+    with pytest.raises(TimeoutError):
+        running.result(1)
+    task.cancel()
+    with pytest.raises(Cancelled):
+        running.result(3)
 
 
 # --- A real Next.js ---------------------------------------------------------------------------------------------------
@@ -449,6 +560,21 @@ def test_real_nextjs_stops_with_its_worker_and_goes_on_with_the_next(application
 def test_service_that_exits_with_0_is_completed_under_a_worker(project, run_service):
     service, _ = run_service(project("print('done')"))
     assert eventually(lambda: service.status == "completed", 20)
+
+
+def test_service_that_dies_again_and_again_after_healthy_runs_is_never_a_dead_letter(
+        project, conn, installed, worker_process, tmp_path):
+    settings = tmp_path / "with_short_runs.py"
+    settings.write_text("import handlers\nfrom orchestrator import Handler\n"
+                        "handlers.HEALTHY_RUN = 0.05\nhandlers.CHECK_EVERY = 0.05\n"
+                        "HANDLERS = {'service:nextjs': Handler(handlers.nextjs, max_retries=0)}\n")
+    worker_process(installed, HANDLERS=settings, SERVICE_ROOT=os.environ["SERVICE_ROOT"])
+    service = Service(conn, project("listen(); open('runs', 'a').write('x'); time.sleep(1); sys.exit(3)"))
+    runs = Path(service.ask("select payload from orchestrator.tasks where id = %s", service.id)["working_dir"], "runs")
+    eventually(lambda: runs.exists() and len(runs.read_text()) >= 3, 30)
+    assert service.status in ("pending", "claimed", "running")
+    assert service.attempts <= 1
+    service.ask("select orchestrator.cancel_task(%s)", service.id)
 
 
 def test_service_ends_with_a_worker_that_is_killed(project, run_service):

@@ -49,6 +49,10 @@ class StandInTask:
         if self.cancelled.is_set():
             raise Cancelled(self.cancel_reason)
 
+    def sleep(self, seconds: float) -> None:
+        self.cancelled.wait(seconds)
+        self.raise_if_cancelled()
+
     def cancel(self, reason: str = "cancelled") -> None:
         self.cancel_reason = reason
         self.cancelled.set()
@@ -166,6 +170,37 @@ def test_status_is_the_exit_code_or_the_signal(start):
     assert handlers.ended_how(killed) == "killed by SIGKILL"
 
 
+def test_signal_without_a_name_is_told_by_its_number(start):
+    number = signal.SIGRTMIN + 1
+    assert handlers.ended_how(start_and_finish(start, f"import os; os.kill(os.getpid(), {number})")) == (
+        f"killed by signal {number}")
+
+
+def test_child_is_not_left_running_when_its_reader_cannot_start(start, monkeypatch):
+    def fail(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    with pytest.raises(RuntimeError):
+        start(["sleep", "60"])
+    assert Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text() == ""
+
+
+def test_output_can_go_to_a_file_while_errors_are_kept(start, tmp_path):
+    with (tmp_path / "file").open("wb") as file:
+        output = finish(start(["sh", "-c", "echo data; echo error >&2"], stdout=file.fileno()))
+    assert output == "error"
+    assert (tmp_path / "file").read_text() == "data\n"
+
+
+@pytest.mark.parametrize("url", ["postgres://me:canary@db/x", "at redis://:canary@h:6379/0.", "amqp://u:c@nary@h",
+                                 "https://u:canary%40@h?x=1", "mysql://u:a/canary@h/x"])
+def test_password_in_a_url_is_not_kept(start, url):
+    output = finish(start(python("import sys; print(sys.argv[1])", url)))
+    assert "***@" in output
+    assert "nary" not in output
+
+
 def start_and_finish(start: Callable[..., Process], code: str) -> int | None:
     process = start(python(code))
     finish(process)
@@ -217,13 +252,13 @@ def test_close_reaches_grandchildren_whose_parent_has_ended_already(start):
 
 def test_close_gives_time_to_end_in_order(start):
     code = """
-import signal, time
+import os, signal, time
 def end(*_):
     time.sleep(0.3)
-    print("put away", flush=True)
+    os.write(1, b"put away\\n")
     raise SystemExit
 signal.signal(signal.SIGTERM, end)
-print("up", flush=True)
+os.write(1, b"up\\n")
 time.sleep(60)
 """
     process = start(python(code))
@@ -246,7 +281,7 @@ def test_close_leaves_no_zombie_no_descriptor_and_no_thread(start):
     assert children == []
 
 
-def test_program_that_is_not_there_leaves_nothing_running(start):
+def test_missing_program_leaves_nothing_running(start):
     with pytest.raises(FileNotFoundError):
         start(["/nowhere/such-program"])
     assert Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text() == ""
