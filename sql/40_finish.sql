@@ -156,7 +156,7 @@ begin
   v_policy := orchestrator._policy(v_task.type);
   v_attempts := v_task.attempts + (v_task.status = 'claimed')::int;
   v_status := (case when v_task.cancel_requested_at is not null then 'cancelled'
-                   when p_permanent or v_attempts > coalesce(least(v_task.max_retries, 1000), v_policy.max_retries) then 'dead_letter'
+                   when p_permanent or v_attempts > least(coalesce(v_task.max_retries, v_policy.max_retries), 1000) then 'dead_letter'
                    else 'retry_scheduled' end)::orchestrator.task_status;
   v_delay := least(greatest(coalesce(p_retry_after, orchestrator.retry_delay(v_attempts, v_policy.base_delay, v_policy.max_delay, random())),
                             interval '0'), orchestrator.longest_delay());
