@@ -115,7 +115,7 @@ begin
   on conflict (type) do nothing;
   insert into orchestrator.type_stats (type, since)
   select distinct l.type, p_since from orchestrator.lanes l
-  where l.dropped_at is null and not exists (select from orchestrator.type_stats s where s.type = l.type)
+  where not exists (select from orchestrator.type_stats s where s.type = l.type)
     and l.type like any (array(select orchestrator._like(p.type) from orchestrator.task_types p where right(p.type, 1) in ('*', ':')))
   order by l.type
   limit greatest(200 - (select count(*) from orchestrator.type_stats s
@@ -139,7 +139,7 @@ begin
   end if;
   perform orchestrator._name_types(coalesce(orchestrator._uuid_at(v_state.counted_at + interval '10 milliseconds'), v_state.cursor));
   -- 5 seconds below safe_floor: an id is drawn a moment before the insert that brings it, and _uuid_at rounds to milliseconds
-  select greatest(v_state.cursor, orchestrator._uuid_at(m.safe_floor - interval '5 seconds')) into v_to from orchestrator.maintenance m;
+  select greatest(v_state.cursor, orchestrator._uuid_at(m.safe_floor - interval '5 seconds')) into v_to from orchestrator.leader_state m;
   v_counted := orchestrator._store_counts(v_state.cursor, v_to, p_limit);
   v_state.complete := v_counted < p_limit;
   if not v_state.complete then

@@ -30,12 +30,3 @@ $$;
 comment on function orchestrator.metrics() is
   'The counts of type_stats by registered type or pattern (the rest is other), how old they are in seconds (null: never '
   'counted), live workers, and workers declared dead whose tasks are still to be recovered. Cheap whatever waits.';
-
-create or replace function orchestrator.recovered_dead_letters(p_limit int) returns table (type text, tasks bigint)
-language sql stable set search_path = '' set enable_seqscan = off as $$
-  select d.type, count(*)
-  from (select t.type from orchestrator.tasks t where t.dead_at is not null and t.last_error like 'worker % died'
-        order by t.dead_at desc limit p_limit) d group by d.type
-$$;
-comment on function orchestrator.recovered_dead_letters(int) is
-  'By type, the newest p_limit dead letters whose last attempt ended with their worker: what recover_orphans has just made of them.';

@@ -39,7 +39,7 @@ comment on view orchestrator.pending_tasks is 'Tasks that wait: ready since read
 
 create or replace view orchestrator.running_tasks as
   select t.id, t.type, t.priority, t.status, t.worker_id, t.claimed_at, t.started_at, clock_timestamp() - t.claimed_at as age,
-         t.attempts, t.cancel_requested_at, orchestrator.redact(t.result) as progress, orchestrator.redact(t.payload) as payload
+         t.attempts, t.cancel_requested_at, orchestrator.redact(t.progress) as progress, orchestrator.redact(t.payload) as payload
   from orchestrator.claims c join orchestrator.tasks t on t.claim_id = c.id
   where t.status in ('claimed', 'running');
 comment on view orchestrator.running_tasks is
@@ -51,36 +51,24 @@ create or replace view orchestrator.dead_letters as
   from orchestrator.tasks t where t.dead_at is not null;
 comment on view orchestrator.dead_letters is 'Tasks that failed for good; retry_task or retry_dead_letters puts them back.';
 
--- The claim from which to count what ended since p_at: the oldest that was open at the last mark before it.
-create or replace function orchestrator._claims_since(p_at timestamptz) returns bigint
-language sql stable set search_path = '' as $$
-  select coalesce(max((k ->> 'claim')::bigint), 0) from orchestrator.maintenance m, jsonb_array_elements(m.claim_marks) k
-  where (k ->> 'at')::double precision <= extract(epoch from p_at)
-$$;
-
 create or replace view orchestrator.queue_stats as
   with waiting as (
     select t.type, count(*) as n, min(t.queued_at) as oldest from orchestrator.tasks t where t.queued_at is not null group by 1),
   scheduled as (select t.type, count(*) as n from orchestrator.tasks t where t.next_retry_at is not null group by 1),
   flying as (select r.type, count(*) as n from orchestrator.running_tasks r group by 1),
-  ended as (
-    select t.type, count(*) as n from orchestrator.tasks t
-    -- now() and not clock_timestamp(): the planner can tell beforehand how few rows that is
-    where t.claim_id >= orchestrator._claims_since(now() - interval '1 hour') and t.claim_id is not null
-      and coalesce(t.completed_at, t.dead_at) > clock_timestamp() - interval '1 hour' group by 1),
   dead as (select t.type, count(*) as n from orchestrator.tasks t where t.dead_at is not null group by 1),
   types as (
     select l.type from orchestrator.lanes l union select p.type from orchestrator.task_types p where right(p.type, 1) not in ('*', ':')
-    union select type from waiting union select type from scheduled union select type from flying union select type from ended union select type from dead)
+    union select type from waiting union select type from scheduled union select type from flying union select type from dead)
   select y.type, coalesce(w.n, 0) as waiting, coalesce(s.n, 0) as scheduled, coalesce(f.n, 0) as in_flight,
-         coalesce(e.n, 0) as ended_last_hour, coalesce(d.n, 0) as dead_letters,
+         coalesce(d.n, 0) as dead_letters,
          coalesce(clock_timestamp() - w.oldest, interval '0') as oldest_waiting_age, coalesce(p.paused, false) as paused
   from types y
   left join waiting w using (type) left join scheduled s using (type) left join flying f using (type)
-  left join ended e using (type) left join dead d using (type) left join orchestrator.task_types p using (type)
+  left join dead d using (type) left join orchestrator.task_types p using (type)
   order by y.type;
 comment on view orchestrator.queue_stats is
-  'By type: ready, scheduled for later, in flight, ended in the last hour (of those that were claimed), dead letters, the age of '
+  'By type: ready, scheduled for later, in flight, dead letters, the age of '
   'the oldest ready one, and whether the type is paused.';
 
 -- The first reason that holds, in words for whoever is on call.

@@ -363,7 +363,7 @@ create or replace function orchestrator.api_pause(p jsonb) returns jsonb
 language plpgsql set search_path = '' as $$
 begin
   perform orchestrator._api_check(p, '{type}');
-  return jsonb_build_object('type', p ->> 'type', 'changed', orchestrator.pause_type(orchestrator._api_type(p)), 'paused', true);
+  return jsonb_build_object('type', p ->> 'type', 'changed', (orchestrator.pause_type(orchestrator._api_type(p))).changed, 'paused', true);
 end $$;
 comment on function orchestrator.api_pause(jsonb) is 'type: pause_type; changed: whether it was not paused before. Raises OR001.';
 
@@ -371,6 +371,6 @@ create or replace function orchestrator.api_resume(p jsonb) returns jsonb
 language plpgsql set search_path = '' as $$
 begin
   perform orchestrator._api_check(p, '{type}');
-  return jsonb_build_object('type', p ->> 'type', 'changed', orchestrator.resume_type(orchestrator._api_type(p)), 'paused', false);
+  return jsonb_build_object('type', p ->> 'type', 'changed', (orchestrator.resume_type(orchestrator._api_type(p))).changed, 'paused', false);
 end $$;
 comment on function orchestrator.api_resume(jsonb) is 'type: resume_type; changed: whether it was paused before. Raises OR001.';

@@ -196,10 +196,10 @@ def test_only_a_living_registered_worker_may_claim(conn, state):
 def test_a_paused_type_is_kept_and_not_claimed_until_it_is_resumed(conn):
     register(conn)
     paused, other = enqueue(conn, "a"), enqueue(conn, "b")
-    assert value(conn, "select orchestrator.pause_type('a')") is True
+    assert value(conn, "select changed from orchestrator.pause_type('a')") is True
     late = enqueue(conn, "a")
     assert [t["id"] for t in claim(conn, types="ab")] == [other]
-    assert value(conn, "select orchestrator.resume_type('a')") is True
+    assert value(conn, "select changed from orchestrator.resume_type('a')") is True
     assert [t["id"] for t in claim(conn, types="ab")] == [paused, late]
 
 
@@ -283,16 +283,16 @@ def test_promote_is_bounded_and_takes_those_due_first(conn):
     assert column(conn, "select id::text from orchestrator.tasks where next_retry_at is not null") == [ids[0]]
 
 
-def test_promote_opens_the_lane_and_rings(conn, connect):
+def test_promote_makes_a_task_claimable_and_notifies(conn, connect):
     listener = connect()
     listener.execute("listen orchestrator")
     register(conn)
     enqueue(conn, run_at=datetime(2030, 1, 1, tzinfo=UTC))
-    assert value(conn, "select count(*) from orchestrator.lanes") == 0
+    assert claim(conn) == []
     conn.execute("update orchestrator.tasks set next_retry_at = clock_timestamp()")
     conn.execute("select orchestrator.set_idle('w', true)")
     assert promote(conn) == 1
-    assert rung(listener, conn) == ["t"]
+    assert rung(listener, conn) == [""]
     assert len(claim(conn)) == 1
 
 
@@ -306,15 +306,6 @@ def test_two_promotions_at_once_share_the_work_without_waiting(conn, connect):
     assert promote(other) == 1
     one.commit()
     assert promote(conn) == 0
-
-
-def test_known_types_are_those_with_lanes_that_match(conn):
-    for type in ("a:1", "a:2", "ab", "b"):
-        enqueue(conn, type)
-    query = "select t from orchestrator.known_types(%s) t order by 1"
-    assert column(conn, query, ["a:", "b"]) == ["a:1", "a:2", "b"]
-    assert column(conn, query, ["a*"]) == ["a:1", "a:2", "ab"]
-    assert column(conn, query, ["c:"]) == []
 
 
 HEAP_ONLY = """select n_tup_upd as updated, n_tup_hot_upd as heap_only from pg_stat_xact_user_tables

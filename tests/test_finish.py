@@ -227,7 +227,7 @@ def test_fail_for_good_makes_a_dead_letter_at_once(conn):
     assert task(conn, id)["attempts"] == 1 and events(conn, id) == ["failed", "dead_letter"]
 
 
-@pytest.mark.parametrize(("after", "seconds"), [("90 s", 90), ("0", 0), ("-1 hour", 0), ("5000 years", 10 * 365 * 86400)])
+@pytest.mark.parametrize(("after", "seconds"), [("90 s", 90), ("0", 0), ("-1 hour", 0), ("5000 years", 3650 * 86400), ("3651 days", 3650 * 86400)])
 def test_fail_may_name_its_own_delay(conn, after, seconds):
     enqueue(conn)
     claim_id, id = claim_one(conn)
@@ -240,15 +240,15 @@ def test_fail_bounds_the_error_that_it_keeps(conn):
     enqueue(conn)
     claim_id, id = claim_one(conn)
     fail(conn, claim_id, id, "é" * 1_000_000)
-    assert task(conn, id)["last_error"] == "é" * 8192
-    assert value(conn, "select max(length(detail)) from orchestrator.task_events") == 8192
+    assert task(conn, id)["last_error"] == "é" * 8000
+    assert value(conn, "select max(length(detail)) from orchestrator.task_events") == 8000
 
 
 def test_fail_tasks_ends_tasks_of_several_claims_each_its_own_way(conn):
     a, b, c, d = enqueue_some(conn, 4)
     one, two = claim(conn, limit=2)[0]["claim_id"], claim(conn, limit=2)[0]["claim_id"]
     cancel(conn, d)
-    query = """select id::text, outcome from orchestrator.fail_tasks(%s, %s::uuid[], '{e,e,e,e,e}',
+    query = """select id::text, outcome from orchestrator.fail_tasks(%s, %s::uuid[], '{e,e,e,e,e}', null,
                array['1 s', null, null, null, null]::interval[], '{f,t,null,f,f}')"""
     assert conn.execute(query, [[two, one, two, one, one], [c, a, d, b, c]]).fetchall() == [
         (c, "retry_scheduled"), (a, "dead_letter"), (d, "cancelled"), (b, "retry_scheduled"), (c, "rejected")]
@@ -264,7 +264,7 @@ def test_release_gives_back_to_the_old_place_uncharged(conn):
     assert release(conn, claim_id, ids[1]) == 1 and claims(conn) == {claim_id: 2}
     assert release(conn, claim_id) == 2 and claims(conn) == {}
     found = task(conn, ids[1])
-    assert (found["status"], found["attempts"], found["recoveries"], found["result"]) == ("pending", 0, 0, None)
+    assert (found["status"], found["attempts"], found["recoveries"], found["progress"]) == ("pending", 0, 0, None)
     assert found["started_at"] is None and found["worker_id"] is None and found["queued_at"] == found["created_at"]
     assert {t["id"] for t in claim(conn, limit=3)} == set(ids) and claim_one(conn)[1] == newer
     assert row(conn, "select event, worker_id from orchestrator.task_events limit 1") == {"event": "released", "worker_id": "w"}
@@ -316,7 +316,7 @@ def test_snooze_puts_off_uncharged(conn):
     assert found["queued_at"] is None and events(conn, id) == ["snoozed"] and claims(conn) == {}
 
 
-@pytest.mark.parametrize("delay", [None, "-1 s", "11 years"])
+@pytest.mark.parametrize("delay", [None, "-1 s", "3651 days"])
 def test_snooze_refuses_an_absurd_delay(conn, delay):
     enqueue(conn)
     claim_id, id = claim_one(conn)
@@ -356,8 +356,9 @@ def test_progress_is_kept_while_the_claim_holds_the_task(conn):
     enqueue(conn)
     claim_id, id = claim_one(conn)
     assert value(conn, "select orchestrator.record_progress(%s, %s, '{\"done\": 3}')", claim_id, id) is True
-    assert task(conn, id)["result"] == {"done": 3}
+    assert task(conn, id)["progress"] == {"done": 3}
     complete(conn, claim_id, id)
+    assert task(conn, id)["result"] is None and task(conn, id)["progress"] == {"done": 3}
     assert value(conn, "select orchestrator.record_progress(%s, %s, '{}')", claim_id, id) is False
 
 
@@ -386,7 +387,7 @@ def test_a_dead_letter_that_is_retried_has_all_its_retries_again(conn):
     (10_000, "1 s", "1 hour", 1, 3600), (2_147_483_647, "1 s", "1 hour", 0, 1800), (60, "0", "1 hour", 1, 0),
     (0, "4 s", "1 hour", 1, 4), (-5, "4 s", "1 hour", 1, 4), (-2_147_483_648, "4 s", "1 hour", 1, 4),
     (1, "1 year", "10 years", 1, 365.25 * 86400), (10_000, "1 year", "1 year", 1, 365.25 * 86400),
-    (10_000, "170000000 years", "170000000 years", 1, 3_153_600_000), (3, "-1 s", "1 hour", 1, 0),
+    (10_000, "170000000 years", "170000000 years", 1, 315_360_000), (3, "-1 s", "1 hour", 1, 0),
     (3, "1 s", "-1 hour", 1, 0), (3, "1 s", "0", 1, 0), (3, "1 ms", "1 hour", 1, 0.004),
     (None, "4 s", "1 hour", 1, 4), (1, None, "1 hour", 1, 1), (20, "1 s", None, 1, 3600), (1, "4 s", "1 hour", None, 4),
     (1, "4 s", "1 hour", -7, 2), (1, "4 s", "1 hour", 99, 4), (1, "4 s", "1 hour", float("nan"), 4),
@@ -398,7 +399,7 @@ def test_retry_delay_doubles_is_capped_and_jittered_for_any_input(pure, attempt,
 
 
 @pytest.mark.parametrize(("base", "max", "seconds"), [
-    ("infinity", "1 hour", 3600), ("1 s", "infinity", 16), ("infinity", "infinity", 3_153_600_000),
+    ("infinity", "1 hour", 3600), ("1 s", "infinity", 16), ("infinity", "infinity", 315_360_000),
     ("-infinity", "1 hour", 0), ("1 s", "-infinity", 0)])
 def test_retry_delay_of_infinite_intervals_is_finite(pure, base, max, seconds):
     if pure.info.server_version < 170000:

@@ -17,6 +17,7 @@ from steps import (
     enqueue,
     enqueue_some,
     lead,
+    raise_floors,
     register,
     release,
     row,
@@ -39,18 +40,9 @@ def term(conn):
     return lead(conn)
 
 
-def raise_floors(conn, term):
-    """Raise the floors of all lanes, however quick they are."""
-    return value(conn, "select orchestrator.raise_floors('leader', %s, '0')", term)
-
-
 def give_floors(conn, *types):
-    """Only types that have floors are claimed lane by lane; the others are found in the ready index itself."""
+    """A lane that has a floor is looked up from it; the others are found in the ready index itself."""
     conn.execute("insert into orchestrator.lane_floors select t, -1000, 1, '-infinity' from unnest(%s::text[]) t", [list(types)])
-
-
-def drop_idle_lanes(conn, term, idle="0"):
-    return value(conn, "select orchestrator.drop_idle_lanes('leader', %s, %s)", term, idle)
 
 
 def rescan(conn, term, budget="1 minute"):
@@ -88,7 +80,9 @@ def test_the_floor_of_a_lane_with_tasks_rises_to_the_oldest(conn, term):
 def test_a_lane_that_is_quick_to_look_at_is_left_alone(conn, term):
     enqueue(conn)
     drain(conn)
+    conn.execute("insert into orchestrator.lanes values ('t', 0)")
     assert value(conn, "select orchestrator.raise_floors('leader', %s, '1 minute')", term) == 0
+    assert floor(conn) is None
 
 
 @pytest.mark.parametrize("slow_looks", [1, 2])
@@ -97,7 +91,8 @@ def test_a_floor_is_raised_only_if_the_second_look_is_slow_too(conn, term, slow_
     enqueue(conn)
     drain(conn)
     conn.execute("create sequence looks")
-    conn.execute(f"""create or replace function orchestrator._lane_head(p_type text, p_priority int) returns timestamptz
+    conn.execute("insert into orchestrator.lanes values ('t', 0)")
+    conn.execute(f"""create or replace function orchestrator._lane_head(p_type text, p_priority int, p_floor timestamptz) returns timestamptz
         language plpgsql as $$ begin if nextval('public.looks') <= {slow_looks} then perform pg_sleep(1); end if; return null; end $$""")
     assert value(conn, "select orchestrator.raise_floors('leader', %s, '900 ms')", term) == slow_looks - 1
 
@@ -271,18 +266,19 @@ def test_each_raise_leaves_one_floor_for_each_lane(conn, term):
     assert value(conn, "select generation from orchestrator.lane_floors") == 5
 
 
-def drop_floors(conn, term, quick="1 minute", budget="1 minute", age="1 minute"):
-    """As if the floors had been raised that long ago."""
+def drop_floors(conn, term, slow="1 minute", age="1 minute"):
+    """As if the floors had been raised that long ago, and it were time to ask whether they help."""
+    conn.execute("delete from orchestrator.lanes")  # so that none rises
     conn.execute("update orchestrator.lane_floors set floor = floor - %s::interval", [age])
-    return value(conn, "select orchestrator.drop_floors('leader', %s, %s, %s)", term, quick, budget)
+    conn.execute("update orchestrator.leader_state set drop_floors_at = null")
+    return value(conn, "select orchestrator.raise_floors('leader', %s, %s)", term, slow)
 
 
 def test_a_floor_that_no_longer_helps_is_dropped_and_one_that_helps_stays(conn, term):
     ids = enqueue_some(conn, 3)
     claim_one(conn)
     raise_floors(conn, term)
-    assert drop_floors(conn, term, quick="0") == 0  # no look is that quick
-    assert drop_floors(conn, term, budget="-1 s") == 0
+    assert drop_floors(conn, term, slow="0") == 0  # no look is that quick
     assert floor(conn) is not None
     conn.execute("update orchestrator.lane_floors set floor = now()")
     assert drop_floors(conn, term, age="0") == 0  # it may rise still
@@ -295,6 +291,20 @@ def test_a_floor_that_no_longer_helps_is_dropped_and_one_that_helps_stays(conn, 
     assert raise_floors(conn, term) == 1
 
 
+def test_whether_floors_help_is_asked_for_a_200th_of_the_time(conn, term):
+    """It walks all that an old snapshot keeps. A time far ahead was written before the clock was set back."""
+    enqueue(conn)
+    drain(conn)
+    raise_floors(conn, term)
+    drop_floors(conn, term, slow="0")
+    assert value(conn, "select drop_floors_at - clock_timestamp() < interval '30 s' from orchestrator.leader_state")
+    drop = "select orchestrator.raise_floors('leader', %s, '1 minute')"
+    conn.execute("update orchestrator.leader_state set drop_floors_at = clock_timestamp() + interval '50 s'")
+    assert value(conn, drop, term) == 0 and floor(conn)
+    conn.execute("update orchestrator.leader_state set drop_floors_at = clock_timestamp() + interval '1 hour'")
+    assert value(conn, drop, term) == 1 and floor(conn) is None
+
+
 def test_whether_a_floor_helps_is_asked_from_the_very_beginning_and_a_second_time_when_the_old_snapshot_is_gone(conn, connect, term):
     pin = connect(autocommit=False)
     pin.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
@@ -304,7 +314,7 @@ def test_whether_a_floor_helps_is_asked_from_the_very_beginning_and_a_second_tim
     raise_floors(conn, term)
 
     def ask():
-        assert drop_floors(conn, term, quick="0") == 0
+        assert drop_floors(conn, term, slow="0") == 0
     assert entries_read(conn, ask) >= 2 * 5000
     pin.rollback()
     assert 5000 <= entries_read(conn, ask) < 2 * 5000  # the first look marks the dead ones, the second passes them by
@@ -369,58 +379,53 @@ def test_under_an_old_snapshot_a_claim_skips_the_dead_entries_below_the_floor(co
     assert entries_read(conn, lambda: claim(conn, limit=2)) < 50
 
 
-def test_an_idle_lane_is_dropped_and_opened_again_by_the_next_task(conn, term):
-    enqueue(conn)
-    drain(conn)
-    assert drop_idle_lanes(conn, term, "1 hour") == 0
-    assert drop_idle_lanes(conn, term) == 1
-    assert claim(conn) == [] and drop_idle_lanes(conn, term) == 0
-    new = enqueue(conn)
-    assert [t["id"] for t in claim(conn)] == [new]
+def lanes(conn):
+    return conn.execute("select type, priority from orchestrator.lanes order by 1, 2").fetchall()
 
 
-def test_a_lane_with_ready_tasks_is_not_dropped(conn, term):
-    enqueue(conn)
-    assert drop_idle_lanes(conn, term) == 0
+def test_a_claim_notes_a_lane_that_much_was_taken_from_once(conn):
+    assert lanes(conn) == []
+    enqueue_some(conn, 120)
+    enqueue_some(conn, 60, priority=3)
+    claim(conn, limit=1000)
+    enqueue_some(conn, 60)
+    claim(conn, limit=1000)
+    assert lanes(conn) == [("t", 0), ("t", 3)]
 
 
-def test_a_dropped_lane_that_a_late_writer_used_is_opened_again(conn, connect, term):
+def test_a_lane_without_a_note_is_claimed_from_and_needs_none(conn, term):
+    ids = enqueue_some(conn, 3)
     give_floors(conn, "t")
-    enqueue(conn)
-    drain(conn)
-    writer = connect(autocommit=False)
-    late = enqueue(writer)  # finds the lane open
-    assert drop_idle_lanes(conn, term) == 1
-    raise_floors(conn, term)
-    drop_idle_lanes(conn, term)
-    assert value(conn, "select count(*) from orchestrator.lanes where dropped_at is not null") == 1  # kept for the writer
-    writer.commit()
-    assert claim(conn) == []
-    assert audit(conn) == []  # it is known to be opened soon
-    raise_floors(conn, term)
-    raise_floors(conn, term)
-    drop_idle_lanes(conn, term)
-    assert [t["id"] for t in claim(conn)] == [late]
-    assert value(conn, "select count(*) from orchestrator.lanes where dropped_at is not null") == 0
+    conn.execute("delete from orchestrator.lanes")
+    assert [t["id"] for t in claim(conn)] == ids
 
 
-def test_the_mark_of_a_dropped_lane_goes_when_nobody_can_still_use_it(conn, term):
-    enqueue(conn)
-    drain(conn)
-    drop_idle_lanes(conn, term)
-    raise_floors(conn, term)
-    drop_idle_lanes(conn, term)
-    assert column(conn, "select dropped_at from orchestrator.lanes") == []
+def test_a_note_goes_after_ten_minutes_unless_its_lane_has_a_floor(conn, term):
+    conn.execute("""insert into orchestrator.lanes select t, 0, clock_timestamp() - interval '11 minutes' from unnest('{a,b}'::text[]) t
+                    union all values ('c', 0, clock_timestamp())""")
+    give_floors(conn, "a")
+    conn.execute("insert into orchestrator.lane_floors values ('b', 0, 1, clock_timestamp())")
+    conn.execute("select orchestrator.raise_floors('leader', %s, '1 minute')", [term])
+    assert lanes(conn) == [("b", 0), ("c", 0)]
 
 
-def test_rescan_mends_a_missing_lane_and_a_floor_that_is_too_high(conn, term):
+def test_lanes_with_and_without_floors_of_one_type_are_all_found(conn, term):
+    ids = {priority: enqueue(conn, priority=priority) for priority in (5, -3, 0, 2_000, -1_000_000, 1_000_000, 4)}
+    conn.execute("""insert into orchestrator.lane_floors values ('t', 3, 1, '-infinity'), ('t', 0, 1, '-infinity'), ('t', 5, 1, '-infinity'),
+                    ('t', 1000000, 1, '-infinity'), ('t', -1000000, 1, '-infinity'), ('t', -7, 1, 'infinity'), ('s', 0, 1, 'infinity')""")
+    for types in (["t"], ["*"]):
+        with conn.transaction(force_rollback=True):
+            assert [t["id"] for t in claim(conn, types=types)] == [ids[p] for p in sorted(ids, reverse=True)]
+
+
+def test_rescan_mends_a_floor_that_is_too_high(conn, term):
     types = [f"type {n}" for n in range(20)]
     ids = {type: enqueue(conn, type, priority=n % 3) for n, type in enumerate(types)}
     low = enqueue(conn, "type 3", priority=-5)
     assert rescan(conn, term) == 0
     give_floors(conn, "type 3", "type 7")
-    conn.execute("delete from orchestrator.lanes where type = 'type 3' and priority = -5 or type = 'type 7'")
-    conn.execute("insert into orchestrator.lane_floors values ('type 9', 0, 1, clock_timestamp() + interval '1 hour')")
+    conn.execute("""insert into orchestrator.lane_floors select t, p, 1, clock_timestamp() + interval '1 hour'
+                    from (values ('type 3', -5), ('type 7', 1), ('type 9', 0)) l(t, p)""")
     assert len(audit(conn)) == 3
     assert len(claim(conn, types=types, limit=100)) == 18
     assert rescan(conn, term) == 3
@@ -428,20 +433,22 @@ def test_rescan_mends_a_missing_lane_and_a_floor_that_is_too_high(conn, term):
 
 
 def test_rescan_goes_on_where_its_budget_ended(conn, term):
-    for n in range(5):
-        enqueue(conn, f"type {n}")
-        give_floors(conn, f"type {n}")
-    conn.execute("delete from orchestrator.lanes")
+    types = [f"type {n}" for n in range(5)]
+    for type in types:
+        enqueue(conn, type)
+        conn.execute("insert into orchestrator.lane_floors values (%s, 0, 1, clock_timestamp() + interval '1 hour')", [type])
+    assert claim(conn, types=types) == []
     mended = []
-    while claim(conn, types=[f"type {n}" for n in range(5)], limit=1) or len(mended) < 6:
+    while len(mended) < 6:
         mended.append(rescan(conn, term, "-1 s"))
     assert mended[:5] == [1] * 5 and rescan(conn, term) == 0
+    assert len(claim(conn, types=types)) == 5
 
 
-def test_rescan_finds_a_task_that_was_inserted_without_a_lane(conn, term):
+def test_a_task_that_was_inserted_by_hand_is_claimed(conn, term):
     give_floors(conn, "t")
     conn.execute("insert into orchestrator.tasks (type) values ('t')")
-    assert claim(conn) == [] and rescan(conn, term) == 1 and len(claim(conn)) == 1
+    assert rescan(conn, term) == 0 and len(claim(conn)) == 1
 
 
 def test_recovery_puts_an_unstarted_task_back_below_the_floor(conn, term):

@@ -38,7 +38,7 @@ def test_install_16_times_at_once_succeeds_each_time(db):
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda _: install_schema(db), range(16)))
     with psycopg.connect(db, autocommit=True) as conn:
-        assert value(conn, "select count(*) from orchestrator.maintenance") == 1
+        assert value(conn, "select count(*) from orchestrator.leader_state") == 1
         assert enqueue(conn)
 
 

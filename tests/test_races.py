@@ -178,7 +178,7 @@ def test_a_claim_is_locked_before_its_task_so_that_two_never_wait_for_each_other
 
 SEVERAL = {
     "complete": "select * from orchestrator.complete_tasks(%(claims)s, '{1,1}', %(ids)s::uuid[])",
-    "fail": "select * from orchestrator.fail_tasks(%(claims)s, %(ids)s::uuid[], '{e,e}', '{null,null}', '{f,f}')",
+    "fail": "select * from orchestrator.fail_tasks(%(claims)s, %(ids)s::uuid[], '{e,e}', null, '{null,null}', '{f,f}')",
     "recover": "select * from orchestrator.recover_orphans('leader', %(term)s)",
 }
 

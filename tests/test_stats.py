@@ -52,7 +52,7 @@ def raise_floor(conn: Connection, term: int) -> None:
     eventually(lambda: value(conn, newest))
     for _ in range(2):
         conn.execute("select orchestrator.raise_floors('leader', %s)", [term])
-    conn.execute("update orchestrator.maintenance set safe_floor = safe_floor + interval '4.995 seconds'")
+    conn.execute("update orchestrator.leader_state set safe_floor = safe_floor + interval '4.995 seconds'")
 
 
 def read(conn: Connection) -> dict[str, int]:
