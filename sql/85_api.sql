@@ -197,7 +197,7 @@ comment on function orchestrator.api_tasks(text, text, text, text, int) is
 create or replace function orchestrator._check_search(p_prefix text, p_status text, p_before text, p_states text[]) returns void
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
-  v_known text[] := '{ready,scheduled,in_flight}' || enum_range(null::orchestrator.task_status)::text[];
+  v_known text[] := '{ready,scheduled,in_flight}' || array_remove(enum_range(null::orchestrator.task_status)::text[], 'failed');   -- none rests in failed
 begin
   if p_prefix !~ '^[0-9a-f]{1,32}$' then
     perform orchestrator._invalid('id', 'must be the beginning of a task''s id', 'Digits and a to f.');
