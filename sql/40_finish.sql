@@ -300,7 +300,7 @@ end $$;
 comment on function orchestrator.snooze_task(bigint, uuid, interval) is
   'Puts a task off, uncharged. Returns snoozed, cancelled (it was asked for) or rejected. Raises OR001.';
 
-create or replace function orchestrator.record_progress(p_claim_id bigint, p_id uuid, p_progress jsonb) returns boolean
+create or replace function orchestrator.record_progress(p_claim_id bigint, p_id uuid, p_progress json) returns boolean
 language plpgsql
 set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
 begin
@@ -308,7 +308,7 @@ begin
   where t.id = p_id and t.claim_id is not distinct from p_claim_id and t.status in ('claimed', 'running');
   return found;
 end $$;
-comment on function orchestrator.record_progress(bigint, uuid, jsonb) is
+comment on function orchestrator.record_progress(bigint, uuid, json) is
   'Keeps the progress that the handler of a task reports, in tasks.progress. Returns whether the claim still holds the task.';
 
 create or replace function orchestrator.note_lost_result(p_id uuid, p_problem text) returns boolean

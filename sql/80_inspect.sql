@@ -1,21 +1,62 @@
--- Looking: views, statistics, the story of a task. Reads only. Payloads are shown with their secrets blanked; each view has
--- the predicate of the index that serves it (ready, due, in flight, dead).
+-- What a person looks at: views, statistics, the story of a task. Reads only. Payloads, results and errors are shown with their
+-- secrets blanked; each view has the predicate of the index that serves it (ready, due, in flight, dead).
+-- Functions whose names begin with _ and that have no search_path of their own are called by functions that pin it.
 
--- Blanks the values of keys that name a secret, at any depth.
-create or replace function orchestrator.redact(p_json jsonb) returns jsonb
+-- Whether a key, split into words (apiKey, API_KEY and api-key are api_key), names a secret.
+create or replace function orchestrator._names_a_secret(p_key text) returns boolean
+language sql immutable parallel safe as $$
+  select p_key ~* 'pass|pwd|secret|token|key|credential|authorization' and k.words !~ '_(env|file|type|count|limit)$' and k.words ~
+    '(^|_)([a-z]*pass(word|wd|phrase)s?|pwd|(access|auth|refresh|bearer|session|api|id)?token|(client|app|shared)?secrets?|credentials?|authorization|(api|private|access|signing|encryption)_?keys?)(_|$)'
+  from (select lower(regexp_replace(regexp_replace(p_key, '([a-z0-9])([A-Z])|([A-Z])(?=[A-Z][a-z])', '\1\3_\2', 'g'), '[^A-Za-z0-9]+', '_', 'g')) as words) k
+$$;
+
+create or replace function orchestrator.redact_text(p_text text) returns text
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp as $$
+  select regexp_replace(regexp_replace(p_text, '(://[^\s:/@]*):(?!\d+[/?#])\S*@', '\1:[redacted]@', 'g'),
+                        '((?:pass(?:word|wd|phrase)|pwd|secret|token|api_?key)=)[^\s,;&''")]+', '\1[redacted]', 'gi')
+$$;
+comment on function orchestrator.redact_text(text) is
+  'The same text with passwords blanked: in URLs (scheme://user:password@host) and after password= or token=.';
+
+-- One JSON value, p_depth levels deep.
+create or replace function orchestrator._redact(p_json jsonb, p_depth int) returns jsonb
 language sql immutable parallel safe as $$
   select case jsonb_typeof(p_json)
-    when 'object' then (select coalesce(jsonb_object_agg(e.key, case
-        when e.key ~* '(password|passwd|passphrase|secret|token|api[_-]?key|private[_-]?key|credential|authorization)' and e.key !~* '_(env|file)$'
-          and jsonb_typeof(e.value) <> 'null' then '"[redacted]"'
-        else orchestrator.redact(e.value) end), '{}') from jsonb_each(p_json) e)
-    when 'array' then (select coalesce(jsonb_agg(orchestrator.redact(a.value) order by a.ordinality), '[]')
-                       from jsonb_array_elements(p_json) with ordinality a)
+    when 'object' then case when p_depth = 0 then '"[nested too deeply]"' else
+      (select coalesce(jsonb_object_agg(e.key, case when orchestrator._names_a_secret(e.key) and jsonb_typeof(e.value) <> 'null' then '"[redacted]"'
+                                                    else orchestrator._redact(e.value, p_depth - 1) end), '{}') from jsonb_each(p_json) e) end
+    when 'array' then case when p_depth = 0 then '"[nested too deeply]"' else
+      (select coalesce(jsonb_agg(orchestrator._redact(a.value, p_depth - 1) order by a.ordinality), '[]')
+       from jsonb_array_elements(p_json) with ordinality a) end
+    when 'number' then case when length(p_json::text) < 16 then p_json
+      when length(p_json::text) > 100 then to_jsonb(format('[a number of %s digits]', length(p_json::text)))
+      when abs(p_json::numeric) > 9007199254740992 then to_jsonb(p_json::text) else p_json end
+    when 'string' then case when p_json::text ~ '://|=' then to_jsonb(orchestrator.redact_text(p_json #>> '{}')) else p_json end
     else p_json end
 $$;
+
+create or replace function orchestrator.redact(p_json jsonb) returns jsonb
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp as $$ select orchestrator._redact(p_json, 50) $$;
 comment on function orchestrator.redact(jsonb) is
-  'The same JSON with the values of keys such as password, secret or token replaced by "[redacted]"; keys in _env and _file name '
-  'a place, not a secret, and stay.';
+  'The same JSON to be shown: "[redacted]" for values whose keys name a secret as a whole word (password, apiKey, access_token; not '
+  'max_tokens) unless they end in _env, _file, _type, _count or _limit; passwords in texts as redact_text has it; whatever is '
+  'nested over 50 levels deep, and numbers that a browser or Python can''t read, as text.';
+
+-- The names and values of an object in the order in which they were written.
+create or replace function orchestrator._in_order(p_json json) returns jsonb
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp as $$
+  select case when json_typeof(p_json) = 'object' then
+    (select coalesce(jsonb_agg(jsonb_build_array(e.key, orchestrator.redact(jsonb_build_object(e.key, e.value)) -> e.key) order by e.ordinality), '[]')
+     from json_each(p_json) with ordinality e) else orchestrator.redact(p_json::jsonb) end
+$$;
+
+-- The first 200 characters, or the size of what is too large to be looked through for a list.
+create or replace function orchestrator._preview(p_payload jsonb) returns text
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp as $$
+  select case when p_payload = '{}' then null
+              when pg_column_size(p_payload) <= 4000 and octet_length(p_payload::text) <= 8000 then left(orchestrator.redact(p_payload)::text, 200)
+              else '[' || pg_size_pretty(pg_column_size(p_payload)::bigint) || ' stored]' end
+$$;
 
 -- For those who have no right on payloads: tasks without them, to be passed on as whole rows, and payloads with secrets blanked.
 create or replace view orchestrator._bare_tasks as
@@ -25,68 +66,75 @@ create or replace view orchestrator._bare_tasks as
   from orchestrator.tasks t;
 
 create or replace view orchestrator._redacted_tasks as
-  select t.id, orchestrator.redact(t.payload) as payload, orchestrator.redact(t.result) as result from orchestrator.tasks t;
+  select t.id, orchestrator.redact(t.payload) as payload, orchestrator.redact(t.result) as result,
+         orchestrator._in_order(t.progress) as progress, orchestrator._preview(t.payload) as preview
+  from orchestrator.tasks t;
 
 create or replace view orchestrator.pending_tasks as
-  select t.id, t.type, t.priority, t.status, t.queued_at as ready_since, t.next_retry_at, t.attempts, t.last_error, t.created_at,
-         t.idempotency_key, orchestrator.redact(t.payload) as payload
+  select t.id, t.type, t.priority, t.status, t.queued_at as ready_since, t.next_retry_at, t.attempts,
+         orchestrator.redact_text(t.last_error) as last_error, t.created_at, t.idempotency_key, orchestrator.redact(t.payload) as payload
   from orchestrator.tasks t where t.queued_at is not null
   union all
-  select t.id, t.type, t.priority, t.status, null, t.next_retry_at, t.attempts, t.last_error, t.created_at,
+  select t.id, t.type, t.priority, t.status, null, t.next_retry_at, t.attempts, orchestrator.redact_text(t.last_error), t.created_at,
          t.idempotency_key, orchestrator.redact(t.payload)
   from orchestrator.tasks t where t.next_retry_at is not null;
 comment on view orchestrator.pending_tasks is 'Tasks that wait: ready since ready_since, or not before next_retry_at.';
 
 create or replace view orchestrator.running_tasks as
   select t.id, t.type, t.priority, t.status, t.worker_id, t.claimed_at, t.started_at, clock_timestamp() - t.claimed_at as age,
-         t.attempts, t.cancel_requested_at, orchestrator.redact(t.progress) as progress, orchestrator.redact(t.payload) as payload
+         t.attempts, t.cancel_requested_at, orchestrator.redact(t.progress::jsonb) as progress, orchestrator.redact(t.payload) as payload
   from orchestrator.claims c join orchestrator.tasks t on t.claim_id = c.id
   where t.status in ('claimed', 'running');
 comment on view orchestrator.running_tasks is
-  'Tasks in flight. One that is quick goes from claimed to completed in one step; running marks those that last.';
+  'Tasks in flight. A quick one goes from claimed to completed in one step; those that last are marked as running.';
 
 create or replace view orchestrator.dead_letters as
-  select t.id, t.type, t.priority, t.dead_at, t.attempts, t.last_error, t.worker_id, t.created_at, t.idempotency_key,
-         orchestrator.redact(t.payload) as payload
+  select t.id, t.type, t.priority, t.dead_at, t.attempts, orchestrator.redact_text(t.last_error) as last_error, t.worker_id, t.created_at,
+         t.idempotency_key, orchestrator.redact(t.payload) as payload
   from orchestrator.tasks t where t.dead_at is not null;
 comment on view orchestrator.dead_letters is 'Tasks that failed for good; retry_task or retry_dead_letters puts them back.';
 
+-- What type_stats says of the last 15 minutes or so, as of now.
+create or replace view orchestrator._recent as
+  select s.type, s.median, s.p95, s.recent_ended * d.decay / d.seconds as per_second, s.recent_enqueued * d.decay / d.seconds as enqueued_per_second,
+         case when s.recent_attempts * d.decay >= 0.05 then least(s.recent_failures / s.recent_attempts, 1) end as failure_share
+  from orchestrator.type_stats s
+  cross join lateral (select greatest(extract(epoch from clock_timestamp() - s.recent_at), 0)::double precision as idle) i
+  cross join lateral (select exp(-i.idle / 900) as decay, nullif(s.recent_seconds * exp(-i.idle / 900) + i.idle, 0) as seconds) d;
+
 create or replace view orchestrator.queue_stats as
-  with waiting as (
-    select t.type, count(*) as n, min(t.queued_at) as oldest from orchestrator.tasks t where t.queued_at is not null group by 1),
-  scheduled as (select t.type, count(*) as n from orchestrator.tasks t where t.next_retry_at is not null group by 1),
-  flying as (select r.type, count(*) as n from orchestrator.running_tasks r group by 1),
-  dead as (select t.type, count(*) as n from orchestrator.tasks t where t.dead_at is not null group by 1),
+  with counted as (select * from orchestrator._count_live()),
   types as (
-    select l.type from orchestrator.lanes l union select p.type from orchestrator.task_types p where right(p.type, 1) not in ('*', ':')
-    union select type from waiting union select type from scheduled union select type from flying union select type from dead)
-  select y.type, coalesce(w.n, 0) as waiting, coalesce(s.n, 0) as scheduled, coalesce(f.n, 0) as in_flight,
-         coalesce(d.n, 0) as dead_letters,
-         coalesce(clock_timestamp() - w.oldest, interval '0') as oldest_waiting_age, coalesce(p.paused, false) as paused
-  from types y
-  left join waiting w using (type) left join scheduled s using (type) left join flying f using (type)
-  left join dead d using (type) left join orchestrator.task_types p using (type)
+    select c.type from counted c union select p.type from orchestrator.task_types p where right(p.type, 1) not in ('*', ':')
+    union select s.type from orchestrator.type_stats s where s.type <> 'other')
+  select y.type, coalesce(c.waiting, 0) as waiting, coalesce(c.scheduled, 0) as scheduled, coalesce(c.in_flight, 0) as in_flight,
+         coalesce(c.dead_letters, 0) as dead_letters, coalesce(clock_timestamp() - c.oldest, interval '0') as oldest_waiting_age,
+         exists (select from orchestrator.task_types p where p.paused and y.type like orchestrator._like(p.type)) as paused, r.per_second, r.failure_share, r.median, r.p95
+  from types y left join counted c using (type) left join orchestrator._recent r using (type)
   order by y.type;
 comment on view orchestrator.queue_stats is
-  'By type: ready, scheduled for later, in flight, dead letters, the age of '
-  'the oldest ready one, and whether the type is paused.';
+  'By type, counted live: ready, scheduled for later, in flight, dead letters, the age of the oldest ready one, and whether the type '
+  'is paused. From type_stats: tasks ended per second and the share of failed attempts lately, seconds that runs took.';
 
 -- The first reason that holds, in words for whoever is on call.
 create or replace function orchestrator.explain_task(p_id uuid) returns text
-language plpgsql stable set search_path = '' as $$
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   t orchestrator._bare_tasks;
   v_workers int;
   v_ahead bigint;
+  v_paused text;
 begin
   select * into t from orchestrator._bare_tasks x where x.id = p_id;
   if not found then return 'no task has this id: it never existed, its transaction rolled back, or retention deleted it'; end if;
   select count(*) into v_workers from orchestrator.workers w where w.declared_dead_at is null and t.type like any (w.handles);
+  select p.type into v_paused from orchestrator.task_types p   -- by its own name or by a pattern
+  where p.paused and t.type like orchestrator._like(p.type) order by p.type = t.type desc limit 1;
   case
     when t.status in ('completed', 'cancelled') then
       return format('%s at %s', t.status, t.completed_at);
     when t.status = 'dead_letter' then
-      return format('gave up after %s attempts at %s: select orchestrator.retry_task(%L) tries again', t.attempts, t.dead_at, t.id);
+      return format('gave up after %s at %s: select orchestrator.retry_task(%L) tries again', orchestrator._count_of(t.attempts, 'attempt'), t.dead_at, t.id);
     when t.status in ('claimed', 'running') then
       return format('%s by worker %s since %s%s%s', t.status, t.worker_id, t.claimed_at,
         case when t.cancel_requested_at is not null then ', asked to stop at ' || t.cancel_requested_at else '' end,
@@ -94,54 +142,45 @@ begin
                   from orchestrator.workers w where w.id = t.worker_id), ', which is gone: the leader will recover it'));
     when v_workers = 0 then
       return format('no live worker handles %s: start one with a handler for it', t.type);
-    when exists (select from orchestrator.task_types p where p.type = t.type and p.paused) then
-      return format('the type is paused: select orchestrator.resume_type(%L)', t.type);
+    when v_paused is not null then
+      return format('%s is paused: select orchestrator.resume_type(%L)', v_paused, v_paused);
     when t.next_retry_at is not null then
       return format('not before %s (%s)', t.next_retry_at, case when t.attempts > 0 then 'a retry of attempt ' || t.attempts else 'scheduled' end);
     else
       select count(*) into v_ahead from (select from orchestrator.tasks x where x.type = t.type and x.priority = t.priority
                                          and x.queued_at < t.queued_at limit 1000) a;
-      return format('ready; %s of the same type and priority are before it, for %s live workers',
-                    case when v_ahead = 1000 then '1000 or more' else v_ahead::text end, v_workers);
+      return format('ready; %s of the same type and priority are before it, for %s',
+                    case when v_ahead = 1000 then '1000 or more' else v_ahead::text end, orchestrator._count_of(v_workers, 'live worker'));
   end case;
 end $$;
 comment on function orchestrator.explain_task(uuid) is 'Why a task is where it is, in one sentence, and what to do about it.';
 
+create or replace function orchestrator._count_of(p_n bigint, p_noun text) returns text
+language sql immutable parallel safe as $$ select p_n || ' ' || p_noun || case when p_n = 1 then '' else 's' end $$;
+
+create or replace function orchestrator._events(p_task_id uuid, p_redact boolean) returns jsonb
+language sql stable set search_path = pg_catalog, pg_temp as $$
+  select coalesce(jsonb_agg(jsonb_build_object('at', e.at, 'event', e.event, 'attempt', e.attempt, 'worker_id', e.worker_id,
+                                               'detail', case when p_redact then orchestrator.redact_text(e.detail) else e.detail end) order by e.id), '[]')
+  from orchestrator.task_events e where e.task_id = p_task_id
+$$;
+
 create or replace function orchestrator.show_task(p_id uuid) returns jsonb
-language sql stable set search_path = '' as $$
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select to_jsonb(t) || jsonb_build_object(
-    'payload', r.payload, 'result', r.result,
-    'max_retries', coalesce(t.max_retries, (orchestrator._policy(t.type)).max_retries),
-    'explanation', orchestrator.explain_task(t.id),
-    'events', (select coalesce(jsonb_agg(jsonb_build_object('at', e.at, 'event', e.event, 'attempt', e.attempt, 'worker_id', e.worker_id,
-                                                            'detail', e.detail) order by e.id), '[]')
-               from orchestrator.task_events e where e.task_id = t.id))
+    'payload', r.payload, 'result', r.result, 'progress', r.progress, 'last_error', orchestrator.redact_text(t.last_error),
+    'claim_id', t.claim_id::text, 'max_retries', coalesce(t.max_retries, (orchestrator._policy(t.type)).max_retries),
+    'explanation', orchestrator.explain_task(t.id), 'events', orchestrator._events(t.id, true))
   from orchestrator._bare_tasks t join orchestrator._redacted_tasks r on r.id = t.id where t.id = p_id
 $$;
 comment on function orchestrator.show_task(uuid) is
-  'One task''s whole story as JSON: its row (secrets blanked), explain_task, and its events. Null if there is none.';
+  'One task''s whole story as JSON: its row (secrets blanked; progress as [[name, value], …] in the handler''s order; claim_id as '
+  'text), explain_task, and its events. Null if there is none.';
 
-create or replace function orchestrator.list_tasks(
-  p_status text default null, p_type text default null, p_limit int default 50, p_before uuid default null)
-returns setof jsonb language plpgsql stable
-set search_path = '' set enable_seqscan = off as $$
-begin
-  if p_status is not null and p_status <> all (enum_range(null::orchestrator.task_status)::text[]) then
-    perform orchestrator._invalid('status', 'must be one of ' || array_to_string(enum_range(null::orchestrator.task_status)::text[], ', '),
-                                  'Leave it out for all.');
-  end if;
-  return query
-    select orchestrator._brief(t) from orchestrator._bare_tasks t
-    where (p_status is null or t.status = p_status::orchestrator.task_status) and (p_type is null or t.type = p_type)
-      and (p_before is null or t.id < p_before)
-    order by t.id desc limit least(p_limit, 1000);
-end $$;
-comment on function orchestrator.list_tasks(text, text, int, uuid) is
-  'Tasks, the newest first, as JSON; p_before: only those created before that id, for the next page. Raises OR001.';
-
-create or replace function orchestrator._brief(t orchestrator._bare_tasks) returns jsonb
-language sql stable set search_path = '' as $$
-  select jsonb_build_object('id', t.id, 'type', t.type, 'status', t.status, 'priority', t.priority, 'attempts', t.attempts,
-    'worker_id', t.worker_id, 'created_at', t.created_at, 'started_at', t.started_at, 'completed_at', t.completed_at,
-    'next_retry_at', t.next_retry_at, 'last_error', left(t.last_error, 500))
+create or replace function orchestrator.get_task(p_id uuid) returns jsonb
+language sql stable set search_path = pg_catalog, pg_temp as $$
+  select to_jsonb(t) || jsonb_build_object('events', orchestrator._events(t.id, false)) from orchestrator.tasks t where t.id = p_id
 $$;
+comment on function orchestrator.get_task(uuid) is
+  'One task''s row as it is, nothing blanked, and its events, for the program that owns it. Needs the right to read payloads. '
+  'Null if there is none.';

@@ -1,5 +1,5 @@
--- The audit: each invariant that the data can show, looked for in one statement, so in one snapshot. Reads only, locks
--- nothing, and reads tasks whole a few times.
+-- The audit: looks for each invariant that the data can show, in one statement, so in one snapshot. Reads only, locks nothing,
+-- and reads tasks whole a few times.
 
 -- The first rule that one row of tasks breaks, or null.
 create or replace function orchestrator._broken_rule(t orchestrator._bare_tasks) returns text
@@ -24,7 +24,7 @@ language sql immutable parallel safe as $$
 $$;
 
 create or replace function orchestrator.audit() returns table (invariant text, task_id uuid, worker_id text, detail text)
-language sql stable set search_path = '' as $$
+language sql stable set search_path = pg_catalog, pg_temp as $$
   with in_flight as materialized (
     select t.id, t.claim_id, t.worker_id, t.status from orchestrator.tasks t where t.status in ('claimed', 'running')),
   held as (select f.claim_id, count(*) as n from in_flight f where f.claim_id is not null group by 1),
@@ -68,7 +68,12 @@ language sql stable set search_path = '' as $$
   union all
   select 'what has completed stays so', t.id, t.worker_id, format('%s at %s, but it completed at %s', e.event, e.at, t.completed_at)
   from orchestrator.task_events e join orchestrator.tasks t on t.id = e.task_id
-  where t.status = 'completed' and e.event <> 'result_lost' and e.at > t.completed_at
+  where t.status = 'completed' and e.at > t.completed_at
+  union all
+  select 'a ready task is in a lane', t.id, null, format('no lane (%s, %s)', t.type, t.priority)
+  from ready r join orchestrator.tasks t on t.type = r.type and t.priority = r.priority and t.queued_at is not null
+  where not exists (select from orchestrator.lanes l where l.type = r.type and l.priority = r.priority
+                    and (l.dropped_at is null or l.dropped_at > clock_timestamp() - interval '10 minutes'))   -- it is opened again soon
   union all
   select 'a ready task is not below the floor of its lane', t.id, null, format('queued at %s, floor %s', t.queued_at, f.floor)
   from ready r join floors f on f.type = r.type and f.priority = r.priority and r.head < f.floor
@@ -92,8 +97,20 @@ language sql stable set search_path = '' as $$
   union all
   select 'a leader has a term and a lease', null, w.id, null
   from orchestrator.workers w where w.is_leader and (w.leader_term is null or w.leader_until is null)
+  union all
+  select 'a sequence is not behind its table', null, null, format('%s is at %s, the table at %s: install sets it right', b.name, b.at, b.newest)
+  from (select 'task_events_id_seq' as name, q.last_value - (not q.is_called)::int as at, (select max(e.id) from orchestrator.task_events e) as newest
+        from orchestrator.task_events_id_seq q
+        union all
+        select 'leader_terms', q.last_value - (not q.is_called)::int, (select max(w.leader_term) from orchestrator.workers w)
+        from orchestrator.leader_terms q) b
+  where b.at < b.newest
+  union all
+  select 'a table of one row has it', null, null, o.name || ' is empty: install adds it'
+  from (values ('leader_state', (select count(*) from orchestrator.leader_state)),
+               ('stats_state', (select count(*) from orchestrator.stats_state))) o(name, n) where o.n = 0
   order by 1, 2, 3
 $$;
 comment on function orchestrator.audit() is
-  'One row for each violation of what must always hold: none on a healthy database. Reads tasks whole a few times, so seconds '
-  'for millions of rows; task_id or worker_id is null where it is not of one.';
+  'One row for each violation of what must always hold; none on a healthy database. Reads tasks whole a few times, so it takes '
+  'seconds for millions of rows. task_id and worker_id are null where they don''t apply.';

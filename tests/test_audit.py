@@ -227,6 +227,7 @@ def test_events_of_a_task_that_is_gone(conn):
 def test_two_leaders(conn):
     lead(conn)
     conn.execute("drop index orchestrator.workers_have_one_leader")
+    conn.execute("select setval('orchestrator.leader_terms', 100)")
     conn.execute("update orchestrator.workers set is_leader = true, leader_term = 99, leader_until = now() where id = 'w'")
     assert found(conn) == [("one worker leads at most", None, "leader"), ("one worker leads at most", None, "w")]
 
@@ -239,17 +240,40 @@ def test_two_workers_with_one_term(conn):
 
 @pytest.mark.parametrize("mark", ["idle = true", "is_leader = true, leader_term = 1, leader_until = now()"])
 def test_a_dead_worker_that_leads_or_waits_for_work(conn, mark):
+    conn.execute("select setval('orchestrator.leader_terms', 100)")
     conn.execute(f"update orchestrator.workers set declared_dead_at = now(), {mark}")
     assert found(conn) == [("a worker declared dead neither leads nor waits for work", None, "w")]
 
 
 def test_a_leader_without_a_lease(conn):
     conn.execute("alter table orchestrator.workers drop constraint leader_has_term_and_lease")
+    conn.execute("select setval('orchestrator.leader_terms', 100)")
     conn.execute("update orchestrator.workers set is_leader = true, leader_term = 1")
     assert found(conn) == [("a leader has a term and a lease", None, "w")]
 
 
+def test_a_sequence_that_fell_behind_its_table(conn):
+    for _ in range(2):
+        cancel(conn, enqueue(conn))
+    conn.execute("alter sequence orchestrator.task_events_id_seq restart")
+    assert found(conn) == [("a sequence is not behind its table", None, None)]
+    assert audit(conn)[0][3].startswith("task_events_id_seq is at 0, the table at 2")
+    conn.execute("select setval('orchestrator.task_events_id_seq', 2)")
+    assert found(conn) == []
+    lead(conn)
+    conn.execute("alter sequence orchestrator.leader_terms restart")
+    assert found(conn) == [("a sequence is not behind its table", None, None)]
+
+
+@pytest.mark.parametrize("table", ["leader_state", "stats_state"])
+def test_a_table_of_one_row_that_lost_it(conn, table):
+    conn.execute(f"delete from orchestrator.{table}")
+    assert found(conn) == [("a table of one row has it", None, None)]
+    assert table in audit(conn)[0][3]
+
+
 def test_audit_reads_a_large_table_in_seconds(conn):
+    conn.execute("alter table orchestrator.tasks drop constraint if exists every_rule_holds")   # it costs far more than the insert
     conn.execute("select count(*) from orchestrator.enqueue_many('t', array_fill('{}'::jsonb, array[50000]))")
     for _ in range(5):
         got = claim(conn, limit=1000)
