@@ -1,11 +1,11 @@
-"""The demo: an embedded PostgreSQL, a worker, and some thousands of real tasks to watch. `make demo`
+"""The demo: an embedded PostgreSQL, a worker, and about 9,000 real tasks to watch. `make demo`
 
-    python examples/demo.py          watch it, then look around: it serves until Ctrl-C
+    python examples/demo.py          watch it, then look around until Ctrl-C
     python examples/demo.py --exit   end after the summary; exit code 0 only if every count is what it should be
 
-The tasks are quick, slow, failing and recovering, failing for good, urgent, repeated, cancelled, and one is a backup of the
-database that they are in. It uses the database that everything else uses: DATABASE_URL, else the embedded one in
-./.orchestrator. It may run again on the same data: the idempotency keys of its tasks begin with the name of the run.
+Some tasks are quick or slow, some fail and recover, some fail for good, some are urgent, repeated or cancelled, and one is a backup of
+the database that holds them. The demo uses the same database as everything else: DATABASE_URL, or the embedded one in
+./.orchestrator. It may run again on the same data, because the idempotency keys of its tasks begin with the name of the run.
 """
 from __future__ import annotations
 
