@@ -135,7 +135,8 @@ def test_my_handlers_also_load_by_the_command_line(
 
 
 def test_alerting_announces_what_ends_here_and_what_ends_elsewhere_once_each(
-        start: Callable[..., Program], worker_process: Callable[..., Any], installed: str, conn: psycopg.Connection[Any], tmp_path: Path) -> None:
+        start: Callable[..., Program], worker_process: Callable[..., Any], installed: str, conn: psycopg.Connection[Any],
+        tmp_path: Path) -> None:
     program = start("alerting.py", "0.1")
     program.printed("watching")
     (tmp_path / "elsewhere.py").write_text("""if True:
@@ -156,8 +157,8 @@ def test_alerting_announces_what_ends_here_and_what_ends_elsewhere_once_each(
 
 
 @pytest.mark.parametrize(("name", "expected"), [
-    ("web_app.py", "^http://"), ("other_drivers.py", "^tasks"), ("checked_payload.py", "^completed"), ("my_handlers.py", "worker .* started"),
-    ("alerting.py", "^watching"), ("exactly_once.py", "deposits left")])
+    ("web_app.py", "^http://"), ("other_drivers.py", "^tasks"), ("checked_payload.py", "^completed"),
+    ("my_handlers.py", "worker .* started"), ("alerting.py", "^watching"), ("exactly_once.py", "deposits left")])
 def test_examples_start_on_an_empty_database(name: str, expected: str, db: str, tmp_path: Path) -> None:
     program = Program(name, db, tmp_path)
     try:

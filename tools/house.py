@@ -1,6 +1,6 @@
-"""Print the size of the house as a table: this tree beside another revision. `python tools/house.py REVISION`
+"""Print the size of the house as a table, this tree beside another revision. `python tools/house.py REVISION`
 
-What the figures count: `longest` in lines from def or class to the end; a thread, a lock, a table or a setting where it is made in the source.
+Lengths are in lines from `def` or `class` to the end. Threads, locks, tables and settings are counted where the source creates them.
 """
 from __future__ import annotations
 
