@@ -599,7 +599,7 @@ def write_document(path: Path) -> None:
     about = results["about"]
     intro = (f"Measured on {about['when']} by `make bench` on {about['cores']} cores, Python {about['python']}, "
              f"PostgreSQL {about['postgresql']}, fsync on; medians of {about['reps']}. Read the ratios; "
-             "[benchmarks/README.md](../benchmarks/README.md) says what they are and what was found.")
+             "[benchmarks/README.md](../benchmarks/README.md) explains where the time goes and what was found.")
     document = ROOT / "docs" / "benchmarks.md"
     text = document.read_text()
     head, rest = text.split("<!-- bench -->\n")

@@ -156,7 +156,7 @@ class Demo:
             keys = self.add_quick(150)
             if wave == 1:   # a client that repeats its request: these keys are known, so nothing is added
                 again = self.app.enqueue_many("demo:quick", [{}] * len(keys), idempotency_keys=keys)
-                if any(created for _, created in again):
+                if any(task_id.created for task_id in again):
                     self.problems.append("a repeated idempotency key made a second task")
             for n in (1, 2):
                 self.add("demo:slow", {"seconds": 0.2 * n + 0.4 * (wave % 2)}, "completed")
@@ -225,7 +225,8 @@ class Demo:
               f"{self.expected['demo:broken', 'dead_letter']} became dead letters after their retries")
         backup = (self.app.get(self.backup_id) or {}).get("result") or {}
         print(f"Backup      {backup.get('path')}, {backup.get('bytes', 0):,} bytes, {backup.get('tables')} tables, verified")
-        print(f"\nPage        {address}\nMetrics     {address}metrics")
+        if address:
+            print(f"\nPage        {address}\nMetrics     {address}metrics")
         print(f"psql        {short_path(sys.executable)} {short_path(orchestrator.__file__)} psql\n\nTry there:")
         print("  select * from orchestrator.queue_stats;")
         print(f"  select jsonb_pretty(orchestrator.show_task('{self.example}'));")
@@ -239,7 +240,7 @@ def short_path(path: str) -> str:
 
 
 def start(app: Orchestrator) -> str:
-    """Start the worker, on another port if METRICS_PORT is taken, and return the address of its page."""
+    """Start the worker, on another port if METRICS_PORT is taken, and return the address of its page, if it has one."""
     if not app.config.database_url:   # the embedded database may have an older schema
         app.open()
         with psycopg.connect(app.config.database_url, autocommit=True) as connection:
@@ -249,17 +250,19 @@ def start(app: Orchestrator) -> str:
     except ConfigError as error:
         if "cannot listen" not in str(error) or app.config.metrics_port == 0:
             raise
-        print(f"METRICS_PORT: {app.config.metrics_port} is in use, the demo takes a free port")
+        print(f"{error}\nThe demo takes a free port.")
         app.config = dataclasses.replace(app.config, metrics_port=0)
         app.start()
-    host, port = app.worker.http.server_address[:2]
+    if app._http is None:   # METRICS_PORT=off
+        return ""
+    host, port = app._http.server_address[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     return f"http://{host}:{port}/"
 
 
 def play(app: Orchestrator, address: str, recent: Recent, stop: threading.Event, then_exit: bool) -> int:
     with psycopg.connect(app.config.database_url, autocommit=True) as connection:
-        demo = Demo(app, connection, View(f"orchestrator demo · {address}", recent), stop)
+        demo = Demo(app, connection, View(" · ".join(filter(None, ("orchestrator demo", address))), recent), stop)
         demo.enqueue_everything()
         demo.wait_for_the_end()
         if stop.is_set():
