@@ -36,7 +36,7 @@ def alert(how, task_id, text):
 @app.on_dead_letter
 def ended_here(task, error):
     """Called on the worker on which the last attempt ended: retries used up, Discard, or a timeout."""
-    alert("hook", task.id, f"{task.type} is dead after {task.attempt} attempts: {error}")
+    alert("hook", task.id, f"{task.type} became a dead letter at attempt {task.attempt}: {error}")
 
 
 @app.handler("payment:collect", max_retries=0)
@@ -47,7 +47,7 @@ def collect(task):
 
 def look(connection):
     for task_id, kind, attempts, error, _ in connection.execute(NEW_DEAD_LETTERS):
-        alert("query", task_id, f"{kind} is dead after {attempts} attempts: {error}")
+        alert("query", task_id, f"{kind} became a dead letter at attempt {attempts}: {error}")
 
 
 def main():
