@@ -220,7 +220,8 @@ class Demo:
         print("\n".join(table(("", "tasks", "wait p50", "wait p95", "run p50", "run p95"), rows)))
         count, seconds = self.select(RATE)[0]
         if seconds:
-            print(f"\nThroughput  {count:,} quick tasks that were waiting at once ran in {seconds:.2f} s: {count / float(seconds):,.0f} tasks/s")
+            print(f"\nThroughput  {count:,} quick tasks that waited at once ran in {seconds:.2f} s: "
+                  f"{count / float(seconds):,.0f} tasks/s")
         print(f"Failures    {self.failures_expected} failed attempts; {self.expected['demo:flaky', 'completed']} tasks recovered, "
               f"{self.expected['demo:broken', 'dead_letter']} became dead letters after their retries")
         backup = (self.app.get(self.backup_id) or {}).get("result") or {}

@@ -1,4 +1,6 @@
-"""Print the size of the house as a table, this tree beside another revision. `python tools/house.py REVISION`
+"""Print the size of the house as a table, this tree beside another revision. `python tools/house.py [--write] REVISION`
+
+--write puts the table into CONTRIBUTING.md.
 
 Lengths are in lines from `def` or `class` to the end. Threads, locks, tables and settings are counted where the source creates them.
 """
@@ -60,12 +62,22 @@ def figures(files: list[str], read: Callable[[str], str]) -> dict[str, str]:
 
 
 def main() -> int:
-    if len(sys.argv) != 2:
+    write, revisions = "--write" in sys.argv, [word for word in sys.argv[1:] if word != "--write"]
+    if len(revisions) != 1:
         sys.exit(__doc__)
-    revision = sys.argv[1]
-    before = figures(git("ls-tree", "-r", "--name-only", revision).splitlines(), lambda name: git("show", f"{revision}:{name}"))
+    names = git("ls-tree", "-r", "--name-only", revisions[0]).splitlines()
+    before = figures(names, lambda name: git("show", f"{revisions[0]}:{name}"))
     now = figures(git("ls-files").splitlines(), lambda name: (REPOSITORY / name).read_text())
-    print("| | before | now |", "|---|---|---|", *(f"| {name} | {before[name]} | {now[name]} |" for name in now), sep="\n")
+    table = "\n".join(["| | before | now |", "|---|---|---|", *(f"| {name} | {before[name]} | {now[name]} |" for name in now)])
+    if not write:
+        print(table)
+        return 0
+    document = REPOSITORY / "CONTRIBUTING.md"
+    text, found = re.subn(r"(?s)(<!-- house -->\n).*?(<!-- end of house -->)", lambda match: f"{match[1]}{table}\n{match[2]}",
+                          document.read_text())
+    if found != 1:
+        sys.exit("CONTRIBUTING.md: must have <!-- house --> and <!-- end of house -->, each once")
+    document.write_text(text)
     return 0
 
 

@@ -98,7 +98,7 @@ def default(field: dataclasses.Field[Any]) -> str:
     if isinstance(value, float):   # all durations, and they alone
         unit, seconds = next((unit, seconds) for unit, seconds in (("d", 86400), ("h", 3600), ("m", 60), ("s", 1)) if value % seconds == 0)
         return f"`{value / seconds:g}{unit}`"
-    return "" if value == "" else f"`{str(value).lower()}`"
+    return "" if value in ("", None) else f"`{str(value).lower()}`"
 
 
 def settings() -> str:
