@@ -147,8 +147,8 @@ def test_alerting_announces_what_ends_here_and_what_ends_elsewhere_once_each(
     worker_process(installed, HANDLERS=tmp_path / "elsewhere.py", DISTRIBUTED_MODE="true")
     for kind in ("payment:collect", "payment:refund"):
         conn.execute("select orchestrator.enqueue(%s, '{\"amount\": 0}')", [kind])
-    assert "payment:collect became a dead letter at attempt 1: Discard: amount: must be more than 0" in program.printed(r"ALERT \(hook\)")
-    assert "payment:refund became a dead letter at attempt 1: Discard: no such account" in program.printed(r"ALERT \(query\) .*refund")
+    assert "payment:collect became a dead letter at attempt 1: amount: must be more than 0" in program.printed(r"ALERT \(hook\)")
+    assert "payment:refund became a dead letter at attempt 1: no such account" in program.printed(r"ALERT \(query\) .*refund")
     conn.execute("select orchestrator.enqueue('payment:collect', '{\"amount\": -1}')")
     eventually(lambda: program.output.count("ALERT") == 3)
     assert program.output.count("ALERT (query)") == 1
