@@ -75,7 +75,7 @@ chaos: .venv/.dev ## kill, stop and disconnect everything; nothing may be lost (
 chaos-mutants: .venv/.dev ## break the SQL on purpose; the tests must notice
 	$(PY) tests/chaos/mutants.py $(ARGS)
 
-sql-docs: .venv/.dev ## write the README's table of SQL functions, from the catalog
+sql-docs: .venv/.dev ## write the generated tables of docs/
 	$(PY) tools/sql_docs.py
 
 screenshot: .venv/.dev ## take the README's picture of the page (needs chromium)

@@ -588,8 +588,8 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
-def write_readme(path: Path) -> None:
-    """Put the table of a results file between the README's markers."""
+def write_document(path: Path) -> None:
+    """Put the table of a results file between the markers of docs/benchmarks.md."""
     results = json.loads(path.read_text())
     lines = ["| workload | figure | of its reference | goal |", "|---|---|---|---|"]
     for row in results["rows"]:
@@ -599,13 +599,13 @@ def write_readme(path: Path) -> None:
     about = results["about"]
     intro = (f"Measured on {about['when']} by `make bench` on {about['cores']} cores, Python {about['python']}, "
              f"PostgreSQL {about['postgresql']}, fsync on; medians of {about['reps']}. Read the ratios; "
-             "[benchmarks/](benchmarks/README.md) says what they are and what was found.")
-    readme = ROOT / "README.md"
-    text = readme.read_text()
+             "[benchmarks/README.md](../benchmarks/README.md) explains where the time goes and what was found.")
+    document = ROOT / "docs" / "benchmarks.md"
+    text = document.read_text()
     head, rest = text.split("<!-- bench -->\n")
     _, tail = rest.split("<!-- /bench -->")
-    readme.write_text("\n".join([head + "<!-- bench -->", intro, "", "![each figure against its goal](benchmarks/results.svg)", "", *lines,
-                                 "<!-- /bench -->" + tail]))
+    document.write_text("\n".join([head + "<!-- bench -->", intro, "", "![each figure against its goal](../benchmarks/results.svg)", "",
+                                   *lines, "<!-- /bench -->" + tail]))
 
 
 def compare(revision: str, names: list[str], reps: int) -> int:
@@ -638,13 +638,13 @@ def main() -> int:
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--svg", metavar="FILE")
     parser.add_argument("--compare", metavar="REV")
-    parser.add_argument("--write-readme", metavar="FILE", type=Path, help="only put the table of a --json file into README.md")
+    parser.add_argument("--write-docs", metavar="FILE", type=Path, help="only put the table of a --json file into docs/benchmarks.md")
     args = parser.parse_args()
     unknown = [name for name in args.workloads if name not in WORKLOADS]
     if unknown:
         parser.error(f"there is no workload {unknown[0]}; there are {', '.join(WORKLOADS)}")
-    if args.write_readme:
-        write_readme(args.write_readme)
+    if args.write_docs:
+        write_document(args.write_docs)
         return 0
     if args.compare:
         return compare(args.compare, args.workloads, args.reps)

@@ -29,10 +29,10 @@ class Resize:
 
     @classmethod
     def of(cls, payload):
-        """The payload as a Resize. Raises Discard: a wrong payload stays wrong, so no retry would help."""
+        """The payload as a Resize. Raises Discard: retrying would not help, since a wrong payload stays wrong."""
         try:
             return cls(**payload)
-        except TypeError as error:   # an unknown field, a missing one, or no object at all
+        except TypeError as error:   # an unknown field, a missing field, or no object at all
             raise Discard(f"payload: {str(error).replace('Resize.__init__()', 'Resize')}") from None
 
 

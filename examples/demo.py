@@ -1,11 +1,11 @@
-"""The demo: an embedded PostgreSQL, a worker, and some thousands of real tasks to watch. `make demo`
+"""The demo: an embedded PostgreSQL, a worker, and about 9,000 real tasks to watch. `make demo`
 
-    python examples/demo.py          watch it, then look around: it serves until Ctrl-C
+    python examples/demo.py          watch it, then look around until Ctrl-C
     python examples/demo.py --exit   end after the summary; exit code 0 only if every count is what it should be
 
-The tasks are quick, slow, failing and recovering, failing for good, urgent, repeated, cancelled, and one is a backup of the
-database that they are in. It uses the database that everything else uses: DATABASE_URL, else the embedded one in
-./.orchestrator. It may run again on the same data: the idempotency keys of its tasks begin with the name of the run.
+Some tasks are quick or slow, some fail and recover, some fail for good, some are urgent, repeated or cancelled, and one is a backup of
+the database that holds them. The demo uses the same database as everything else: DATABASE_URL, or the embedded one in
+./.orchestrator. It may run again on the same data, because the idempotency keys of its tasks begin with the name of the run.
 """
 from __future__ import annotations
 
@@ -53,21 +53,22 @@ FAILED_ATTEMPTS = """
 
 
 class Recent(logging.Handler):
-    """Keeps the latest lines of the worker's log, which would tear the live view."""
+    """Keeps the latest lines of the worker's log for the live view, which they would tear if they were printed."""
 
     def __init__(self) -> None:
         super().__init__()
         self.lines: collections.deque[str] = collections.deque(maxlen=5)
 
     def emit(self, record: logging.LogRecord) -> None:
+        # failing tasks are part of the demo; other warnings are real trouble
         if record.levelno >= logging.WARNING and not hasattr(record, "task_id") and not sys.stdout.isatty():
-            print(record.getMessage(), file=sys.stderr)   # not a task's failure, which is part of the demo, but trouble
+            print(record.getMessage(), file=sys.stderr)
         fields = [f"{name}={getattr(record, name)}" for name in ("type", "attempt", "error") if hasattr(record, name)]
         self.lines.append(" ".join([time.strftime("%H:%M:%S"), record.getMessage(), *fields]).replace("\n", " "))
 
 
 class View:
-    """The live view: redrawn in place on a terminal, a line each second elsewhere."""
+    """The live view: redrawn in place on a terminal; elsewhere a line each second."""
 
     def __init__(self, title: str, recent: Recent) -> None:
         self.title, self.recent = title, recent
@@ -98,14 +99,14 @@ class View:
         lines += ["", f"ended per second  {bars} {self.rates[-1]:,.0f}", "", *self.recent.lines]
         width = shutil.get_terminal_size().columns - 1
         back = f"\x1b[{self.height}A" if self.height else ""
-        # one write, each line cleared behind its text instead of the screen before it: nothing flickers
+        # one write that clears each line behind its text, instead of the screen beforehand: nothing flickers
         sys.stdout.write(back + "".join(line[:width] + "\x1b[K\n" for line in lines) + "\x1b[J")
         sys.stdout.flush()
         self.height = len(lines)
 
 
 def table(names: tuple[str, ...], rows: list[tuple]) -> list[str]:
-    """Lines of a table: the first column to the left, the others to the right."""
+    """Lines of a table: the first column aligned left, the others right."""
     def line(cells: tuple) -> str:
         texts = [f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in cells]
         return f"  {texts[0]:20}" + "".join(f"{text:>13}" for text in texts[1:])
@@ -113,7 +114,7 @@ def table(names: tuple[str, ...], rows: list[tuple]) -> list[str]:
 
 
 class Demo:
-    """One run: enqueues the tasks, remembers what has to become of them, and asks the database whether it did."""
+    """One run: enqueues the tasks, remembers how each must end, and asks the database whether it did."""
 
     def __init__(self, app: Orchestrator, connection: psycopg.Connection, view: View, stop: threading.Event) -> None:
         self.app, self.connection, self.view, self.stop = app, connection, view, stop
@@ -153,9 +154,9 @@ class Demo:
         self.backup_id = self.add("task:backup", self.backup_payload(), "completed", priority=5)
         for wave in range(WAVES):
             keys = self.add_quick(150)
-            if wave == 1:   # a client that repeats itself: these keys are known, so nothing is added
+            if wave == 1:   # a client that repeats its request: these keys are known, so nothing is added
                 again = self.app.enqueue_many("demo:quick", [{}] * len(keys), idempotency_keys=keys)
-                if any(created for _, created in again):
+                if any(task_id.created for task_id in again):
                     self.problems.append("a repeated idempotency key made a second task")
             for n in (1, 2):
                 self.add("demo:slow", {"seconds": 0.2 * n + 0.4 * (wave % 2)}, "completed")
@@ -168,20 +169,20 @@ class Demo:
             if self.stop.is_set():
                 return
         self.cancel(delayed, endless)
-        with psycopg.connect(self.app.config.database_url) as connection:   # all visible at the same moment, the urgent ones last
+        with psycopg.connect(self.app.config.database_url) as connection:   # all visible at once; the urgent ones come last
             self.add_quick(5000, "burst", connection=connection)
             self.add_quick(100, "urgent", priority=10, connection=connection)
 
     def cancel(self, *ids: str) -> None:
         for task_id in ids:
-            answer = self.app.cancel(task_id)   # at once while it waits; one that runs is asked to stop
+            answer = self.app.cancel(task_id)   # cancelled at once if it waits, asked to stop if it runs
             if answer not in ("cancelled", "cancelling"):
-                self.problems.append(f"a task that should be cancelled was {answer}")
+                self.problems.append(f"a task that should have been cancelled was {answer}")
 
     def backup_payload(self) -> dict[str, object]:
         info = self.connection.info
         payload: dict[str, object] = {"host": info.host, "port": info.port, "user": info.user, "database": info.dbname, "retention_days": 7}
-        if info.password:   # by reference, so that it isn't in the tasks table
+        if info.password:   # by reference, so that it is not in the table of tasks
             os.environ["BACKUP_PASSWORD_DEMO"] = info.password
             payload["password_env"] = "BACKUP_PASSWORD_DEMO"
         return payload
@@ -196,7 +197,7 @@ class Demo:
         self.view.show(self.select(COUNTS), at_once=True)
 
     def check(self) -> None:
-        """Compare with the database what became of every task."""
+        """Compare how the tasks ended with how they should have ended."""
         names = ("waiting", "in flight", "retry due", "completed", "dead_letter", "cancelled")
         found = {(row[0], name): n for row in self.select(COUNTS) for name, n in zip(names, row[1:], strict=True) if n}
         for key in sorted(self.expected.keys() | found.keys()):
@@ -219,12 +220,14 @@ class Demo:
         print("\n".join(table(("", "tasks", "wait p50", "wait p95", "run p50", "run p95"), rows)))
         count, seconds = self.select(RATE)[0]
         if seconds:
-            print(f"\nThroughput  {count:,} quick tasks that waited at once ran in {seconds:.2f} s: {count / float(seconds):,.0f} tasks/s")
+            print(f"\nThroughput  {count:,} quick tasks that waited at once ran in {seconds:.2f} s: "
+                  f"{count / float(seconds):,.0f} tasks/s")
         print(f"Failures    {self.failures_expected} failed attempts; {self.expected['demo:flaky', 'completed']} tasks recovered, "
               f"{self.expected['demo:broken', 'dead_letter']} became dead letters after their retries")
         backup = (self.app.get(self.backup_id) or {}).get("result") or {}
         print(f"Backup      {backup.get('path')}, {backup.get('bytes', 0):,} bytes, {backup.get('tables')} tables, verified")
-        print(f"\nPage        {address}\nMetrics     {address}metrics")
+        if address:
+            print(f"\nPage        {address}\nMetrics     {address}metrics")
         print(f"psql        {short_path(sys.executable)} {short_path(orchestrator.__file__)} psql\n\nTry there:")
         print("  select * from orchestrator.queue_stats;")
         print(f"  select jsonb_pretty(orchestrator.show_task('{self.example}'));")
@@ -232,14 +235,14 @@ class Demo:
 
 
 def short_path(path: str) -> str:
-    """As it is typed from here."""
+    """The path as one would type it here."""
     relative = os.path.relpath(path)
     return path if relative.startswith("..") else relative
 
 
 def start(app: Orchestrator) -> str:
-    """Start the worker, on another port if METRICS_PORT is taken; return the address of its page."""
-    if not app.config.database_url:   # the embedded database may be of an earlier state of this folder
+    """Start the worker, on another port if METRICS_PORT is taken, and return the address of its page, if it has one."""
+    if not app.config.database_url:   # the embedded database may have an older schema
         app.open()
         with psycopg.connect(app.config.database_url, autocommit=True) as connection:
             orchestrator.install(connection)
@@ -248,17 +251,19 @@ def start(app: Orchestrator) -> str:
     except ConfigError as error:
         if "cannot listen" not in str(error) or app.config.metrics_port == 0:
             raise
-        print(f"METRICS_PORT: {app.config.metrics_port} is in use, the demo takes a free port")
+        print(f"{error}\nThe demo takes a free port.")
         app.config = dataclasses.replace(app.config, metrics_port=0)
         app.start()
-    host, port = app.worker.http.server_address[:2]
+    if app._http is None:   # METRICS_PORT=off
+        return ""
+    host, port = app._http.server_address[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     return f"http://{host}:{port}/"
 
 
 def play(app: Orchestrator, address: str, recent: Recent, stop: threading.Event, then_exit: bool) -> int:
     with psycopg.connect(app.config.database_url, autocommit=True) as connection:
-        demo = Demo(app, connection, View(f"orchestrator demo · {address}", recent), stop)
+        demo = Demo(app, connection, View(" · ".join(filter(None, ("orchestrator demo", address))), recent), stop)
         demo.enqueue_everything()
         demo.wait_for_the_end()
         if stop.is_set():
@@ -271,7 +276,7 @@ def play(app: Orchestrator, address: str, recent: Recent, stop: threading.Event,
     if not demo.problems:
         print(f"All {sum(demo.expected.values()):,} tasks ended as they should (checked by SQL).")
     if not then_exit:
-        print("The worker goes on until Ctrl-C.", flush=True)
+        print("The worker runs until Ctrl-C.", flush=True)
         stop.wait()
     return 1 if demo.problems else 0
 
@@ -292,7 +297,7 @@ def main(argv: list[str] | None = None) -> int:
     app = None
     try:
         app = Orchestrator(handlers=HANDLERS)
-        print("Starting PostgreSQL (the first time takes some seconds) and a worker …" if not app.config.database_url
+        print("Starting PostgreSQL (the first time takes a few seconds) and a worker …" if not app.config.database_url
               else f"Starting a worker on {redact_url(app.config.database_url)} …", flush=True)
         return play(app, start(app), recent, stop, then_exit)
     except (ConfigError, psycopg.Error) as error:

@@ -1,9 +1,9 @@
-"""Exactly-once effects: 200 deposits, of which some fail half-way, and the process may be killed at any moment.
+"""Exactly-once effects: 200 deposits, some of which fail half-way, in a process that may be killed at any moment.
 
     python examples/exactly_once.py          kill -9 it while it runs, start it again: the balance is 200
 
-The handler writes in task.transaction(): its writes and the completion of the task are one commit. An attempt that fails before it
-leaves nothing; one whose claim was lost (the worker was declared dead meanwhile) is rolled back.
+The handler writes in task.transaction(): its writes and the completion of the task are one commit. An attempt that fails before the commit
+leaves nothing behind. An attempt whose claim was lost, because the worker was declared dead meanwhile, is rolled back.
 """
 import sys
 import threading
@@ -18,10 +18,10 @@ DEPOSITS = 200
 app = Orchestrator(metrics_port=0, worker_pool_size=4)
 
 
-@app.handler("account:deposit", max_retries=20, base_delay=0.05, max_delay=0.2)
+@app.handler("savings:deposit", max_retries=20, base_delay=0.05, max_delay=0.2)
 def deposit(task):
     with task.transaction() as connection:
-        connection.execute("update accounts set balance = balance + 1 where id = 1")
+        connection.execute("update savings set balance = balance + 1 where id = 1")
         if task.payload["n"] % 10 == 0 and task.attempt == 1:
             raise RuntimeError("after the update, before the commit")
 
@@ -29,16 +29,16 @@ def deposit(task):
 def main():
     app.open()
     with psycopg.connect(app.config.database_url, autocommit=True) as connection:
-        connection.execute("create table if not exists accounts (id int primary key, balance int not null)")
-        connection.execute("insert into accounts values (1, 0) on conflict do nothing")
-        # keys: whoever starts this again enqueues nothing twice
-        app.enqueue_many("account:deposit", [{"n": n} for n in range(DEPOSITS)], idempotency_keys=[f"deposit-{n}" for n in range(DEPOSITS)])
+        connection.execute("create table if not exists savings (id int primary key, balance int not null)")
+        connection.execute("insert into savings values (1, 0) on conflict do nothing")
+        # idempotency keys: starting this program again enqueues nothing twice
+        app.enqueue_many("savings:deposit", [{"n": n} for n in range(DEPOSITS)], idempotency_keys=[f"deposit-{n}" for n in range(DEPOSITS)])
         app.start()
-        open_tasks = "select count(*) from orchestrator.tasks where type = 'account:deposit' and status <> 'completed'"
+        open_tasks = "select count(*) from orchestrator.tasks where type = 'savings:deposit' and status <> 'completed'"
         while (left := connection.execute(open_tasks).fetchone()[0]) > 0:
             print(f"{left} deposits left", flush=True)
             threading.Event().wait(0.05)
-        print("balance", connection.execute("select balance from accounts where id = 1").fetchone()[0], flush=True)
+        print("balance", connection.execute("select balance from savings where id = 1").fetchone()[0], flush=True)
     app.stop()
 
 

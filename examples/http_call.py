@@ -1,4 +1,4 @@
-"""Call a URL until it answers: what is temporary is retried, after as long as Retry-After asks for; what is permanent is not.
+"""Call a URL until it answers. Temporary errors are retried, after the time that Retry-After asks for; permanent errors are not.
 
     python examples/http_call.py URL…
 """
@@ -17,7 +17,7 @@ app = Orchestrator(metrics_port=0)
 
 
 def retry_after(value):
-    """Seconds, or None for the policy's own backoff. The header holds a number of seconds or a date."""
+    """Seconds, or None for the backoff of the policy. The header holds a number of seconds or a date."""
     if not value:
         return None
     try:
@@ -32,7 +32,7 @@ def get(task):
     url = task.payload["url"]
     if not url.startswith(("http://", "https://")):
         raise Discard("url: must be http or https")
-    # the task's id as a key, so that the other side can tell a retry from a second request
+    # the task's id as a key lets the other side tell a retry from a second request
     request = urllib.request.Request(url, headers={"Idempotency-Key": task.id})
     try:
         with urllib.request.urlopen(request, timeout=30) as answer:
@@ -41,7 +41,7 @@ def get(task):
         if error.code in (408, 425, 429) or error.code >= 500:
             raise Retry(f"HTTP {error.code}", after=retry_after(error.headers["Retry-After"])) from None
         raise Discard(f"HTTP {error.code}") from None
-    # a refused or broken connection is an exception like any other: a failed attempt, retried with backoff
+    # a refused or broken connection is an exception like any other: the attempt fails and is retried with backoff
 
 
 def main():

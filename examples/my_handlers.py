@@ -1,7 +1,7 @@
 """A module of handlers, and middleware around all of them.
 
-    python examples/my_handlers.py                             with the middleware: a program of one's own
-    HANDLERS=examples/my_handlers.py python orchestrator.py    the handlers alone, by the command line
+    python examples/my_handlers.py                             a program of its own, with the middleware
+    HANDLERS=examples/my_handlers.py python orchestrator.py    the handlers alone, run by the command line
 """
 import asyncio
 import logging
@@ -16,29 +16,28 @@ log = logging.getLogger("my_handlers")
 
 
 def report(task):
-    """A long task that tells how far it is (`show ID`), and stops when it is asked to."""
+    """A long task that reports its progress, which `show ID` displays, and stops when it is asked to."""
     for part in range(10):
         task.progress({"part": part})
-        if task.cancelled.wait(0.01):   # not time.sleep: this ends early
-            task.raise_if_cancelled()
+        task.sleep(0.01)   # not time.sleep: this raises Cancelled when the task has to stop
     return {"parts": 10}
 
 
 async def fetch(task):
-    """On the event loop's thread, with all other async handlers."""
+    """Runs on the event loop that all async handlers share."""
     await asyncio.sleep(0.01)
     return task.payload
 
 
 def nightly(task):
-    """Not before the day is over: comes back later, uncharged."""
+    """Comes back an hour later, uncharged, until the payload says now."""
     if not task.payload.get("now"):
         raise Snooze(3600)
 
 
 def limited(task):
     if task.attempt == 1:
-        raise Retry("the other side is busy", after=0.1)
+        raise Retry("the server is busy", after=0.1)
     return f"attempt {task.attempt}"
 
 
@@ -51,7 +50,7 @@ HANDLERS = {
 
 
 def timed(task, call_next):
-    """The outermost: how long each attempt took, however it ended."""
+    """The outermost middleware: logs how long each attempt took, however it ended."""
     started = time.monotonic()
     try:
         return call_next(task)
@@ -60,7 +59,7 @@ def timed(task, call_next):
 
 
 def tenant_required(task, call_next):
-    """One check for all handlers."""
+    """A check that applies to all handlers."""
     if isinstance(task.payload, dict) and task.payload.get("tenant") == "blocked":
         raise PermissionError("this tenant is blocked")
     return call_next(task)

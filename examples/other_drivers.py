@@ -1,11 +1,12 @@
-"""Enqueues in the transaction of what a program uses already: a SQLAlchemy session, or an async connection of any driver.
+"""Enqueue in the transaction of what a program uses already: SQLAlchemy, an async psycopg connection, or asyncpg.
 
-    pip install sqlalchemy; python examples/other_drivers.py
+    pip install sqlalchemy greenlet asyncpg; python examples/other_drivers.py
 
-The order and its task are committed together, or neither is. Whoever has psycopg underneath passes that connection to enqueue();
-everybody else calls the SQL function, as they call any other.
+A booking and its task are committed together, or neither is. `connection=` takes a psycopg connection; with everything else, call the SQL
+function in the way in which the program calls any SQL. asyncpg is left out if it is not installed.
 """
 import asyncio
+import json
 import sys
 from pathlib import Path
 
@@ -13,7 +14,13 @@ import psycopg
 from psycopg.types.json import Jsonb
 from sqlalchemy import cast, create_engine, func, select
 from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+
+try:
+    import asyncpg
+except ImportError:
+    asyncpg = None
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # orchestrator.py is one folder up
 from orchestrator import Orchestrator
@@ -25,52 +32,85 @@ class Base(DeclarativeBase):
     pass
 
 
-class Order(Base):
-    __tablename__ = "orders"
+class Booking(Base):
+    __tablename__ = "bookings"
     id: Mapped[int] = mapped_column(primary_key=True)
     customer: Mapped[str]
 
 
-def place(session: Session, customer: str) -> str:
-    """With psycopg underneath: enqueue() on the session's own connection, and so in its transaction."""
-    order = Order(customer=customer)
-    session.add(order)
+def sqlalchemy_on_psycopg(session: Session, booking: Booking) -> str:
+    """The session's own psycopg connection, and so its transaction."""
+    connection = session.connection().connection.driver_connection
+    return app.enqueue("booking:confirm", {"booking": booking.id}, connection=connection)
+
+
+def sqlalchemy_on_any_driver(session: Session, booking: Booking) -> str:
+    enqueue = func.orchestrator.enqueue("booking:confirm", cast({"booking": booking.id}, JSONB))
+    return str(session.scalar(select(enqueue)))
+
+
+async def sqlalchemy_async(session: AsyncSession, booking: Booking) -> str:
+    enqueue = func.orchestrator.enqueue("booking:confirm", cast({"booking": booking.id}, JSONB))
+    return str(await session.scalar(select(enqueue)))
+
+
+async def psycopg_async(connection: psycopg.AsyncConnection, booking: int) -> str:
+    cursor = await connection.execute("select orchestrator.enqueue('booking:confirm', %s)", [Jsonb({"booking": booking})])
+    return str((await cursor.fetchone())[0])
+
+
+async def asyncpg_connection(connection: "asyncpg.Connection", booking: int) -> str:
+    enqueue = "select orchestrator.enqueue('booking:confirm', $1::jsonb)"
+    return str(await connection.fetchval(enqueue, json.dumps({"booking": booking})))
+
+
+def place(session: Session, customer: str) -> Booking:
+    booking = Booking(customer=customer)
+    session.add(booking)
     session.flush()   # so that it has its id
-    return app.enqueue("order:confirm", {"order": order.id}, connection=session.connection().connection.driver_connection)
+    return booking
 
 
-def place_by_sql(session: Session, customer: str) -> str:
-    """With any driver: the SQL function. `await session.execute(…)` does the same on an AsyncSession."""
-    order = Order(customer=customer)
-    session.add(order)
-    session.flush()
-    return str(session.scalar(select(func.orchestrator.enqueue("order:confirm", cast({"order": order.id}, JSONB)))))
-
-
-async def place_async(customer: str) -> None:
-    async with await psycopg.AsyncConnection.connect(app.config.database_url) as connection:
-        placed = await connection.execute("insert into orders (customer) values (%s) returning id", [customer])
-        order = await placed.fetchone()
-        await connection.execute("select orchestrator.enqueue('order:confirm', %s)", [Jsonb({"order": order[0]})])
-
-
-def main():
-    app.open()   # starts the embedded PostgreSQL if DATABASE_URL is not set, and installs its schema
+def with_sessions() -> None:
     engine = create_engine("postgresql+psycopg://", creator=lambda: psycopg.connect(app.config.database_url))
     Base.metadata.create_all(engine)
     with Session(engine) as session:
-        place(session, "Ada")
-        place_by_sql(session, "Bob")
+        sqlalchemy_on_psycopg(session, place(session, "Ada"))
+        sqlalchemy_on_any_driver(session, place(session, "Bob"))
         session.commit()
-        place(session, "Eve")
-        place_by_sql(session, "Eve")
+        sqlalchemy_on_psycopg(session, place(session, "Eve"))
+        sqlalchemy_on_any_driver(session, place(session, "Eve"))
         session.rollback()
-    asyncio.run(place_async("Cy"))
-    with Session(engine) as session:
-        print("orders of", ", ".join(session.scalars(select(Order.customer).order_by(Order.id))))
-    with psycopg.connect(app.config.database_url) as connection:
-        print("tasks", connection.execute("select count(*) from orchestrator.tasks where type = 'order:confirm'").fetchone()[0])
     engine.dispose()
+
+
+async def with_async_connections() -> None:
+    url, insert = app.config.database_url, "insert into bookings (customer) values ('{}') returning id"
+    engine = create_async_engine("postgresql+psycopg://", async_creator=lambda: psycopg.AsyncConnection.connect(url))
+    async with AsyncSession(engine) as session, session.begin():
+        session.add(booking := Booking(customer="Cy"))
+        await session.flush()
+        await sqlalchemy_async(session, booking)
+    await engine.dispose()
+    async with await psycopg.AsyncConnection.connect(url) as connection:   # commits at its end
+        row = await (await connection.execute(insert.format("Di"))).fetchone()
+        await psycopg_async(connection, row[0])
+    if asyncpg is not None:
+        connection = await asyncpg.connect(url)
+        async with connection.transaction():
+            await asyncpg_connection(connection, await connection.fetchval(insert.format("Fay")))
+        await connection.close()
+
+
+def main():
+    app.open()   # starts the embedded PostgreSQL if DATABASE_URL is not set, and installs the schema
+    with_sessions()
+    asyncio.run(with_async_connections())
+    with psycopg.connect(app.config.database_url) as connection:
+        customers = connection.execute("select customer from bookings order by id").fetchall()
+        tasks = connection.execute("select count(*) from orchestrator.tasks where type = 'booking:confirm'").fetchone()[0]
+    print("bookings of", ", ".join(name for name, in customers))
+    print("tasks", tasks)
     app.close()
 
 

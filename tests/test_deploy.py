@@ -1,4 +1,4 @@
-"""Dockerfile, docker-compose.yml, .env.example and Makefile agree with each other, with Config and with the README.
+"""Dockerfile, docker-compose.yml, .env.example and Makefile agree with each other, with Config and with docs/settings.md.
 
 That the image and the profiles run is shown by tests/docker/verify.sh, which needs a Docker engine.
 """
@@ -45,12 +45,12 @@ def test_env_example_documents_every_setting_with_its_default():
         assert parsed(name, value) == field.default, name
 
 
-def test_readme_table_is_every_setting_with_its_default():
-    rows = dict(re.findall(r"(?m)^\| `([A-Z_]+)` \| (?:`([^`]*)`)? \| .* \|$", text("README.md").split("## Settings")[1].split("\n## ")[0]))
+def test_settings_table_is_every_setting_with_its_default():
+    rows = dict(re.findall(r"(?m)^\| `([A-Z_]+)` \| (?:`([^`]*)`)? \| .* \|$", text("docs/settings.md")))
     assert list(rows) == list(FIELDS)
     for name, field in FIELDS.items():
         assert parsed(name, rows[name]) == field.default, name
-        assert field.metadata["help"] in text("README.md")
+        assert field.metadata["help"] in text("docs/settings.md")
 
 
 def test_env_example_names_what_the_handlers_and_compose_read():

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import http.server
+import importlib.util
 import json
 import re
 import signal
@@ -41,8 +42,9 @@ class Program:
     def printed(self, text: str, timeout: float = 30) -> str:
         """Wait until a line that matches is printed, and return it."""
         def found() -> str | None:
+            ended = self.process.poll() is not None   # asked before its last lines are read
             match = re.search(f"^.*{text}.*$", self.output, re.MULTILINE)
-            assert match or self.process.poll() is None, self.output
+            assert match or not ended, self.output
             return match[0] if match else None
         return str(eventually(found, timeout))
 
@@ -87,15 +89,16 @@ def test_web_app_stores_an_order_and_its_task_together_or_neither(start: Callabl
     assert ask(address, {"customer": ""})[0] == 400
     assert ask(address, {})[0] == 400
     assert ask(f"{address}/99")[0] == 404
-    assert conn.execute("select count(*), (select count(*) from orders) from orchestrator.tasks").fetchone() == (1, 1)
+    assert conn.execute("select count(*), (select count(*) from shop_orders) from orchestrator.tasks").fetchone() == (1, 1)
 
 
 def test_other_drivers_enqueue_in_their_own_transactions(start: Callable[..., Program], conn: psycopg.Connection[Any]) -> None:
     program = start("other_drivers.py")
     assert program.process.wait(40) == 0, program.output
-    assert program.output.splitlines() == ["orders of Ada, Bob, Cy", "tasks 3"]
-    pairs = "select o.customer from orchestrator.tasks t join orders o on o.id = (t.payload ->> 'order')::int order by t.id"
-    assert [row[0] for row in conn.execute(pairs)] == ["Ada", "Bob", "Cy"]
+    names = ["Ada", "Bob", "Cy", "Di"] + (["Fay"] if importlib.util.find_spec("asyncpg") else [])
+    assert program.output.splitlines() == [f"bookings of {', '.join(names)}", f"tasks {len(names)}"]
+    pairs = "select o.customer from orchestrator.tasks t join bookings o on o.id = (t.payload ->> 'booking')::int order by t.id"
+    assert [row[0] for row in conn.execute(pairs)] == names
 
 
 def test_checked_payload_refuses_wrong_payloads_by_the_name_of_the_field(start: Callable[..., Program]) -> None:
@@ -129,6 +132,40 @@ def test_my_handlers_also_load_by_the_command_line(
     worker_process(installed, HANDLERS=EXAMPLES / "my_handlers.py")
     conn.execute("select orchestrator.enqueue('report:x')")
     eventually(lambda: conn.execute("select from orchestrator.tasks where status = 'completed'").fetchall())
+
+
+def test_alerting_announces_what_ends_here_and_what_ends_elsewhere_once_each(
+        start: Callable[..., Program], worker_process: Callable[..., Any], installed: str, conn: psycopg.Connection[Any],
+        tmp_path: Path) -> None:
+    program = start("alerting.py", "0.1")
+    program.printed("watching")
+    (tmp_path / "elsewhere.py").write_text("""if True:
+        from orchestrator import Discard
+        def die(task):
+            raise Discard("no such account")
+        HANDLERS = {"payment:refund": die}""")
+    worker_process(installed, HANDLERS=tmp_path / "elsewhere.py", DISTRIBUTED_MODE="true")
+    for kind in ("payment:collect", "payment:refund"):
+        conn.execute("select orchestrator.enqueue(%s, '{\"amount\": 0}')", [kind])
+    assert "payment:collect became a dead letter at attempt 1: amount: must be more than 0" in program.printed(r"ALERT \(hook\)")
+    assert "payment:refund became a dead letter at attempt 1: no such account" in program.printed(r"ALERT \(query\) .*refund")
+    conn.execute("select orchestrator.enqueue('payment:collect', '{\"amount\": -1}')")
+    eventually(lambda: program.output.count("ALERT") == 3)
+    assert program.output.count("ALERT (query)") == 1
+    program.process.send_signal(signal.SIGTERM)
+    assert program.process.wait(20) == 0
+
+
+@pytest.mark.parametrize(("name", "expected"), [
+    ("web_app.py", "^http://"), ("other_drivers.py", "^tasks"), ("checked_payload.py", "^completed"),
+    ("my_handlers.py", "worker .* started"), ("alerting.py", "^watching"), ("exactly_once.py", "deposits left")])
+def test_examples_start_on_an_empty_database(name: str, expected: str, db: str, tmp_path: Path) -> None:
+    program = Program(name, db, tmp_path)
+    try:
+        program.printed(expected)
+    finally:
+        program.process.kill()
+        program.process.wait()
 
 
 class Moody(http.server.BaseHTTPRequestHandler):
@@ -177,11 +214,11 @@ def test_exactly_once_survives_failures_and_kill_9(start: Callable[..., Program]
         program.printed(r"^\d+ deposits left")
         program.process.kill()
         program.process.wait()
-        assert (conn.execute("select sum(balance) from accounts").fetchone() or (200,))[0] < 200, "killed too late to prove anything"
+        assert (conn.execute("select sum(balance) from savings").fetchone() or (200,))[0] < 200, "killed too late to prove anything"
     last = start("exactly_once.py")
     assert last.process.wait(50) == 0, last.output
     assert re.findall(r"^balance (\d+)$", last.output, re.MULTILINE) == ["200"]
-    assert conn.execute("select sum(balance) from accounts").fetchone() == (200,)
+    assert conn.execute("select sum(balance) from savings").fetchone() == (200,)
     failed = "select count(*) from orchestrator.task_events where event = 'failed' and detail like '%before the commit%'"
     assert (conn.execute(failed).fetchone() or (0,))[0] > 0, "no attempt failed half-way: the test proves nothing"
 

@@ -1,7 +1,7 @@
-"""Write the README's tables of settings, SQL functions, metrics and alerts, each between two markers, from what the code says of itself.
+"""Write the generated tables of docs/, each between two markers: SQL functions, settings, metrics and alerts.
 
 `make sql-docs`. The functions, views and tables come from the catalog and its comments, the settings from Config, the metrics from
-a running worker, the alerts from configs/alerts.yml. A test compares the README with what this would write.
+two running workers, the alerts from configs/alerts.yml. A test compares the documents with what this would write.
 """
 from __future__ import annotations
 
@@ -10,22 +10,24 @@ import re
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psycopg
 import yaml
+from prometheus_client import CollectorRegistry
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from handlers import HANDLERS
-from orchestrator import Collector, Config, Orchestrator, _duration
+from orchestrator import Config, Orchestrator
 from postgres import install_schema, start_server
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-README = REPOSITORY / "README.md"
-HEADINGS = {"20_enqueue.sql": "Enqueue", "70_operate.sql": "Operate", "80_inspect.sql": "Inspect", "82_audit.sql": "Inspect",
-            "00_schema.sql": "Inspect"}   # for people; the rest is for workers, the leader and the page
+DOCUMENTS = {"docs/sql.md": ("sql",), "docs/settings.md": ("settings",), "docs/metrics.md": ("metrics", "alerts")}
+HEADINGS = {"20_enqueue.sql": "Enqueue", "22_schedules.sql": "Schedules", "70_operate.sql": "Operate", "80_inspect.sql": "Inspect",
+            "82_audit.sql": "Inspect", "00_schema.sql": "Inspect"}   # for people; the rest is for workers, the leader and the page
 FUNCTIONS = """
     select p.proname, pg_get_function_arguments(p.oid), pg_get_function_result(p.oid), obj_description(p.oid, 'pg_proc')
     from pg_proc p where p.pronamespace = 'orchestrator'::regnamespace and p.proname !~ '^_' and p.prokind = 'f'
@@ -77,27 +79,26 @@ def sql_docs(connection: psycopg.Connection[Any]) -> str:
         returns = f"row ({arguments(', '.join(out))})" if out else arguments(re.sub(r"^TABLE\((.*)\)$", r"rows (\1)", result))
         groups[HEADINGS.get(files.get(name, ""), "Rest")].append((f"`{name}({arguments(args)})`", f"`{returns}`", cell(comment)))
     lines = []
-    for heading in dict.fromkeys(HEADINGS.values()):
-        lines += [f"**{heading}**", "", *table(("function", "returns", "what it does"), groups[heading])]
+    for heading in (heading for heading in dict.fromkeys(HEADINGS.values()) if groups[heading]):
+        lines += [f"### {heading}", "", *table(("function", "returns", "what it does"), groups[heading])]
     views = [(f"`{name}`", cell(comment)) for name, kind, comment in relations if kind == "v"]
-    lines += ["**Views**", "", *table(("view", "what it shows"), views)]
-    lines += ["<details><summary>What workers, the leader and the page call</summary>", "",
-              *table(("function", "returns", "what it does"), groups["Rest"]), "</details>", ""]
-    lines += ["<details><summary>Tables, and the columns of <code>tasks</code></summary>", "",
+    lines += ["### Views", "", *table(("view", "what it shows"), views)]
+    lines += ["### For workers, the leader and the page", "", *table(("function", "returns", "what it does"), groups["Rest"])]
+    lines += ["### Tables, and the columns of `tasks`", "",
               *table(("table", "what it holds"), [(f"`{name}`", cell(comment)) for name, kind, comment in relations if kind == "r"]),
-              *table(("column of tasks", "type", ""),
-                     [(f"`{name}`", f"`{arguments(kind)}`", cell(comment)) for name, kind, comment in columns]),
-              "</details>"]
+              *table(("column of tasks", "type", "what it is"),
+                     [(f"`{name}`", f"`{arguments(kind)}`", cell(comment)) for name, kind, comment in columns])]
+    lines.pop()   # the empty line behind the last table
     return "\n".join(lines)
 
 
 def default(field: dataclasses.Field[Any]) -> str:
     """A default as one would write it in the environment."""
     value = field.default
-    if field.metadata["parse"] is _duration:
+    if isinstance(value, float):   # all durations, and they alone
         unit, seconds = next((unit, seconds) for unit, seconds in (("d", 86400), ("h", 3600), ("m", 60), ("s", 1)) if value % seconds == 0)
         return f"`{value / seconds:g}{unit}`"
-    return "" if value == "" else f"`{str(value).lower()}`"
+    return "" if value in ("", None) else f"`{str(value).lower()}`"
 
 
 def settings() -> str:
@@ -105,25 +106,44 @@ def settings() -> str:
     return "\n".join(table(("setting", "default", "what it is"), rows)).rstrip()
 
 
-def metrics(url: str) -> str:
-    """Of a worker that leads: it alone exports what is true of the whole queue."""
-    app = Orchestrator(url, handlers=HANDLERS, metrics_port=0).start()
+def families(app: Orchestrator) -> Callable[[], dict[str, Any]]:
+    """Start a worker, and return the function that collects its metric families, by name."""
+    registered: list[Any] = []
+    register = CollectorRegistry.register
+
+    def note(registry: CollectorRegistry, collector: Any) -> None:
+        registered.append(collector)
+        register(registry, collector)
+    CollectorRegistry.register = note   # type: ignore[method-assign]
     try:
-        assert app.worker is not None
+        app.start()
+    finally:
+        CollectorRegistry.register = register   # type: ignore[method-assign]
+    ours = [collector for collector in registered if type(collector).__module__ == "orchestrator"]
+    assert ours, "the worker registers no collector"
+    return lambda: {family.name: family for collector in ours for family in collector.collect()}
+
+
+def metrics(url: str) -> str:
+    """Of two workers, of which one leads: the leader alone exports what is true of the whole queue."""
+    leader, follower = (Orchestrator(url, handlers=HANDLERS, metrics_port=0, distributed_mode=True) for _ in range(2))
+    try:
+        of_leader = families(leader)
         until = time.monotonic() + 30
-        while not (app.worker.leads() and app.worker.global_stats) and time.monotonic() < until:
+        while "tasks_pending" not in of_leader() and time.monotonic() < until:
             threading.Event().wait(0.05)
-        collector = Collector(app.worker)
-        of_all = {family.name for family in collector._global()}
-        assert of_all, "the worker does not lead"
+        of_each = families(follower)().keys()
+        found = of_leader()
+        assert found.keys() - of_each, "the first worker does not lead"
         rows = []
-        for family in collector.collect():
+        for family in found.values():
             name = family.name + {"counter": "_total", "info": "_info"}.get(family.type, "")
             labels = getattr(family, "_labelnames", ())
             shown = f"`{name}`" + (f" by {', '.join(labels)}" if labels else "")
-            rows.append((shown, family.type, "the leader" if family.name in of_all else "each worker", cell(family.documentation)))
+            rows.append((shown, family.type, "each worker" if family.name in of_each else "the leader", cell(family.documentation)))
     finally:
-        app.stop(grace=0)
+        follower.stop(grace=0)
+        leader.stop(grace=0)
     return "\n".join(table(("metric", "kind", "exported by", "what it is"), rows)).rstrip()
 
 
@@ -135,24 +155,29 @@ def alerts() -> str:
         when = " ".join(rule["expr"].split()).replace("|", "\\|")
         what_to_do = cell(rule["annotations"]["description"].strip())
         rows.append((f"`{rule['alert']}`", rule["labels"]["severity"], f"`{when}` {wait}", what_to_do))
-    lines = ["<details><summary>Alerts</summary>", "", *table(("alert", "severity", "when", "what to do"), rows), "</details>"]
-    return "\n".join(lines)
+    return "\n".join(table(("alert", "severity", "when", "what to do"), rows)).rstrip()
 
 
-def replaced(readme: str, name: str, text: str) -> str:
-    """The README with the part between two markers replaced."""
+def replaced(document: str, name: str, text: str) -> str:
+    """The document with the part between two markers replaced."""
     begin, end = f"<!-- {name}: written by make sql-docs -->", f"<!-- end of {name} -->"
-    if readme.count(begin) != 1 or readme.count(end) != 1:
-        raise SystemExit(f"README.md: must have {begin} and {end}, each once")
-    before, rest = readme.split(begin)
+    if document.count(begin) != 1 or document.count(end) != 1:
+        raise SystemExit(f"the document must have {begin} and {end}, each once")
+    before, rest = document.split(begin)
     return f"{before}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}"
 
 
-def written(readme: str, url: str) -> str:
-    """The README as it should be; `url` is a database that has the schema and no worker."""
+def written(url: str) -> dict[str, str]:
+    """The documents as they should be, by path; `url` is a database that has the schema and no worker."""
     with psycopg.connect(url) as connection:
-        readme = replaced(readme, "sql", sql_docs(connection))
-    return replaced(replaced(replaced(readme, "settings", settings()), "metrics", metrics(url)), "alerts", alerts())
+        parts = {"sql": sql_docs(connection)}
+    parts |= {"settings": settings(), "metrics": metrics(url), "alerts": alerts()}
+    documents = {}
+    for path, names in DOCUMENTS.items():
+        documents[path] = (REPOSITORY / path).read_text()
+        for name in names:
+            documents[path] = replaced(documents[path], name, parts[name])
+    return documents
 
 
 def main() -> None:
@@ -160,7 +185,8 @@ def main() -> None:
     try:
         url = server.create_database()
         install_schema(url)
-        README.write_text(written(README.read_text(), url))
+        for path, text in written(url).items():
+            (REPOSITORY / path).write_text(text)
         server.drop_database(url)
     finally:
         server.stop()

@@ -31,7 +31,7 @@ from harness import Lab, Row, follow, local_server  # noqa: E402
 from postgres import LocalServer  # noqa: E402
 
 ONLY_FULL = {"SIGKILL, default leases"}   # not for CI: a worker is declared dead after 30 s only
-README = HERE.parent.parent / "README.md"
+DOCUMENT = HERE.parent.parent / "docs" / "benchmarks.md"
 HEADINGS = ("fault", "size", "seed", "lost", "ended twice", "run again", "late outcomes rejected", "recovered", "recovery p50 / p99", "")
 
 
@@ -78,12 +78,12 @@ def run(name: str, server: LocalServer, seed: int, short: bool) -> Row:
         return Row(name, "–", seed, seconds=time.monotonic() - began, problems=problems)
 
 
-def write_readme(rows: list[Row]) -> None:
-    text = README.read_text()
+def write_document(rows: list[Row]) -> None:
+    text = DOCUMENT.read_text()
     new, found = re.subn(r"(<!-- chaos -->\n).*?(<!-- /chaos -->)", lambda m: f"{m[1]}{table(rows)}\n{m[2]}", text, flags=re.DOTALL)
     if not found:
-        sys.exit("README.md has no place <!-- chaos --> … <!-- /chaos -->")
-    README.write_text(new)
+        sys.exit("docs/benchmarks.md lacks the markers <!-- chaos --> … <!-- /chaos -->")
+    DOCUMENT.write_text(new)
 
 
 def main() -> int:
@@ -92,7 +92,7 @@ def main() -> int:
     parser.add_argument("--only", action="append", metavar="FAULT", help="only faults whose name contains this")
     parser.add_argument("--seed", type=int, default=int(time.time()) % 1_000_000)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
-    parser.add_argument("--write-readme", action="store_true", help="put the table into README.md")
+    parser.add_argument("--write-docs", action="store_true", help="put the table into docs/benchmarks.md")
     parser.add_argument("--list", action="store_true", help="only name the faults")
     args = parser.parse_args()
     for number in (signal.SIGTERM, signal.SIGINT):   # INT too: a shell's background job ignores it
@@ -115,8 +115,8 @@ def main() -> int:
     print("\n" + table(rows))
     if args.json:
         args.json.write_text(json.dumps([{**dataclasses.asdict(row), "passed": row.passed} for row in rows], indent=1))
-    if args.write_readme:
-        write_readme(rows)
+    if args.write_docs:
+        write_document(rows)
     return 0 if all(row.passed for row in rows) else 1
 
 
