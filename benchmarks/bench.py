@@ -18,6 +18,7 @@ import logging
 import os
 import platform
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -111,8 +112,8 @@ def percentile(values: list[float], share: float) -> float:
 
 
 def completed(app: orchestrator.Orchestrator) -> int:
-    assert app.worker is not None
-    return sum(app.worker.metrics.completed.values())
+    worker: Any = app.worker
+    return sum((worker.counters if hasattr(worker, "counters") else worker.metrics).completed.values())
 
 
 class Starts:
@@ -144,16 +145,27 @@ def drain_once(url: str, count: int, kinds: list[str] | None = None, handler: An
 def sql_ceiling(url: str, count: int, batch: int = 500) -> dict[str, float]:
     """The same SQL in a loop on one connection: no threads, no handlers, no metrics."""
     claim_times = []
-    with contextlib.closing(orchestrator.Link(orchestrator.Config.load({"database_url": url}))) as link:
-        link.call("select orchestrator.register_worker('bench', 'bench', 1, '0')")
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("select orchestrator.register_worker('bench', 'bench', 1, '0')")
         done, started = 0, time.perf_counter()
         while done < count:
             before = time.perf_counter()
-            rows = orchestrator.claim_tasks(link, "bench", ["noop"], batch)
+            rows = claim(connection, "bench", ["noop"], batch)
             claim_times.append(time.perf_counter() - before)
-            orchestrator.complete_tasks(link, [rows[0][0]], [len(rows)], [row[1] for row in rows])
+            complete(connection, rows)
             done += len(rows)
         return {"rate": count / (time.perf_counter() - started), "claim_p99": percentile(claim_times, 0.99)}
+
+
+def claim(connection: psycopg.Connection[Any], worker: str, types: list[str], limit: int) -> list[Any]:
+    """(claim, task) of each task claimed."""
+    return connection.execute("select claim_id, id from orchestrator.claim_tasks(%s, %s, %s)", (worker, types, limit),
+                              prepare=True).fetchall()
+
+
+def complete(connection: psycopg.Connection[Any], rows: list[Any]) -> None:
+    connection.execute("select orchestrator.complete_tasks(%s, %s, %s)",
+                       ([rows[0][0]], [len(rows)], [row[1] for row in rows]), prepare=True)
 
 
 # ------------------------------------------------------------------------------------------------------------ workloads
@@ -253,7 +265,8 @@ def enqueue(bench: Bench, reps: int) -> None:
                 for _ in range(n):
                     statement()
                 target.append(n / (time.perf_counter() - started))
-            texts = orchestrator._texts([text] * 1000)   # as enqueue_many sends them
+            texts = getattr(orchestrator, "texts", None) or orchestrator._texts
+            texts = texts([text] * 1000)   # as enqueue_many sends them
             for target, statement in ((bulk_bare, lambda: connection.execute(insert_many, (texts,), prepare=True)),
                                       (bulk, lambda: app.enqueue_many("noop", [PAYLOAD] * 1000))):
                 started = time.perf_counter()
@@ -295,18 +308,23 @@ def latency(bench: Bench, reps: int) -> None:
     p50, p99 = [], []
     for _ in range(reps):
         with bench.database() as (url, _):
-            waits: list[float] = []
-            with worker(url, {"ping": lambda task: waits.append(time.time() - task.payload["sent"])}):
-                code = ("import sys, time; sys.path.insert(0, sys.argv[1]); import orchestrator\n"
-                        "app = orchestrator.Orchestrator(sys.argv[2])\n"
-                        "for i in range(int(sys.argv[3]) + 20): app.enqueue('ping', {'sent': time.time()}); time.sleep(0.02)")
-                subprocess.run([sys.executable, "-c", code, sys.path[0], url, str(n)], check=True)
-                wait_until(lambda: len(waits) >= n + 20)
-            measured = [wait * 1000 for wait in waits[20:]]
+            measured = starts_after(url, n)
             p50.append(percentile(measured, 0.5))
             p99.append(percentile(measured, 0.99))
     bench.row("latency", "idle worker, 50/s, p50", p50, "ms", goal=2, at_most=True)
     bench.row("latency", "idle worker, 50/s, p99", p99, "ms", goal=6, at_most=True)
+
+
+def starts_after(url: str, n: int) -> list[float]:
+    """Milliseconds from the call of enqueue, in another process, to the handler's start, at 50/s."""
+    waits: list[float] = []
+    with worker(url, {"ping": lambda task: waits.append(time.time() - task.payload["sent"])}):
+        code = ("import sys, time; sys.path.insert(0, sys.argv[1]); import orchestrator\n"
+                "app = orchestrator.Orchestrator(sys.argv[2])\n"
+                "for i in range(int(sys.argv[3]) + 20): app.enqueue('ping', {'sent': time.time()}); time.sleep(0.02)")
+        subprocess.run([sys.executable, "-c", code, sys.path[0], url, str(n)], check=True)
+        wait_until(lambda: len(waits) >= n + 20)
+    return [wait * 1000 for wait in waits[20:]]
 
 
 def sleeping(bench: Bench, reps: int) -> None:
@@ -413,53 +431,173 @@ def million(bench: Bench, reps: int) -> None:
             settle(connection)
             bench.row("million", f"claim(20) behind {big:,} foreign and paused", [claim_cost(url, connection)], "ms", reference=[empty],
                       of="empty", goal=1.2, at_most=True)
-            connection.execute("insert into orchestrator.lanes (type, priority) select 'noop', n from generate_series(1, 5000) n")
-            connection.execute("vacuum analyze orchestrator.lanes")
+            # lanes that once had tasks, and have none now
+            connection.execute("select count(orchestrator.enqueue('noop', p_priority => n)) from generate_series(1, 5000) n")
+            connection.execute("select orchestrator.register_worker('lanes', 'bench', 1, '0')")
+            complete(connection, claim(connection, "lanes", ["noop"], 5000))
+            connection.execute("vacuum analyze orchestrator.tasks")
             bench.row("million", "claim(20) with 5,000 idle lanes of its own", [claim_cost(url, connection)], "ms", goal=5, at_most=True)
 
 
 def claim_cost(url: str, connection: psycopg.Connection[Any]) -> float:
     """Median milliseconds of claim(20) of a type with 20 tasks each time."""
-    link = orchestrator.Link(orchestrator.Config.load({"database_url": url}))
-    link.call("select orchestrator.register_worker(%s, 'bench', 1, '0')", f"bench{time.monotonic_ns()}")
-    name = link.call("select id from orchestrator.workers order by started_at desc limit 1")[0][0]
+    name = f"bench{time.monotonic_ns()}"
+    connection.execute("select orchestrator.register_worker(%s, 'bench', 1, '0')", [name])
     times = []
     for _ in range(60):
-        link.call("select orchestrator.enqueue_many('noop', array_fill('{}'::jsonb, array[20]))")
+        connection.execute("select orchestrator.enqueue_many('noop', array_fill('{}'::jsonb, array[20]))")
         started = time.perf_counter()
-        rows = orchestrator.claim_tasks(link, name, ["noop", "paused"], 20)
+        rows = claim(connection, name, ["noop", "paused"], 20)
         times.append(time.perf_counter() - started)
-        orchestrator.complete_tasks(link, [rows[0][0]], [len(rows)], [row[1] for row in rows])
-    link.close()
+        complete(connection, rows)
     return statistics.median(times[10:]) * 1000
 
 
 def snapshot(bench: Bench, reps: int) -> None:
-    """An old snapshot is held while tasks flow at 2,000/s: the last part against the first (BENCH_SNAPSHOT_SECONDS, default 60)."""
+    """2,000 tasks/s on two servers side by side, one with an old snapshot held (BENCH_SNAPSHOT_SECONDS, default 60), one without: the
+    last sixth's p99 against the first's, with the snapshot against without. What the machine does meets both alike."""
     seconds = 10 if QUICK else int(os.environ.get("BENCH_SNAPSHOT_SECONDS", "60"))
-    with bench.database() as (url, _), psycopg.connect(url) as holder:
-        waits: list[tuple[float, float]] = []
-        app = orchestrator.Orchestrator(url)
-        with worker(url, {"flow": lambda task: waits.append((time.monotonic(), time.time() - task.payload["sent"]))}):
-            time.sleep(1)
-            holder.execute("set transaction isolation level repeatable read")
-            holder.execute("select count(*) from orchestrator.tasks")
-            started, ticks = time.monotonic(), 0
-            while (now := time.monotonic()) < started + seconds:
-                app.enqueue_many("flow", [{"sent": time.time()}] * 20)
-                ticks += 1
-                time.sleep(max(0.0, started + ticks * 0.01 - now))
-            wait_until(lambda: len(waits) >= ticks * 20)
-        app.close()
-        holder.rollback()
+    second = Bench(postgres.LocalServer("18", fsync=True, **SERVER_SETTINGS))
+    try:
+        with bench.database() as (held, _), second.database() as (free, _), psycopg.connect(held) as holder:
+            with flow(held) as with_it, flow(free) as without:
+                time.sleep(1)
+                holder.execute("set transaction isolation level repeatable read")
+                holder.execute("select count(*) from orchestrator.tasks")
+                started, ticks = time.monotonic(), 0
+                while (now := time.monotonic()) < started + seconds:
+                    for side in (with_it, without):
+                        side.app.enqueue_many("flow", [{"sent": time.time()}] * 20)
+                    ticks += 1
+                    time.sleep(max(0.0, started + ticks * 0.01 - now))
+                for side in (with_it, without):
+                    wait_until(lambda side=side: len(side.waits) >= ticks * 20)
+            holder.rollback()
+    finally:
+        second.server.stop()
     part = seconds / 6
-    first = [wait for at, wait in waits if started + 1 <= at < started + 1 + part]
-    last = [wait for at, wait in waits if started + seconds - part <= at < started + seconds]
-    bench.row("snapshot", f"held for {seconds} s at {len(waits) / seconds:,.0f}/s: p99 of the last sixth",
-              [percentile(last, 0.99) * 1000], "ms", reference=[percentile(first, 0.99) * 1000],
-              of="first sixth", goal=1.2, at_most=True)
-    bench.row("snapshot", "tasks of the last sixth", [float(len(last))], "tasks", reference=[float(len(first))], of="first sixth",
-              goal=1 / 1.2)
+    (first, last), (first_free, last_free) = (
+        [[wait for at, wait in side.waits if started + begin <= at < started + begin + part] for begin in (1, seconds - part)]
+        for side in (with_it, without))
+    p99 = [percentile(last, 0.99) / percentile(first, 0.99), percentile(last_free, 0.99) / percentile(first_free, 0.99)]
+    bench.row("snapshot", f"held for {seconds} s at {ticks * 20 / seconds:,.0f}/s: p99, last sixth to first", p99[:1], "×",
+              reference=p99[1:], of="the server without it", goal=1.2, at_most=True)
+    bench.row("snapshot", "p99 of the last sixth", [percentile(last, 0.99) * 1000], "ms",
+              reference=[percentile(last_free, 0.99) * 1000], of="the server without it", goal=1.2, at_most=True)
+    bench.row("snapshot", "tasks of the last sixth", [float(len(last))], "tasks", reference=[float(len(last_free))],
+              of="the server without it", goal=1 / 1.2)
+
+
+class Flow:
+    def __init__(self, url: str) -> None:
+        self.app = orchestrator.Orchestrator(url)
+        self.waits: list[tuple[float, float]] = []
+
+
+@contextlib.contextmanager
+def flow(url: str) -> Iterator[Flow]:
+    side = Flow(url)
+    with worker(url, {"flow": lambda task: side.waits.append((time.monotonic(), time.time() - task.payload["sent"]))}):
+        yield side
+    side.app.close()
+
+
+def replica(bench: Bench, reps: int) -> None:
+    """A synchronous standby whose acknowledgement takes 0, 2 and 10 ms longer: a drain, and from enqueue to start."""
+    count, n = (4000, 50) if QUICK else (40_000, 200)
+    for delay in (0.0, 0.002, 0.010):
+        rates, waits = [], []
+        for _ in range(reps):
+            with synchronous_standby(delay) as primary, Bench(primary).database() as (url, connection):
+                fill(url, count)
+                settle(connection)
+                rates.append(drain_once(url, count)["rate"])
+                waits.append(percentile(starts_after(url, n), 0.5))
+        label = f"standby, +{delay * 1000:g} ms"
+        bench.row("replica", f"{label}: drain", rates, "tasks/s")
+        bench.row("replica", f"{label}: enqueue to start, p50", waits, "ms")
+
+
+@contextlib.contextmanager
+def synchronous_standby(delay: float) -> Iterator[postgres.LocalServer]:
+    sys.path.insert(0, str(ROOT / "tests" / "chaos"))
+    from proxy import Proxy
+    primary = postgres.LocalServer("18", fsync=True, **SERVER_SETTINGS)
+    standby = postgres.LocalServer("18", fsync=True, **SERVER_SETTINGS)
+    proxy = Proxy(primary.port)
+    proxy.delay = delay
+    try:
+        standby.stop_server()
+        for path in standby.data.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        standby.run("pg_basebackup", "-h", "127.0.0.1", "-p", str(proxy.port), "-U", "postgres", "-D", str(standby.data), "-R",
+                    "-X", "stream", "-c", "fast")
+        standby.start()
+        with primary.connect() as connection:
+            connection.execute("alter system set synchronous_standby_names = '*'")
+            connection.execute("select pg_reload_conf()")
+            wait_until(lambda: connection.execute("select count(*) from pg_stat_replication where sync_state = 'sync'").fetchone()[0] == 1)
+        yield primary
+    finally:
+        standby.stop()
+        proxy.close()
+        primary.stop()
+
+
+def growth(bench: Bench, reps: int) -> None:
+    """BENCH_GROWTH_ROWS (default 2,000,000) ended tasks in the table, against an empty one: drain, claims, the page's queries, and
+    whether retention keeps up with 2,000/s that end."""
+    rows, small = (100_000, 5_000) if QUICK else (int(os.environ.get("BENCH_GROWTH_ROWS", "2000000")), 100_000)
+    with bench.database() as (url, connection):
+        fill(url, small)
+        settle(connection)
+        empty = sql_ceiling(url, small // 5)
+        empty_rate = drain_once(url, small - small // 5)["rate"]
+    with bench.database() as (url, connection):
+        history(connection, rows)
+        for what, table in (("table", "tasks"), ("primary key", "tasks_pkey"), ("index of claims", "tasks_claim")):
+            size = connection.execute("select pg_relation_size(%s::regclass)", ["orchestrator." + table]).fetchone()[0]
+            bench.row("growth", f"{rows:,} ended tasks: {what}", [size / rows], "B/task")
+        fill(url, small)
+        settle(connection)
+        many = sql_ceiling(url, small // 5)
+        bench.row("growth", "claim of 500, p99", [many["claim_p99"] * 1000], "ms", reference=[empty["claim_p99"] * 1000],
+                  of="empty", goal=1.5, at_most=True)
+        bench.row("growth", "worker's drain", [drain_once(url, small - small // 5)["rate"]], "tasks/s", reference=[empty_rate],
+                  of="empty", goal=0.9)
+        for query in ("api_overview()", "api_tasks(p_limit => 50)", "api_tasks(p_type => 'nothing', p_limit => 50)"):
+            started = time.perf_counter()
+            connection.execute(f"select orchestrator.{query}")
+            bench.row("growth", query, [(time.perf_counter() - started) * 1000], "ms", goal=200, at_most=True)
+        bench.row("growth", "retention: deleted while 2,000/s end", [retention(url, connection)], "tasks/s", goal=2000)
+
+
+def history(connection: psycopg.Connection[Any], rows: int) -> None:
+    """Ended tasks, the oldest 30 days ago, in the shape that claim and completion leave."""
+    for start in range(0, rows, 500_000):
+        connection.execute("""
+            insert into orchestrator.tasks (id, type, payload, status, worker_id, claim_id, created_at, queued_at, claimed_at, started_at,
+                                            completed_at, attempts)
+            select (left(orchestrator._uuid_at(t)::text, 24) || lpad(to_hex(n), 12, '0'))::uuid, 'noop', %s, 'completed', 'gone:1:0', n,
+                   t, null, t, t, t, 1
+            from (select n, now() - interval '30 days' + n * interval '30 days' / %s as t
+                  from generate_series(%s, %s) n) r""",
+                           [json.dumps(PAYLOAD), rows, start + 1, min(start + 500_000, rows)])
+    settle(connection)
+
+
+def retention(url: str, connection: psycopg.Connection[Any], seconds: float = 20.0) -> float:
+    app = orchestrator.Orchestrator(url)
+    count = "select count(*) from orchestrator.tasks where completed_at < now() - interval '20 days'"
+    with worker(url, {"flow": lambda task: None}, cleanup_interval=0.1, retention_completed=20 * 86400.0):
+        before, started, ticks = connection.execute(count).fetchone()[0], time.monotonic(), 0
+        while (now := time.monotonic()) < started + seconds:
+            app.enqueue_many("flow", [{}] * 20)
+            ticks += 1
+            time.sleep(max(0.0, started + ticks * 0.01 - now))
+        after, took = connection.execute(count).fetchone()[0], time.monotonic() - started
+    app.close()
+    return float(before - after) / took
 
 
 def fleet(bench: Bench, reps: int) -> None:
@@ -502,10 +640,10 @@ def scrape(bench: Bench, reps: int) -> None:
         fill(url, big)
         settle(connection)
         connection.execute("select orchestrator.pause_type('noop')")
-        with counted_calls("sample_stats", "orchestrator.metrics()") as spent, \
+        with counted_calls("sample_stats", "metrics") as spent, \
                 worker(url, {"noop": print, **{f"type{n}": print for n in range(29)}}) as app:
-            assert app.worker is not None and app.worker.http is not None
-            address = f"http://127.0.0.1:{app.worker.http.server_address[1]}/metrics"
+            http: Any = getattr(app, "_http", None) or app.worker.http   # type: ignore[union-attr]
+            address = f"http://127.0.0.1:{http.server_address[1]}/metrics"
             times, until, started = [], time.monotonic() + seconds, time.perf_counter()
             while time.monotonic() < until:
                 before = time.perf_counter()
@@ -527,7 +665,8 @@ def cost(bench: Bench, reps: int) -> None:
                 "orchestrator.Link.call = lambda *args, **keywords: (calls.append(1), real(*args, **keywords))[1]\n"
                 "app = orchestrator.Orchestrator(sys.argv[2], {'noop': lambda task: None}, metrics_port=0).start()\n"
                 "rss = lambda: int(open('/proc/self/statm').read().split()[1]) * 4096 // 1048576\n"
-                "for line in sys.stdin: print(rss(), sum(app.worker.metrics.completed.values()), "
+                "for line in sys.stdin: print(rss(), sum(getattr(app.worker, 'counters', None) and app.worker.counters.completed.values() "
+                "or app.worker.metrics.completed.values()), "
                 "time.process_time(), len(calls), flush=True)")
         process = subprocess.Popen([sys.executable, "-c", code, sys.path[0], url], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
@@ -559,7 +698,7 @@ def cost(bench: Bench, reps: int) -> None:
 
 WORKLOADS: dict[str, Callable[[Bench, int], None]] = {
     "drain": drain, "life": life, "enqueue": enqueue, "producers": producers, "latency": latency, "sleeping": sleeping, "million": million,
-    "snapshot": snapshot, "fleet": fleet, "scrape": scrape, "cost": cost}
+    "snapshot": snapshot, "fleet": fleet, "replica": replica, "growth": growth, "scrape": scrape, "cost": cost}
 
 
 # --------------------------------------------------------------------------------------------------------------- output

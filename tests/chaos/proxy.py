@@ -18,6 +18,7 @@ class Proxy:
     def __init__(self, target: int) -> None:
         self.target = target
         self.port = 0
+        self.delay = 0.0                  # seconds that what clients send is held back, as by a distance
         self.lost = 0                     # replies that nobody got
         self._silent = False
         self._generation = 0              # connections older than this are silent for ever
@@ -87,6 +88,9 @@ class Proxy:
                     break
                 if not answer and self._lose is not None:
                     state["losing"] = self._lose in data
+                if not answer and self.delay:
+                    self._loop.call_later(self.delay, _write, writer, data)
+                    continue
                 writer.write(data)
                 await writer.drain()
         except OSError:
@@ -95,3 +99,8 @@ class Proxy:
             if answer and state["losing"]:
                 writer.transport.abort()
             writer.close()
+
+
+def _write(writer: asyncio.StreamWriter, data: bytes) -> None:
+    if not writer.is_closing():
+        writer.write(data)
