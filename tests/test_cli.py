@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import psycopg
 import pytest
@@ -71,24 +72,35 @@ def test_enqueue_prints_the_id(cli: Callable[..., Answer], conn: Connection) -> 
     task_id = cli("enqueue", "a", '{"n": 1}', "--priority", "-5", "--key", "k", "--max-retries", "2").out.strip()
     row = conn.execute("select id::text, type, payload, priority, idempotency_key, max_retries, status from orchestrator.tasks").fetchone()
     assert row == (task_id, "a", {"n": 1}, -5, "k", 2, "pending")
-    assert cli("enqueue", "a", "--key", "k", "--json").json == {"id": task_id}
+
+
+def test_enqueue_tells_whether_the_key_was_known(cli: Callable[..., Answer], conn: Connection) -> None:
+    first = cli("enqueue", "a", "--key", "k", "--json").json
+    assert first == {"id": value(conn, "select id::text from orchestrator.tasks"), "created": True}
+    assert cli("enqueue", "a", "--key", "k", "--json").json == {"id": first["id"], "created": False}
+    again = cli("enqueue", "a", "--key", "k")
+    assert (again.code, again.out, again.err) == (0, first["id"] + "\n", "the key k is known: this is the id of the first task\n")
+    assert cli("enqueue", "b", "--key", "k").err == ""
 
 
 def test_enqueue_takes_a_delay_or_a_moment(cli: Callable[..., Answer], conn: Connection) -> None:
-    for args in (["--delay", "10m"], ["--run-at", "2030-01-31T12:00:00+00:00"], ["--run-at", "2030-01-31"]):
+    for args in (["--delay", "10m"], ["--delay", "600"], ["--run-at", "2030-01-31T12:00:00+01:00"], ["--run-at", "2030-01-31T12:00Z"]):
         assert cli("enqueue", "a", *args).code == 0
-    assert value(conn, "select count(*) from orchestrator.tasks where next_retry_at > now() + interval '9 minutes'") == 3
+    assert value(conn, "select count(*) from orchestrator.tasks where next_retry_at > now() + interval '9 minutes'") == 4
+    assert value(conn, "select count(*) from orchestrator.tasks where next_retry_at = '2030-01-31 11:00Z'") == 1
 
 
 REFUSED = [
     (["a", "{"], "payload: is not JSON"), (["a", "NaN"], "payload: is not JSON"), (["a", "[" * 100_000], "payload: is not JSON"),
     (["a", '"\\u0000"'], "payload: .*U.0000"), (["a*"], "type: "), ([], "TYPE: "),
-    (["a", "--delay", "soon"], "--delay: must be a duration"), (["a", "--delay=-1s"], "--delay: "),
+    (["a", "--delay", "soon"], "delay: must be a duration"), (["a", "--delay=-1s"], "delay: "),
     (["a", "--key", ""], "idempotency_key: "),
-    (["a", "--run-at", "tomorrow"], "--run-at: must be a moment"), (["a", "--run-at", "9999-12-31T23:59:59"], "run.at: "),
-    (["a", "--run-at", "0001-01-01"], "run.at: "),
-    (["a", "--delay", "1s", "--run-at", "2030-01-31"], "delay: give either"), (["a", "--max-retries", "-1"], "max_retries: "),
-    (["a", "--priority", "9999999999"], "priority: "), (["--file", "/no/such/file"], "--file: cannot read"), (["--file", "/"], "--file: ")]
+    (["a", "--run-at", "tomorrow"], "--run-at: must be a moment"), (["a", "--run-at", "9999-12-31T23:59:59+00:00"], "run.at: "),
+    (["a", "--run-at", "2027-03-28T02:30"], "--run-at: .* time zone"), (["a", "--run-at", "2030-01-31"], "--run-at: .* time zone"),
+    (["a", "--delay", "1s", "--run-at", "2030-01-31T12:00Z"], "delay: give either"), (["a", "--max-retries", "-1"], "max_retries: "),
+    (["a", "--priority", "9999999999"], "priority: must be a whole number from -1000000 to 1000000"),
+    (["a", "--on-error", "stop"], "--on-error: goes with --file only"),
+    (["--file", "/no/such/file"], "--file: cannot read"), (["--file", "/"], "--file: ")]
 
 
 def test_enqueue_refuses_in_one_line(cli: Callable[..., Answer], conn: Connection) -> None:
@@ -99,8 +111,47 @@ def test_enqueue_refuses_in_one_line(cli: Callable[..., Answer], conn: Connectio
 
 def test_arguments_that_do_not_exist_or_parse_end_with_2(cli: Callable[..., Answer]) -> None:
     for args in (["--priority", "high"], ["--max-retries", "1.5"], ["--colour", "blue"], ["{}", "extra"]):
-        answer = cli("enqueue", "a", *args)
-        assert answer.code == 2 and "error: " in answer.err and "Traceback" not in answer.err
+        refused(cli("enqueue", "a", *args), "")
+
+
+def test_what_makes_no_sense_with_a_file_is_refused(cli: Callable[..., Answer], conn: Connection, tmp_path: Path) -> None:
+    (tmp_path / "f").write_text('{"type": "a"}\n')
+    for args, words in ((["--key", "k"], "--key: "), (["a", '{"n": 1}'], "PAYLOAD: "), (["--delay", "soon"], "--delay: "),
+                        (["--delay", "1h", "--run-at", "2030-01-31T12:00Z"], "--delay: give either"),
+                        (["--run-at", "2030-01-31"], "--run-at: "), (["--priority", "1000001"], "priority: "),
+                        (["--max-retries", "1001"], "max_retries: ")):
+        refused(cli("enqueue", *args, "--file", str(tmp_path / "f")), words)
+    assert value(conn, "select count(*) from orchestrator.tasks") == 0
+
+
+def test_a_delay_or_a_moment_is_the_default_of_a_files_lines(cli: Callable[..., Answer], conn: Connection, tmp_path: Path) -> None:
+    (tmp_path / "f").write_text('{"type": "a"}\n{"type": "own", "run_at": "2031-01-31T12:00:00+00:00"}\n')
+    due = "select next_retry_at > now() + interval '59 minutes' from orchestrator.tasks where type = %s order by id desc limit 1"
+    for args in (["--delay", "1h"], ["--run-at", "2030-01-31T12:00:00+00:00"]):
+        assert cli("enqueue", *args, "--file", str(tmp_path / "f")).out == "2 enqueued, 0 known already, 0 bad lines\n"
+        assert value(conn, due, "a")
+    assert value(conn, "select count(*) from orchestrator.tasks where next_retry_at = '2031-01-31 12:00Z'") == 2
+
+
+def test_the_byte_order_mark_of_a_file_is_no_part_of_its_first_line(
+        cli: Callable[..., Answer], conn: Connection, tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b'\xef\xbb\xbf{"type": "a"}\r\n{"type": "b"}\r\n')
+    assert cli("enqueue", "--file", str(tmp_path / "f")).out == "2 enqueued, 0 known already, 0 bad lines\n"
+    (tmp_path / "f").write_bytes(b'{"type": "a"}\n\xef\xbb\xbf{"type": "b"}\n')
+    assert cli("enqueue", "--file", str(tmp_path / "f")).err.startswith("line 2: is not JSON")
+
+
+def test_a_line_of_any_length_takes_bounded_memory_and_the_next_one_keeps_its_number(
+        cli: Callable[..., Answer], conn: Connection, tmp_path: Path) -> None:
+    with (tmp_path / "f").open("wb") as file:
+        file.write(b'{"type": "a"}\n{"type": "b", "payload": "')
+        for _ in range(20):
+            file.write(b"x" * 2 ** 20)
+        file.write(b'"}\n{"type": "c"}\n{nonsense\n{"type": "d", "payload": "\0"}')
+    answer = cli("enqueue", "--file", str(tmp_path / "f"))
+    assert [line.split(":")[0] for line in answer.err.splitlines()] == ["line 2", "line 4", "line 5"]
+    assert "line 2: is longer than" in answer.err and answer.out.startswith("2 enqueued")
+    assert column(conn, "select type from orchestrator.tasks order by id") == ["a", "c"]
 
 
 # ------------------------------------------------------------------------------------------------------- enqueue --file
@@ -145,7 +196,7 @@ def test_a_file_goes_in_but_for_its_bad_lines(cli: Callable[..., Answer], conn: 
 
 def test_a_file_may_stop_at_its_first_bad_line(cli: Callable[..., Answer], conn: Connection, tasks_file: Path) -> None:
     answer = cli("enqueue", "--file", str(tasks_file), "--on-error", "stop")
-    assert answer.code == 2 and answer.out == "1 enqueued, 0 known already, 1 bad lines\n" and answer.err.startswith("line 3: ")
+    assert answer.code == 2 and answer.out == "1 enqueued, 0 known already, 1 bad line\n" and answer.err.startswith("line 3: ")
     assert column(conn, "select type from orchestrator.tasks") == ["a"]
 
 
@@ -160,7 +211,7 @@ def test_stopping_names_only_the_first_bad_line(cli: Callable[..., Answer], conn
     """Line 2 is refused by the database, to which it goes with its neighbours; line 4 is found bad at once."""
     (tmp_path / "f").write_text('{"type": "a"}\n{"type": "a", "idempotency_key": ""}\n{"type": "a"}\n{nonsense\n')
     answer = cli("enqueue", "--file", str(tmp_path / "f"), "--on-error", "stop")
-    assert answer.code == 2 and answer.out == "1 enqueued, 0 known already, 1 bad lines\n"
+    assert answer.code == 2 and answer.out == "1 enqueued, 0 known already, 1 bad line\n"
     assert answer.err.startswith("line 2: ") and len(answer.err.splitlines()) == 1
 
 
@@ -201,9 +252,19 @@ def test_list_shows_the_newest_first_and_pages(cli: Callable[..., Answer]) -> No
 
 def test_list_refuses_bad_filters(cli: Callable[..., Answer]) -> None:
     for args in (["--status", "lost"], ["--limit", "0"], ["--limit", "-1"], ["--limit", "many"], ["--limit", "1001"], ["--before", "x"]):
-        answer = cli("list", *args)
-        assert answer.code == 2 and "error: " in answer.err and "Traceback" not in answer.err
-        assert "--database-url" in answer.err or "DATABASE_URL" not in answer.err
+        refused(cli("list", *args), "(status|limit|before): ")
+
+
+def test_list_goes_on_where_a_page_ends_and_says_how(cli: Callable[..., Answer], conn: Connection) -> None:
+    conn.execute("select orchestrator.enqueue('rare')")
+    conn.execute("select orchestrator.enqueue_many('a', array_fill('{}'::jsonb, array[10050]))")
+    assert [task["type"] for task in cli("list", "--type", "rare", "--json").json] == ["rare"]   # behind 10,000 others
+    assert len(cli("list", "--limit", "450", "--json").json) == 450
+    first = cli("list", "--status", "ready", "--type", "a", "--limit", "2")
+    before = re.fullmatch(r"more: --before (\S+)\n", first.err)
+    assert before is not None
+    rest = cli("list", "--status", "ready", "--type", "a", "--limit", "2", "--before", before[1])
+    assert not {line.split()[0] for line in first.out.splitlines()[1:]} & {line.split()[0] for line in rest.out.splitlines()[1:]}
 
 
 def test_show_tells_the_story_without_secrets_and_without_steering_the_terminal(cli: Callable[..., Answer]) -> None:
@@ -242,16 +303,48 @@ def test_retry_of_dead_letters(cli: Callable[..., Answer], conn: Connection) -> 
         cli("enqueue", kind)
     conn.execute("select from orchestrator.claim_tasks('w', '{a,b}', 5)")
     conn.execute("select orchestrator.fail_task(claim_id, id, 'bad', null, true) from orchestrator.tasks")
-    assert cli("retry", "--dead-letters", "--type", "a", "--limit", "1", "--json").json == {"retried": 1}
-    assert cli("retry", "--dead-letters").out.startswith("2 dead letters")
-    assert cli("retry", "--dead-letters", "--json").json == {"retried": 0}
+    assert cli("retry", "--dead-letters", "--type", "a", "--limit", "1", "--json").json == {"retried": 1, "remaining": 1}
+    assert cli("retry", "--dead-letters", "--limit", "1").out == "1 dead letter retried, 1 remains\n"
+    assert cli("retry", "--dead-letters").out == "1 dead letter retried, 0 remain\n"
+    assert cli("retry", "--dead-letters", "--json").json == {"retried": 0, "remaining": 0}
+    for args, words in (([UNKNOWN, "--dead-letters"], "ID: "), ([UNKNOWN, "--type", "a"], "--type, --limit: "),
+                        ([UNKNOWN, "--limit", "1"], "--type, --limit: "), (["--dead-letters", "--limit", "0"], "--limit: ")):
+        refused(cli("retry", *args), words)
 
 
-def test_pause_and_resume(cli: Callable[..., Answer], conn: Connection) -> None:
-    assert cli("pause", "a", "--json").json == {"paused": "a", "changed": True}
-    assert value(conn, "select paused from orchestrator.task_types where type = 'a'")
-    assert (cli("resume", "a").code, cli("resume", "a").code) == (0, 1)
-    refused(cli("pause", "a*"), "type: ")
+def test_all_dead_letters_are_retried_in_batches_whatever_fails_again_meanwhile(
+        cli: Callable[..., Answer], conn: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    conn.execute("select orchestrator.register_worker('w', 'host', 1, '1', '{\"a\": {}}')")
+    conn.execute("select orchestrator.enqueue_many('a', array_fill('{}'::jsonb, array[1250]))")
+
+    def fail_all() -> None:
+        conn.execute("select orchestrator.fail_task(c.claim_id, c.id, 'bad', null, true) from orchestrator.claim_tasks('w', '{a}', 2000) c")
+
+    fail_all()
+    really_call, batches = orchestrator.Orchestrator.call, []
+
+    def call(app: Any, function: str, *args: Any, **named: Any) -> Any:
+        answer = really_call(app, function, *args, **named)
+        if function == "retry_dead_letters":
+            batches.append(answer[0][0])
+            fail_all()   # a broken handler: they are dead letters again at once
+        return answer
+
+    monkeypatch.setattr(orchestrator.Orchestrator, "call", call)
+    assert cli("retry", "--dead-letters", "--json").json == {"retried": 1250, "remaining": 1250}
+    assert max(batches) <= orchestrator.RETRY_BATCH and sum(batches) == 1250
+    assert value(conn, "select count(*) from orchestrator.task_events where event = 'retried'") == 1250
+    assert value(conn, "select count(distinct task_id) from orchestrator.task_events where event = 'retried'") == 1250
+
+
+def test_pause_and_resume_end_with_0_when_the_state_is_as_asked(cli: Callable[..., Answer], conn: Connection) -> None:
+    cli("enqueue", "mail:welcome")
+    assert cli("pause", "mail:", "--json").json == {"paused": "mail:", "changed": True, "matching": 1}
+    assert value(conn, "select paused from orchestrator.task_types where type = 'mail:'")
+    told = [(answer.code, answer.out, answer.err) for answer in (cli(command, "mail:") for command in ("pause", "resume", "resume"))]
+    assert told == [(0, "mail: is paused already\n", ""), (0, "mail: is resumed\n", ""), (0, "mail: is not paused\n", "")]
+    assert cli("pause", "nail:").err == "no known type matches nail:\n"
+    refused(cli("pause", "a*b"), "type: ")
 
 
 def test_stats_and_audit(cli: Callable[..., Answer], conn: Connection) -> None:
@@ -312,7 +405,43 @@ def test_version_and_help(run_cli: Run) -> None:
     assert run_cli("--version").stdout == f"orchestrator {orchestrator.VERSION} (schema {orchestrator.SCHEMA_VERSION})\n"
     shown = run_cli("--help")
     assert shown.returncode == 0 and all(word in shown.stdout for word in ("enqueue", "--worker-pool-size", "Guarantees"))
+    shown = run_cli("stats", "--help")
+    assert shown.returncode == 0 and all(word in shown.stdout for word in ("--json", "--worker-pool-size", "--database-url"))
     assert run_cli("nonsense").returncode == 2
+
+
+@pytest.mark.parametrize("args", [
+    ["--debug", "stats", "--json"], ["stats", "--json", "--debug"], ["--debug", "true", "stats", "--json"],
+    ["--debug=false", "stats", "--json"], ["--distributed-mode", "--prepared-statements", "no", "stats", "--json"]])
+def test_a_switch_may_stand_alone_and_leaves_the_command_alone(cli: Callable[..., Answer], args: list[str]) -> None:
+    assert cli(*args).json == []
+
+
+def test_a_switch_with_a_wrong_value_and_an_abbreviated_flag_are_refused(cli: Callable[..., Answer]) -> None:
+    refused(cli("--debug=maybe", "stats"), "DEBUG: must be true or false")
+    refused(cli("stats", "--deb"), "unrecognized arguments: --deb")
+
+
+def test_the_module_is_imported_and_enqueues_where_only_windows_modules_are(installed: str, conn: Connection) -> None:
+    """Windows has no fcntl, no pwd, no SIGALRM and no user ids."""
+    code = ("import os, signal, sys\nsys.modules['fcntl'] = sys.modules['pwd'] = sys.modules['grp'] = None\n"
+            "del signal.SIGALRM, signal.alarm, os.geteuid, os.getuid, os.fork\n"
+            "import orchestrator\nassert orchestrator.main(['enqueue', 'a']) == 0\n"
+            f"print(orchestrator.Orchestrator({installed!r}).enqueue('b'))")
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, cwd=PROGRAM.parent,
+                          env=clean_environment(DATABASE_URL=installed))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert column(conn, "select type from orchestrator.tasks order by id") == ["a", "b"]
+
+
+def test_the_embedded_database_is_made_once_where_embedded_dir_says(folder: Path, run_cli: Run) -> None:
+    (folder / "elsewhere").mkdir(mode=0o755)
+    first = run_cli("enqueue", "a", env={"EMBEDDED_DIR": folder / "data"})
+    assert first.returncode == 0 and first.stderr.count("\n") == 1
+    assert "WARNING created a new, empty database in " in first.stderr and "EMBEDDED_DIR" in first.stderr
+    second = run_cli("list", "--json", env={"EMBEDDED_DIR": folder / "data"}, cwd=folder / "elsewhere")
+    assert [task["id"] for task in json.loads(second.stdout)] == [first.stdout.strip()] and second.stderr == ""
+    assert not (folder / "elsewhere" / ".orchestrator").exists()
 
 
 # ------------------------------------------------------------------------------------------------------ the embedded database
@@ -360,6 +489,17 @@ def test_a_database_that_is_down_is_one_line(run_cli: Run) -> None:
     for args in (["stats"], ["enqueue", "a"], ["install"]):
         done = run_cli(*args, env={"DATABASE_URL": "postgresql://user:canary@127.0.0.1:1/db"})
         assert done.returncode == 2 and re.fullmatch(r"error: DATABASE_URL: [^\n]+\n", done.stderr) and "canary" not in done.stderr
+
+
+@pytest.mark.parametrize("change", ["database", "host", "user"])
+def test_a_wrong_database_host_or_user_is_one_line_that_says_what_to_check(run_cli: Run, installed: str, change: str) -> None:
+    parts = urlsplit(installed)
+    user, host = parts.netloc.split("@")
+    wrong = {"database": parts._replace(path="/nowhere"), "host": parts._replace(netloc=f"{user}@no.such.host.invalid:5432"),
+             "user": parts._replace(netloc=f"nobody-here@{host}")}[change]
+    done = run_cli("stats", env={"DATABASE_URL": wrong.geturl()})
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: DATABASE_URL: [^\n]+: check the user, the host and the name of the database\n", done.stderr)
 
 
 @pytest.mark.parametrize(("name", "text", "words"), [

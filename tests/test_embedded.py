@@ -1,6 +1,7 @@
 """The embedded PostgreSQL: shared by processes, stopped by the last one, and surviving kill -9 of any of them."""
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import stat
@@ -50,6 +51,10 @@ class User:
         assert url, self.process.stderr.read()
         return url
 
+    def end(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+        self.process.wait(30)
+
     def tell(self, line: str = "") -> str:
         assert self.process.stdin
         self.process.stdin.write(f"{line}\n")
@@ -60,6 +65,12 @@ class User:
         assert self.process.stdin
         self.process.stdin.close()
         assert self.process.wait(30) == 0
+
+    def said(self) -> str:
+        """What it wrote to standard error, once it has ended."""
+        assert self.process.stderr
+        self.close()
+        return self.process.stderr.read()
 
     def kill(self) -> None:
         self.process.kill()
@@ -102,6 +113,20 @@ def gone(data: Path) -> bool:
     return not processes_below(data / "pgdata")
 
 
+def watchers(data: Path) -> list[int]:
+    """The processes that wait to stop the folder's server when its last user is gone."""
+    def watches(pid: int) -> bool:
+        with contextlib.suppress(OSError):
+            return b"watch.lock" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return False
+    return [pid for pid in processes_below(data) if watches(pid)]
+
+
+def kill_watcher(data: Path) -> None:
+    for pid in eventually(lambda: watchers(data)):
+        os.kill(pid, signal.SIGKILL)
+
+
 def test_two_processes_share_one_server_and_the_last_one_stops_it(use: Callable[..., User], data: Path) -> None:
     first, second = use(), use()
     assert first.wait_started() == (url := second.wait_started())
@@ -124,22 +149,87 @@ def test_eight_starts_at_once_make_one_server(use: Callable[..., User], data: Pa
 def test_data_survives_kill_9_of_everything(use: Callable[..., User], data: Path) -> None:
     user = use()
     query(user.wait_started(), "create table kept as select 42 as answer")
+    kill_watcher(data)
     user.kill()
     for pid in processes_below(data / "pgdata"):
         os.kill(pid, signal.SIGKILL)
     assert query(use().wait_started(), "select answer from kept") == 42
 
 
-def test_a_server_left_by_a_killed_process_is_adopted_and_stopped(use: Callable[..., User], data: Path) -> None:
+def test_a_server_left_by_a_killed_process_and_its_watcher_is_adopted_and_stopped(
+        use: Callable[..., User], data: Path) -> None:
     user = use()
     user.wait_started()
     pid = postmaster(data)
+    kill_watcher(data)
     user.kill()
     heir = use()
     heir.wait_started()
     assert postmaster(data) == pid
     heir.close()
     assert gone(data)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_the_server_ends_with_its_last_user_however_that_ends(
+        use: Callable[..., User], data: Path, number: signal.Signals) -> None:
+    first, second = use(), use()
+    url = first.wait_started()
+    second.wait_started()
+    first.end(number)
+    assert query(url, "select 1") == 1
+    second.end(number)
+    eventually(lambda: gone(data) and not watchers(data), 20)
+    assert not (data / "pgdata" / "postmaster.pid").exists()   # it was shut down, not killed
+
+
+def test_sigterm_to_a_program_with_a_worker_of_its_own_stops_the_server(data: Path) -> None:
+    program = subprocess.Popen(
+        [sys.executable, "-c", "import orchestrator, threading\n"
+         "orchestrator.Orchestrator(handlers={'a': print}, metrics_port=0).start()\n"
+         "print('started', flush=True)\nthreading.Event().wait()"], cwd=data.parent, stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL, text=True, start_new_session=True,
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(REPOSITORY)})
+    assert program.stdout is not None and program.stdout.readline() == "started\n"
+    program.terminate()
+    assert program.wait(10) == -signal.SIGTERM
+    program.stdout.close()
+    eventually(lambda: gone(data.resolve()), 20)
+
+
+def test_a_server_that_was_started_again_has_one_watcher_in_the_end_none(use: Callable[..., User], data: Path) -> None:
+    user = use()
+    user.wait_started()
+    for _ in range(2):
+        os.kill(postmaster(data), signal.SIGKILL)
+        eventually(lambda: gone(data))
+        user.tell()
+    user.end(signal.SIGKILL)
+    eventually(lambda: gone(data) and not watchers(data), 20)
+
+
+def test_a_watcher_signals_no_stranger_that_has_the_servers_old_pid(use: Callable[..., User], data: Path) -> None:
+    user = use()
+    user.wait_started()
+    [watcher] = eventually(lambda: watchers(data))
+    os.kill(postmaster(data), signal.SIGKILL)
+    eventually(lambda: gone(data))
+    owner = (data / "pgdata").stat().st_uid
+    stranger = subprocess.Popen(["sleep", "60"], user=owner if os.geteuid() == 0 else None, cwd="/")
+    try:
+        # as if the pid had been given away: the watcher has learnt the number of a process that is none of PostgreSQL's
+        command = [part.decode() for part in Path(f"/proc/{watcher}/cmdline").read_bytes().split(b"\0")[:-1]]
+        code = command.index("-c") + 1
+        lines = (data / "pgdata" / "postmaster.pid").read_text().split("\n", 1)
+        (data / "pgdata" / "postmaster.pid").write_text(f"{stranger.pid}\n{lines[1]}")
+        command[code + 1] = str(stranger.pid)
+        subprocess.run(command, check=True, cwd=data)
+        user.end(signal.SIGKILL)
+        eventually(lambda: not watchers(data), 20)
+        assert stranger.poll() is None
+    finally:
+        stranger.kill()
+        stranger.wait()
 
 
 def test_start_brings_back_a_server_that_was_killed_under_its_users(use: Callable[..., User], data: Path) -> None:
@@ -158,6 +248,7 @@ def test_a_stale_pid_given_to_another_process_does_not_stop_a_start(use: Callabl
     user = use()
     user.wait_started()
     pid, owner = postmaster(data), (data / "pgdata").stat().st_uid
+    kill_watcher(data)
     user.kill()
     os.kill(pid, signal.SIGKILL)
     eventually(lambda: gone(data))
@@ -185,6 +276,41 @@ def test_any_folder_name_works(use: Callable[..., User], folder: Path, name: str
     assert query(user.wait_started(), "select 1") == 1
     user.close()
     assert gone(folder / name / ".orchestrator")
+
+
+def test_a_new_database_is_said_in_a_warning_and_an_old_one_is_not(use: Callable[..., User], data: Path) -> None:
+    first = use()
+    first.wait_started()
+    second = use()
+    second.wait_started()
+    said = [user.said() for user in (first, second)]
+    assert f"created a new, empty database in {data}" in said[0] and "EMBEDDED_DIR" in said[0] and said[0].count("\n") == 1
+    assert said[1] == ""
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o777])
+def test_a_folder_that_holds_other_files_is_refused_and_left_alone(
+        use: Callable[..., User], folder: Path, mode: int) -> None:
+    (folder / "project").mkdir()
+    (folder / "project" / "notes.txt").touch()
+    (folder / "project").chmod(mode)
+    before = (folder / "project").stat()
+    with pytest.raises(AssertionError, match="holds other files; EMBEDDED_DIR"):
+        use(folder / "project").wait_started()
+    after = (folder / "project").stat()
+    assert (after.st_mode, after.st_uid, os.listdir(folder / "project")) == (before.st_mode, before.st_uid, ["notes.txt"])
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can change the owner of another's folder")
+@pytest.mark.parametrize("owner", [0, 65534])
+def test_root_follows_no_link_to_a_folder_that_is_not_ours(use: Callable[..., User], folder: Path, owner: int) -> None:
+    (folder / "foreign").mkdir(mode=0o755)
+    os.chown(folder / "foreign", owner, owner)
+    (folder / ".orchestrator").symlink_to(folder / "foreign")
+    with pytest.raises(AssertionError, match="root does not follow a link"):
+        use(folder / ".orchestrator").wait_started()
+    after = (folder / "foreign").stat()
+    assert (stat.S_IMODE(after.st_mode), after.st_uid, os.listdir(folder / "foreign")) == (0o755, owner, [])
 
 
 def test_only_its_owner_reaches_it(use: Callable[..., User], data: Path) -> None:

@@ -8,16 +8,18 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import psycopg
 import pytest
 
 import orchestrator
 from orchestrator import Orchestrator
 from postgres import Server, eventually, free_port
+from steps import enqueue
 
 Answer = tuple[int, dict[str, str], bytes]
 
@@ -54,21 +56,35 @@ def start(url: str, **settings: Any) -> Orchestrator:
 
 
 def port_of(app: Orchestrator) -> int:
-    assert app.worker is not None and app.worker.http is not None
-    return int(app.worker.http.server_address[1])
+    assert app._http is not None
+    return int(app._http.server_address[1])
+
+
+def free_port_pair() -> int:
+    """A free port whose next one is free, too."""
+    while True:
+        port = free_port()
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port + 1)):
+            return port
 
 
 @pytest.fixture(scope="module")
-def ports(server: Server, template: str) -> Iterator[dict[str, int]]:
-    """Workers' ports: open, the same by a host's other name, with a token (and an admin's), and with a user and password."""
+def server_url(server: Server, template: str) -> Iterator[str]:
     url = server.create_database(template=urlsplit(template).path.lstrip("/"))
+    yield url
+    server.drop_database(url)
+
+
+@pytest.fixture(scope="module")
+def ports(server_url: str) -> Iterator[dict[str, int]]:
+    """Workers' ports: open, the same by a host's other name, with a token (and an admin's), and with a user and password."""
+    url = server_url
     apps = {"open": start(url), "named": start(url, metrics_host="127.1"), "token": start(url, metrics_auth="sésame", admin_token="boss"),
             "user": start(url, metrics_auth="ada:pass:word")}
     yield {name: port_of(app) for name, app in apps.items()}
     for thread in [threading.Thread(target=app.stop, args=(0,)) for app in apps.values()]:
         thread.start()
         thread.join()
-    server.drop_database(url)
 
 
 # ----------------------------------------------------------------------------------------------------------- who gets in
@@ -168,6 +184,7 @@ def test_malformed_and_oversized_requests_get_a_4xx(ports, request_line, status)
 
 
 ADMIN = {"Authorization": "Bearer boss"}
+UNKNOWN = "01890000-0000-7000-8000-000000000000"
 
 
 @pytest.mark.parametrize(("headers", "body", "status"), [
@@ -191,13 +208,150 @@ def test_a_body_that_ends_too_soon_or_does_not_come_gets_a_4xx(ports, monkeypatc
     assert talk(ports["token"], request)[0] == 408
 
 
-def test_an_action_that_there_is_not_is_404(ports):
+def test_an_unknown_action_is_404(ports):
     assert ask(ports["token"], "/api/overview", "POST", b"{}", Content_Length="2", **ADMIN)[0] == 404
 
 
-def test_an_id_that_is_none_is_400_and_says_so(ports):
-    status, _, body = ask(ports["token"], "/api/cancel", "POST", b'{"id": "x"}', Content_Length="11", **ADMIN)
-    assert status == 400 and b"id" in body
+def post(port: int, name: str, **fields: Any) -> tuple[int, Any]:
+    body = json.dumps(fields).encode()
+    status, _, answer = ask(port, f"/api/{name}", "POST", body, Content_Length=str(len(body)), **ADMIN)
+    return status, json.loads(answer)
+
+
+@pytest.mark.parametrize(("name", "fields", "word"), [
+    ("cancel", {"id": "x"}, "id: "), ("cancel", {"id": 12}, "id: "), ("retry", {"id": ""}, "id: "), ("cancel", {}, "none"),
+    ("cancel", {"id": UNKNOWN, "colour": "blue"}, "id, colour"), ("cancel", {"id": [UNKNOWN]}, "id: send a JSON object"),
+    ("cancel", {"id": 1.5}, "id: send"), ("cancel", {"id": "\0"}, "id: must be text"), ("cancel", {"id": "\ud800"}, "id: must be text"),
+    ("retry_dead_letters", {"type": "t", "limit": "many"}, "limit: "), ("retry_dead_letters", {"limit": 10 ** 12}, "limit: "),
+    ("pause", {"type": "a*b"}, "type: ")])
+def test_a_bad_field_of_an_action_is_400_and_named(ports, name, fields, word):
+    status, answer = post(ports["token"], name, **fields)
+    assert status == 400 and word in answer["error"]
+
+
+@pytest.mark.parametrize(("address", "word"), [
+    ("task?id=x", "id: "), ("task", "none"), ("tasks?colour=blue", "colour"), ("tasks?limit=many", "limit: "),
+    ("tasks?limit=99999999999", "limit: "), ("tasks?type=t&status=lost", "status: "), ("history?minutes=x", "minutes: "),
+    ("tasks?type=%00", "type: must be text"), ("tasks?Type=t", "is not a name"), ("tasks?t);--=x", "is not a name")])
+def test_a_bad_parameter_is_400_and_named(ports, address, word):
+    status, _, body = ask(ports["open"], "/api/" + address)
+    assert status == 400 and word in json.loads(body)["error"]
+
+
+def test_actions_answer_with_what_their_function_returns(ports, server_url):
+    with psycopg.connect(server_url, autocommit=True) as conn:
+        task_id = enqueue(conn, "nobody's")
+    assert post(ports["token"], "cancel", id=task_id) == (200, {"result": "cancelled"})
+    assert post(ports["token"], "retry", id=task_id) == (200, {"result": "pending"})
+    assert post(ports["token"], "retry_dead_letters", type=None, limit=10) == (200, {"result": 0})
+    assert post(ports["token"], "pause", type="nobody's") == (200, {"result": {"changed": True, "matching": 1}})
+    assert post(ports["token"], "resume", type="nobody's") == (200, {"result": {"changed": True, "matching": 1}})
+
+
+def test_a_task_that_is_not_there_is_404(ports):
+    for name in ("cancel", "retry"):
+        assert post(ports["token"], name, id=UNKNOWN) == (404, {"error": "there is no such task"})
+    assert ask(ports["open"], f"/api/task?id={UNKNOWN}")[0] == 404
+
+
+def test_empty_parameters_are_as_if_they_were_left_out(ports):
+    answers = [ask(ports["open"], "/api/" + address) for address in ("tasks", "tasks?type=&status=&limit=&before=")]
+    assert [(status, json.loads(body)["tasks"]) for status, _, body in answers] == [(200, json.loads(answers[0][2])["tasks"])] * 2
+
+
+# -------------------------------------------------------------------------------------------- requests that wait for the database
+class Silent:
+    """A link whose database says nothing until it is let go."""
+
+    def __init__(self) -> None:
+        self.asked, self.go_on = threading.Event(), threading.Event()
+
+    def call(self, function: str, **arguments: Any) -> list[tuple[str]]:
+        self.asked.set()
+        self.go_on.wait(30)
+        return [("{}",)]
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def lone() -> Iterator[Callable[..., orchestrator.HttpServer]]:
+    """A server without a worker and without a database."""
+    servers: list[orchestrator.HttpServer] = []
+
+    def start(link: Any = None, **settings: Any) -> orchestrator.HttpServer:
+        config = orchestrator.Config.load({"database_url": "postgresql://127.0.0.1:1/none", **settings}, {})
+        status = orchestrator.WorkerStatus("w", False, [], [], 1, 0, 0.0, 0.0, [], orchestrator.Counters(orchestrator.Router()),
+                                           None, 0.0)
+        servers.append(orchestrator.HttpServer(config, lambda: status))
+        servers[-1].link = link or servers[-1].link
+        servers[-1].start()
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+def test_requests_that_wait_for_a_silent_database_are_bounded_even_if_their_clients_leave(lone):
+    link = Silent()
+    server = lone(link, metrics_port=0)
+    port = server.server_address[1]
+    before = threading.active_count()
+    for _ in range(orchestrator.MAX_WAITING):
+        with socket.create_connection(("127.0.0.1", port)) as client:   # asks, and is gone
+            client.sendall(b"GET /api/overview HTTP/1.0\r\n\r\n")
+    eventually(lambda: threading.active_count() == before + orchestrator.MAX_WAITING)
+    for _ in range(100):
+        status, headers, body = ask(port, "/api/overview")
+        assert (status, headers["retry-after"]) == (503, "5") and b"wait for the database" in body
+    eventually(lambda: threading.active_count() == before + orchestrator.MAX_WAITING)
+    assert ask(port, "/health")[0] == 200
+    link.go_on.set()
+    eventually(lambda: threading.active_count() == before)
+    assert ask(port, "/api/overview")[0] == 200
+
+
+def test_a_request_waits_for_its_turn_for_a_bounded_time(lone, monkeypatch):
+    monkeypatch.setattr(orchestrator, "WAIT_SECONDS", 0.1)
+    link = Silent()
+    port = lone(link, metrics_port=0).server_address[1]
+    with socket.create_connection(("127.0.0.1", port)) as client:
+        client.sendall(b"GET /api/overview HTTP/1.0\r\n\r\n")
+        assert link.asked.wait(10)
+        assert ask(port, "/api/overview")[0] == 503
+    link.go_on.set()
+
+
+# ------------------------------------------------------------------------------------------------------------ the port
+def test_where_many_workers_are_usual_the_next_free_port_is_taken_and_said(lone, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("orchestrator"), "propagate", True)
+    caplog.set_level(logging.INFO)
+    first = free_port_pair()
+    monkeypatch.setattr(orchestrator, "METRICS_PORT", first)
+    servers = [lone(distributed_mode=True) for _ in range(2)]
+    assert [server.server_address[1] for server in servers] == [first, first + 1]
+    assert f"port {first} is in use: the page and the metrics are on port {first + 1}" in caplog.text
+
+
+@pytest.mark.parametrize("settings", [{"distributed_mode": False}, {"distributed_mode": True, "metrics_port": "given"}])
+def test_a_single_worker_and_a_port_that_was_given_take_no_other(lone, monkeypatch, settings):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setattr(orchestrator, "METRICS_PORT", port)
+        given = {name: port if value == "given" else value for name, value in settings.items()}
+        with pytest.raises(orchestrator.ConfigError, match="METRICS_PORT=0 takes any free port, off none"):
+            lone(**given)
+
+
+@pytest.mark.parametrize("off", ["off", "none"])
+def test_metrics_port_off_means_no_server(installed, off):
+    app = Orchestrator(installed, {"t": lambda task: None}, metrics_port=off, worker_pool_size=1).start()
+    try:
+        assert app._http is None and app.worker is not None and app.worker.registered.is_set()
+    finally:
+        app.stop(0)
 
 
 # ------------------------------------------------------------------------------------------------------------ how it answers
@@ -232,7 +386,7 @@ def test_the_pages_policy_allows_its_own_script_and_no_other():
 
 
 def test_a_bug_is_answered_with_500_and_logged(ports, installed, monkeypatch, caplog):
-    def broken(self: Any, name: str, parameters: Any) -> None:
+    def broken(self: Any, *args: Any) -> None:
         raise KeyError("secret")
 
     monkeypatch.setattr(orchestrator.HttpServer, "ask", broken)
@@ -327,16 +481,16 @@ def app(installed: str) -> Iterator[Orchestrator]:
 def test_health_turns_503_when_a_loop_no_longer_moves_and_200_when_it_does(app, monkeypatch):
     worker, entered, gate = app.worker, threading.Event(), threading.Event()
 
-    def wedged(link: Any, worker_id: str) -> float:
+    def wedged() -> float:
         entered.set()
         gate.wait()
         return 0.1
 
-    monkeypatch.setattr(worker, "_claim", wedged)
-    worker.wake_claim.set()
+    monkeypatch.setattr(worker.claims, "poll", wedged)
+    worker.pool.room.set()
     assert entered.wait(5)
     assert ask(port_of(app), "/health")[0] == 200
-    worker.loop_at["claim"] -= 600   # ten minutes go by
+    worker.claims.moved_at -= 600   # ten minutes go by
     for path in ("/health", "/ready"):
         status, _, body = ask(port_of(app), path)
         assert (status, json.loads(body)["problems"]) == (503, ["the claim loop has not moved for 600 s"])
@@ -345,16 +499,16 @@ def test_health_turns_503_when_a_loop_no_longer_moves_and_200_when_it_does(app, 
 
 
 def test_ready_turns_503_when_the_database_has_not_answered_lately(app):
-    worker, silent = app.worker, {name: threading.Event() for name in ("claim", "heartbeat")}   # nothing to report here
+    worker = app.worker   # nothing to report here
+    silent = {loop: threading.Event() for loop in (worker.claims, worker.heartbeat)}
 
-    def fall_silent(loop: str) -> None:
+    def fall_silent(loop: Any) -> None:
         silent[loop].set()
         threading.Event().wait()
 
     for loop in silent:
-        worker.links[loop].call = lambda *_, loop=loop, meanwhile=None: fall_silent(loop)
-    worker.wake_claim.set()
-    worker.wake_heartbeat.set()
+        loop.link.call = lambda *_, loop=loop, meanwhile=None: fall_silent(loop)
+        loop.bell.set()
     assert all(event.wait(10) for event in silent.values())   # what was under way has been answered by now
     worker.reached_at -= 100
     status, _, body = ask(port_of(app), "/ready")

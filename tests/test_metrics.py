@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import orchestrator
 from conftest import WorkerProcess
-from orchestrator import BUCKETS, Discard, Handler, Metrics, Orchestrator, Router, Tally
+from orchestrator import BUCKETS, Counters, Discard, Handler, Orchestrator, Router, Tally
 from postgres import eventually
 from steps import Connection, count_now, enqueue, value
 
@@ -30,7 +30,7 @@ CONTRACT = {
     "worker_pool_capacity": ("gauge", set()), "workers_total": ("gauge", set()), "leader_status": ("gauge", {"worker_id"}),
     "task_duration_seconds_bucket": ("histogram", {"type", "le"}), "task_claim_duration_seconds_bucket": ("histogram", {"le"}),
     "task_wait_seconds_bucket": ("histogram", {"type", "le"}), "task_outcomes_rejected_total": ("counter", {"type"}),
-    "tasks_recovered_total": ("counter", {"outcome"}), "database_errors_total": ("counter", {"class"}),
+    "pool_threads_replaced_total": ("counter", set()), "tasks_recovered_total": ("counter", {"outcome"}), "database_errors_total": ("counter", {"class"}),
     "tasks_scheduled": ("gauge", {"type"}), "tasks_in_flight": ("gauge", {"type"}), "tasks_dead_letters": ("gauge", {"type"}),
     "tasks_oldest_pending_seconds": ("gauge", {"type"}), "tasks_overdue": ("gauge", {"type"}),
     "tasks_longest_running_seconds": ("gauge", {"type"}), "worker_prefetch_size": ("gauge", set()),
@@ -60,8 +60,8 @@ def get(series: Series, name: str, **labels: str) -> float | None:
 
 
 def address_of(app: Orchestrator) -> str:
-    assert app.worker is not None and app.worker.http is not None
-    return f"http://127.0.0.1:{app.worker.http.server_address[1]}"
+    assert app._http is not None
+    return f"http://127.0.0.1:{app._http.server_address[1]}"
 
 
 def counted_series(conn: Connection, address: str) -> Series:
@@ -125,6 +125,7 @@ def test_counters_of_registered_types_start_at_zero_so_that_rate_sees_the_first_
     assert {dict(labels)["attempt"] for name, labels in series if name == "task_retries_total" and dict(labels)["type"] == "bad"} == {"1"}
     assert get(series, "tasks_recovered_total", outcome="retried") == 0
     assert get(series, "database_errors_total", **{"class": "57"}) == 0
+    assert get(series, "pool_threads_replaced_total") == 0
     later = eventually(lambda: (found := scrape(address_of(app))) and "tasks_enqueued_total" in names(found) and found)
     for kind in (*HANDLERS, "other"):
         for name in ("tasks_pending", "tasks_scheduled", "tasks_in_flight", "tasks_dead_letters", "tasks_enqueued_total"):
@@ -267,7 +268,7 @@ def test_a_leader_that_cannot_extend_its_lease_tells_nothing_global_once_it_is_o
         go_on.wait()
         raise psycopg.OperationalError("gone")
 
-    monkeypatch.setattr(app.worker.links["heartbeat"], "call", hang)
+    monkeypatch.setattr(app.worker.heartbeat.link, "call", hang)
     try:
         assert stuck.wait(10)
         assert "tasks_pending" in names(scrape(address_of(app)))   # as long as nobody else can lead
@@ -355,11 +356,11 @@ class FakeTask:
         self.type, self.waited, self.claimed, self.started, self.seconds, self.attempt = kind, waited, claimed, started, seconds, attempt
 
 
-def make_metrics(**handlers: Handler) -> Metrics:
+def make_counters(**handlers: Handler) -> Counters:
     router = Router()
     for kind, handler in (handlers or {"t": Handler(fail, max_retries=20)}).items():
         router.add(kind, handler)
-    return Metrics(router.label, router.patterns)
+    return Counters(router)
 
 
 def test_the_buckets_tell_1_ms_from_1_h():
@@ -372,26 +373,43 @@ def test_the_buckets_tell_1_ms_from_1_h():
     assert [bound for bound, _ in tally.buckets()][:-1] == sorted(buckets.keys() - {"+Inf"}, key=float)
 
 
+def test_what_is_counted_is_rendered():
+    counters = make_counters()
+    counters.replaced_threads = 3
+    counters.error(psycopg.errors.UniqueViolation())
+    counters.error(psycopg.OperationalError("gone"))
+    status = orchestrator.WorkerStatus("w", False, [], [], 5, 7, 1.5, 2.5, [("t", 3.0, -1.0), ("t", 9.0, 1.0)], counters.snapshot(),
+                                       {"types": [], "workers": 1, "dead_workers": 0, "at": 0.0}, 0.0)
+    series = {(sample.name, tuple(sorted(sample.labels.items()))): sample.value
+              for family in orchestrator.Collector(lambda: status).collect() for sample in family.samples}
+    assert [get(series, f"worker_{name}") for name in ("pool_active", "pool_capacity", "prefetch_size", "loop_lag_seconds",
+                                                       "database_silence_seconds")] == [2, 5, 7, 1.5, 2.5]
+    assert [get(series, f"tasks_{name}", type="t") for name in ("running", "overdue", "longest_running_seconds")] == [2, 1, 9]
+    assert get(series, "pool_threads_replaced_total") == 3
+    assert [get(series, "database_errors_total", **{"class": name}) for name in ("23", "connection", "57")] == [1, 1, 0]
+    assert get(series, "leader_status", worker_id="w") == 0 and not names(series) & GLOBAL   # who doesn't lead tells no counts
+
+
 def test_the_attempt_label_is_bounded():
-    metrics = make_metrics()
+    counters = make_counters()
     for attempt in range(1, 1001):
-        metrics.ended(FakeTask("t", attempt=attempt), "retry_scheduled")
-    labels = {attempt: count for (_, attempt), count in metrics.snapshot().retries.items()}
+        counters.ended(FakeTask("t", attempt=attempt), "retry_scheduled")
+    labels = {attempt: count for (_, attempt), count in counters.snapshot().retries.items()}
     assert labels == {**{str(n): 1 for n in range(1, 10)}, "10+": 991}
 
 
 def test_a_type_that_is_not_registered_counts_as_other():
-    metrics = make_metrics(**{"a": Handler(fail), "b:": Handler(fail), "b:c*": Handler(fail)})
-    metrics.completed_many({"a": 1, "b:x": 2, "b:cd": 3, "z": 4, "aa": 5})
-    counted = {kind: count for (kind, status), count in metrics.snapshot().completed.items() if status == "completed"}
+    counters = make_counters(**{"a": Handler(fail), "b:": Handler(fail), "b:c*": Handler(fail)})
+    counters.completed_many({"a": 1, "b:x": 2, "b:cd": 3, "z": 4, "aa": 5})
+    counted = {kind: count for (kind, status), count in counters.snapshot().completed.items() if status == "completed"}
     assert counted == {"a": 1, "b:": 2, "b:c*": 3, "other": 9}
 
 
 def test_wait_is_what_passed_before_the_claim_and_after_it():
-    metrics = make_metrics()
+    counters = make_counters()
     clock_was_set_back = FakeTask("t", waited=-5, claimed=1, started=1)
-    metrics.ran([FakeTask("t", waited=0.5, claimed=10, started=12), clock_was_set_back])
-    assert metrics.snapshot().waits["t"].sum == 2.5
+    counters.ran([FakeTask("t", waited=0.5, claimed=10, started=12), clock_was_set_back])
+    assert counters.snapshot().waits["t"].sum == 2.5
 
 
 class CountingLock:
@@ -407,29 +425,29 @@ class CountingLock:
 
 
 def test_counting_costs_per_batch_not_per_task():
-    metrics = make_metrics()
+    counters = make_counters()
     looked_up: list[str] = []
-    label, metrics.label = metrics.label, lambda kind: looked_up.append(kind) or label(kind)
-    metrics.lock = CountingLock()   # type: ignore[assignment]
-    metrics.ran([FakeTask("t") for _ in range(1000)])
-    metrics.completed_many({"t": 1000})
-    assert metrics.lock.taken == 2   # type: ignore[attr-defined]
+    label, counters.label = counters.label, lambda kind: looked_up.append(kind) or label(kind)
+    counters.lock = CountingLock()   # type: ignore[assignment]
+    counters.ran([FakeTask("t") for _ in range(1000)])
+    counters.completed_many({"t": 1000})
+    assert counters.lock.taken == 2   # type: ignore[attr-defined]
     assert looked_up == ["t", "t"]
 
 
 def test_scrapes_while_loops_write_see_whole_batches_and_lose_none():
-    metrics = make_metrics()
+    counters = make_counters()
     batch = [FakeTask("t", seconds=1.0) for _ in range(50)]
     done = threading.Event()
     torn: list[object] = []
 
     def write() -> None:
         for _ in range(200):
-            metrics.ran(batch)
+            counters.ran(batch)
 
     def read() -> None:
         while not done.is_set():
-            tally = metrics.snapshot().seconds["t"]
+            tally = counters.snapshot().seconds["t"]
             if sum(tally.counts) % 50 or tally.sum != sum(tally.counts):
                 torn.append((tally.counts, tally.sum))
 
@@ -443,4 +461,4 @@ def test_scrapes_while_loops_write_see_whole_batches_and_lose_none():
     for thread in readers:
         thread.join()
     assert torn == []
-    assert sum(metrics.snapshot().seconds["t"].counts) == 4 * 200 * 50
+    assert sum(counters.snapshot().seconds["t"].counts) == 4 * 200 * 50
