@@ -3127,8 +3127,6 @@ class HttpRequest(http.server.BaseHTTPRequestHandler):
                 log.warning("/api/%s: %s", name, error_line(error))
             self._send(status, {"error": text})
         else:
-            if posted and len(row) == 1:
-                row = next(iter(row.values()))
             if row in ((None,), "not_found"):
                 self._send(404, {"error": "there is no such task"})
             else:
@@ -3876,11 +3874,11 @@ def _parser() -> _Parser:
     add = command("install", "install or upgrade the schema")
     add("--print", action="store_true", help="only print the SQL")
     _add_enqueue(command("enqueue", "add a task, or many from a file"))
-    add = command("list", "list tasks, the newest first")
+    add = command("list", "list tasks, the newest first; those of a type or status in the order of that state")
     add("--status", help="such as ready, running or dead_letter")
     add("--type")
     add("--limit", type=int, default=50, help="from 1 to 1000; default 50")
-    add("--before", metavar="ID", help="only those before this one")
+    add("--before", help="go on after a page: what it said is next, or an id")
     command("show", "what a task went through, and why it is not running")("id")
     command("cancel", "cancel a task")("id")
     add = command("retry", "retry a dead letter or a cancelled task")
@@ -3919,7 +3917,7 @@ def _spell_out(words: Sequence[str]) -> list[str]:
             return word in switches and _boolean(following) is None
         except ValueError:
             return True
-    pairs = zip(words, [*words[1:], ""], strict=True)
+    pairs = zip(words, [*words, ""][1:], strict=True)
     return [f"{word}=true" if alone(word, following) else word for word, following in pairs]
 
 

@@ -132,7 +132,7 @@ $$;
 -- Gives each registered type a row, and up to 200 others: first those that wait, then those enqueued lately. When these rows
 -- are used up and another type waits, those of idle types are added to other, so that no task is counted twice or lost.
 create or replace function orchestrator._name_types(p_since uuid) returns void
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
 declare
   v_room int;
   v_waiting text[];

@@ -143,7 +143,7 @@ def test_open_tasks_that_differ_from_the_tasks_in_flight(conn):
 
 
 def test_a_claim_without_tasks(conn):
-    conn.execute("insert into orchestrator.claims (worker_id, open_tasks) values ('w', 1)")
+    conn.execute("insert into orchestrator.claims (id, worker_id, open_tasks) values (1, 'w', 1)")
     assert found(conn) == [("a claim has tasks in flight", None, "w")]
 
 
@@ -188,15 +188,6 @@ def test_a_failure_after_the_completion(conn):
     complete(conn, claim_one(conn)[0], id)
     conn.execute("insert into orchestrator.task_events (task_id, event, attempt) values (%s, 'failed', 1)", [id])
     assert found(conn) == [("what has completed stays so", id, "w")]
-
-
-@pytest.mark.parametrize("change", ["delete from orchestrator.lanes where priority = 1",
-                                    "update orchestrator.lanes set dropped_at = now() - interval '1 hour' where priority = 1"])
-def test_ready_tasks_in_no_live_lane(conn, change):
-    ids = enqueue_some(conn, 2, priority=1)
-    enqueue(conn)
-    conn.execute(change)
-    assert found(conn) == [("a ready task is in a lane", id, None) for id in ids]
 
 
 def test_ready_tasks_below_the_floor_of_their_lane(conn):

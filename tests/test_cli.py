@@ -94,7 +94,7 @@ REFUSED = [
     (["a", "{"], "payload: is not JSON"), (["a", "NaN"], "payload: is not JSON"), (["a", "[" * 100_000], "payload: is not JSON"),
     (["a", '"\\u0000"'], "payload: .*U.0000"), (["a*"], "type: "), ([], "TYPE: "),
     (["a", "--delay", "soon"], "delay: must be a duration"), (["a", "--delay=-1s"], "delay: "),
-    (["a", "--key", ""], "idempotency_key: "),
+    (["a", "--key", ""], "idempotency_key"),
     (["a", "--run-at", "tomorrow"], "--run-at: must be a moment"), (["a", "--run-at", "9999-12-31T23:59:59+00:00"], "run.at: "),
     (["a", "--run-at", "2027-03-28T02:30"], "--run-at: .* time zone"), (["a", "--run-at", "2030-01-31"], "--run-at: .* time zone"),
     (["a", "--delay", "1s", "--run-at", "2030-01-31T12:00Z"], "delay: give either"), (["a", "--max-retries", "-1"], "max_retries: "),
@@ -243,7 +243,7 @@ def test_a_dash_is_standard_input_and_the_type_may_come_from_the_command_line(ru
 def test_list_shows_the_newest_first_and_pages(cli: Callable[..., Answer]) -> None:
     ids = [cli("enqueue", kind).out.strip() for kind in ("a", "b", "a")]
     assert [task["id"] for task in cli("list", "--json").json] == ids[::-1]
-    assert [task["id"] for task in cli("list", "--json", "--type", "a", "--limit", "1").json] == [ids[2]]
+    assert [task["id"] for task in cli("list", "--json", "--type", "a", "--limit", "1").json] == [ids[0]]   # the next to run
     assert [task["id"] for task in cli("list", "--json", "--before", ids[1]).json] == [ids[0]]
     assert cli("list", "--json", "--status", "completed").json == []
     table = cli("list").out.splitlines()
@@ -355,7 +355,7 @@ def test_stats_and_audit(cli: Callable[..., Answer], conn: Connection) -> None:
     assert cli("stats").out.splitlines()[0].split()[:2] == ["type", "waiting"]
     assert cli("audit", "--json").json == []
     conn.execute("select orchestrator.register_worker('w', 'host', 1, '1')")
-    conn.execute("insert into orchestrator.claims (worker_id, open_tasks) values ('w', 3)")   # holds nothing
+    conn.execute("insert into orchestrator.claims (id, worker_id, open_tasks) values (1, 'w', 3)")   # holds nothing
     answer = cli("audit")
     assert answer.code == 1 and "open_tasks" in answer.out
 
@@ -369,6 +369,9 @@ def test_pipes_that_close_are_no_error(installed: str, conn: Connection) -> None
 
 # -------------------------------------------------------------------------------------------------------- install, psql
 def test_install_makes_the_schema_and_may_be_repeated(run_cli: Run, db: str) -> None:
+    assert json.loads(run_cli("install", "--json", env={"DATABASE_URL": db}).stdout) == {"schema_version": orchestrator.SCHEMA_VERSION}
+    with psycopg.connect(db, autocommit=True) as conn:
+        conn.execute("drop view orchestrator.queue_stats cascade")
     before = run_cli("stats", env={"DATABASE_URL": db})
     assert before.returncode == 2 and "run `python orchestrator.py install`" in before.stderr and before.stderr.count("\n") == 1
     for _ in range(2):
@@ -451,7 +454,7 @@ def test_commands_and_a_worker_share_the_embedded_database(folder: Path, run_cli
         worker = subprocess.Popen([sys.executable, str(PROGRAM)], cwd=folder, stderr=log, stdout=log, start_new_session=True,
                                   env=clean_environment(METRICS_PORT=0))
     try:
-        assert eventually(lambda: " started: " in (folder / "log").read_text(), 30)
+        assert eventually(lambda: " started, " in (folder / "log").read_text(), 30)
         commands = [subprocess.Popen([sys.executable, str(PROGRAM), "enqueue", "a", f'{{"n": {n}}}'], cwd=folder, stdout=subprocess.PIPE,
                                      text=True, env=clean_environment()) for n in range(2)]
         ids = [command.communicate(timeout=30)[0].strip() for command in commands]
@@ -540,4 +543,4 @@ def test_a_worker_waits_for_a_database_that_is_down_and_says_so(worker_process: 
 def test_a_worker_refuses_a_schema_of_another_version(run_cli: Run, installed: str, conn: Connection) -> None:
     conn.execute("create or replace function orchestrator.schema_version() returns int language sql immutable as 'select 99'")
     done = run_cli(env={"DATABASE_URL": installed, "METRICS_PORT": 0})
-    assert done.returncode == 2 and "schema there has version 99" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "the schema has version 99" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr

@@ -244,8 +244,8 @@ def test_actions_answer_with_what_their_function_returns(ports, server_url):
     assert post(ports["token"], "cancel", id=task_id) == (200, {"result": "cancelled"})
     assert post(ports["token"], "retry", id=task_id) == (200, {"result": "pending"})
     assert post(ports["token"], "retry_dead_letters", type=None, limit=10) == (200, {"result": 0})
-    assert post(ports["token"], "pause", type="nobody's") == (200, {"result": {"changed": True, "matching": 1}})
-    assert post(ports["token"], "resume", type="nobody's") == (200, {"result": {"changed": True, "matching": 1}})
+    for action in ("pause", "resume"):
+        assert post(ports["token"], action, type="t") == (200, {"result": {"changed": True, "matching": 1}})
 
 
 def test_a_task_that_is_not_there_is_404(ports):

@@ -17,15 +17,15 @@ from psycopg import sql
 from postgres import LocalServer, eventually, install_schema
 from steps import audit, claim, column, enqueue, register, rows, value
 
-PURE = {"schema_version", "redact", "redact_text", "retry_delay"}
+PURE = {"schema_version", "longest_delay", "redact", "redact_text", "retry_delay"}
 READ = PURE | {"explain_task", "show_task", "audit", "metrics", "api_overview", "api_history", "api_tasks", "api_failures", "api_task"}
 DECISIONS = {
-    "producer": PURE | {"enqueue", "enqueue_many"},
+    "producer": PURE | {"enqueue", "enqueue_many", "enqueue_lines"},
     "worker": READ | {
-        "register_worker", "unregister_worker", "heartbeat", "cancelling_tasks", "set_idle", "known_types", "promote_due", "claim_tasks",
+        "register_worker", "unregister_worker", "heartbeat", "cancelling_tasks", "set_idle", "promote_due", "claim_tasks",
         "start_tasks", "complete_tasks", "fail_tasks", "fail_task", "release_tasks", "release_forgotten", "snooze_task",
         "record_progress", "acquire_leadership", "resign_leadership", "declare_dead", "declare_disconnected_dead", "recover_orphans",
-        "raise_floors", "drop_floors", "rescan_lanes", "drop_idle_lanes", "prune", "mark_claims", "sample_stats", "get_task"},
+        "raise_floors", "rescan_lanes", "prune", "sample_stats", "note_lost_result", "get_task"},
     "operator": READ | {"cancel_task", "retry_task", "retry_dead_letters", "pause_type", "resume_type"},
     "auditor": READ,
 }
@@ -113,7 +113,7 @@ def test_every_function_runs_with_the_rights_of_its_caller(conn):
 
 
 @pytest.mark.parametrize(("role", "calls"), [
-    ("producer", ("_task_summaries(array[%(id)s]::uuid[])", "_count_live()", "_ready_types(1)", "_walk_state('ready', 't', 0, 10)",
+    ("producer", ("_task_summaries(array[%(id)s]::uuid[])", "_count_live()", "_ready_types('', '{}')", "_walk_state('ready', 't', 0, 10)",
                   "_events(%(id)s, false)", "_leads('w', 1)", "_advance_safe_floor()", "_keep_sample(now())")),
     ("auditor", ("_keep_sample(now())", "_sample_runs(0, '{}')", "_name_types(%(id)s)", "_advance_safe_floor()", "_leads('w', 1)"))])
 def test_helpers_give_no_right_that_the_tables_do_not_give(login, conn, role, calls):
@@ -224,8 +224,8 @@ def test_operator_cancels_retries_and_pauses_without_a_right_on_payloads(login, 
         assert value(operator, "select orchestrator.cancel_task(%s)", ids[0]) == "cancelling"
         assert value(operator, "select orchestrator.cancel_task(%s)", ids[1]) == "cancelled"
         assert value(operator, "select orchestrator.retry_task(%s)", ids[1]) == "pending"
-        assert value(operator, "select orchestrator.pause_type('t')") is True
-        assert value(operator, "select orchestrator.resume_type('t')") is True
+        assert value(operator, "select changed from orchestrator.pause_type('t')") is True
+        assert value(operator, "select changed from orchestrator.resume_type('t')") is True
         conn.execute("select orchestrator.fail_task(%s, %s, 'no', null, true)", [claim(conn, limit=1)[0]["claim_id"], ids[2]])
         assert value(operator, "select orchestrator.retry_dead_letters()") == 1
         for query in ("select payload from orchestrator.tasks", "select orchestrator.enqueue('t')", "delete from orchestrator.tasks",
@@ -286,7 +286,7 @@ def test_a_whole_worker_runs_under_its_role_alone(login, conn, worker_process, t
 def test_a_worker_without_a_role_says_that_it_lacks_a_right(login, run_cli):
     done = run_cli("run", env={"DATABASE_URL": login(), "METRICS_PORT": 0})
     assert done.returncode == 2
-    assert "permission denied" in done.stderr and "Security in the README" in done.stderr
+    assert "permission denied" in done.stderr and "Security in docs/operations.md" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -329,7 +329,7 @@ def test_install_by_a_role_that_may_not_create_roles_works_and_says_so():
         install_schema(as_user(db, "plain"))
         with psycopg.connect(as_user(db, "plain"), autocommit=True) as conn:
             assert value(conn, "select has_function_privilege('orchestrator_worker', "
-                               "'orchestrator.claim_tasks(text, text[], int)', 'execute')") is True
+                               "'orchestrator.claim_tasks(text, text[], int, bigint)', 'execute')") is True
     finally:
         server.stop()
 
