@@ -258,6 +258,12 @@ def _boolean(text: str) -> bool:
     return values[text.strip().lower()]
 
 
+def _duration(text: str) -> float:
+    if re.fullmatch(r"[\d.]*[1-9][\d.]*", text.strip()):
+        raise ValueError("must be a duration such as 100ms, 1s, 1m, 1h or 7d")   # 5 of what?
+    return parse_duration(text)
+
+
 def _port(text: str) -> int:
     if text.strip().lower() in ("off", "none"):
         return PORT_OFF
@@ -289,14 +295,14 @@ class Config:
     embedded_dir: str = _setting(".orchestrator", str, "folder of the embedded PostgreSQL")
     worker_pool_size: int = _setting(
         10, int, "how many tasks run at once; a service occupies one slot while it runs", 1, 1000)
-    claim_interval: float = _setting(1.0, parse_duration, "polling interval when no notification arrives", 0.01, 60)
+    claim_interval: float = _setting(1.0, _duration, "polling interval when no notification arrives", 0.01, 60)
     distributed_mode: bool = _setting(
         False, _boolean, "true: many workers share a database; false: one worker, which recovers at its start")
-    heartbeat_interval: float = _setting(10.0, parse_duration, "heartbeat interval", 0.1, 3600)
+    heartbeat_interval: float = _setting(10.0, _duration, "heartbeat interval", 0.1, 3600)
     worker_timeout: float = _setting(
-        30.0, parse_duration, "silence after which a worker is declared dead and its tasks run elsewhere", 0.3, 86400)
-    leader_term: float = _setting(30.0, parse_duration, "length of a leader's lease unless it is extended", 0.3, 86400)
-    cleanup_interval: float = _setting(60.0, parse_duration, "how often the leader deletes old tasks", 0.1, 86400)
+        30.0, _duration, "silence after which a worker is declared dead and its tasks run elsewhere", 0.3, 86400)
+    leader_term: float = _setting(30.0, _duration, "length of a leader's lease unless it is extended", 0.3, 86400)
+    cleanup_interval: float = _setting(60.0, _duration, "how often the leader deletes old tasks", 0.1, 86400)
     metrics_port: int | None = _setting(
         None, _port, "port of the page, /metrics, /health and /ready; 0: any free port; off: no server; unset: 9090, "
         "or the next free port if DISTRIBUTED_MODE is true", PORT_OFF, 65535)
@@ -306,11 +312,11 @@ class Config:
     admin_token: str = _setting(
         "", str, "bearer token with which the page may cancel, retry and pause; unset: the page is read-only")
     shutdown_grace: float = _setting(
-        30.0, parse_duration, "how long running tasks may continue after SIGTERM before they are given back", 0, 86400)
+        30.0, _duration, "how long running tasks may continue after SIGTERM before they are given back", 0, 86400)
     retention_completed: float = _setting(
-        604800.0, parse_duration, "how long completed and cancelled tasks are kept; 0: forever", 0, LONGEST_DELAY)
+        604800.0, _duration, "how long completed and cancelled tasks are kept; 0: forever", 0, LONGEST_DELAY)
     retention_dead_letter: float = _setting(
-        2592000.0, parse_duration, "how long dead letters are kept; 0: forever", 0, LONGEST_DELAY)
+        2592000.0, _duration, "how long dead letters are kept; 0: forever", 0, LONGEST_DELAY)
     handlers: str = _setting("", str, "module with a HANDLERS dict, or a .py file; unset: handlers.py, if it exists")
     prepared_statements: bool = _setting(
         True, _boolean, "false: never prepare statements; behind a pooler this is detected automatically")
@@ -354,7 +360,7 @@ class Config:
 
 KINDS: dict[Any, tuple[Any, str]] = {
     int: (int, "a whole number"), _port: (int, "a port from 0 to 65535, or off"), str: (str, "text"),
-    _url: (str, "text"), parse_duration: ((int, float), "a number of seconds, or a duration such as 1m"),
+    _url: (str, "text"), _duration: ((int, float), "a number of seconds, or a duration such as 1m"),
     _boolean: (bool, "true or false")}
 
 
@@ -369,8 +375,8 @@ def _parse_setting(field: dataclasses.Field[Any], raw: Any) -> Any:
     right, kind = KINDS[parse]
     if not isinstance(value, right) or (isinstance(value, bool) and parse is not _boolean):
         raise ConfigError(f"{name}: must be {kind}")
-    if parse in (int, parse_duration, _port) and not low <= value <= high:
-        unit = " seconds" if parse is parse_duration else ""
+    if parse in (int, _duration, _port) and not low <= value <= high:
+        unit = " seconds" if parse is _duration else ""
         raise ConfigError(f"{name}: must be from {max(low, 0):g} to {high:g}{unit}")
     return value
 
@@ -2660,7 +2666,7 @@ class Orchestrator:
             raise RuntimeError("the worker is running already")
         if not log.hasHandlers():   # the program has set up no logging at all
             setup_logging(self.config)
-        self.open()
+        self._open()
         if not self.router.patterns():
             log.warning("no handlers are registered: this worker has nothing to run")
         self.worker = worker = Worker(self.config, self.router, self._embedded.start if self._embedded else None)
@@ -2727,7 +2733,13 @@ class Orchestrator:
                 signal.signal(number, handler)
 
     def open(self) -> None:
-        """Start the embedded database and install its schema, if that is the one in use. Raises ConfigError."""
+        """Start the embedded database, if that is the one in use, and install the schema if there is none.
+
+        Done by whatever needs it, but not by what uses a `connection` of yours. Raises ConfigError.
+        """
+        self._with_link(lambda link: schema_version(link.open()) is None and ensure_schema(link.open()))
+
+    def _open(self) -> None:
         if self._wrong is not None:
             raise self._wrong
         if self.config.database_url:
@@ -2768,7 +2780,7 @@ class Orchestrator:
             self._inherited = self._links   # kept, since to free one would end it
             self._lock = threading.RLock()
             self._reset_links()
-        self.open()
+        self._open()
         with self._places, _plain_errors():
             try:
                 link = self._links.pop()
