@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from urllib.parse import urlsplit
 import psycopg
 import pytest
 
-from postgres import Server, eventually, hold_every_rule, install_schema, processes_below, start_server
+from postgres import Server, eventually, hold_every_rule, install_schema, processes_below, start_server, temporary_folder
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PROGRAM = REPOSITORY / "orchestrator.py"
@@ -97,7 +96,7 @@ def clean_environment(**settings: Any) -> dict[str, str]:
 @pytest.fixture
 def folder() -> Iterator[Path]:
     """An empty folder that other users may enter: an embedded PostgreSQL that root starts runs as somebody else."""
-    path = Path(tempfile.mkdtemp(prefix="test-", dir="/tmp"))
+    path = temporary_folder(programs=True)
     path.chmod(0o755)
     yield path
     for pid in processes_below(path):

@@ -135,7 +135,7 @@ class LocalServer(Server):
 
     def __init__(self, version: str | None = None, fsync: bool = False, **settings: str) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="pgtest-", dir="/tmp"))  # short, since a socket's path has 107 bytes
-        self._storage = self.folder if fsync else Path(tempfile.mkdtemp(prefix=f"pgtest-{os.getpid()}-", dir=_storage()))
+        self._storage = self.folder if fsync else temporary_folder()
         self.data = self._storage / "data"
         self.account = _account()
         if self.account:
@@ -246,16 +246,21 @@ def bin_folder(version: str | None = None) -> Path:
     return Path(spec.submodule_search_locations[0]) / folder / "bin"
 
 
-def _storage() -> Path:
-    """Where data may be that needn't outlive the tests. Removes first what tests left there that were killed: it takes memory."""
+def temporary_folder(programs: bool = False) -> Path:
+    """A new folder, in memory where there is room; programs: some are started from there, which not every system allows in memory.
+
+    Removes first what was left in memory by tests that were killed.
+    """
     memory = Path("/dev/shm")
     for left in memory.glob("pgtest-*-*"):
         if not Path("/proc", left.name.split("-")[1]).exists() and not processes_below(left):
             shutil.rmtree(left, ignore_errors=True)
+    place = Path("/tmp")
     with contextlib.suppress(OSError):   # there is no such folder
-        if os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 4 * 2**30:
-            return memory
-    return Path("/tmp")
+        forbidden = programs and os.statvfs(memory).f_flag & os.ST_NOEXEC
+        if not forbidden and os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 4 * 2**30:
+            place = memory
+    return Path(tempfile.mkdtemp(prefix=f"pgtest-{os.getpid()}-", dir=place))
 
 
 def free_port() -> int:
