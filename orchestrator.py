@@ -969,7 +969,7 @@ def _family(family: Callable[..., Any], name: str, text: str, labels: tuple[str,
 
 
 # ========================================================================================================================= HTTP
-API_GET = ("overview", "history", "tasks", "failures", "task")
+API_GET = ("overview", "history", "tasks", "running", "retries", "failures", "dead_letters", "task")
 API_POST = ("cancel", "retry", "retry_dead_letters", "pause", "resume")
 MAX_CLIENTS = 100        # beyond it, the connection that has been waiting longest is closed
 CLIENT_SECONDS = 30.0    # and none lives longer, however busily it dawdles
@@ -1031,16 +1031,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
     def ask(self, name: str, parameters: Mapping[str, str]) -> Any:
         """Call orchestrator.api_NAME, whose name the caller took from API_GET or API_POST."""
         with self.link_lock:
-            parameters = {k: v for k, v in parameters.items() if v != ""}
-            if not all(re.fullmatch("[a-z_]+", k) for k in parameters):
-                raise psycopg.errors.UndefinedFunction("unknown parameter")
-            arguments = ", ".join(f"p_{k} => %s" for k in parameters)
-            function = {"cancel": "cancel_task", "retry": "retry_task", "retry_dead_letters": "retry_dead_letters",
-                        "pause": "pause_type", "resume": "resume_type"}.get(name)
-            if function:
-                answer = self.link.call(f"select to_jsonb(f)::text from orchestrator.{function}({arguments}) f", *parameters.values())[0][0]
-                return None if answer == '"not_found"' else '{"result": ' + answer + "}"
-            return self.link.call(f"select orchestrator.api_{name}({arguments})", *parameters.values())[0][0]
+            return self.link.call(f"select orchestrator.api_{name}(%s::jsonb)", json.dumps(parameters))[0][0]
 
 
 class HttpRequest(http.server.BaseHTTPRequestHandler):
@@ -1114,7 +1105,7 @@ class HttpRequest(http.server.BaseHTTPRequestHandler):
         try:
             answer = self.server.ask(name, parameters)
         except psycopg.Error as error:
-            if (error.sqlstate or "").startswith(("OR001", "22", "42883")):
+            if (error.sqlstate or "").startswith(("OR001", "22")):
                 self._send(400, {"error": error_line(error)})
             elif error.sqlstate == "42501":
                 self._send(403, {"error": f"{error_line(error)}: the worker's database role may not; grant orchestrator_operator to it"})
@@ -2052,7 +2043,7 @@ class Worker:
         return [[0.0, *chore] for chore in (
             (beat, False, self._say_alive), (min(beat, config.leader_term / 3), False, self._lead), (beat, True, self._recover),
             (1.0, True, self._raise_floors), (60.0, True, leaders("drop_floors")), (10.0, True, self._rescan),
-            (60.0, True, leaders("drop_idle_lanes")),
+            (60.0, True, leaders("drop_idle_lanes")), (60.0, True, leaders("mark_claims")),
             (config.cleanup_interval, True, self._prune), (60.0, True, self._count))]
 
     def _heartbeat_loop(self) -> None:
@@ -2181,7 +2172,7 @@ class Worker:
             log.warning("recovery: %s workers declared dead", dead, extra={"worker": self.id, **counts})
         self.metrics.recovery(counts, {})
         if counts.get("dead"):
-            pass
+            self.metrics.recovery({}, dict(link.call("select type, tasks from orchestrator.recovered_dead_letters(%s)", counts["dead"])))
         if sum(counts.values()) >= 900:   # about the limit of a call: there may be more
             self._again(self._recover)
 
@@ -2878,7 +2869,7 @@ def _enqueue_lines(app: Orchestrator, group: tuple[Any, ...], lines: list[tuple[
 
 
 def command_list(app: Orchestrator, args: argparse.Namespace) -> int:
-    rows = [json.loads(row[0]) for row in app._ask("select t::text from jsonb_array_elements(orchestrator.api_tasks(p_status => %s, p_type => %s, p_limit => %s, p_before => %s) -> 'tasks') t", args.status, args.type,
+    rows = [json.loads(row[0]) for row in app._ask("select t::text from orchestrator.list_tasks(%s, %s, %s, %s) t", args.status, args.type,
                                                    args.limit, None if args.before is None else _uuid(args.before))]
     return _table(args, rows, ["id", "type", "status", "priority", "attempts", "created_at", "last_error"])
 
