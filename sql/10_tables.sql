@@ -26,7 +26,6 @@ create table if not exists orchestrator.tasks (
   cancel_requested_at timestamptz,
   recoveries          int not null default 0,
   result              jsonb,
-  progress            json,
   primary key (id) with (fillfactor = 45),
   -- Few, since PostgreSQL parses each one anew for each statement: fourteen of them were 27 µs of a bare insert's 38. These two
   -- refuse what a hand-made update gets wrong; audit() knows all the rules.
@@ -148,7 +147,7 @@ comment on table orchestrator.lane_floors is
   'For a lane, the queued_at below which nothing is ready: the lowest floor of its newest generation. A claim starts there '
   'instead of walking the dead index entries that an old snapshot keeps.';
 
-create table if not exists orchestrator.leader_state (
+create table if not exists orchestrator.maintenance (
   one             boolean primary key default true check (one),
   safe_floor      timestamptz not null default '-infinity',
   candidate       timestamptz,
@@ -158,7 +157,7 @@ create table if not exists orchestrator.leader_state (
   claim_marks     jsonb not null default '[]'
 );
 -- not "on conflict", which waits for a leader that updates the row: it may be waiting for the locks of this installation
-insert into orchestrator.leader_state (one) select true where not exists (select from orchestrator.leader_state);
-comment on table orchestrator.leader_state is
+insert into orchestrator.maintenance (one) select true where not exists (select from orchestrator.maintenance);
+comment on table orchestrator.maintenance is
   'The leader''s notes, one row: how far floors may rise, where pruning and the rescan stopped, and the oldest open claim of '
   'each minute of the last hour.';

@@ -42,9 +42,9 @@ end $$;
 create or replace function orchestrator._advance_safe_floor() returns timestamptz
 language plpgsql set search_path = '' as $$
 declare
-  m orchestrator.leader_state;
+  m orchestrator.maintenance;
 begin
-  select * into m from orchestrator.leader_state for no key update;
+  select * into m from orchestrator.maintenance for no key update;
   if m.candidate is not null then
     -- a prepared transaction keeps its number, but after a restart has another, -1/…, so that holds any candidate back
     if not exists (select from unnest(orchestrator._tasks_writers()) v where v = any (m.candidate_vxids) or v like '-1/%') then
@@ -60,7 +60,7 @@ begin
       m.candidate := null;
     end if;
   end if;
-  update orchestrator.leader_state set safe_floor = m.safe_floor, candidate = m.candidate, candidate_vxids = m.candidate_vxids;
+  update orchestrator.maintenance set safe_floor = m.safe_floor, candidate = m.candidate, candidate_vxids = m.candidate_vxids;
   return m.safe_floor;
 end $$;
 
@@ -169,7 +169,7 @@ declare
   r record;
 begin
   if not orchestrator._leads(p_worker_id, p_term) then return null; end if;
-  for r in delete from orchestrator.lanes where dropped_at < (select m.safe_floor from orchestrator.leader_state m) returning type, priority loop
+  for r in delete from orchestrator.lanes where dropped_at < (select m.safe_floor from orchestrator.maintenance m) returning type, priority loop
     if orchestrator._lane_head(r.type, r.priority) is not null then
       perform orchestrator._announce(r.type, r.priority);
     end if;
@@ -198,7 +198,7 @@ declare
   l record;
 begin
   if not orchestrator._leads(p_worker_id, p_term) then return null; end if;
-  select coalesce(m.rescan_type, '') into v_type from orchestrator.leader_state m;
+  select coalesce(m.rescan_type, '') into v_type from orchestrator.maintenance m;
   loop
     select t.type, t.priority, t.queued_at into l from orchestrator.tasks t
     where t.queued_at is not null and t.type > v_type order by t.type, t.priority desc, t.queued_at limit 1;
@@ -211,7 +211,7 @@ begin
     end loop;
     exit when clock_timestamp() > v_until;
   end loop;
-  update orchestrator.leader_state set rescan_type = v_type where rescan_type is distinct from v_type;
+  update orchestrator.maintenance set rescan_type = v_type where rescan_type is distinct from v_type;
   return v_mended;
 end $$;
 comment on function orchestrator.rescan_lanes(text, bigint, interval) is

@@ -289,13 +289,13 @@ end $$;
 comment on function orchestrator.snooze_task(bigint, uuid, interval) is
   'Puts a task off, uncharged. Returns snoozed, cancelled (it was asked for) or rejected. Raises OR001.';
 
-create or replace function orchestrator.record_progress(p_claim_id bigint, p_id uuid, p_progress json) returns boolean
+create or replace function orchestrator.record_progress(p_claim_id bigint, p_id uuid, p_progress jsonb) returns boolean
 language plpgsql
 set search_path = '' set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
 begin
-  update orchestrator.tasks t set progress = p_progress, updated_at = clock_timestamp()
+  update orchestrator.tasks t set result = p_progress, updated_at = clock_timestamp()
   where t.id = p_id and t.claim_id is not distinct from p_claim_id and t.status in ('claimed', 'running');
   return found;
 end $$;
-comment on function orchestrator.record_progress(bigint, uuid, json) is
+comment on function orchestrator.record_progress(bigint, uuid, jsonb) is
   'Keeps what a running task says of itself in tasks.result. Returns whether the claim still holds it.';

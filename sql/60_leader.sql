@@ -61,10 +61,10 @@ begin
   completed := 0;
   dead := 0;
   if p_completed > interval '0' then
-    select m.prune_cursor into v_cursor from orchestrator.leader_state m;
+    select m.prune_cursor into v_cursor from orchestrator.maintenance m;
     v_ids := array(select t.id from orchestrator.tasks t
                    where t.id > v_cursor and t.id < orchestrator._uuid_at(v_completed_before) order by t.id limit p_limit);
-    update orchestrator.leader_state
+    update orchestrator.maintenance
     set prune_cursor = case when cardinality(v_ids) = p_limit then v_ids[p_limit] else '00000000-0000-0000-0000-000000000000' end;
     delete from orchestrator.tasks t where t.id = any (v_ids) and t.completed_at < v_completed_before;
     get diagnostics completed = row_count;
@@ -91,7 +91,7 @@ declare
 begin
   if not orchestrator._leads(p_worker_id, p_term) then return null; end if;
   select coalesce((select c.id from orchestrator.claims c order by c.id limit 1), s.last_value) into v_oldest from orchestrator.claims_id_seq s;
-  update orchestrator.leader_state m
+  update orchestrator.maintenance m
   set claim_marks = (select coalesce(jsonb_agg(k order by k -> 'at'), '[]') from jsonb_array_elements(m.claim_marks) k
                      where (k ->> 'at')::double precision > extract(epoch from clock_timestamp()) - 3900)
                     || jsonb_build_object('at', extract(epoch from clock_timestamp()), 'claim', v_oldest)
