@@ -9,7 +9,7 @@
 -- time, so a long transaction holds back nothing but the cursor. What ended = enqueued - waiting - scheduled - in flight.
 
 create table if not exists orchestrator.type_stats (
-  type            text primary key,
+  type            text collate "C" primary key,
   since           uuid not null,
   waiting         bigint not null default 0,
   scheduled       bigint not null default 0,
@@ -79,19 +79,6 @@ create table if not exists orchestrator.stats_samples (
 comment on table orchestrator.stats_samples is
   'The counts of all types together, about every 10 seconds, for the last 2 hours. Throughput is the difference of two samples.';
 
--- The types that have ready tasks, in order, found by skipping along the ready index: one look for each type.
-create or replace function orchestrator._ready_types(p_limit int) returns setof text
-language sql stable
-set search_path = pg_catalog, pg_temp set enable_seqscan = off set enable_bitmapscan = off as $$
-  with recursive ready as (
-    (select t.type from orchestrator.tasks t where t.queued_at is not null order by t.type, t.priority desc, t.queued_at limit 1)
-    union all
-    select (select t.type from orchestrator.tasks t where t.queued_at is not null and t.type > r.type
-            order by t.type, t.priority desc, t.queued_at limit 1)
-    from ready r where r.type is not null)
-  select r.type from ready r where r.type is not null limit p_limit
-$$;
-
 -- What waits or rests, by type, each along its partial index. At most 5 million of each kind, so that even a huge backlog is
 -- counted within seconds.
 create or replace function orchestrator._count_live()
@@ -155,7 +142,7 @@ begin
   select p.type, p_since from orchestrator.task_types p where right(p.type, 1) not in ('*', ':')
   on conflict (type) do nothing;
   v_waiting := array(
-    select y.type from (select t.type from orchestrator._ready_types(1000) t(type)
+    select y.type from (select t.type from orchestrator._ready_types('', '{}') t(type)
                         union select t.type from (select t.type from orchestrator.tasks t where t.next_retry_at is not null
                                                   order by t.next_retry_at limit 1000) t) y
     where not exists (select from orchestrator.type_stats s where s.type = y.type) order by y.type);

@@ -10,7 +10,7 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
            coalesce(sum(t.enqueued_total), 0) as enqueued_total
     -- first all labels, so that each series is there from the start, at 0
     from (select p.type, null as counted from orchestrator.task_types p where p.max_retries is not null
-          union all select coalesce((orchestrator._policy(c.type)).type, 'other'), c.type from orchestrator.type_stats c) n
+          union all select coalesce(orchestrator._registered_as(c.type), 'other'), c.type from orchestrator.type_stats c) n
     cross join orchestrator.stats_state s left join orchestrator.type_stats t on t.type = n.counted
     group by n.type)
   select jsonb_build_object(

@@ -69,7 +69,6 @@ begin
   -- enqueue
   grant insert (id, type, payload, priority, idempotency_key, max_retries, queued_at, next_retry_at), select (id, type, idempotency_key)
     on orchestrator.tasks to orchestrator_producer;
-  grant select (type, priority, dropped_at), insert (type, priority) on orchestrator.lanes to orchestrator_producer;
   grant select (idle, handles) on orchestrator.workers to orchestrator_producer;
 
   -- look, and run a worker: any worker may become the leader, and then recovers, prunes and counts

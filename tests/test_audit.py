@@ -17,6 +17,7 @@ from steps import (
     fail,
     lead,
     promote,
+    raise_floors,
     recover,
     register,
     release,
@@ -55,7 +56,7 @@ def test_a_healthy_database_in_every_state_has_no_violation(conn):
     release(conn, claim_id, ids[7])
     cancel(conn, enqueue(conn))
     retry(conn, ids[4])
-    conn.execute("select orchestrator.raise_floors('leader', %s, '0')", [term])
+    raise_floors(conn, term)
     conn.execute("update orchestrator.workers set declared_dead_at = now() where id = 'w'")
     assert audit(conn) == []
     recover(conn, term)
@@ -112,7 +113,6 @@ def test_a_row_that_breaks_a_rule_is_named(conn, name):
     for constraint in ("every_rule_holds", "a_status_has_its_time", "a_task_rests_in_one_place"):
         conn.execute(f"alter table orchestrator.tasks drop constraint {constraint}")
     conn.execute(f"update orchestrator.tasks set {BROKEN_ROWS[name]}")
-    conn.execute("insert into orchestrator.lanes select type, priority from orchestrator.tasks")
     rule = name.lstrip("+")
     assert (rule, id) in [(invariant, task) for invariant, task, _ in found(conn)]
 
@@ -143,7 +143,7 @@ def test_open_tasks_that_differ_from_the_tasks_in_flight(conn):
 
 
 def test_a_claim_without_tasks(conn):
-    conn.execute("insert into orchestrator.claims (worker_id, open_tasks) values ('w', 1)")
+    conn.execute("insert into orchestrator.claims (id, worker_id, open_tasks) values (1, 'w', 1)")
     assert found(conn) == [("a claim has tasks in flight", None, "w")]
 
 
@@ -188,15 +188,6 @@ def test_a_failure_after_the_completion(conn):
     complete(conn, claim_one(conn)[0], id)
     conn.execute("insert into orchestrator.task_events (task_id, event, attempt) values (%s, 'failed', 1)", [id])
     assert found(conn) == [("what has completed stays so", id, "w")]
-
-
-@pytest.mark.parametrize("change", ["delete from orchestrator.lanes where priority = 1",
-                                    "update orchestrator.lanes set dropped_at = now() - interval '1 hour' where priority = 1"])
-def test_ready_tasks_in_no_live_lane(conn, change):
-    ids = enqueue_some(conn, 2, priority=1)
-    enqueue(conn)
-    conn.execute(change)
-    assert found(conn) == [("a ready task is in a lane", id, None) for id in ids]
 
 
 def test_ready_tasks_below_the_floor_of_their_lane(conn):

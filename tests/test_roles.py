@@ -15,17 +15,17 @@ import pytest
 from psycopg import sql
 
 from postgres import LocalServer, eventually, install_schema
-from steps import audit, claim, column, enqueue, register, rows, value
+from steps import audit, claim, column, enqueue, fail, register, rows, value
 
-PURE = {"schema_version", "redact", "redact_text", "retry_delay"}
+PURE = {"schema_version", "longest_delay", "redact", "redact_text", "retry_delay"}
 READ = PURE | {"explain_task", "show_task", "audit", "metrics", "api_overview", "api_history", "api_tasks", "api_failures", "api_task"}
 DECISIONS = {
-    "producer": PURE | {"enqueue", "enqueue_many"},
+    "producer": PURE | {"enqueue", "enqueue_many", "enqueue_lines"},
     "worker": READ | {
-        "register_worker", "unregister_worker", "heartbeat", "cancelling_tasks", "set_idle", "known_types", "promote_due", "claim_tasks",
+        "register_worker", "unregister_worker", "heartbeat", "cancelling_tasks", "set_idle", "announce_stop", "promote_due", "claim_tasks",
         "start_tasks", "complete_tasks", "fail_tasks", "fail_task", "release_tasks", "release_forgotten", "snooze_task",
         "record_progress", "acquire_leadership", "resign_leadership", "declare_dead", "declare_disconnected_dead", "recover_orphans",
-        "raise_floors", "drop_floors", "rescan_lanes", "drop_idle_lanes", "prune", "mark_claims", "sample_stats", "get_task"},
+        "raise_floors", "rescan_lanes", "prune", "sample_stats", "note_lost_result", "get_task"},
     "operator": READ | {"cancel_task", "retry_task", "retry_dead_letters", "pause_type", "resume_type"},
     "auditor": READ,
 }
@@ -224,9 +224,9 @@ def test_operator_cancels_retries_and_pauses_without_a_right_on_payloads(login, 
         assert value(operator, "select orchestrator.cancel_task(%s)", ids[0]) == "cancelling"
         assert value(operator, "select orchestrator.cancel_task(%s)", ids[1]) == "cancelled"
         assert value(operator, "select orchestrator.retry_task(%s)", ids[1]) == "pending"
-        assert value(operator, "select orchestrator.pause_type('t')") is True
-        assert value(operator, "select orchestrator.resume_type('t')") is True
-        conn.execute("select orchestrator.fail_task(%s, %s, 'no', null, true)", [claim(conn, limit=1)[0]["claim_id"], ids[2]])
+        assert value(operator, "select changed from orchestrator.pause_type('t')") is True
+        assert value(operator, "select changed from orchestrator.resume_type('t')") is True
+        fail(conn, claim(conn, limit=1)[0]["claim_id"], ids[2], permanent=True)
         assert value(operator, "select orchestrator.retry_dead_letters()") == 1
         for query in ("select payload from orchestrator.tasks", "select orchestrator.enqueue('t')", "delete from orchestrator.tasks",
                       "select orchestrator.claim_tasks('w', '{t}', 1)", "update orchestrator.tasks set payload = '{}'"):
@@ -329,7 +329,7 @@ def test_install_by_a_role_that_may_not_create_roles_works_and_says_so():
         install_schema(as_user(db, "plain"))
         with psycopg.connect(as_user(db, "plain"), autocommit=True) as conn:
             assert value(conn, "select has_function_privilege('orchestrator_worker', "
-                               "'orchestrator.claim_tasks(text, text[], int)', 'execute')") is True
+                               "'orchestrator.claim_tasks(text, text[], int, bigint)', 'execute')") is True
     finally:
         server.stop()
 
