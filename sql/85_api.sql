@@ -26,17 +26,17 @@ language sql set search_path = pg_catalog, pg_temp as $$
   where not y.others or s.enqueued_total > 0
 $$;
 
--- overdue: three heartbeats are missing, as far apart as this worker's last ones.
+-- overdue: it has been silent for longer than the leader's lease lasts from one heartbeat to its end.
 create or replace function orchestrator._api_workers() returns jsonb
 language sql set search_path = pg_catalog, pg_temp as $$
   select coalesce(jsonb_agg(jsonb_build_object(
     'id', w.id, 'hostname', w.hostname, 'version', w.version, 'pool_size', w.pool_size, 'up', orchestrator._age(w.started_at),
     'heartbeat', orchestrator._age(w.last_heartbeat), 'leads', w.is_leader and w.leader_until > clock_timestamp(), 'term', w.leader_term,
-    'overdue', coalesce(orchestrator._age(w.last_heartbeat) > 3 * (s.heartbeats -> w.id ->> 1)::double precision, false),
+    'overdue', coalesce(clock_timestamp() - w.last_heartbeat > (select l.leader_until - l.last_heartbeat from orchestrator.workers l where l.is_leader), false),
     'declared_dead', w.declared_dead_at is not null, 'stopping', w.stopping_at is not null, 'idle', w.idle,
     'in_flight', (select coalesce(sum(c.open_tasks), 0) from orchestrator.claims c where c.worker_id = w.id),
     'handles', (select jsonb_agg(replace(replace(h, '\', ''), '%', '*') order by h) from unnest(w.handles) h)) order by w.started_at, w.id), '[]')
-  from (select * from orchestrator.workers w order by w.started_at limit 500) w cross join orchestrator.stats_state s
+  from (select * from orchestrator.workers w order by w.started_at limit 500) w
 $$;
 
 create or replace function orchestrator.api_overview() returns jsonb

@@ -113,7 +113,7 @@ def test_every_function_runs_with_the_rights_of_its_caller(conn):
 
 
 @pytest.mark.parametrize(("role", "calls"), [
-    ("producer", ("_task_summaries(array[%(id)s]::uuid[])", "_count_live()", "_ready_types(1)", "_walk_state('ready', 't', 0, 10)",
+    ("producer", ("_task_summaries(array[%(id)s]::uuid[])", "_count_live()", "_ready_types('', '{}')", "_walk_state('ready', 't', 0, 10)",
                   "_events(%(id)s, false)", "_leads('w', 1)", "_advance_safe_floor()", "_keep_sample(now())")),
     ("auditor", ("_keep_sample(now())", "_sample_runs(0, '{}')", "_name_types(%(id)s)", "_advance_safe_floor()", "_leads('w', 1)"))])
 def test_helpers_give_no_right_that_the_tables_do_not_give(login, conn, role, calls):
@@ -286,7 +286,7 @@ def test_a_whole_worker_runs_under_its_role_alone(login, conn, worker_process, t
 def test_a_worker_without_a_role_says_that_it_lacks_a_right(login, run_cli):
     done = run_cli("run", env={"DATABASE_URL": login(), "METRICS_PORT": 0})
     assert done.returncode == 2
-    assert "permission denied" in done.stderr and "Security in the README" in done.stderr
+    assert "permission denied" in done.stderr and "Security in docs/operations.md" in done.stderr
     assert "Traceback" not in done.stderr
 
 
