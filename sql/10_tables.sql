@@ -87,6 +87,7 @@ create table if not exists orchestrator.workers (
   is_leader        boolean not null default false,
   leader_until     timestamptz,
   leader_term      bigint,
+  stopping_at      timestamptz,
   declared_dead_at timestamptz,
   constraint leader_has_term_and_lease check (not is_leader or (leader_term is not null and leader_until is not null))
 ) with (fillfactor = 50);
@@ -96,6 +97,7 @@ create sequence if not exists orchestrator.leader_terms;
 comment on table orchestrator.workers is 'One row for each live worker process, and for each dead one whose claims are still to be recovered.';
 comment on column orchestrator.workers.id is 'hostname:pid:random, new at every start and after being declared dead.';
 comment on column orchestrator.workers.handles is 'The types and patterns that it has handlers for, as LIKE patterns.';
+comment on column orchestrator.workers.stopping_at is 'Since when it claims no more and only lets its tasks end.';
 comment on column orchestrator.workers.idle is 'Set while it waits for work. Only then does enqueue send NOTIFY, which serialises commits.';
 comment on column orchestrator.workers.leader_term is 'Rises at each election. Every function of the leader names it.';
 comment on sequence orchestrator.leader_terms is 'The numbers of leadership terms.';

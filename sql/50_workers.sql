@@ -26,6 +26,12 @@ comment on function orchestrator.register_worker(text, text, int, text, jsonb) i
   'Registers a worker under a new id, with its handlers: {type or pattern: {max_retries, base_delay, max_delay, timeout}}, with '
   'delays in seconds and defaults of 3, 1, 3600 and none. Their policies are written to task_types.';
 
+create or replace function orchestrator.announce_stop(p_id text) returns void
+language sql set search_path = pg_catalog, pg_temp as $$
+  update orchestrator.workers w set stopping_at = clock_timestamp(), idle = false where w.id = p_id and w.stopping_at is null
+$$;
+comment on function orchestrator.announce_stop(text) is 'Says that a worker claims no more, and ends when its tasks have.';
+
 create or replace function orchestrator.unregister_worker(p_id text) returns boolean
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin

@@ -9,7 +9,7 @@
 -- time, so a long transaction holds back nothing but the cursor. What ended = enqueued - waiting - scheduled - in flight.
 
 create table if not exists orchestrator.type_stats (
-  type            text primary key,
+  type            text collate "C" primary key,
   since           uuid not null,
   waiting         bigint not null default 0,
   scheduled       bigint not null default 0,
@@ -53,8 +53,7 @@ create table if not exists orchestrator.stats_state (
   ended_total bigint,
   last_event  bigint,
   last_claim  bigint,
-  watched     uuid[] not null default '{}',
-  heartbeats  jsonb not null default '{}'
+  watched     uuid[] not null default '{}'
 ) with (fillfactor = 50);
 insert into orchestrator.stats_state (one) select true where not exists (select from orchestrator.stats_state);
 comment on table orchestrator.stats_state is 'When and how the counts in type_stats were taken; one row.';
@@ -64,8 +63,6 @@ comment on column orchestrator.stats_state.complete is 'Whether the last count r
 comment on column orchestrator.stats_state.ended_total is
   'enqueued less waiting, scheduled and in flight; it falls when an ended task is retried. Null until complete.';
 comment on column orchestrator.stats_state.watched is 'Sampled tasks that had not ended at the last count, at most 500.';
-comment on column orchestrator.stats_state.heartbeats is
-  'Of each live worker [its last heartbeat, seconds between the last two that were seen]: how the page tells that one is overdue.';
 
 create table if not exists orchestrator.stats_samples (
   at             timestamptz primary key,
@@ -78,7 +75,6 @@ create table if not exists orchestrator.stats_samples (
 );
 comment on table orchestrator.stats_samples is
   'The counts of all types together, about every 10 seconds, for the last 2 hours. Throughput is the difference of two samples.';
-
 
 -- What waits or rests, by type, each along its partial index. At most 5 million of each kind, so that even a huge backlog is
 -- counted within seconds.
@@ -132,7 +128,7 @@ $$;
 -- Gives each registered type a row, and up to 200 others: first those that wait, then those enqueued lately. When these rows
 -- are used up and another type waits, those of idle types are added to other, so that no task is counted twice or lost.
 create or replace function orchestrator._name_types(p_since uuid) returns void
-language plpgsql set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+language plpgsql set search_path = pg_catalog, pg_temp set enable_seqscan = off set enable_bitmapscan = off as $$
 declare
   v_room int;
   v_waiting text[];
@@ -201,7 +197,7 @@ begin
   update orchestrator.stats_state o
   set cursor = v_to, counted_at = s.counted_at, took = s.took, next_at = s.next_at, complete = s.complete,
       ended_total = case when s.complete then n.ended else o.ended_total end,
-      last_event = v_event, last_claim = s.last_claim, watched = s.watched, heartbeats = orchestrator._heartbeats(o.heartbeats)
+      last_event = v_event, last_claim = s.last_claim, watched = s.watched
   from (select sum(t.enqueued_total - t.waiting - t.scheduled - t.in_flight) as ended from orchestrator.type_stats t) n;
   perform orchestrator._keep_sample(s.counted_at);
   return extract(epoch from s.next_at - s.counted_at);
@@ -276,14 +272,6 @@ begin
   where r.type = s.type;
   watched := array(select t.id from orchestrator.tasks t where t.id = any (watched) and t.status in ('claimed', 'running') limit 500);
 end $$;
-
-create or replace function orchestrator._heartbeats(p_before jsonb) returns jsonb
-language sql stable set search_path = pg_catalog, pg_temp as $$
-  select coalesce(jsonb_object_agg(w.id, jsonb_build_array(b.at, coalesce(nullif(b.at - (p_before -> w.id ->> 0)::numeric, 0),
-                                                                         (p_before -> w.id ->> 1)::numeric))), '{}')
-  from orchestrator.workers w cross join lateral (select extract(epoch from w.last_heartbeat) as at) b
-  where w.declared_dead_at is null
-$$;
 
 create or replace function orchestrator._keep_sample(p_at timestamptz) returns void
 language plpgsql set search_path = pg_catalog, pg_temp as $$

@@ -109,7 +109,7 @@ create or replace view orchestrator.queue_stats as
     union select s.type from orchestrator.type_stats s where s.type <> 'other')
   select y.type, coalesce(c.waiting, 0) as waiting, coalesce(c.scheduled, 0) as scheduled, coalesce(c.in_flight, 0) as in_flight,
          coalesce(c.dead_letters, 0) as dead_letters, coalesce(clock_timestamp() - c.oldest, interval '0') as oldest_waiting_age,
-         exists (select from orchestrator.task_types p where p.paused and y.type like orchestrator._like(p.type)) as paused, r.per_second, r.failure_share, r.median, r.p95
+         exists (select from orchestrator.task_types p where p.paused and y.type like p.likes) as paused, r.per_second, r.failure_share, r.median, r.p95
   from types y left join counted c using (type) left join orchestrator._recent r using (type)
   order by y.type;
 comment on view orchestrator.queue_stats is
@@ -129,7 +129,7 @@ begin
   if not found then return 'no task has this id: it never existed, its transaction rolled back, or retention deleted it'; end if;
   select count(*) into v_workers from orchestrator.workers w where w.declared_dead_at is null and t.type like any (w.handles);
   select p.type into v_paused from orchestrator.task_types p   -- by its own name or by a pattern
-  where p.paused and t.type like orchestrator._like(p.type) order by p.type = t.type desc limit 1;
+  where p.paused and t.type like p.likes order by p.type = t.type desc limit 1;
   case
     when t.status in ('completed', 'cancelled') then
       return format('%s at %s', t.status, t.completed_at);
@@ -156,7 +156,7 @@ end $$;
 comment on function orchestrator.explain_task(uuid) is 'Why a task is where it is, in one sentence, and what to do about it.';
 
 create or replace function orchestrator._count_of(p_n bigint, p_noun text) returns text
-language sql immutable parallel safe as $$ select p_n || ' ' || p_noun || case when p_n = 1 then '' else 's' end $$;
+language sql immutable parallel safe return p_n || ' ' || p_noun || case when p_n = 1 then '' else 's' end;
 
 create or replace function orchestrator._events(p_task_id uuid, p_redact boolean) returns jsonb
 language sql stable set search_path = pg_catalog, pg_temp as $$

@@ -4,9 +4,8 @@
 
 -- An age in seconds: a browser whose clock is wrong shows it correctly.
 create or replace function orchestrator._age(p_at timestamptz) returns double precision
-language sql volatile parallel safe as $$
-  select case when p_at is not null then greatest(round(extract(epoch from clock_timestamp() - p_at), 3), 0)::double precision end
-$$;
+language sql volatile parallel safe
+return case when p_at is not null then greatest(round(extract(epoch from clock_timestamp() - p_at), 3), 0)::double precision end;
 
 create or replace function orchestrator._api_types() returns jsonb
 language sql set search_path = pg_catalog, pg_temp as $$
@@ -19,7 +18,7 @@ language sql set search_path = pg_catalog, pg_temp as $$
     'type', y.type, 'others', y.others, 'waiting', coalesce(s.waiting, 0), 'scheduled', coalesce(s.scheduled, 0),
     'in_flight', coalesce(s.in_flight, 0), 'dead_letters', coalesce(s.dead_letters, 0), 'oldest_waiting', orchestrator._age(s.oldest_ready_at),
     'enqueued_total', coalesce(s.enqueued_total, 0), 'paused',
-    exists (select from orchestrator.task_types p where p.paused and not y.others and y.type like orchestrator._like(p.type)),
+    exists (select from orchestrator.task_types p where p.paused and not y.others and y.type like p.likes),
     'workers', case when not y.others then (select coalesce(sum(h.n), 0) from handled h where y.type like any (h.handles)) end,
     'per_second', r.per_second, 'enqueued_per_second', r.enqueued_per_second, 'failure_share', r.failure_share,
     'median', r.median, 'p95', r.p95) order by y.others, y.type), '[]')
@@ -27,17 +26,17 @@ language sql set search_path = pg_catalog, pg_temp as $$
   where not y.others or s.enqueued_total > 0
 $$;
 
--- overdue: three heartbeats are missing, as far apart as this worker's last ones.
+-- overdue: it has been silent for longer than the leader's lease lasts from one heartbeat to its end.
 create or replace function orchestrator._api_workers() returns jsonb
 language sql set search_path = pg_catalog, pg_temp as $$
   select coalesce(jsonb_agg(jsonb_build_object(
     'id', w.id, 'hostname', w.hostname, 'version', w.version, 'pool_size', w.pool_size, 'up', orchestrator._age(w.started_at),
     'heartbeat', orchestrator._age(w.last_heartbeat), 'leads', w.is_leader and w.leader_until > clock_timestamp(), 'term', w.leader_term,
-    'overdue', coalesce(orchestrator._age(w.last_heartbeat) > 3 * (s.heartbeats -> w.id ->> 1)::double precision, false),
-    'declared_dead', w.declared_dead_at is not null, 'idle', w.idle,
+    'overdue', coalesce(clock_timestamp() - w.last_heartbeat > (select l.leader_until - l.last_heartbeat from orchestrator.workers l where l.is_leader), false),
+    'declared_dead', w.declared_dead_at is not null, 'stopping', w.stopping_at is not null, 'idle', w.idle,
     'in_flight', (select coalesce(sum(c.open_tasks), 0) from orchestrator.claims c where c.worker_id = w.id),
     'handles', (select jsonb_agg(replace(replace(h, '\', ''), '%', '*') order by h) from unnest(w.handles) h)) order by w.started_at, w.id), '[]')
-  from (select * from orchestrator.workers w order by w.started_at limit 500) w cross join orchestrator.stats_state s
+  from (select * from orchestrator.workers w order by w.started_at limit 500) w
 $$;
 
 create or replace function orchestrator.api_overview() returns jsonb
@@ -95,8 +94,8 @@ set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off s
     (select t.id, t.type, t.status from orchestrator.tasks t
      where p_state = 'ready' and p_type is null and t.queued_at is not null order by t.type, t.priority desc, t.queued_at offset p_skip limit p_bound)
     union all
-    (select t.id, t.type, t.status from unnest(case when p_type !~ '[:*]$' then array[p_type] else array(
-       select y from orchestrator._ready_types('', '{}') y where y like orchestrator._like(p_type)) end) with ordinality u(type, o)
+    (select t.id, t.type, t.status from unnest(case when orchestrator._prefix(p_type) is null then array[p_type]
+       else array(select orchestrator._ready_types(orchestrator._prefix(p_type), '{}')) end) with ordinality u(type, o)
      cross join lateral (select t.id, t.type, t.status, t.priority, t.queued_at from orchestrator.tasks t
        where p_state = 'ready' and t.queued_at is not null and t.type = u.type order by t.priority desc, t.queued_at limit p_skip + p_bound) t
      order by u.o, t.priority desc, t.queued_at offset p_skip limit p_bound)

@@ -108,6 +108,21 @@ def test_overview_tells_a_dead_worker_and_a_type_that_nobody_handles(conn: Conne
     assert {t["type"]: t["workers"] for t in seen["types"]} == {"t": 0, "u": 0}
 
 
+def test_overview_tells_a_worker_that_stops_and_one_that_is_silent_for_longer_than_a_leader_may_be(conn: Connection) -> None:
+    def seen() -> dict[str, Any]:
+        return next(w for w in api(conn, "overview")["workers"] if w["id"] == "w")
+
+    assert (seen()["stopping"], seen()["overdue"]) == (False, False)
+    conn.execute("select orchestrator.announce_stop('w')")
+    assert seen()["stopping"]
+    conn.execute("update orchestrator.workers set last_heartbeat = last_heartbeat - interval '1 hour'")
+    assert not seen()["overdue"]   # there is no leader to compare with
+    lead(conn, length="20 seconds")
+    assert seen()["overdue"]
+    conn.execute("update orchestrator.workers set last_heartbeat = clock_timestamp() - interval '15 seconds' where id = 'w'")
+    assert not seen()["overdue"]
+
+
 def test_overview_works_before_anything_was_counted(conn: Connection) -> None:
     seen = api(conn, "overview")
     assert seen["counts"]["age"] is None and seen["totals"]["waiting"] == 0 and seen["totals"]["ended_total"] is None

@@ -3,10 +3,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,12 +19,15 @@ import pytest
 from postgres import eventually, processes_below
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-# Starts (again for each line it reads), and closes at the end of its input.
+# Starts (again for each line it reads), and closes at the end of its input. A copy of a database is as good as a new one
+# where initdb is not what is tested, and is there sooner.
 PROGRAM = """
-import os, sys
+import os, subprocess, sys
 from pathlib import Path
 import orchestrator
 orchestrator.SHARED_FOLDER = Path(sys.argv[2])
+if sys.argv[3]:
+    orchestrator.Embedded._create = lambda self, lock: subprocess.run(["cp", "-a", sys.argv[3], self.data / "pgdata"], check=True)
 server = orchestrator.Embedded(Path(sys.argv[1]))
 print(server.start(), flush=True)
 for line in sys.stdin:
@@ -39,9 +44,9 @@ server.close()
 class User:
     """A process that uses the embedded server of a folder."""
 
-    def __init__(self, data: Path, shared: Path) -> None:
+    def __init__(self, data: Path, shared: Path, model: Path | None = None) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(data), str(shared)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            [sys.executable, "-c", PROGRAM, str(data), str(shared), str(model or "")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, text=True, cwd=data.parent, start_new_session=True,
             env={**os.environ, "PYTHONPATH": f"{REPOSITORY}:{os.environ.get('PYTHONPATH', '')}"})
 
@@ -85,12 +90,25 @@ def data(folder: Path) -> Path:
     return folder / ".orchestrator"
 
 
+@pytest.fixture(scope="module")
+def model() -> Iterator[Path]:
+    """The data folder of a new database."""
+    folder = Path(tempfile.mkdtemp(prefix="test-", dir="/tmp"))
+    folder.chmod(0o755)
+    user = User(folder / ".orchestrator", folder / "shared")
+    user.wait_started()
+    user.close()
+    yield folder / ".orchestrator" / "pgdata"
+    user.kill()
+    shutil.rmtree(folder)
+
+
 @pytest.fixture
-def use(data: Path, folder: Path) -> Iterator[Callable[..., User]]:
+def use(data: Path, folder: Path, model: Path) -> Iterator[Callable[..., User]]:
     users: list[User] = []
 
-    def start(path: Path = data) -> User:
-        users.append(User(path, folder / "shared"))
+    def start(path: Path = data, new: bool = False) -> User:
+        users.append(User(path, folder / "shared", None if new else model))
         return users[-1]
 
     yield start
@@ -138,7 +156,7 @@ def test_two_processes_share_one_server_and_the_last_one_stops_it(use: Callable[
 
 
 def test_eight_starts_at_once_make_one_server(use: Callable[..., User], data: Path) -> None:
-    users = [use() for _ in range(8)]
+    users = [use(new=True) for _ in range(8)]
     started = {query(user.wait_started(), "select pg_postmaster_start_time()") for user in users}
     assert len(started) == 1
     for user in users:
@@ -266,7 +284,7 @@ def test_a_stale_pid_given_to_another_process_does_not_stop_a_start(use: Callabl
 def test_a_half_made_database_is_made_again(use: Callable[..., User], data: Path) -> None:
     (data / "pgdata.new" / "base").mkdir(parents=True)
     (data / "pgdata.new" / "PG_VERSION").write_text("18\n")
-    assert query(use().wait_started(), "select 1") == 1
+    assert query(use(new=True).wait_started(), "select 1") == 1
 
 
 @pytest.mark.parametrize("name", ["with a space", "it's $HOME \"quoted\", `id`", "größe%2F", "long" * 50])
@@ -279,9 +297,9 @@ def test_any_folder_name_works(use: Callable[..., User], folder: Path, name: str
 
 
 def test_a_new_database_is_said_in_a_warning_and_an_old_one_is_not(use: Callable[..., User], data: Path) -> None:
-    first = use()
+    first = use(new=True)
     first.wait_started()
-    second = use()
+    second = use(new=True)
     second.wait_started()
     said = [user.said() for user in (first, second)]
     assert f"created a new, empty database in {data}" in said[0] and "EMBEDDED_DIR" in said[0] and said[0].count("\n") == 1

@@ -15,14 +15,14 @@ import pytest
 from psycopg import sql
 
 from postgres import LocalServer, eventually, install_schema
-from steps import audit, claim, column, enqueue, register, rows, value
+from steps import audit, claim, column, enqueue, fail, register, rows, value
 
 PURE = {"schema_version", "longest_delay", "redact", "redact_text", "retry_delay"}
 READ = PURE | {"explain_task", "show_task", "audit", "metrics", "api_overview", "api_history", "api_tasks", "api_failures", "api_task"}
 DECISIONS = {
     "producer": PURE | {"enqueue", "enqueue_many", "enqueue_lines"},
     "worker": READ | {
-        "register_worker", "unregister_worker", "heartbeat", "cancelling_tasks", "set_idle", "promote_due", "claim_tasks",
+        "register_worker", "unregister_worker", "heartbeat", "cancelling_tasks", "set_idle", "announce_stop", "promote_due", "claim_tasks",
         "start_tasks", "complete_tasks", "fail_tasks", "fail_task", "release_tasks", "release_forgotten", "snooze_task",
         "record_progress", "acquire_leadership", "resign_leadership", "declare_dead", "declare_disconnected_dead", "recover_orphans",
         "raise_floors", "rescan_lanes", "prune", "sample_stats", "note_lost_result", "get_task"},
@@ -226,7 +226,7 @@ def test_operator_cancels_retries_and_pauses_without_a_right_on_payloads(login, 
         assert value(operator, "select orchestrator.retry_task(%s)", ids[1]) == "pending"
         assert value(operator, "select changed from orchestrator.pause_type('t')") is True
         assert value(operator, "select changed from orchestrator.resume_type('t')") is True
-        conn.execute("select orchestrator.fail_task(%s, %s, 'no', null, true)", [claim(conn, limit=1)[0]["claim_id"], ids[2]])
+        fail(conn, claim(conn, limit=1)[0]["claim_id"], ids[2], permanent=True)
         assert value(operator, "select orchestrator.retry_dead_letters()") == 1
         for query in ("select payload from orchestrator.tasks", "select orchestrator.enqueue('t')", "delete from orchestrator.tasks",
                       "select orchestrator.claim_tasks('w', '{t}', 1)", "update orchestrator.tasks set payload = '{}'"):
@@ -273,7 +273,6 @@ def test_a_whole_worker_runs_under_its_role_alone(login, conn, worker_process, t
     assert post(worker.address, "cancel", id=ids["task:wait"])[0] == 403
     operator = worker_process(login("worker", "operator"), **settings)
     assert post(operator.address, "cancel", id=ids["task:wait"]) == (200, {"result": "cancelling"})
-    eventually(lambda: value(conn, "select count(*) from orchestrator.workers where id = 'dead'") == 0)   # recovered, so it can run
     assert post(operator.address, "pause", type="task:ok")[0] == 200
     # everything that ended is pruned after a second, the orphan of the dead worker too; what is snoozed over and over stays
     gone = [*ids.values(), orphan]

@@ -325,19 +325,6 @@ def test_durations_are_sampled_from_runs_that_ended_and_from_those_that_were_sti
     assert value(conn, "select watched from orchestrator.stats_state") == []
 
 
-def test_a_heartbeat_is_overdue_by_the_distance_of_the_last_ones(conn: Connection, term: int) -> None:
-    beat = "update orchestrator.workers set last_heartbeat = clock_timestamp() - make_interval(secs => %s) where id = 'w'"
-    overdue = "select (w ->> 'overdue')::boolean from jsonb_array_elements(orchestrator.api_overview() -> 'workers') w where w ->> 'id' = 'w'"
-    conn.execute(beat, [20])
-    sample(conn, term)
-    assert value(conn, overdue) is False   # one alone tells nothing
-    conn.execute(beat, [10])
-    sample(conn, term)
-    assert value(conn, overdue) is False   # 10 s apart, 10 s ago
-    conn.execute("update orchestrator.workers set last_heartbeat = last_heartbeat - interval '25 seconds' where id = 'w'")
-    assert value(conn, overdue) is True    # 35 s ago
-
-
 def test_a_counter_never_falls_when_tasks_are_deleted(conn: Connection, term: int) -> None:
     enqueue_some(conn, 5)
     sample(conn, term)
