@@ -248,7 +248,7 @@ def redact_url(text: str) -> str:
 
 # ============================================================================================ settings and logging
 PARAMETERS_OF_ORMS = ("schema", "connection_limit", "pool_timeout", "pgbouncer", "statement_cache_size")
-PORT_OFF = -1
+METRICS_PORT, PORT_OFF = 9090, -1
 
 
 def _boolean(text: str) -> bool:
@@ -303,9 +303,9 @@ class Config:
         30.0, _duration, "silence after which a worker is declared dead and its tasks run elsewhere", 0.3, 86400)
     leader_term: float = _setting(30.0, _duration, "length of a leader's lease unless it is extended", 0.3, 86400)
     cleanup_interval: float = _setting(60.0, _duration, "how often the leader deletes old tasks", 0.1, 86400)
-    metrics_port: int | None = _setting(
-        None, _port, "port of the page, /metrics, /health and /ready; 0: any free port; off: no server; unset: 9090, "
-        "or the next free port if DISTRIBUTED_MODE is true", PORT_OFF, 65535)
+    metrics_port: int = _setting(
+        METRICS_PORT, _port, "port of the page, /metrics, /health and /ready; 0: any free port; off: no server; where "
+        "DISTRIBUTED_MODE is true and 9090 is in use, the next free port", PORT_OFF, 65535)
     metrics_host: str = _setting("127.0.0.1", str, "address to listen on; 0.0.0.0: all addresses")
     metrics_auth: str = _setting(
         "", str, "what the page and /metrics require: a bearer token, or user:password; unset: nothing")
@@ -1552,8 +1552,8 @@ class Pool:
             log.error("%d handlers did not stop after their timeout: the pool shrinks", stuck)
 
     def problems(self) -> list[str]:
-        usable = sum(slot.thread.is_alive() and not slot.abandoned for slot in self.slots)
-        return [] if usable or self.stopped.is_set() else ["no thread of the pool can run a task"]
+        usable = any(slot.thread.is_alive() and not slot.abandoned for slot in self.slots)
+        return [] if usable or not self.slots or self.stopped.is_set() else ["no thread of the pool can run a task"]
 
 
 class Loop:
@@ -2678,6 +2678,8 @@ class Orchestrator:
                 self._http = type(self).http_server(self.config, worker.status)
                 self._http.start()
             worker.start()
+            if self._http is not None:
+                log.info("the page and /metrics are at http://%s:%d/", *self._http.server_address[:2])
         except BaseException:
             self.worker = None
             self.close()
@@ -2955,7 +2957,6 @@ def _family(family: Callable[..., Any], name: str, text: str, labels: str,
 API_GET = ("overview", "history", "tasks", "failures", "task")
 API_POST = {"cancel": "cancel_task", "retry": "retry_task", "retry_dead_letters": "retry_dead_letters",
             "pause": "pause_type", "resume": "resume_type"}
-METRICS_PORT = 9090      # unless another is given
 MAX_CLIENTS = 100        # beyond it, the connection that has been open longest is closed
 CLIENT_SECONDS = 30.0    # no connection is open longer than this, however busy it is
 MAX_WAITING = 8          # requests that use the database or wait for it; one more gets a 503
@@ -2993,11 +2994,10 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.address_family = socket.AF_INET6 if ":" in config.metrics_host else socket.AF_INET
         self._listen(config.metrics_host, config.metrics_port)
 
-    def _listen(self, host: str, port: int | None) -> None:
+    def _listen(self, host: str, port: int) -> None:
         """Listen on the port, by default 9090; where many workers are usual, on the next one that is free."""
-        first = METRICS_PORT if port is None else port
-        last = first + 100 if port is None and self.config.distributed_mode else first
-        for number in range(first, last + 1):
+        last = port + 100 if port == METRICS_PORT and self.config.distributed_mode else port
+        for number in range(port, last + 1):
             try:
                 super().__init__((host, number), HttpRequest)
                 break
@@ -3005,15 +3005,14 @@ class HttpServer(http.server.ThreadingHTTPServer):
                 if getattr(error, "errno", None) != errno.EADDRINUSE or number == last:
                     raise ConfigError(f"METRICS_HOST, METRICS_PORT: cannot listen on {host} {number}: "
                                       f"{error}; METRICS_PORT=0 takes any free port, off none") from None
-        if number != first:
-            log.info("port %d is in use: the page and the metrics are on port %d", first, number)
+        if number != port:
+            log.info("port %d is in use: the page and the metrics are on port %d", port, number)
 
     def server_bind(self) -> None:
         socketserver.TCPServer.server_bind(self)   # http.server's asks the DNS for our name, which may hang
 
     def start(self) -> None:
         self.thread.start()
-        log.info("the page and /metrics are at http://%s:%d/", *self.server_address[:2])
 
     def close(self) -> None:
         if self.thread.ident is not None:
@@ -3593,7 +3592,7 @@ def command_install(app: Orchestrator, args: argparse.Namespace) -> int:
     if args.print:
         sys.stdout.write(install_script())
         return 0
-    app.open()
+    app._open()
     with connect(app.config) as connection:
         prepare_session(connection, app.config)
         install(connection)
@@ -3812,7 +3811,7 @@ def command_audit(app: Orchestrator, args: argparse.Namespace) -> int:
 
 
 def command_psql(app: Orchestrator, args: argparse.Namespace) -> int:
-    app.open()
+    app._open()
     psql = str(app._embedded.bin / "psql") if app._embedded else shutil.which("psql")
     if psql is None:
         raise ConfigError("psql: is not on the PATH; install PostgreSQL's client")

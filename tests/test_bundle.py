@@ -197,4 +197,4 @@ def test_program_alone_without_sql_says_what_to_put_beside_it(db, folder):
     done = subprocess.run([sys.executable, "orchestrator.py", "install"], cwd=folder, check=False, text=True, capture_output=True,
                           env=clean_environment(DATABASE_URL=db))
     assert done.returncode == 2
-    assert "put the folder sql/ beside orchestrator.py, or use the bundled file" in done.stderr
+    assert "copy dist/orchestrator.py instead, which has the SQL inside" in done.stderr

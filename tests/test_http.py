@@ -330,19 +330,18 @@ def test_where_many_workers_are_usual_the_next_free_port_is_taken_and_said(lone,
     caplog.set_level(logging.INFO)
     first = free_port_pair()
     monkeypatch.setattr(orchestrator, "METRICS_PORT", first)
-    servers = [lone(distributed_mode=True) for _ in range(2)]
+    servers = [lone(distributed_mode=True, metrics_port=first) for _ in range(2)]
     assert [server.server_address[1] for server in servers] == [first, first + 1]
     assert f"port {first} is in use: the page and the metrics are on port {first + 1}" in caplog.text
 
 
-@pytest.mark.parametrize("settings", [{"distributed_mode": False}, {"distributed_mode": True, "metrics_port": "given"}])
+@pytest.mark.parametrize("settings", [{"distributed_mode": False, "default": True}, {"distributed_mode": True, "default": False}])
 def test_a_single_worker_and_a_port_that_was_given_take_no_other(lone, monkeypatch, settings):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        monkeypatch.setattr(orchestrator, "METRICS_PORT", port)
-        given = {name: port if value == "given" else value for name, value in settings.items()}
+        monkeypatch.setattr(orchestrator, "METRICS_PORT", port if settings["default"] else 9090)
         with pytest.raises(orchestrator.ConfigError, match="METRICS_PORT=0 takes any free port, off none"):
-            lone(**given)
+            lone(distributed_mode=settings["distributed_mode"], metrics_port=port)
 
 
 @pytest.mark.parametrize("off", ["off", "none"])
