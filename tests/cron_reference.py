@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from zoneinfo import ZoneInfo
 
@@ -37,8 +37,8 @@ class Cron:
 
 def random_cron(chance: random.Random) -> Cron:
     fields = [_random_field(chance, *limits) for limits in ((0, 59, .2), (0, 23, .35), (1, 31, .6), (1, 12, .8), (0, 7, .6))]
-    texts, numbers = zip(*fields, strict=True)
-    return Cron(" ".join(texts), *numbers[:4], frozenset(number % 7 for number in numbers[4]))
+    minutes, hours, days, months, weekdays = (numbers for _, numbers in fields)
+    return Cron(" ".join(text for text, _ in fields), minutes, hours, days, months, frozenset(number % 7 for number in weekdays))
 
 
 def _random_field(chance: random.Random, low: int, high: int, star: float) -> tuple[str, frozenset[int]]:
@@ -96,7 +96,7 @@ class Window:
                     for minute in cron.minutes:
                         # fold=0: the first of two; where there is none, by the offset before the change
                         local = datetime(day.year, day.month, day.day, hour, minute, tzinfo=zone, fold=0)
-                        if self.start < (at := local.astimezone(timezone.utc)) <= self.end:
+                        if self.start < (at := local.astimezone(UTC)) <= self.end:
                             found.add(int(at.timestamp()) // 60)
         return sorted(found)
 
@@ -105,7 +105,7 @@ class Window:
 def changes(zone: str) -> list[datetime]:
     """The hours, from 2015 to 2036, before which the clock changed."""
     clock, found = ZoneInfo(zone), []
-    at = datetime(2015, 1, 1, tzinfo=timezone.utc)
+    at = datetime(2015, 1, 1, tzinfo=UTC)
     before = at.astimezone(clock).utcoffset()
     while at.year < 2037:
         at += timedelta(hours=6)
@@ -122,5 +122,5 @@ def random_window(chance: random.Random, zone: str) -> Window:
     if kind < .8 and near:
         start = chance.choice(near) - timedelta(hours=chance.randint(1, 50))
     else:
-        start = datetime(2015, 1, 1, tzinfo=timezone.utc) + timedelta(hours=chance.randrange(22 * 365 * 24))
+        start = datetime(2015, 1, 1, tzinfo=UTC) + timedelta(hours=chance.randrange(22 * 365 * 24))
     return Window(zone, start + timedelta(minutes=chance.randint(0, 59), seconds=chance.randint(0, 59)))

@@ -1,9 +1,10 @@
 """sql/21_cron.sql: which times a cron expression stands for."""
 from __future__ import annotations
 
+import itertools
 import os
 import random
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfo
 
 import psycopg
@@ -18,10 +19,10 @@ EVERY_DAY = frozenset(range(1, 32)), frozenset(range(1, 13)), frozenset(range(7)
 
 
 def at(text):
-    return datetime.fromisoformat(text).astimezone(timezone.utc)
+    return datetime.fromisoformat(text).astimezone(UTC)
 
 
-def fires(conn, cron, zone="UTC", after="2026-11-26T12:00:00+00:00", n=5, until="infinity"):
+def fires(conn, cron, zone="UTC", after="2026-11-26T12:00Z", n=5, until="infinity"):
     return column(conn, "select orchestrator.fire_times(%s, %s, %s, %s, %s)", cron, zone, after, n, until)
 
 
@@ -82,7 +83,7 @@ def test_any_split_of_time_gives_the_same_fire_times(pure):
         cron = random_cron(chance)
         whole = fires(pure, cron.text, window.zone, window.start, 5000, window.end)
         cuts = [window.start, *sorted(window.start + timedelta(seconds=chance.randrange(3 * 86400)) for _ in range(6)), window.end]
-        parts = [fires(pure, cron.text, window.zone, one, 5000, other) for one, other in zip(cuts, cuts[1:], strict=False)]
+        parts = [fires(pure, cron.text, window.zone, one, 5000, other) for one, other in itertools.pairwise(cuts)]
         assert [moment for part in parts for moment in part] == whole, (cron.text, window)
         for cut in cuts[1:]:
             last = value(pure, "select orchestrator._last_fire_time(%s, %s, %s, %s)", cron.text, window.zone, window.start, cut)
@@ -91,13 +92,22 @@ def test_any_split_of_time_gives_the_same_fire_times(pure):
             assert fires(pure, cron.text, window.zone, before, 1) == [after], (cron.text, window)
 
 
-# A time that the clock jumps over is of the day before where it jumps to; in Nuuk that is after a time of the day after.
 def test_a_jump_over_midnight_keeps_all_times_and_their_order(pure):
-    window = Window("America/Nuuk", at("2025-03-29T20:00:00+00:00"))
-    cron = Cron("15,30,45 0,23 * * *", frozenset({15, 30, 45}), frozenset({0, 23}), *EVERY_DAY)
+    """In Nuuk, 23:00 is followed by 00:00 of the next day: 23:30 fires at 00:30, after what is due at 00:15."""
+    window = Window("America/Nuuk", at("2025-03-29T20:00Z"))
+    cron = Cron("15,30 0,23 * * *", frozenset({15, 30}), frozenset({0, 23}), *EVERY_DAY)
     found = fires(pure, cron.text, window.zone, window.start, 100, window.end)
     assert [int(moment.timestamp()) // 60 for moment in found] == window.fires(cron, [])
     assert found == sorted(set(found))
+    assert local(pure, "45 23 * * *", "America/Nuuk", "2025-03-30T01:00Z", 2) == ["30 00:45 -0100", "30 23:45 -0100"]
+
+
+def test_a_midnight_that_comes_twice_belongs_to_the_same_day(pure):
+    """In St. John's, 00:01 was followed by 23:01 of the day before."""
+    assert local(pure, "0 0 7 11 *", "America/St_Johns", "2010-11-07T02:00Z", 1) == ["07 00:00 -0230"]
+    until = at("2010-11-07T03:00Z")   # there, 23:30 of the day before
+    assert fires(pure, "0 0 7 11 *", "America/St_Johns", "2010-11-07T02:00Z", 5, until) == [at("2010-11-07T02:30:00Z")]
+    assert local(pure, "0 */12 7 11 *", "America/St_Johns", "2010-11-07T02:00Z", 3) == ["07 00:00 -0230", "07 00:00 -0330", "07 12:00 -0330"]
 
 
 @pytest.mark.parametrize(("cron", "expected"), [
@@ -135,13 +145,14 @@ def test_an_expression_stands_for_these_times(pure, cron, expected):
 def moment(text):
     """`12:01`, `27 00:00`, `12-06 00:00` and so on, the rest as of 2026-11-26."""
     day, _, time = text.rpartition(" ")
-    return at(f"{'2026-11-26'[:10 - len(day)]}{day}T{time}+00:00")
+    return at(f"{'2026-11-26'[:10 - len(day)]}{day}T{time}Z")
 
 
 @pytest.mark.parametrize(("cron", "part"), [
-    (None, "five fields"), ("", "five fields"), ("* * * *", "five fields"), ("* * * * * *", "five fields"), ("@reboot", "five fields"),
-    ("60 * * * *", "minute: '60' is not a list of values from 0 to 59"), ("* 24 * * *", "hour"), ("* * 0 * *", "day"), ("* * 32 * *", "day"),
-    ("* * * 13 *", "month"), ("* * * * 8", "weekday"), ("5-1 * * * *", "minute"), ("*/0 * * * *", "minute"), ("1, * * * *", "minute"),
+    (None, "five fields"), ("", "five fields"),
+    ("* * * *", "five fields"), ("* * * * * *", "five fields"), ("@reboot", "five fields"),
+    ("60 * * * *", "minute: '60' is not a list of values from 0 to 59"), ("* 24 * * *", "hour"), ("* * 0 * *", "day"),
+    ("* * 32 * *", "day"),     ("* * * 13 *", "month"), ("* * * * 8", "weekday"), ("5-1 * * * *", "minute"), ("*/0 * * * *", "minute"), ("1, * * * *", "minute"),
     ("-1 * * * *", "minute"), ("*/ * * * *", "minute"), ("1.5 * * * *", "minute"), ("* * l * *", "day"), ("* * 15w * *", "day"),
     ("* * * * 5#2", "weekday"), ("? * * * *", "minute"), ("mon * * * *", "minute"), ("* * * foo *", "month"), ("* * * * monday", "weekday"),
     ("* * * * fri-mon", "weekday"), ("*-5 * * * *", "minute"), ("١ * * * *", "minute"),
@@ -170,36 +181,36 @@ def test_an_unknown_zone_and_a_time_without_end_are_refused(pure):
 def test_fire_times_ends_after_n_times_or_at_until(pure):
     assert fires(pure, "* * * * *", n=0) == []
     assert len(fires(pure, "*/7 * * * *", n=3000)) == 3000
-    until = at("2026-11-26T12:30:00+00:00")
+    until = at("2026-11-26T12:30:00Z")
     assert fires(pure, "*/15 * * * *", n=10, until=until)[-1] == until and len(fires(pure, "@every 10 minutes", n=10, until=until)) == 3
-    assert fires(pure, "*/15 * * * *", n=10, until=at("2026-11-26T12:14:59+00:00")) == []
+    assert fires(pure, "*/15 * * * *", n=10, until=at("2026-11-26T12:14:59Z")) == []
     assert len(column(pure, "select orchestrator.fire_times('@hourly')")) == 5
 
 
 def test_fixed_hours_that_the_clock_jumps_over_fire_as_much_later_once(pure):
-    assert local(pure, "30 2 * * *", "Europe/Berlin", "2026-03-28T00:00:00+01:00", 3) == ["28 02:30 +0100", "29 03:30 +0200", "30 02:30 +0200"]
-    assert local(pure, "30 2,3 * * *", "Europe/Berlin", "2026-03-28T12:00:00+01:00", 3) == ["29 03:30 +0200", "30 02:30 +0200", "30 03:30 +0200"]
-    assert local(pure, "15 2 * * *", "Australia/Lord_Howe", "2026-10-03T12:00:00+00:00", 2) == ["04 02:45 +1100", "05 02:15 +1100"]
+    assert local(pure, "30 2 * * *", "Europe/Berlin", "2026-03-28T00:00+01:00", 3) == ["28 02:30 +0100", "29 03:30 +0200", "30 02:30 +0200"]
+    assert local(pure, "30 2,3 * * *", "Europe/Berlin", "2026-03-28T12:00+01:00", 3) == ["29 03:30 +0200", "30 02:30 +0200", "30 03:30 +0200"]
+    assert local(pure, "15 2 * * *", "Australia/Lord_Howe", "2026-10-03T12:00Z", 2) == ["04 02:45 +1100", "05 02:15 +1100"]
 
 
 def test_when_the_clock_jumps_forward_every_hour_goes_on_and_nothing_is_added(pure):
-    assert local(pure, "30 * * * *", "Europe/Berlin", "2026-03-29T00:00:00+00:00", 3) == ["29 01:30 +0100", "29 03:30 +0200", "29 04:30 +0200"]
-    assert local(pure, "30 */2 * * *", "Europe/Berlin", "2026-03-28T23:00:00+00:00", 2) == ["29 00:30 +0100", "29 04:30 +0200"]
+    assert local(pure, "30 * * * *", "Europe/Berlin", "2026-03-29T00:00Z", 3) == ["29 01:30 +0100", "29 03:30 +0200", "29 04:30 +0200"]
+    assert local(pure, "30 */2 * * *", "Europe/Berlin", "2026-03-28T23:00Z", 2) == ["29 00:30 +0100", "29 04:30 +0200"]
 
 
 def test_fixed_hours_that_come_twice_fire_once_at_the_first(pure):
-    assert local(pure, "30 2 * * *", "Europe/Berlin", "2026-10-24T00:00:00+00:00", 3) == ["24 02:30 +0200", "25 02:30 +0200", "26 02:30 +0100"]
-    assert local(pure, "30 0-23 * * *", "Europe/Berlin", "2026-10-25T00:00:00+00:00", 2) == ["25 02:30 +0200", "25 03:30 +0100"]
+    assert local(pure, "30 2 * * *", "Europe/Berlin", "2026-10-24T00:00Z", 3) == ["24 02:30 +0200", "25 02:30 +0200", "26 02:30 +0100"]
+    assert local(pure, "30 0-23 * * *", "Europe/Berlin", "2026-10-25T00:00Z", 2) == ["25 02:30 +0200", "25 03:30 +0100"]
 
 
 def test_when_the_clock_goes_back_every_hour_fires_in_both_hours(pure):
-    assert local(pure, "30 * * * *", "Europe/Berlin", "2026-10-25T00:00:00+00:00", 3) == ["25 02:30 +0200", "25 02:30 +0100", "25 03:30 +0100"]
-    assert local(pure, "30 */2 * * *", "Europe/Berlin", "2026-10-25T00:00:00+00:00", 3) == ["25 02:30 +0200", "25 02:30 +0100", "25 04:30 +0100"]
+    assert local(pure, "30 * * * *", "Europe/Berlin", "2026-10-25T00:00Z", 3) == ["25 02:30 +0200", "25 02:30 +0100", "25 03:30 +0100"]
+    assert local(pure, "30 */2 * * *", "Europe/Berlin", "2026-10-25T00:00Z", 3) == ["25 02:30 +0200", "25 02:30 +0100", "25 04:30 +0100"]
 
 
 def test_every_interval_is_real_time_whatever_the_session_s_zone(connect):
     """A day is 24 hours, also where one has 23."""
     conn = connect(options="-c timezone=Europe/Berlin -c intervalstyle=sql_standard")
-    found = fires(conn, "@every 1 day", "Europe/Berlin", "2026-03-28T00:00:00+00:00", 3)
-    assert found == [at(f"2026-03-{day}T00:00:00+00:00") for day in (29, 30, 31)]
-    assert fires(conn, "0 12 * * *", "UTC", "2026-03-28T13:00:00+00:00", 2) == [at(f"2026-03-{day}T12:00:00+00:00") for day in (29, 30)]
+    found = fires(conn, "@every 1 day", "Europe/Berlin", "2026-03-28T00:00Z", 3)
+    assert found == [at(f"2026-03-{day}T00:00Z") for day in (29, 30, 31)]
+    assert fires(conn, "0 12 * * *", "UTC", "2026-03-28T13:00Z", 2) == [at(f"2026-03-{day}T12:00Z") for day in (29, 30)]
