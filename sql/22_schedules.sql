@@ -50,7 +50,7 @@ begin
   if (octet_length(p_name) between 1 and 200 and p_name !~ '[[:cntrl:]]') is not true then
     perform orchestrator._invalid('name', 'must be 1 to 200 bytes, without control characters', 'Use a name such as nightly-backup.');
   elsif (p_missed in ('one', 'all', 'none')) is not true then
-    perform orchestrator._invalid('missed', 'must be one, all or none', 'How many of the fire times without a running worker to make up for.');
+    perform orchestrator._invalid('missed', 'must be one, all or none', 'What to make up for after a time without a running worker.');
   elsif not exists (select from pg_timezone_names z where z.name = p_timezone) then   -- at time zone would take "Berlin1", too
     perform orchestrator._invalid('timezone', format('there is no %L', p_timezone), 'Such as UTC or Europe/Berlin: see pg_timezone_names.');
   elsif orchestrator._payload_too_large(p_payload) then
@@ -73,7 +73,7 @@ declare
 begin
   p_payload := coalesce(p_payload, '{}');
   p_overlap := coalesce(p_overlap, true);
-  -- without a lock, so that a deployment in a long transaction doesn't keep it from firing
+  -- without a lock, so that a deployment in a long transaction keeps no schedule from firing
   if not exists (
     select from orchestrator.schedules s
     where s.name = p_name and (s.cron, s.timezone, s.type, s.payload, s.priority, s.max_retries, s.missed, s.overlap)
@@ -84,20 +84,20 @@ begin
     values (p_name, p_cron, p_timezone, p_type, p_payload, p_priority, p_max_retries, p_missed, p_overlap, v_next)
     on conflict (name) do update
     set cron = p_cron, timezone = p_timezone, type = p_type, payload = p_payload, priority = p_priority, max_retries = p_max_retries,
-        missed = p_missed, overlap = p_overlap, updated_at = clock_timestamp(), last_error = null,
-        paused = s.paused and s.last_error is null,   -- a mended one goes on
-        (next_at, active_since) = (   -- with the same fire times, what was missed meanwhile is still due
-          select (case when same then s.next_at else v_next end), (case when same then s.active_since else clock_timestamp() end)
-          from (select (s.cron, s.timezone) = (p_cron, p_timezone) and s.last_error is null as same) x)
-    where (s.cron, s.timezone, s.type, s.payload, s.priority, s.max_retries, s.missed, s.overlap)
-      is distinct from (p_cron, p_timezone, p_type, p_payload, p_priority, p_max_retries, p_missed, p_overlap);
+        missed = p_missed, overlap = p_overlap, updated_at = clock_timestamp(),
+        paused = s.paused and s.last_error is null, last_error = null,   -- one that failed gets another chance
+        -- the same fire times: what was missed meanwhile is still due
+        next_at = case when (s.cron, s.timezone) = (p_cron, p_timezone) and s.last_error is null then s.next_at else v_next end,
+        active_since = case when (s.cron, s.timezone) = (p_cron, p_timezone) and s.last_error is null then s.active_since
+                            else clock_timestamp() end;
   end if;
   return (select s.next_at from orchestrator.schedules s where s.name = p_name and not s.paused);
 end $$;
 comment on function orchestrator.schedule(text, text, text, jsonb, text, int, int, text, boolean) is
-  'Creates or changes a schedule: at each of fire_times(p_cron, p_timezone) a task of that type is enqueued. Returns the next fire '
-  'time (null: it is paused). The same definition again changes nothing; another cron or time zone counts from now on. p_missed: one, '
-  'all or none of the times without a running worker fire. p_overlap false: a time is left out while the last task is unfinished. Raises OR001.';
+  'Creates or changes a schedule: at each of fire_times(p_cron, p_timezone), a task of that type is enqueued. Returns the next one '
+  '(null: it is paused). The same definition again changes nothing; another cron or time zone counts from now on. p_missed: what of '
+  'the times without a running worker is made up for, the last (one), all or none. p_overlap false: a time is left out while the '
+  'last task is unfinished. Raises OR001.';
 
 create or replace function orchestrator.unschedule(p_name text) returns boolean
 language plpgsql set search_path = pg_catalog, pg_temp as $$
@@ -128,7 +128,8 @@ begin
   return (select false from orchestrator.schedules s where s.name = p_name);
 end $$;
 comment on function orchestrator.resume_schedule(text) is
-  'Undoes pause_schedule: the schedule goes on with the next fire time from now. Returns whether it was paused, null if there is no such schedule.';
+  'Has a paused schedule, also one that failed, go on with the next fire time from now. Returns whether it was paused, null if there '
+  'is no such schedule.';
 
 create or replace function orchestrator.fire_schedule(p_name text) returns uuid
 language plpgsql set search_path = pg_catalog, pg_temp as $$
@@ -143,7 +144,7 @@ begin
   return v_id;
 end $$;
 comment on function orchestrator.fire_schedule(text) is
-  'Enqueues a schedule''s task now, also of a paused one; its fire times stay as they are. Returns the task''s id, null if there is no such schedule.';
+  'Enqueues a schedule''s task now, even if it is paused; its fire times stay. Returns the task''s id, null if there is no such schedule.';
 
 create or replace function orchestrator._fire_key(p_name text, p_at timestamptz) returns text
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp as $$
@@ -213,7 +214,8 @@ returns table (fire_at timestamptz, task_id uuid, status text) language sql stab
       and t.idempotency_key between orchestrator._fire_key(p_name, p_since) and orchestrator._fire_key(p_name, now())),
   expected as (
     select f.at from orchestrator.schedules s
-    cross join lateral orchestrator.fire_times(s.cron, s.timezone, greatest(p_since, s.active_since), 10000, least(s.next_at - interval '1 second', now())) f(at)
+    cross join lateral orchestrator.fire_times(s.cron, s.timezone, greatest(p_since, s.active_since), 10000,
+                                               least(s.next_at - interval '1 second', now())) f(at)   -- next_at is still to come
     where s.name = p_name)
   select at, f.id, coalesce(f.status::text, 'no task') from expected e full join fires f using (at) order by 1
 $$;
@@ -225,8 +227,8 @@ create or replace view orchestrator.schedule_states as
   select s.name, s.cron, s.timezone, s.type, s.priority, s.max_retries, s.missed, s.overlap, s.paused,
          case when not s.paused then s.next_at end as next_at, s.last_fire_at, s.last_task_id, s.last_error, s.updated_at,
          case
-           when s.last_error is not null then format('paused, since it could not fire (%s): mend it, then select orchestrator.resume_schedule(%L)',
-                                                     s.last_error, s.name)
+           when s.last_error is not null then
+             format('paused, since it could not fire: %s; mend it, then select orchestrator.resume_schedule(%L)', s.last_error, s.name)
            when s.paused then format('paused: select orchestrator.resume_schedule(%L)', s.name)
            when not exists (select from orchestrator.workers w where w.declared_dead_at is null and s.type like any (w.handles)) then
              format('no live worker handles %s: start one with a handler for it', s.type)
@@ -237,4 +239,5 @@ create or replace view orchestrator.schedule_states as
            else 'active' end as state
   from orchestrator.schedules s order by s.name;
 comment on view orchestrator.schedule_states is
-  'Schedules without their payloads. next_at: the next fire time, null while paused; state: whether it will fire, else why not and what to do.';
+  'Schedules without their payloads. next_at: the next fire time, null while paused. state: active, or why it does not fire or '
+  'nobody runs what it enqueues, and what to do about it.';

@@ -107,7 +107,8 @@ def test_a_midnight_that_comes_twice_belongs_to_the_same_day(pure):
     assert local(pure, "0 0 7 11 *", "America/St_Johns", "2010-11-07T02:00Z", 1) == ["07 00:00 -0230"]
     until = at("2010-11-07T03:00Z")   # there, 23:30 of the day before
     assert fires(pure, "0 0 7 11 *", "America/St_Johns", "2010-11-07T02:00Z", 5, until) == [at("2010-11-07T02:30:00Z")]
-    assert local(pure, "0 */12 7 11 *", "America/St_Johns", "2010-11-07T02:00Z", 3) == ["07 00:00 -0230", "07 00:00 -0330", "07 12:00 -0330"]
+    found = local(pure, "0 */12 7 11 *", "America/St_Johns", "2010-11-07T02:00Z", 3)
+    assert found == ["07 00:00 -0230", "07 00:00 -0330", "07 12:00 -0330"]
 
 
 @pytest.mark.parametrize(("cron", "expected"), [
@@ -152,7 +153,8 @@ def moment(text):
     (None, "five fields"), ("", "five fields"),
     ("* * * *", "five fields"), ("* * * * * *", "five fields"), ("@reboot", "five fields"),
     ("60 * * * *", "minute: '60' is not a list of values from 0 to 59"), ("* 24 * * *", "hour"), ("* * 0 * *", "day"),
-    ("* * 32 * *", "day"),     ("* * * 13 *", "month"), ("* * * * 8", "weekday"), ("5-1 * * * *", "minute"), ("*/0 * * * *", "minute"), ("1, * * * *", "minute"),
+    ("* * 32 * *", "day"),     ("* * * 13 *", "month"), ("* * * * 8", "weekday"), ("5-1 * * * *", "minute"), ("*/0 * * * *", "minute"),
+    ("1, * * * *", "minute"),
     ("-1 * * * *", "minute"), ("*/ * * * *", "minute"), ("1.5 * * * *", "minute"), ("* * l * *", "day"), ("* * 15w * *", "day"),
     ("* * * * 5#2", "weekday"), ("? * * * *", "minute"), ("mon * * * *", "minute"), ("* * * foo *", "month"), ("* * * * monday", "weekday"),
     ("* * * * fri-mon", "weekday"), ("*-5 * * * *", "minute"), ("١ * * * *", "minute"),
@@ -189,7 +191,8 @@ def test_fire_times_ends_after_n_times_or_at_until(pure):
 
 def test_fixed_hours_that_the_clock_jumps_over_fire_as_much_later_once(pure):
     assert local(pure, "30 2 * * *", "Europe/Berlin", "2026-03-28T00:00+01:00", 3) == ["28 02:30 +0100", "29 03:30 +0200", "30 02:30 +0200"]
-    assert local(pure, "30 2,3 * * *", "Europe/Berlin", "2026-03-28T12:00+01:00", 3) == ["29 03:30 +0200", "30 02:30 +0200", "30 03:30 +0200"]
+    found = local(pure, "30 2,3 * * *", "Europe/Berlin", "2026-03-28T12:00+01:00", 3)
+    assert found == ["29 03:30 +0200", "30 02:30 +0200", "30 03:30 +0200"]
     assert local(pure, "15 2 * * *", "Australia/Lord_Howe", "2026-10-03T12:00Z", 2) == ["04 02:45 +1100", "05 02:15 +1100"]
 
 
