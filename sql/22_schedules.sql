@@ -187,6 +187,8 @@ declare
   v_seen boolean := false;
 begin
   fired := 0;
+  select x.next_at into next_fire_at from orchestrator.schedules x where not x.paused order by x.next_at limit 1;
+  if next_fire_at > p_now or next_fire_at is null then return; end if;   -- all that it costs while nothing is due
   for s in
     select * from orchestrator.schedules x where x.next_at <= p_now and not x.paused
     order by x.next_at limit 100 for no key update skip locked

@@ -11,7 +11,7 @@ from zoneinfo import ZoneInfo
 ZONES = ["UTC", "Africa/Cairo", "Africa/Casablanca", "America/Havana", "America/New_York", "America/Nuuk", "America/Santiago",
          "America/Scoresbysund", "America/St_Johns", "Antarctica/Casey", "Antarctica/Troll", "Asia/Beirut", "Asia/Gaza", "Asia/Kathmandu",
          "Asia/Pyongyang", "Asia/Tehran", "Australia/Lord_Howe", "Europe/Berlin", "Europe/Dublin", "Pacific/Chatham"]
-DAYS = 3  # that a window has
+DAYS = 2  # that a window has
 MINUTE = timedelta(minutes=1)
 
 
@@ -63,7 +63,7 @@ def _random_field(chance: random.Random, low: int, high: int, star: float) -> tu
 
 @dataclass(frozen=True)
 class Window:
-    """Three days from a start, in a zone: most have a change of the clock in them."""
+    """Two days from a start, in a zone: most have a change of the clock in them."""
 
     zone: str
     start: datetime
@@ -120,7 +120,7 @@ def random_window(chance: random.Random, zone: str) -> Window:
     kind = chance.random()
     near = [at for at in changes(zone) if kind >= .4 or 2027 <= at.year <= 2030]
     if kind < .8 and near:
-        start = chance.choice(near) - timedelta(hours=chance.randint(1, 50))
+        start = chance.choice(near) - timedelta(hours=chance.randint(1, 40))
     else:
         start = datetime(2015, 1, 1, tzinfo=UTC) + timedelta(hours=chance.randrange(22 * 365 * 24))
     return Window(zone, start + timedelta(minutes=chance.randint(0, 59), seconds=chance.randint(0, 59)))
