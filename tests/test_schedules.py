@@ -56,6 +56,7 @@ def installed(database):
 
 @pytest.fixture
 def conn(conn):
+    conn.execute("set lock_timeout = '5s'")   # a poll that waits for another is an error
     yield conn
     assert audit(conn) == []
 
@@ -185,7 +186,7 @@ def test_another_cron_or_time_zone_counts_from_now_on(conn, change):
 def test_one_definition_at_once_by_many_makes_one_schedule(conn, connect):
     """A deployment of many programs: 100 definitions over 8 connections."""
     connections = [connect() for _ in range(8)]
-    barrier = Barrier(8)
+    barrier = Barrier(8, timeout=20)
 
     def define(number):
         barrier.wait()
@@ -288,7 +289,7 @@ def test_four_pollers_at_once_fire_each_time_once(conn, connect):
     for number in range(6):
         due(conn, NOON, f"s{number}", "@every 1 second", missed="all")
     connections = [connect() for _ in range(4)]
-    barrier = Barrier(4)
+    barrier = Barrier(4, timeout=20)
 
     def run(number):
         total = 0
