@@ -50,7 +50,7 @@ begin
     v_seconds := extract(epoch from v_every);
   exception when data_exception then null;
   end;
-  if (v_seconds between 1 and 315360000 and v_seconds % 1 = 0
+  if (v_seconds between 1 and extract(epoch from orchestrator.longest_delay()) and v_seconds % 1 = 0
       and extract(year from v_every) = 0 and extract(month from v_every) = 0) is not true then
     perform orchestrator._invalid('cron', '@every takes whole seconds, from 1 second to 3650 days, and no months',
                                   'Such as @every 90 seconds, or @every 1 hour 30 minutes.');
@@ -144,7 +144,8 @@ begin
   end if;
   if c.every is not null then
     return query
-      select u.at from (select to_timestamp(c.every * (floor(extract(epoch from p_after) / c.every) + k)) from generate_series(1, p_n) k) u(at)
+      select u.at
+      from (select to_timestamp(c.every * (floor(extract(epoch from p_after) / c.every) + k)) from generate_series(1, p_n) k) u(at)
       where u.at <= p_until;
     return;
   end if;

@@ -38,7 +38,6 @@ comment on column orchestrator.schedules.active_since is
 comment on column orchestrator.schedules.last_fire_at is
   'The fire time of last_task_id; if fire_schedule created that task, when it did.';
 comment on column orchestrator.schedules.last_error is 'Why it could not fire and was paused; null: it was not, or a person paused it.';
-comment on column orchestrator.schedules.updated_at is 'When its definition last changed.';
 
 -- Refuses a definition that could never fire; returns its first fire time.
 create or replace function orchestrator._check_schedule(
@@ -53,8 +52,8 @@ begin
     perform orchestrator._invalid('missed', 'must be one, all or none', 'What to make up for after a time without a running worker.');
   elsif not exists (select from pg_timezone_names z where z.name = p_timezone) then   -- at time zone would take "Berlin1", too
     perform orchestrator._invalid('timezone', format('there is no %L', p_timezone), 'Such as UTC or Europe/Berlin: see pg_timezone_names.');
-  elsif orchestrator._payload_too_large(p_payload) then
-    perform orchestrator._invalid('payload', 'is over 256 KiB', 'Store the data elsewhere and schedule a reference to it.');
+  elsif orchestrator._payload_problem(p_payload) is not null then
+    perform orchestrator._refuse_payload('payload', orchestrator._payload_problem(p_payload));
   end if;
   perform orchestrator._check_task(p_type, p_priority, null, p_max_retries, null);
   select f.at into v_next from orchestrator.fire_times(p_cron, p_timezone, clock_timestamp(), 1) f(at);
@@ -234,11 +233,11 @@ create or replace view orchestrator.schedule_states as
            when s.paused then format('paused: select orchestrator.resume_schedule(%L)', s.name)
            when not exists (select from orchestrator.workers w where w.declared_dead_at is null and s.type like any (w.handles)) then
              format('no live worker handles %s: start one with a handler for it', s.type)
-           when exists (select from orchestrator.task_types p where p.type = s.type and p.paused) then
-             format('active, but its type is paused: select orchestrator.resume_type(%L)', s.type)
            when s.next_at < clock_timestamp() - interval '1 minute' then
              format('late since %s: no worker polls, or a transaction holds its row', s.next_at)
-           else 'active' end as state
+           else coalesce(
+             (select format('active, but %s is paused: select orchestrator.resume_type(%L)', p.type, p.type)
+              from orchestrator.task_types p where p.paused and s.type like p.likes limit 1), 'active') end as state
   from orchestrator.schedules s order by s.name;
 comment on view orchestrator.schedule_states is
   'Schedules without their payloads. next_at: the next fire time, null while paused. state: active, or why it does not fire or '

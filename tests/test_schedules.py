@@ -619,7 +619,7 @@ def test_the_view_says_of_each_schedule_whether_it_will_fire_and_run_or_what_to_
     register(conn)
     assert state(conn) == "active"
     conn.execute("select orchestrator.pause_type('t')")
-    assert state(conn) == "active, but its type is paused: select orchestrator.resume_type('t')"
+    assert state(conn) == "active, but t is paused: select orchestrator.resume_type('t')"
     conn.execute("select orchestrator.resume_type('t')")
     set_back(conn, NOON - timedelta(days=400))
     assert state(conn).startswith("late since 2025-10-22")
