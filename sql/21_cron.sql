@@ -17,7 +17,7 @@ declare
   v_item text;
   v_match text[];   -- *, or first and last; step
   v_ends int[];
-  v_numbers int[] := '{}';
+  v_numbers int[] := array[]::int[];
 begin
   if p_text = '*' then return array(select generate_series(p_low, p_high)); end if;
   foreach v_item in array string_to_array(lower(p_text), ',') loop
@@ -136,7 +136,7 @@ declare
   v_found int;
   v_from timestamptz := p_after;
   v_to timestamptz;
-  v_span interval := '2 hours';
+  v_span interval := interval '2 hours';
   v_give_up timestamptz;
 begin
   if isfinite(p_after) is not true then
@@ -176,7 +176,7 @@ declare
   c orchestrator._cron_fields := orchestrator._parse_cron(p_cron);
   v_to timestamptz := p_until;
   v_from timestamptz;
-  v_span interval := '2 hours';
+  v_span interval := interval '2 hours';
   v_last timestamptz;
 begin
   if c.every is not null then

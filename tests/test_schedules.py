@@ -517,7 +517,7 @@ def test_promote_due_fires_and_says_when_to_come_back(conn):
 def test_promote_due_comes_back_at_once_while_more_is_due(conn):
     conn.execute("""
         insert into orchestrator.schedules (name, cron, timezone, type, payload, priority, missed, overlap, next_at)
-        select n::text, '@every 3650 days', 'UTC', 't', '{}', 0, 'one', true, '2026-11-26' from generate_series(1, 150) n""")
+        select n::text, '@every 3650 days', 'UTC', 't', '{}', 0, 'one', true, '2019-12-20' from generate_series(1, 150) n""")
     answers = [promote(conn) for _ in range(3)]
     assert [answer["fired"] for answer in answers] == [100, 50, 0]
     assert answers[0]["next_in"] < 0 < answers[1]["next_in"]
@@ -572,7 +572,7 @@ def test_promote_due_reads_only_what_is_due_of_many_schedules(conn):
     conn.execute("select * from orchestrator.promote_due()")   # the plan is that of an empty table
     conn.execute("""
         insert into orchestrator.schedules (name, cron, timezone, type, payload, priority, missed, overlap, next_at)
-        select n::text, '@every 3650 days', 'UTC', 't', '{}', 0, 'one', true, '2040-01-01' from generate_series(1, 5000) n""")
+        select n::text, '@every 3650 days', 'UTC', 't', '{}', 0, 'one', true, '2039-12-15' from generate_series(1, 5000) n""")
     due(conn)
     with conn.transaction():
         before = row(conn, READS)
