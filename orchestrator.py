@@ -8,7 +8,7 @@
   python orchestrator.py enqueue TYPE '{...}'  add a task, as does: select orchestrator.enqueue('TYPE', '{...}')
   python orchestrator.py show ID               what happened to a task, and why it is not running
   python orchestrator.py COMMAND --help        install, enqueue, list, show, cancel, retry, pause, resume, stats,
-                                               audit, psql
+                                               schedule, schedules, unschedule, fire, next, audit, psql
 
 In a program:
 
@@ -86,7 +86,7 @@ from psycopg.conninfo import conninfo_to_dict
 from psycopg.types.string import TextLoader
 
 __all__ = ["Cancelled", "ClaimLost", "Config", "ConfigError", "Discard", "EnqueuedId", "Handler", "Orchestrator",
-           "Retry", "Snooze", "Task"]
+           "Retry", "Schedule", "Snooze", "Task"]
 
 VERSION = "0.1.0"
 SCHEMA_VERSION = 1
@@ -975,6 +975,31 @@ class Handler:
                 "timeout": self.timeout}
 
 
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """What Orchestrator.schedule() takes, for SCHEDULES = {"name": Schedule(cron, type, payload)} beside HANDLERS."""
+
+    cron: str
+    type: str
+    payload: Any = None
+    timezone: str = "UTC"
+    priority: int = 0
+    max_retries: int | None = None
+    missed: str = "one"
+    overlap: bool = True
+
+    def arguments(self, name: str, encode: Callable[[Any], str]) -> tuple[Any, ...]:
+        """Those of SQL's schedule(). Raises ValueError."""
+        try:
+            payload = to_json({} if self.payload is None else self.payload, encode)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"payload: {error}") from None
+        retries = None if self.max_retries is None else check_whole("max_retries", self.max_retries, 0, 1000)
+        return (check_text("name", name), check_text("cron", self.cron), check_text("type", self.type), payload,
+                check_text("timezone", self.timezone), check_whole("priority", self.priority, -1_000_000, 1_000_000),
+                retries, check_text("missed", self.missed), bool(self.overlap))
+
+
 # Without json.loads' search for white space, of which PostgreSQL's text has none (1.0 → 0.3 µs).
 _decode = json.JSONDecoder().raw_decode
 
@@ -1042,6 +1067,7 @@ class Router:
     def __init__(self, default: Callable[[Any], Any] | None = None) -> None:
         self.exact: dict[str, Handler] = {}
         self.prefixes: dict[str, Handler] = {}
+        self.schedules: dict[str, Schedule] = {}   # to be defined by the worker when it has registered
         self.middleware: list[Middleware] = []
         self.dead_letter_hooks: list[DeadLetterHook] = []
         self.encode = json_encoder(default)
@@ -1244,7 +1270,7 @@ class Counters:
         self.rejected: collections.Counter[str] = collections.Counter()
         self.recovered: collections.Counter[str] = collections.Counter()                  # by RECOVERY_OUTCOMES
         self.errors: collections.Counter[str] = collections.Counter()                     # by SQLSTATE class
-        self.replaced_threads = 0
+        self.replaced_threads = self.schedules_fired = 0
         self.seconds: dict[str, Tally] = collections.defaultdict(Tally)
         self.waits: dict[str, Tally] = collections.defaultdict(Tally)
         self.claim_seconds = Tally()
@@ -1258,7 +1284,7 @@ class Counters:
             for name, value in vars(self).items():
                 if isinstance(value, (collections.Counter, Tally)):
                     setattr(twin, name, value.copy())
-            twin.replaced_threads = self.replaced_threads
+            twin.replaced_threads, twin.schedules_fired = self.replaced_threads, self.schedules_fired
             twin.seconds = {label: tally.copy() for label, tally in self.seconds.items()}
             twin.waits = {label: tally.copy() for label, tally in self.waits.items()}
         return twin
@@ -1737,7 +1763,9 @@ class ClaimLoop(Loop):
 
     def _promote_due(self) -> None:
         self.promote_at = time.monotonic() + self.worker.config.claim_interval   # also if it fails
-        next_in = self.link.call("promote_due")[0][1]
+        _, next_in, fired = self.link.call("promote_due")[0]
+        with self.worker.counters.lock:
+            self.worker.counters.schedules_fired += fired
         if next_in is not None:
             self.promote_at = min(self.promote_at, time.monotonic() + max(0.005, float(next_in) + 0.001))
 
@@ -2280,12 +2308,26 @@ class HeartbeatLoop(Loop):
             if living:
                 log.warning("DISTRIBUTED_MODE is false, but %d other worker%s live%s: set it to true on all of them",
                             living, *(("", "s") if living == 1 else ("s", "")))
+        self._define_schedules()
         for chore in self.chores.values():
             chore.due = 0.0
         self._again(self._sample_stats, 1.0)   # not at once: there may be much to claim
         worker.claims.idle = False
         worker.reached_at = time.monotonic()
         worker.registered.set()
+
+    def _define_schedules(self) -> None:
+        """Once: what somebody removes later does not come back while this worker runs. Raises ConfigError."""
+        router = self.worker.router
+        while router.schedules:
+            name, schedule = next(iter(router.schedules.items()))
+            try:
+                self.link.call("schedule", *schedule.arguments(name, router.encode))
+            except (ValueError, psycopg.Error) as error:
+                if isinstance(error, psycopg.Error) and error.sqlstate != "OR001":
+                    raise
+                raise ConfigError(f"SCHEDULES[{name!r}]: {error_line(error)}") from None
+            del router.schedules[name]
 
     def _again(self, run: Callable[[], None], seconds: float = 0.05) -> None:
         self.chores[run].due = time.monotonic() + seconds
@@ -2637,6 +2679,20 @@ class Orchestrator:
                           _retries(max_retries), _run_at(run_at, delay), connection=connection)
         return [EnqueuedId(str(task_id), created) for _, task_id, created in sorted(rows)]
 
+    def schedule(self, name: str, cron: str, type: str, payload: Any = None, *, timezone: str = "UTC",
+                 priority: int = 0, max_retries: int | None = None, missed: str = "one", overlap: bool = True,
+                 connection: psycopg.Connection[Any] | None = None) -> datetime | None:
+        """Enqueue a task at each time of a cron expression, from now on; returns the next time (None: it is paused).
+
+        The same definition again changes nothing, so call it at each start. missed: what is made up for of the times at
+        which no worker ran: the last ("one"), "all" or "none". overlap=False leaves a time out while the task of the
+        last one is unfinished. Raises ValueError, which names the field.
+        """
+        made = Schedule(cron, type, payload, timezone, priority, max_retries, missed, overlap)
+        args = made.arguments(name, self.router.encode)
+        next_at = self._call("schedule", *args, connection=connection)[0][0]
+        return None if next_at is None else datetime.fromisoformat(str(next_at))
+
     def cancel(self, task_id: str | UUID) -> str:
         """cancelled, cancelling (asked to stop), not_found, or the status of a task that has ended."""
         return str(self.call("cancel_task", check_id(task_id))[0][0])
@@ -2903,6 +2959,7 @@ class Collector:
             yield _family(CounterMetricFamily, name, text, labels, getattr(counters, attribute))
         yield CounterMetricFamily("pool_threads_replaced", "Pool threads that ended and were replaced",
                                   counters.replaced_threads)
+        yield CounterMetricFamily("schedules_fired", "Tasks enqueued here for schedules", counters.schedules_fired)
         for name, text, attribute in HISTOGRAMS:
             family = HistogramMetricFamily(name, text, labels=["type"])
             for label, tally in getattr(counters, attribute).items():
@@ -2941,6 +2998,10 @@ class Collector:
                                 stats["dead_workers"])
         yield GaugeMetricFamily("recovery_age_seconds",
                                 "How long ago the leader last looked for tasks to recover", recovery_age)
+        yield GaugeMetricFamily("schedule_late_seconds", "By how much the latest schedule is late, 0 if none is",
+                                stats["schedule_late"])
+        yield GaugeMetricFamily("schedules_failed", "Schedules that could not fire, and were paused",
+                                stats["schedules_failed"])
         yield GaugeMetricFamily("queue_stats_age_seconds", "How old the counts of tasks are",
                                 time.monotonic() - stats["at"])
 
@@ -2956,7 +3017,8 @@ def _family(family: Callable[..., Any], name: str, text: str, labels: str,
 # ===================================================================================================== HTTP
 API_GET = ("overview", "history", "tasks", "failures", "task")
 API_POST = {"cancel": "cancel_task", "retry": "retry_task", "retry_dead_letters": "retry_dead_letters",
-            "pause": "pause_type", "resume": "resume_type"}
+            "pause": "pause_type", "resume": "resume_type", "fire_schedule": "fire_schedule",
+            "pause_schedule": "pause_schedule", "resume_schedule": "resume_schedule"}
 MAX_CLIENTS = 100        # beyond it, the connection that has been open longest is closed
 CLIENT_SECONDS = 30.0    # no connection is open longer than this, however busy it is
 MAX_WAITING = 8          # requests that use the database or wait for it; one more gets a 503
@@ -3143,8 +3205,8 @@ class HttpRequest(http.server.BaseHTTPRequestHandler):
                 log.warning("/api/%s: %s", name, error_line(error))
             self._send(status, {"error": text})
         else:
-            if row in ((None,), "not_found"):
-                self._send(404, {"error": "there is no such task"})
+            if row in (None, (None,), "not_found"):
+                self._send(404, {"error": f"there is no such {'schedule' if 'schedule' in name else 'task'}"})
             else:
                 self._send(200, {"result": row} if posted else row[0].encode())
 
@@ -3552,14 +3614,14 @@ LINE_BYTES = 2 ** 20     # a longer line can't be a task
 RETRY_BATCH = 500        # dead letters retried in one call
 
 
-def load_handlers(name: str) -> dict[str, Handler | Callable[[Task], Any]]:
-    """The HANDLERS dict of a module, a .py file, or handlers.py in the working directory or beside this file.
-    Raises ConfigError."""
+def load_handlers(router: Router, name: str) -> None:
+    """Add HANDLERS, and SCHEDULES if there are any, of a module, a .py file, or handlers.py in the working directory
+    or beside this file. Raises ConfigError."""
     if not name:
         found = [path for folder in (Path.cwd(), Path(__file__).resolve().parent)
                  if (path := folder / "handlers.py").exists()]
         if not found:
-            return {}
+            return
         name = str(found[0])
     try:
         if name.endswith(".py"):
@@ -3578,12 +3640,16 @@ def load_handlers(name: str) -> dict[str, Handler | Callable[[Task], Any]]:
     handlers = getattr(module, "HANDLERS", None)
     if not isinstance(handlers, dict):
         raise ConfigError(f"HANDLERS: the module {name} has no dict HANDLERS = {{'type': function}}")
-    return handlers
+    for pattern, handler in handlers.items():
+        router.add(pattern, handler)
+    schedules = getattr(module, "SCHEDULES", {})
+    if not isinstance(schedules, dict) or not all(isinstance(each, Schedule) for each in schedules.values()):
+        raise ConfigError("SCHEDULES: must be a dict such as {'nightly': Schedule('30 3 * * *', 'task:backup')}")
+    router.schedules.update(schedules)
 
 
 def command_run(app: Orchestrator, args: argparse.Namespace) -> int:
-    for pattern, handler in load_handlers(args.set_handlers or app.config.handlers).items():
-        app.router.add(pattern, handler)
+    load_handlers(app.router, args.set_handlers or app.config.handlers)
     app.run()
     return 0
 
@@ -3608,15 +3674,18 @@ def command_enqueue(app: Orchestrator, args: argparse.Namespace) -> int:
         raise ConfigError("TYPE: say which type to enqueue, or --file tasks.jsonl")
     if args.on_error:
         raise ConfigError("--on-error: goes with --file only")
-    try:
-        payload = json.loads(args.payload or "{}", parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"payload: is not JSON: {getattr(error, 'msg', error)}") from None
-    task_id = app.enqueue(args.type, payload, priority=args.priority, idempotency_key=args.key,
+    task_id = app.enqueue(args.type, _payload(args.payload), priority=args.priority, idempotency_key=args.key,
                           max_retries=args.max_retries, delay=args.delay, run_at=args.run_at)
     if not task_id.created:
         print(f"the key {_cell(args.key)} is known: this is the id of the first task", file=sys.stderr)
     return _print(args, {"id": task_id, "created": task_id.created}, task_id)
+
+
+def _payload(text: str | None) -> Any:
+    try:
+        return json.loads(text or "{}", parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"payload: is not JSON: {getattr(error, 'msg', error)}") from None
 
 
 def _no_constant(name: str) -> Any:
@@ -3799,6 +3868,41 @@ command_pause = functools.partial(_pause, "pause_type", "paused")
 command_resume = functools.partial(_pause, "resume_type", "resumed")
 
 
+def command_schedule(app: Orchestrator, args: argparse.Namespace) -> int:
+    next_at = app.schedule(args.name, args.cron, args.type, _payload(args.payload), timezone=args.timezone,
+                           priority=args.priority, max_retries=args.max_retries, missed=args.missed,
+                           overlap=not args.no_overlap)
+    text = next_at and next_at.isoformat()
+    return _print(args, {"name": args.name, "next_at": text}, f"next at {text}" if text else "it is paused")
+
+
+def command_schedules(app: Orchestrator, args: argparse.Namespace) -> int:
+    columns = ["name", "cron", "timezone", "type", "next_at", "last_fire_at", "state"]
+    return _table(args, app.view("schedule_states"), columns)
+
+
+def command_unschedule(app: Orchestrator, args: argparse.Namespace) -> int:
+    removed = app.call("unschedule", args.name)[0][0]
+    text = "removed; its tasks stay" if removed else "there is no such schedule"
+    _print(args, {"name": args.name, "removed": removed}, text)
+    return 0 if removed else 1
+
+
+def command_fire(app: Orchestrator, args: argparse.Namespace) -> int:
+    task_id = app.call("fire_schedule", args.name)[0][0]
+    if task_id is None:
+        print("there is no such schedule", file=sys.stderr)
+        return 1
+    return _print(args, {"id": task_id}, task_id)
+
+
+def command_next(app: Orchestrator, args: argparse.Namespace) -> int:
+    number = check_whole("-n", args.number, 1, 1000)
+    rows = app.call("fire_times", p_cron=args.cron, p_timezone=args.timezone, p_n=number)
+    times = [datetime.fromisoformat(moment).isoformat() for (moment,) in rows]
+    return _print(args, times, "\n".join(times) or "never")
+
+
 def command_stats(app: Orchestrator, args: argparse.Namespace) -> int:
     columns = ["type", "waiting", "scheduled", "in_flight", "dead_letters", "oldest_waiting_age", "paused"]
     return _table(args, app.view("queue_stats"), columns)
@@ -3907,6 +4011,14 @@ def _parser() -> _Parser:
     add("--limit", type=int, help="only so many dead letters")
     command("pause", "keep a type, or those of a pattern such as mail:, from being claimed")("type")
     command("resume", "undo pause")("type")
+    _add_schedule(command("schedule", "enqueue a task at each time of a cron expression"))
+    command("schedules", "schedules, their next times, and whether they fire")
+    command("unschedule", "remove a schedule; its tasks stay")("name")
+    command("fire", "enqueue the task of a schedule now")("name")
+    add = command("next", "the next times of a cron expression")
+    add("cron")
+    add("--timezone", default="UTC")
+    add("-n", dest="number", type=int, default=5, help="from 1 to 1000; default 5")
     command("stats", "what waits, runs and failed, by type")
     command("audit", "look for violated invariants; exit code 1 if there are any")
     command("psql", "open psql on the database in use")("psql_args", nargs=argparse.REMAINDER)
@@ -3924,6 +4036,19 @@ def _add_enqueue(add: Callable[..., Any]) -> None:
     add("--file", help="JSON lines {type, payload, priority, idempotency_key, max_retries, run_at}, with the "
                        "other flags for what they leave out; - is standard input")
     add("--on-error", choices=("continue", "stop"), help="what to do at a bad line; default continue")
+
+
+def _add_schedule(add: Callable[..., Any]) -> None:
+    add("name")
+    add("cron", help="such as '30 3 * * mon-fri', @hourly or '@every 90 seconds'")
+    add("type", help="such as task:backup")
+    add("payload", nargs="?", help="JSON; default {}")
+    add("--timezone", default="UTC", help="such as Europe/Berlin; default UTC")
+    add("--priority", type=int, default=0)
+    add("--max-retries", type=int)
+    add("--missed", choices=("one", "all", "none"), default="one",
+        help="which of the times without a running worker to make up for; default the last one")
+    add("--no-overlap", action="store_true", help="leave a time out while the last task is unfinished")
 
 
 def _spell_out(words: Sequence[str]) -> list[str]:

@@ -142,6 +142,11 @@ begin
   if isfinite(p_after) is not true then
     perform orchestrator._invalid('after', 'must be a moment', 'Leave it out for the times from now on.');
   end if;
+  begin
+    perform p_after at time zone p_timezone;
+  exception when invalid_parameter_value then
+    perform orchestrator._invalid('timezone', format('there is no %L', p_timezone), 'Such as UTC or Europe/Berlin: see pg_timezone_names.');
+  end;
   if c.every is not null then
     return query
       select u.at
@@ -166,8 +171,7 @@ comment on function orchestrator.fire_times(text, text, timestamptz, int, timest
   'The next p_n times of a cron expression after p_after, up to p_until. Minute hour day month weekday, each *, a number, a name, a '
   'range, with or without /step, or a list of these; @hourly, @daily, @weekly, @monthly, @yearly; or @every INTERVAL, in whole '
   'seconds counted from 1970. If day and weekday are both restricted, either is enough. Where the clock jumps over a fixed hour, it '
-  'fires as much later; where the hour comes twice, at the first. Hours * and */n follow real time. Looks 41 years ahead. Raises '
-  'OR001, and 22023 for an unknown time zone.';
+  'fires as much later; where the hour comes twice, at the first. Hours * and */n follow real time. Looks 41 years ahead. Raises OR001.';
 
 -- The last fire time in (p_after, p_until], looked for in spans that grow backwards; null if there is none.
 create or replace function orchestrator._last_fire_time(p_cron text, p_timezone text, p_after timestamptz, p_until timestamptz)
