@@ -549,7 +549,7 @@ class Link:
         """Call a function and return each of its rows as a dict of JSON values."""
         kinds = tuple(isinstance(arg, After) for arg in args)
         form = ("select pg_catalog.to_jsonb(r) from", function, kinds, tuple(named))
-        return [json.loads(row[0]) for row in self._run(form, [*args, *named.values()], None)]
+        return [json.loads(row[0] or "null") for row in self._run(form, [*args, *named.values()], None)]
 
     def view(self, name: str) -> list[dict[str, Any]]:
         """Each row of a view as a dict of JSON values."""
