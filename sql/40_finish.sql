@@ -312,7 +312,8 @@ comment on function orchestrator.record_progress(bigint, uuid, jsonb) is
   'Keeps the progress that the handler of a task reports, in tasks.progress. Returns whether the claim still holds the task.';
 
 create or replace function orchestrator.note_lost_result(p_id uuid, p_problem text) returns boolean
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql
+set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
 begin
   if not exists (select from orchestrator.tasks t where t.id = p_id and t.status = 'completed') then return false; end if;
   perform orchestrator._add_event(p_id, 'result_lost', null, null, p_problem);
