@@ -61,6 +61,24 @@ begin
     where orchestrator._prefix(u.type) is not null);
 end $$;
 
+-- The next lane of a type that has ready tasks, or that has a floor (then head may be null). Where there are floors, an old
+-- snapshot keeps dead index entries: such a lane is looked up from its floor, and only what lies between two of them is walked.
+create or replace function orchestrator._next_lane(p_type text, p_below bigint) returns table (priority int, head timestamptz)
+language sql stable begin atomic
+  select coalesce(t.priority, f.priority),
+         coalesce(t.queued_at, (select h.queued_at from orchestrator.tasks h
+                                where h.type = p_type and h.priority = f.priority and h.queued_at >= f.floor order by h.queued_at limit 1))
+  from (select) one
+  left join lateral (
+    select l.priority, l.floor from orchestrator.lane_floors l where l.type = p_type and l.priority < p_below
+    order by l.priority desc, l.generation desc, l.floor limit 1) f on true
+  left join lateral (
+    select t.priority, t.queued_at from orchestrator.tasks t
+    where t.type = p_type and t.priority < p_below and t.priority > coalesce(f.priority, -2147483649) and t.queued_at is not null
+    order by t.priority desc, t.queued_at limit 1) t on true
+  where coalesce(t.priority, f.priority) is not null;
+end;
+
 -- The lanes of these types that have ready tasks, each with the queued_at of its oldest. A type is walked from priority to
 -- priority along the ready index, so that its empty lanes cost nothing, however many there are.
 create or replace function orchestrator._ready_lanes(p_types text[])
@@ -91,34 +109,13 @@ begin
         where t.type = l.type and t.priority < l.priority and t.queued_at is not null order by t.priority desc, t.queued_at limit 1) h)
     select l.type, l.priority, l.queued_at from lane l;
   if v_floored is not null then
-    return query select u.type, f.priority, f.head from unnest(v_floored) u(type) cross join lateral orchestrator._lanes_with_floors(u.type) f;
+    return query
+      with recursive lane as (
+        select u.type, n.priority, n.head from unnest(v_floored) u(type) cross join lateral orchestrator._next_lane(u.type, 2147483648) n
+        union all
+        select l.type, n.priority, n.head from lane l cross join lateral orchestrator._next_lane(l.type, l.priority) n)
+      select l.type, l.priority, l.head from lane l where l.head is not null;
   end if;
-end $$;
-
--- The same for a type that has floors. There an old snapshot keeps dead index entries, so a lane with a floor is looked up from
--- its floor, and only what lies between two such lanes is walked.
-create or replace function orchestrator._lanes_with_floors(p_type text) returns table (priority int, head timestamptz) language plpgsql stable
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
-#variable_conflict use_column
-declare
-  v_below bigint := 2147483648;   -- the other priorities are done with
-  f record;                       -- the next lane with a floor
-begin
-  loop
-    select l.priority, l.floor into f from orchestrator.lane_floors l where l.type = p_type and l.priority < v_below
-    order by l.priority desc, l.generation desc, l.floor limit 1;
-    select t.priority, t.queued_at into priority, head from orchestrator.tasks t
-    where t.type = p_type and t.priority < v_below and t.priority > coalesce(f.priority, -2147483649) and t.queued_at is not null
-    order by t.priority desc, t.queued_at limit 1;
-    if not found then
-      exit when f.priority is null;
-      priority := f.priority;
-      head := (select t.queued_at from orchestrator.tasks t
-               where t.type = p_type and t.priority = f.priority and t.queued_at >= f.floor order by t.queued_at limit 1);
-    end if;
-    if head is not null then return next; end if;
-    v_below := priority;
-  end loop;
 end $$;
 
 -- Ascending in time, and never given out twice, also where a crash forgets claims that were not flushed: microseconds since
