@@ -81,21 +81,13 @@ begin
   for i in 1..cardinality(p_claim_ids) loop
     v_to := v_from + p_counts[i] - 1;
     v_ids := p_ids[v_from:v_to];
-    if p_results is null then
-      update orchestrator.tasks t
-      set status = 'completed', started_at = coalesce(t.started_at, t.claimed_at), completed_at = v_now, updated_at = v_now,
-          attempts = t.attempts + (t.status = 'claimed')::int
-      where t.id = any (v_ids) and t.claim_id is not distinct from p_claim_ids[i]
-        and t.status in ('claimed', 'running') and t.cancel_requested_at is null;
-    else
-      update orchestrator.tasks t
-      set status = 'completed', started_at = coalesce(t.started_at, t.claimed_at), completed_at = v_now, updated_at = v_now,
-          attempts = t.attempts + (t.status = 'claimed')::int,
-          -- not a join with the results: planned while tasks was empty, that would walk it whole
-          result = p_results[v_from - 1 + array_position(v_ids, t.id)]
-      where t.id = any (v_ids) and t.claim_id is not distinct from p_claim_ids[i]
-        and t.status in ('claimed', 'running') and t.cancel_requested_at is null;
-    end if;
+    update orchestrator.tasks t
+    set status = 'completed', started_at = coalesce(t.started_at, t.claimed_at), completed_at = v_now, updated_at = v_now,
+        attempts = t.attempts + (t.status = 'claimed')::int,
+        -- not a join with the results: planned while tasks was empty, that would walk it whole
+        result = case when p_results is not null then p_results[v_from - 1 + array_position(v_ids, t.id)] end
+    where t.id = any (v_ids) and t.claim_id is not distinct from p_claim_ids[i]
+      and t.status in ('claimed', 'running') and t.cancel_requested_at is null;
     get diagnostics v_done = row_count;
     v_cancelled := 0;
     if v_done < cardinality(v_ids) then
