@@ -115,8 +115,6 @@ MUTANTS = [
     Mutant("a release leaves the floor", "40_finish", "_release",
            "perform orchestrator._put_back", "if false then perform orchestrator._put_back",
            "floors released"),
-    Mutant("putting back does not wait for a raise", "35_floors", "_put_back",
-           "lock table orchestrator.lane_floors in row exclusive mode;", "", "floors put_back"),
     Mutant("floors are dropped while a task is put back", "35_floors", "_lock_floors",
            "lock table orchestrator.lane_floors in share row exclusive mode nowait;", "", "floors being_put_back"),
     Mutant("floors that help are dropped", "35_floors", "_is_slow", ">= p_slow", "> interval '1 day'", "floors helps"),
