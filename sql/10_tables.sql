@@ -40,12 +40,10 @@ create table if not exists orchestrator.tasks (
 ) with (fillfactor = 32);   -- room for the next versions on the page: completions stay heap-only even while the claims of several
                           -- workers keep old versions from being pruned (at 40, half of them did not)
 comment on table orchestrator.tasks is 'One row for each task, waiting, in flight or ended. Written by the functions of this schema only.';
-comment on column orchestrator.tasks.id is 'UUIDv7, so ordered by creation.';
 comment on column orchestrator.tasks.type is 'Which handler runs it, such as task:backup; 1 to 255 bytes.';
 comment on column orchestrator.tasks.payload is 'The handler''s input, at most 256 KiB of JSON.';
 comment on column orchestrator.tasks.priority is 'Higher is claimed first; default 0.';
 comment on column orchestrator.tasks.idempotency_key is 'Unique within its type for as long as the row is kept.';
-comment on column orchestrator.tasks.worker_id is 'The worker that has it, or had it when it ended; null while waiting.';
 comment on column orchestrator.tasks.claim_id is 'The claim that has it: the fence that each outcome must name.';
 comment on column orchestrator.tasks.queued_at is 'Its place in its lane (type, priority), oldest first; set while it is ready to be claimed.';
 comment on column orchestrator.tasks.attempts is 'Attempts started. It becomes a dead letter when an attempt fails and attempts > max_retries.';
@@ -95,7 +93,6 @@ create index if not exists workers_idle on orchestrator.workers (id) where idle;
 create sequence if not exists orchestrator.leader_terms;
 comment on table orchestrator.workers is 'One row for each live worker process, and for each dead one whose claims are still to be recovered.';
 comment on column orchestrator.workers.id is 'hostname:pid:random, new at every start and after being declared dead.';
-comment on column orchestrator.workers.handles is 'The types and patterns that it has handlers for, as LIKE patterns.';
 comment on column orchestrator.workers.idle is 'Set while it waits for work. Only then does enqueue send NOTIFY, which serialises commits.';
 comment on column orchestrator.workers.leader_term is 'Rises at each election. Every function of the leader names it.';
 comment on sequence orchestrator.leader_terms is 'The numbers of leadership terms.';
@@ -114,7 +111,6 @@ create index if not exists task_types_paused on orchestrator.task_types (type) w
 comment on table orchestrator.task_types is
   'The retry policy of a type or pattern, written when a worker registers its handlers, and whether it is paused. Policies '
   'are in SQL, since recovery applies them to types that the leader has no handler for.';
-comment on column orchestrator.task_types.likes is 'The type or pattern as a LIKE pattern.';
 comment on column orchestrator.task_types.max_retries is 'Null: no worker registered it; the row only says whether it is paused.';
 
 create table if not exists orchestrator.task_events (

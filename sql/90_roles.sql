@@ -88,7 +88,7 @@ begin
     orchestrator.rescan_lanes, orchestrator.prune, orchestrator.note_lost_result,
     orchestrator.sample_stats, orchestrator._advance_safe_floor, orchestrator._notify_idle, orchestrator._application_name,
     orchestrator._count_enqueued, orchestrator._count_live, orchestrator._lock_and_end_cancelled,
-    orchestrator._fail, orchestrator._idle_floors, orchestrator._is_slow, orchestrator._lock_floors, orchestrator._kept, orchestrator._claimable,
+    orchestrator._fail, orchestrator._idle_floors, orchestrator._is_slow, orchestrator._lock_floors, orchestrator._kept, orchestrator._claimable, orchestrator._refuse_claim,
     orchestrator._ready_types, orchestrator._next_lane, orchestrator._new_claim_id, orchestrator._most_bytes, orchestrator._too_heavy,
     orchestrator._note_lane, orchestrator._id_after, orchestrator._keep_sample, orchestrator._lane_head,
     orchestrator._leads, orchestrator._name_types, orchestrator._put_back, orchestrator._raise_floor,
