@@ -1084,7 +1084,7 @@ class Router:
         with self._loop_lock:
             if self.loop is None:
                 self.loop = asyncio.new_event_loop()
-                threading.Thread(target=self.loop.run_forever, name="asyncio", daemon=True).start()
+                threading.Thread(target=_run_loop, args=(self.loop,), name="asyncio", daemon=True).start()
         try:
             return asyncio.run_coroutine_threadsafe(_await(task, awaitable, self.loop), self.loop).result()
         except (asyncio.CancelledError, concurrent.futures.CancelledError) as error:
@@ -1112,9 +1112,23 @@ class Router:
             return Outcome("completed", lost=clean_text(f"{type(error).__name__}: {message_of(error)}"))
 
 
+def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
+    while not loop.is_closed():   # a handler's callback may stop the loop or exit: those who wait on it must not wait for ever
+        try:
+            loop.run_forever()
+        except BaseException as error:
+            log.error("a callback interrupted the event loop, which goes on: %s", describe_error(error))
+
+
+def _exit_if_forked(pid: int) -> None:
+    """End a child that a handler forked and that came back from it: it is no worker, and would keep its port."""
+    if os.getpid() != pid:
+        os._exit(0)
+
+
 async def _await(task: Task, awaitable: Awaitable[Any], loop: asyncio.AbstractEventLoop) -> Any:
     """Cancelled from inside the loop, so that whoever waits for the handler sees it end, not only asked to end."""
-    running = asyncio.current_task()
+    running, pid = asyncio.current_task(), os.getpid()
     assert running is not None
     running.set_name(f"{task.type} {task.id}")
     _current_task.set(task)
@@ -1123,8 +1137,10 @@ async def _await(task: Task, awaitable: Awaitable[Any], loop: asyncio.AbstractEv
         running.cancel()
     try:
         return await awaitable
-    except (SystemExit, KeyboardInterrupt) as error:   # would end the event loop's thread
+    except (SystemExit, KeyboardInterrupt) as error:   # would interrupt the event loop
         raise RuntimeError(describe_error(error)) from error
+    finally:
+        _exit_if_forked(pid)
 
 
 def _wrap(middleware: Middleware, run: Callable[[Task], Any]) -> Callable[[Task], Any]:
@@ -1466,8 +1482,7 @@ class Pool:
                 _current_task.set(task)
                 run_task(router, task)
                 slot.task = None
-                if os.getpid() != self.pid:   # a child that the handler forked and that came back: not a worker
-                    os._exit(0)
+                _exit_if_forked(self.pid)
                 now = clock()
                 task.seconds = now - task.started
                 finished.append(task)
