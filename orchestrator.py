@@ -1369,7 +1369,7 @@ class Slot:
     def __init__(self) -> None:
         self.thread: threading.Thread              # supervisor
         self.task: Task | None = None              # its own thread
-        self.ticket = 0                            # its own thread: how many more tasks its ticket is good for
+        self.ticket = 0                            # its own thread: the ticket it works on; 0: it waits for one
         self.abandoned = False                     # supervisor: its handler outlived its timeout
 
 
@@ -1390,14 +1390,17 @@ class Pool:
         self.room = Bell()                                              # set when there is room again
         self.news = threading.Event()                                   # set when the report loop has something to do
         self.stopped = threading.Event()
+        self.supervisor = threading.Thread(target=self._supervise_until_stopped, name="supervisor", daemon=True)
+        self.stuck = 0                                                  # supervisor: abandoned slots at the last look
 
     def start(self) -> None:
         for _ in range(self.size):
             self._add_slot()
-        threading.Thread(target=self._supervise_until_stopped, name="supervisor", daemon=True).start()
+        self.supervisor.start()
 
     def stop(self) -> None:
         self.stopped.set()
+        self.take_all()   # what could not be given back must not start
         for _ in self.slots:
             self.tickets.put(0)
 
@@ -1463,9 +1466,9 @@ class Pool:
             self._run(slot)
         except BaseException:   # an asynchronous exception that a handler left behind; the supervisor replaces the thread
             log.exception("a pool thread was ended from outside")
-            task, slot.task = slot.task, None
-            if task is not None:
-                self.finished.append(task)
+            if slot.task is not None:   # perhaps a second time: _collect() sees to that
+                self.finished.append(slot.task)
+            slot.task = None
         self.news.set()
 
     def _run(self, slot: Slot) -> None:
@@ -1481,11 +1484,11 @@ class Pool:
                 slot.task = task
                 _current_task.set(task)
                 run_task(router, task)
-                slot.task = None
                 _exit_if_forked(self.pid)
                 now = clock()
                 task.seconds = now - task.started
                 finished.append(task)
+                slot.task = None   # not before, or an asynchronous exception in between would lose its outcome
                 if slot.abandoned:
                     break
             slot.ticket = 0
@@ -1543,6 +1546,8 @@ class Pool:
     def _keep_size(self) -> None:
         """Replace threads that ended, and those whose handler outlived its timeout, up to a whole pool of the latter."""
         living = [slot for slot in self.slots if slot.thread.is_alive()]
+        if self.stopped.is_set():   # which ended them
+            return
         lost = sum(not slot.abandoned for slot in self.slots) - sum(not slot.abandoned for slot in living)
         with self.counters.lock:
             self.counters.replaced_threads += lost
@@ -1551,12 +1556,16 @@ class Pool:
         stuck = sum(slot.abandoned for slot in self.slots)
         for _ in range(min(self.size - (len(self.slots) - stuck), 2 * self.size - len(self.slots))):
             self._add_slot()
-        if stuck > self.size:
+        if stuck > max(self.size, self.stuck):
             log.error("%d handlers did not stop after their timeout: the pool shrinks", stuck)
+        self.stuck = stuck
 
     def problems(self) -> list[str]:
-        usable = sum(slot.thread.is_alive() and not slot.abandoned for slot in self.slots)
-        return [] if usable or self.stopped.is_set() else ["no thread of the pool can run a task"]
+        if self.stopped.is_set() or self.supervisor.ident is None:
+            return []
+        usable = any(slot.thread.is_alive() and not slot.abandoned for slot in self.slots)
+        return [*([] if usable else ["no thread of the pool can run a task"]),
+                *([] if self.supervisor.is_alive() else ["the pool's supervisor has ended"])]
 
 
 class Loop:
@@ -1909,7 +1918,9 @@ class ReportLoop(Loop):
 
     def _collect(self) -> None:
         pool = self.worker.pool
-        batch = [pool.finished.popleft() for _ in range(len(pool.finished))]
+        # each once, though a thread that was ended from outside may have put it there twice
+        batch = [task for task in dict.fromkeys([pool.finished.popleft() for _ in range(len(pool.finished))])
+                 if task.ended != "reported"]
         pool.measure(batch)
         for task in batch:
             if task.ended == "transaction":
