@@ -51,6 +51,7 @@ def at_rest(url: str, handlers: dict[str, Any] | None = None, **settings: Any) -
 def registered(url: str, handlers: dict[str, Any] | None = None, **settings: Any) -> Iterator[Worker]:
     """A worker at rest, which the database knows; its links are closed at the end."""
     worker = at_rest(url, handlers, **settings)
+    worker.reports.link.settings["lock_timeout"] = "100ms"   # of 1 s: tests hold locks for as long as they like
     worker.heartbeat.register()
     worker.claims.claiming_as = worker.id
     try:
