@@ -445,7 +445,15 @@ class After(float):
     """An argument of a call: the database's clock plus so many seconds."""
 
 
-def connect(config: Config, name: str = "orchestrator") -> psycopg.Connection[Row]:
+class BoundedConnection(psycopg.Connection[Row]):
+    """Each wait for the server's answer ends, at the latest 5 seconds after STATEMENT_TIMEOUT should have ended it."""
+
+    def wait(self, gen: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().wait(_before(time.monotonic() + STATEMENT_TIMEOUT + 5, gen), *args, **kwargs)
+
+
+def connect(config: Config, name: str = "orchestrator",
+            kind: type[psycopg.Connection[Row]] = psycopg.Connection) -> psycopg.Connection[Row]:
     """Open a connection in autocommit with bounded waits: connecting 10 s, a dead peer 15 s."""
     known = conninfo_to_dict(config.database_url)
     settings: dict[str, Any] = {
@@ -454,7 +462,7 @@ def connect(config: Config, name: str = "orchestrator") -> psycopg.Connection[Ro
     if "," in str(known.get("host", "")):
         settings["target_session_attrs"] = "read-write"
     settings = {key: known.get(key, value) for key, value in settings.items()}
-    return psycopg.connect(config.database_url, autocommit=True, application_name=name, **settings)
+    return kind.connect(config.database_url, autocommit=True, application_name=name, **settings)
 
 
 def is_pooled(connection: psycopg.Connection[Row]) -> bool:
@@ -510,7 +518,7 @@ class Link:
             self._inherited.append(self.connection)
             self.connection, self._pid = None, os.getpid()
         if self.connection is None or self.connection.closed:
-            self.connection = connect(self.config, self.name)
+            self.connection = connect(self.config, self.name, BoundedConnection)
             self._adapter = Transformer(self.connection)
             self._prepared: dict[Any, bytes] = {}
             with self:
@@ -583,8 +591,7 @@ class Link:
             return rows
 
     def _answer(self, connection: psycopg.Connection[Row]) -> pq.abc.PGresult:
-        until = time.monotonic() + STATEMENT_TIMEOUT + 5
-        result: pq.abc.PGresult = connection.wait(_before(until, generators.execute(connection.pgconn)))[-1]
+        result: pq.abc.PGresult = connection.wait(generators.execute(connection.pgconn))[-1]
         if result.status == pq.ExecStatus.FATAL_ERROR:
             raise psycopg.errors.error_from_result(result, connection.info.encoding)
         return result
@@ -1209,6 +1216,10 @@ ERROR_CLASSES = ("connection", "08", "40", "53", "57")   # there from the start;
 REFUSED = ("22", "23", "40", "42", "54", "55", "OR", "P0", "XX")
 
 
+def is_refusal(error: psycopg.Error) -> bool:
+    return (error.sqlstate or "08")[:2] in REFUSED
+
+
 class Tally:
     """A histogram that takes many values at once; prometheus_client's own costs more than a whole task does."""
 
@@ -1604,7 +1615,7 @@ class Loop:
             log.critical("%s", self.worker.fatal, exc_info=True)
 
     def run(self) -> None:
-        backoff = Backoff()
+        backoff, worker = Backoff(), self.worker
         while not self.ended():
             self.moved_at = time.monotonic()
             try:
@@ -1612,11 +1623,13 @@ class Loop:
                 if backoff.tries:
                     backoff = Backoff()
                     self._said.clear()
+                if delay > 0:
+                    self.wait(delay)
             except psycopg.Error as error:
                 self.failed(error)
-                delay = backoff.next()
-            if delay > 0:
-                self.wait(delay)
+                # not for the bell, which tasks set as they end: the next stage of stopping ends it
+                stages = (worker.draining, worker.releasing, worker.stopped)
+                next((stage for stage in stages if not stage.is_set()), worker.stopped).wait(backoff.next())
         self.close()
 
     def wait(self, delay: float) -> None:
@@ -1648,7 +1661,7 @@ class Loop:
             chore(*args)
             return True
         except psycopg.Error as error:
-            if (error.sqlstate or "08")[:2] not in REFUSED or error.sqlstate == DECLARED_DEAD:
+            if not is_refusal(error) or error.sqlstate == DECLARED_DEAD:
                 raise
             self.log_error(f"{self.name}, {getattr(chore, '__name__', '').strip('_').replace('_', ' ')}", error)
             return False
@@ -1872,7 +1885,7 @@ class ReportLoop(Loop):
         self.cancels_at = 0.0                                          # monotonic; any thread: when to look for them next
         # All below is its own thread's.
         self.unreported: list[Task] = []
-        self.locked: dict[Task, float] = {}                            # monotonic: when to report it again, alone
+        self.locked: dict[Task, float] = {}                            # monotonic: when to try again with this row, alone
         self.last_careful: tuple[Task | None, float] = (None, 0.0)
         self.last_look = self.progress_at = self.net_at = 0.0          # monotonic
         self.pause_until = 0.0                                         # monotonic
@@ -1896,7 +1909,7 @@ class ReportLoop(Loop):
         self.bell.clear()
         try:
             self._collect()
-            if self.unreported:
+            if self.unreported or self.locked:
                 # a drain's reports are large: no pause
                 self.pause_until = time.monotonic() + REPORT_PAUSE if len(self.unreported) < 100 else 0.0
                 self._report()
@@ -1912,7 +1925,7 @@ class ReportLoop(Loop):
         if releasing and not worker.pool.finished and not self.unreported:
             self._rate_line(last=True)
             self.done = True
-        if len(self.unreported) > len(self.locked):
+        if any(task not in self.locked for task in self.unreported):
             return 0.0   # refused, and reworded
         return 0.02 if self.careful else 0.1 if worker.pool.running() else 1.0
 
@@ -1942,40 +1955,44 @@ class ReportLoop(Loop):
         self._report_each(by_kind)
         for task in [task for task, at in self.locked.items() if now >= at]:
             del self.locked[task]
-            self._report_each({task.outcome.kind if task.outcome is not None else "plain": [task]})
+            if task in self.unreported:
+                self._report_each({task.outcome.kind if task.outcome is not None else "plain": [task]})
 
     def _report_each(self, by_kind: Mapping[str, list[Task]]) -> None:
         for kind, tasks in by_kind.items():
-            if kind == "plain":
-                self._isolate(self._report_completed, tasks)
-            elif kind == "completed":
+            if kind in ("plain", "completed"):
                 for batch in _batches(tasks):
-                    self._isolate(self._report_completed, batch)
+                    self._isolate(self._report_completed, batch, self._refused)
             elif kind == "failed":
-                self._isolate(self._report_failed, tasks)
+                self._isolate(self._report_failed, tasks, self._refused)
             else:
                 for task in tasks:
-                    self._isolate(self._report_snoozed if kind == "snoozed" else self._report_released, [task])
+                    self._isolate(self._report_snoozed if kind == "snoozed" else self._report_released, [task], self._refused)
 
-    def _isolate(self, report: Callable[[list[Task]], None], tasks: list[Task]) -> None:
-        """Report a batch; if the database refuses what one of them says, report the others all the same."""
+    def _isolate(self, call: Callable[[list[Task]], None], tasks: list[Task],
+                 refused: Callable[[Task, psycopg.Error], None]) -> None:
+        """Make a call for many tasks; if the database refuses one of them, make it for the others all the same."""
         try:
-            report(tasks)
+            call(tasks)
         except psycopg.Error as error:
-            if (error.sqlstate or "08")[:2] not in REFUSED:
+            if not is_refusal(error):
                 raise   # not the tasks' doing
             if len(tasks) > 1:
                 middle = len(tasks) // 2
-                self._isolate(report, tasks[:middle])
-                self._isolate(report, tasks[middle:])
+                self._isolate(call, tasks[:middle], refused)
+                self._isolate(call, tasks[middle:], refused)
             else:
-                self._refused(tasks[0], error)
+                refused(tasks[0], error)
+
+    def _put_off(self, task: Task, error: psycopg.Error) -> None:
+        self.log_error(f"task {task.id}", error)
+        self.locked[task] = time.monotonic() + 5.0
 
     def _refused(self, task: Task, error: psycopg.Error) -> None:
-        self.log_error(f"report of task {task.id}", error)
-        if error.sqlstate is not None and error.sqlstate[:2] in ("40", "55"):
-            self.locked[task] = time.monotonic() + 5.0   # someone has locked its row, or was quicker
+        if (error.sqlstate or "")[:2] in ("40", "55"):
+            self._put_off(task, error)   # someone has locked its row, or was quicker
             return
+        self.log_error(f"report of task {task.id}", error)
         before, text = task.outcome, "its outcome could not be recorded"
         if before is not None and (before.text or "").startswith(text):
             self._settle(task, "rejected")   # nothing more can be said of it: _release_forgotten() gives it back
@@ -2073,19 +2090,29 @@ class ReportLoop(Loop):
         taken = worker.pool.take_all()
         while worker.draining.is_set() and self.careful:
             taken.append(self.careful.popleft())
-        by_claim: dict[int, list[Task]] = {}
-        for task in [*taken, *(self._give_up() if worker.releasing.is_set() else [])]:
-            by_claim.setdefault(task.claim_id, []).append(task)
         try:
-            for claim, tasks in by_claim.items():
-                self.link.call("release_tasks", claim, array([task.id for task in tasks]))
-                for task in tasks:
-                    worker.forget(task)
-        except psycopg.Error:   # they are still ours: to run, or to be given back in the next round
-            worker.pool.put([task for task in taken if task.id in worker.tasks])
-            raise
-        if taken:
-            log.info("gave %d tasks back that had not started", len(taken), extra={"worker": worker.id})
+            self._for_each_claim(self._release, [*taken, *(self._give_up() if worker.releasing.is_set() else [])])
+        finally:
+            kept = [task for task in taken if task.id in worker.tasks]   # they are still ours
+            if worker.draining.is_set():
+                self.careful.extend(kept)   # to be given back in the next round
+            else:
+                worker.pool.put(kept)
+        if len(taken) > len(kept):
+            log.info("gave %d tasks back that had not started", len(taken) - len(kept), extra={"worker": worker.id})
+
+    def _release(self, tasks: list[Task]) -> None:
+        self.link.call("release_tasks", tasks[0].claim_id, array([task.id for task in tasks]))
+        for task in tasks:
+            self.worker.forget(task)
+
+    def _for_each_claim(self, call: Callable[[list[Task]], None], tasks: Iterable[Task]) -> None:
+        by_claim: dict[int, list[Task]] = {}
+        for task in tasks:
+            if task not in self.locked:
+                by_claim.setdefault(task.claim_id, []).append(task)
+        for group in by_claim.values():
+            self._isolate(call, group, self._put_off)
 
     def _give_up(self) -> list[Task]:
         """What still runs after the grace period: asked to stop once more, its late outcome is not reported."""
@@ -2098,15 +2125,14 @@ class ReportLoop(Loop):
         return running
 
     def _mark_running(self) -> None:
-        now = time.monotonic()
-        by_claim: dict[int, list[Task]] = {}
-        for task in self.worker.pool.running():
-            if not task.marked and now - task.started > MARK_RUNNING_AFTER:
-                by_claim.setdefault(task.claim_id, []).append(task)
-        for claim, tasks in by_claim.items():
-            self.link.call("start_tasks", claim, array([task.id for task in tasks]))
-            for task in tasks:
-                task.marked = True
+        before = time.monotonic() - MARK_RUNNING_AFTER
+        self._for_each_claim(
+            self._mark, [task for task in self.worker.pool.running() if not task.marked and task.started < before])
+
+    def _mark(self, tasks: list[Task]) -> None:
+        self.link.call("start_tasks", tasks[0].claim_id, array([task.id for task in tasks]))
+        for task in tasks:
+            task.marked = True
 
     def _start_with_care(self) -> None:
         """Start one task that was recovered from a dead worker: durably marked first, and not together with another one,
@@ -2118,9 +2144,18 @@ class ReportLoop(Loop):
         if last is not None and last.id in self.worker.tasks and (not last.started or now - at < CAREFUL_SECONDS):
             return
         task = self.careful[0]
-        started = (task.cancel_reason is None
-                   and self.link.call("start_tasks", task.claim_id, array([task.id]))[0][0] == 1)
-        self.careful.popleft()
+        self.careful.rotate(-1)   # if this one can't be started now, the next one is tried in the next round
+        if task in self.locked:
+            return
+        try:
+            started = (task.cancel_reason is None
+                       and self.link.call("start_tasks", task.claim_id, array([task.id]))[0][0] == 1)
+        except psycopg.Error as error:
+            if not is_refusal(error):
+                raise
+            self._put_off(task, error)
+            return
+        self.careful.remove(task)
         if not started:
             task.outcome = Outcome("released")
             self.unreported.append(task)
@@ -2135,9 +2170,11 @@ class ReportLoop(Loop):
         if self.progress and now >= self.progress_at:
             self.progress_at = now + 0.5
             for task_id in list(self.progress):
+                if self.progress[task_id][0] in self.locked:
+                    continue
                 task, text = self.progress.pop(task_id)
-                if not task.ended:
-                    self.attempt(self.link.call, "record_progress", task.claim_id, task_id, text)
+                if not task.ended and not self.attempt(self.link.call, "record_progress", task.claim_id, task_id, text):
+                    self.locked[task] = now + 5.0
 
     def look_for_cancellations(self) -> None:
         """From any thread: there may be some. However often this is called, they are looked for ten times a second at most."""
@@ -2156,7 +2193,7 @@ class ReportLoop(Loop):
 
     def _catch_dropped(self) -> None:
         """A net: what an asynchronous exception made a thread drop is in nobody's hands. Twice in a row, 10 s apart, and
-        it is given back."""
+        it is given back, or reported if it had started."""
         now, worker, pool = time.monotonic(), self.worker, self.worker.pool
         if now < self.net_at:
             return
@@ -2165,8 +2202,9 @@ class ReportLoop(Loop):
         seen = {*pool.ready.copy(), *self.careful.copy(), *pool.running(), *pool.finished.copy(), *self.unreported}
         missing = {task for task in held - seen if not task.ended and task.id in worker.tasks}
         for task in missing & self.missing:
-            log.error("task %s %s was dropped by its thread: given back", task.type, task.id)
-            task.outcome = Outcome("released")
+            log.error("task %s %s was dropped by its thread", task.type, task.id)
+            if not task.started:
+                task.outcome = Outcome("released")
             self.unreported.append(task)
         self.missing = missing
 
@@ -2337,7 +2375,8 @@ class HeartbeatLoop(Loop):
 
     def _recover(self) -> None:
         config, worker = self.worker.config, self.worker
-        limit = time.monotonic() - config.worker_timeout + 0.1 * config.heartbeat_interval
+        # until the last look, not until now: while the database was away nobody could be heard
+        limit = self.looked_at - config.worker_timeout + 0.1 * config.heartbeat_interval
         silent = {other: at for other, (at, since) in self.seen.items() if since <= limit}
         declared = self._as_leader("declare_dead", texts(silent), texts(silent.values()))[0] if silent else 0
         row = self._as_leader("recover_orphans")
@@ -2542,7 +2581,7 @@ class EnqueuedId(str):
 
     created: bool
 
-    def __new__(cls, task_id: str, created: bool) -> EnqueuedId:
+    def __new__(cls, task_id: str, created: bool = True) -> EnqueuedId:
         made = super().__new__(cls, task_id)
         made.created = created
         return made
