@@ -325,7 +325,7 @@ def test_more_stuck_handlers_than_slots_shrink_the_pool_until_they_return(
 
 def test_an_abandoned_threads_ticket_goes_to_others(no_grace: None) -> None:
     gate, done = Gate(), []
-    pool = make_pool(1, stuck=Handler(gate, timeout=0.05), ok=lambda task: done.append(task))
+    pool = make_pool(1, stuck=Handler(gate, timeout=0.05), ok=done.append)
     pool.mean = 1e-6
     with started(pool):
         pool.put(make_tasks(pool, "stuck") + make_tasks(pool, "ok", 40))   # one ticket for all

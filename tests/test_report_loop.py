@@ -243,7 +243,8 @@ def test_what_could_not_be_given_back_runs_here(installed: str, conn: Connection
     assert audit(conn) == []
 
 
-def test_what_can_not_be_given_back_while_it_stops_does_not_start(installed: str, conn: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_can_not_be_given_back_while_it_stops_does_not_start(
+        installed: str, conn: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_database(self: ReportLoop, tasks: list[Task]) -> None:
         raise psycopg.OperationalError("the connection is lost")
     enqueue_some(conn, 3, "a")
@@ -415,7 +416,7 @@ def test_a_waiting_task_is_cancelled_at_once(installed: str) -> None:
 def test_a_running_task_is_told_and_ends_as_cancelled(installed: str, conn: Connection) -> None:
     with running(installed, {"a": obedient}) as app:
         task_id = app.enqueue("a")
-        eventually(lambda: worker_of(app).pool.running())
+        eventually(worker_of(app).pool.running)
         assert app.cancel(task_id) == "cancelling"
         task = wait_for(app, task_id)
     assert task["status"] == "cancelled" and events(task) == ["cancel_requested", "cancelled"]
