@@ -1349,6 +1349,7 @@ class Bell:
 
     def __init__(self) -> None:
         self._read, self._write = os.pipe()
+        os.set_blocking(self._read, False)
         os.set_blocking(self._write, False)
         self._set = False
 
@@ -1363,11 +1364,14 @@ class Bell:
             self._set = True
             os.write(self._write, b"!")
 
+    def drain(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._read, 100)
+
     def clear(self) -> None:
         # The flag is cleared last: a set() in between is not lost, since the waiting thread looks for work after this.
-        if self._set:
-            os.read(self._read, 100)
-            self._set = False
+        self.drain()
+        self._set = False
 
     def __del__(self) -> None:
         os.close(self._read)   # not before: a thread of the pool may set it at any time
@@ -1863,6 +1867,8 @@ class ClaimLoop(Loop):
         if connection is not None and not connection.closed:
             poll.register(connection, select.POLLIN)
         ready = [descriptor for descriptor, _ in poll.poll(seconds * 1000)]
+        if self.bell.fileno() in ready and not self.bell.is_set():   # type: ignore[union-attr]
+            self.bell.drain()   # type: ignore[union-attr]  # of two threads that set it at the same moment
         if connection is not None and not connection.closed and connection.fileno() in ready:
             connection.pgconn.consume_input()
             self._drain(connection)
