@@ -1076,7 +1076,7 @@ class Router:
         """Run the handler inside the middleware."""
         run: Callable[[Task], Any] = task.handler.function
         for middleware in reversed(self.middleware):
-            run = _wrap(middleware, run)
+            run = _wrap(middleware, run, self.finish)
         return run(task)
 
     def finish(self, task: Task, result: Any) -> Any:
@@ -1150,13 +1150,13 @@ async def _await(task: Task, awaitable: Awaitable[Any], loop: asyncio.AbstractEv
         _exit_if_forked(pid)
 
 
-def _wrap(middleware: Middleware, run: Callable[[Task], Any]) -> Callable[[Task], Any]:
+def _wrap(middleware: Middleware, run: Callable[[Task], Any], finish: Callable[[Task, Any], Any]) -> Callable[[Task], Any]:
     if inspect.iscoroutinefunction(middleware):
         async def awaitable(task: Task) -> Any:   # so that `await call_next(task)` is right for every handler
             result = await asyncio.to_thread(run, task)
             return await result if inspect.isawaitable(result) else result
         return lambda task: middleware(task, awaitable)
-    return lambda task: middleware(task, run)
+    return lambda task: middleware(task, lambda task: finish(task, run(task)))   # which sees what an async handler returned
 
 
 def run_task(router: Router, task: Task) -> None:
