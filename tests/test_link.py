@@ -117,7 +117,8 @@ def test_a_link_opens_anew_when_its_prepared_statements_no_longer_fit(link: Link
     define(conn, "deallocate_", "", "void", "begin deallocate all; end", "plpgsql")
     define(conn, "one", "", "table (n int)", "select 1")
     assert link.call("one") == [(1,)]
-    conn.execute("drop function orchestrator.one; create function orchestrator.one() returns table (n int, m int) language sql as 'select 1, 2'")
+    conn.execute("drop function orchestrator.one")
+    define(conn, "one", "", "table (n int, m int)", "select 1, 2")
     with pytest.raises(psycopg.errors.FeatureNotSupported, match="cached plan"):
         link.call("one")
     assert link.call("one") == [(1, 2)]
@@ -277,7 +278,8 @@ def test_a_session_relies_on_nothing_that_alter_database_can_change(installed: s
     link = Link(make_app(installed).config)
     link.open()
     assert not link.pooled
-    found = dict(link.open().execute("select lower(name), setting from pg_settings where lower(name) = any (%s)", [list(HOSTILE)]).fetchall())
+    query = "select lower(name), setting from pg_settings where lower(name) = any (%s)"
+    found = dict(link.open().execute(query, [list(HOSTILE)]).fetchall())
     assert found == {**{name: orchestrator.SESSION[name] for name in HOSTILE}, "lock_timeout": "10000", "statement_timeout": "15000"}
     link.close()
 

@@ -120,6 +120,7 @@ def test_a_database_that_turned_read_only_is_waited_for_on_new_connections(insta
 @pytest.mark.parametrize("way", ["postgresql://127.0.0.1:1/nowhere", "postgresql://h.invalid/d"])
 def test_a_database_that_waiting_will_not_mend_is_said_once(way: str, caplog: pytest.LogCaptureFixture) -> None:
     orchestrator.log.propagate = True
+    caplog.set_level("INFO", "orchestrator")
     app = make_app(way, {"a": lambda task: None})
     worker = orchestrator.Worker(app.config, app.router)
     try:
@@ -128,7 +129,7 @@ def test_a_database_that_waiting_will_not_mend_is_said_once(way: str, caplog: py
         assert worker.health() == []
     finally:
         worker.stop(0)
-    levels = {record.levelname for record in caplog.records if record.message.startswith("waiting for the database")}
+    levels = {record.levelname for record in caplog.records if record.getMessage().startswith("waiting for the database")}
     assert levels == ({"ERROR"} if "invalid" in way else {"INFO"})
     assert ("check the user, the host" in caplog.text) is ("invalid" in way)
 
