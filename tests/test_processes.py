@@ -281,10 +281,10 @@ def test_a_connection_of_another_kind_is_refused_by_one_line_that_says_what_to_d
     assert (PROGRAM.parent / "examples" / "other_drivers.py").exists()
 
 
-@pytest.mark.parametrize("options", ["dict rows", "client-side binding", "binary", "namedtuple rows", "pipeline"])
+@pytest.mark.parametrize("options", ["dict rows", "client-side binding", "raw cursors", "namedtuple rows", "pipeline"])
 def test_a_psycopg_connection_of_any_settings_will_do(installed: str, options: str) -> None:
     factories: dict[str, Any] = {"dict rows": psycopg.rows.dict_row, "namedtuple rows": psycopg.rows.namedtuple_row}
-    cursors: dict[str, Any] = {"client-side binding": psycopg.ClientCursor, "binary": psycopg.RawCursor}
+    cursors: dict[str, Any] = {"client-side binding": psycopg.ClientCursor, "raw cursors": psycopg.RawCursor}
     app = make_app(installed)
     with psycopg.connect(installed, row_factory=factories.get(options, psycopg.rows.tuple_row),
                          cursor_factory=cursors.get(options, psycopg.Cursor)) as connection:
