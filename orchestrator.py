@@ -3925,7 +3925,7 @@ def _spell_out(words: Sequence[str]) -> list[str]:
             return word in switches and _boolean(following) is None
         except ValueError:
             return True
-    pairs = zip(words, [*words[1:], ""], strict=True)
+    pairs = zip(words, [*words, ""][1:], strict=True)
     return [f"{word}=true" if alone(word, following) else word for word, following in pairs]
 
 
