@@ -68,6 +68,7 @@ import tempfile
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import date, datetime, timedelta
 from datetime import time as time_of_day
@@ -110,8 +111,11 @@ def _share_module() -> None:
         if module is not here and "SCHEMA_VERSION" in names and os.path.realpath(names.get("__file__") or "") == _FILE:
             sys.modules[__name__] = module
             return
-    for name in ("orchestrator", __spec__.name if __spec__ else "orchestrator"):
-        sys.modules.setdefault(name, here)
+    package, _, name = (__spec__.name if __spec__ else "").rpartition(".")
+    for alias in ("orchestrator", f"{package}.{name}" if package else "orchestrator"):
+        sys.modules.setdefault(alias, here)
+    if package in sys.modules:   # for `import myapp.orchestrator`, since what is there already isn't imported
+        setattr(sys.modules[package], name, here)
 
 
 _FILE = os.path.realpath(__file__)
@@ -490,10 +494,7 @@ def prepare_session(connection: psycopg.Connection[Row], config: Config, more: M
 
 
 class Link:
-    """A connection for one thread at a time: opened when needed, closed when broken, given up if the server is silent.
-
-    A forked child opens one of its own and leaves its parent's alone.
-    """
+    """A connection for one thread at a time: opened when needed, closed when broken, given up if the server is silent."""
 
     def __init__(self, config: Config, name: str = "orchestrator", **settings: str) -> None:
         self.config = config
@@ -503,13 +504,8 @@ class Link:
         self.pooled = False
         # monotonic; when the call under way began, or None
         self.began: float | None = None
-        self._pid = os.getpid()
-        self._inherited: list[Any] = []   # kept, since to free a parent's connection would end it
 
     def open(self) -> psycopg.Connection[Row]:
-        if self._pid != os.getpid():
-            self._inherited.append(self.connection)
-            self.connection, self._pid = None, os.getpid()
         if self.connection is None or self.connection.closed:
             self.connection = connect(self.config, self.name)
             self._adapter = Transformer(self.connection)
@@ -524,7 +520,7 @@ class Link:
         All that there can be to read from an idle connection is its end, or the server's last words before it.
         """
         connection = self.connection
-        if connection is not None and not connection.closed and self._pid == os.getpid():
+        if connection is not None and not connection.closed:
             if hasattr(select, "poll"):
                 poll = select.poll()
                 poll.register(connection, select.POLLIN)
@@ -609,7 +605,7 @@ class Link:
 
     def close(self) -> None:
         connection, self.connection = self.connection, None
-        if connection is not None and self._pid == os.getpid():
+        if connection is not None:
             with contextlib.suppress(psycopg.Error, OSError):
                 connection.close()
 
@@ -2558,6 +2554,7 @@ class Orchestrator:
         self._http: Any = None
         self._lock = threading.RLock()   # guards opening and closing
         self._reset_links()
+        _apps.add(self)
         for pattern, handler in (handlers or {}).items():
             self.router.add(pattern, handler)
 
@@ -2698,7 +2695,12 @@ class Orchestrator:
         signals: queue.SimpleQueue[int] = queue.SimpleQueue()   # its put() is safe in a signal handler; an Event's set() is not
         started = False
 
+        pid = os.getpid()
+
         def on_signal(number: int, frame: object) -> None:
+            if os.getpid() != pid:   # a child that a handler forked ends as any process does
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
             signals.put(number)
             if not started:
                 signal.alarm(1)
@@ -2764,15 +2766,19 @@ class Orchestrator:
 
     # -------------------------------------------------------------------------------------------------- helpers
     def _reset_links(self) -> None:
-        self._pid = os.getpid()
         self._links: list[Link] = []   # those that no thread uses just now
         self._places = threading.BoundedSemaphore(LINKS)
 
+    def _leave_to_parent(self) -> None:
+        """In a forked child: connections, worker and page are the parent's, who goes on using them."""
+        self._lock, self.worker = threading.RLock(), None
+        self.router.loop, self.router._loop_lock = None, threading.Lock()
+        self._reset_links()   # psycopg frees a connection without a word to the server where another process made it
+        if self._http is not None:
+            self._http.socket.close()   # or the port would stay in use
+            self._http = None
+
     def _with_link(self, use: Callable[[Link], Result]) -> Result:
-        if self._pid != os.getpid():   # a forked child: the connections are its parent's, who may be using them
-            self._inherited = self._links   # kept, since to free one would end it
-            self._lock = threading.RLock()
-            self._reset_links()
         self.open()
         with self._places, _plain_errors():
             try:
@@ -2802,6 +2808,11 @@ class Orchestrator:
             return to_json(payload, self.router.encode)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{name}: {error}") from None
+
+
+_apps: weakref.WeakSet[Orchestrator] = weakref.WeakSet()
+if hasattr(os, "register_at_fork"):   # not on Windows
+    os.register_at_fork(after_in_child=lambda: [app._leave_to_parent() for app in list(_apps)])
 
 
 class _Stopped(BaseException):
