@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,8 @@ import sqlalchemy
 
 from apps import make_app, running, story, wait_for, worker_of
 from conftest import PROGRAM, clean_environment
-from orchestrator import EnqueuedId, Orchestrator, Task
-from postgres import eventually, wait_for_lock
+from orchestrator import EnqueuedId, Orchestrator
+from postgres import eventually
 from steps import background, column, value
 
 Connection = psycopg.Connection[Any]
