@@ -68,6 +68,7 @@ import tempfile
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import date, datetime, timedelta
 from datetime import time as time_of_day
@@ -106,12 +107,15 @@ def _share_module() -> None:
     """
     here = sys.modules[__name__]
     for module in list(sys.modules.values()):
-        file = getattr(module, "__dict__", {}).get("__file__")
-        if module is not here and file and hasattr(module, "SCHEMA_VERSION") and os.path.realpath(file) == _FILE:
+        names = getattr(module, "__dict__", {})   # not hasattr(), which lazy modules answer with an import
+        if module is not here and "SCHEMA_VERSION" in names and os.path.realpath(names.get("__file__") or "") == _FILE:
             sys.modules[__name__] = module
             return
-    for name in ("orchestrator", __spec__.name if __spec__ else "orchestrator"):
-        sys.modules.setdefault(name, here)
+    package, _, name = (__spec__.name if __spec__ else "").rpartition(".")
+    for alias in ("orchestrator", f"{package}.{name}" if package else "orchestrator"):
+        sys.modules.setdefault(alias, here)
+    if package in sys.modules:   # for `import myapp.orchestrator`, since what is there already isn't imported
+        setattr(sys.modules[package], name, here)
 
 
 _FILE = os.path.realpath(__file__)
@@ -242,7 +246,7 @@ def clean_text(text: str, limit: int = ERROR_LIMIT) -> str:
 
 def redact_url(text: str) -> str:
     """The text without the passwords of the URLs and connection strings in it."""
-    text = re.sub(r"(://[^:/@\s]*):[^/\s]*@", r"\1:***@", text)
+    text = re.sub(r"(://[^:/@\s]*):(?!\d+[/?#])\S*@", r"\1:***@", text)
     return re.sub(r"(password\s*=\s*)('(?:[^'\\]|\\.)*'|[^\s&]+)", r"\1***", text, flags=re.IGNORECASE)
 
 
@@ -465,7 +469,7 @@ def connect(config: Config, name: str = "orchestrator",
     known = conninfo_to_dict(config.database_url)
     settings: dict[str, Any] = {
         "connect_timeout": 10, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3,
-        "tcp_user_timeout": 15000}
+        "tcp_user_timeout": 15000, "client_encoding": "UTF8"}
     if "," in str(known.get("host", "")):
         settings["target_session_attrs"] = "read-write"
     settings = {key: known.get(key, value) for key, value in settings.items()}
@@ -483,6 +487,10 @@ def prepare_session(connection: psycopg.Connection[Row], config: Config, more: M
 
     Raises ConfigError where a pooler keeps it from being set and the database has it otherwise.
     """
+    encoding = connection.info.parameter_status("server_encoding")
+    if encoding != "UTF8":
+        raise ConfigError(f"DATABASE_URL: the database's encoding is {encoding}, which cannot hold every text: "
+                          "create one with encoding 'UTF8'")
     # as text, by psycopg's C loader: 4.0 → 0.4 µs per task
     for kind in ("jsonb", "json", "uuid", "timestamptz"):
         connection.adapters.register_loader(kind, TextLoader)
@@ -496,18 +504,20 @@ def prepare_session(connection: psycopg.Connection[Row], config: Config, more: M
                 raise ConfigError(f"DATABASE_URL: behind a pooler, {name} must be '{SESSION[name]}': "
                                   f"alter database … set {name} = '{SESSION[name]}'")
     else:
-        newer = {"transaction_timeout": "0"} if connection.info.server_version >= 170000 else {}
-        settings = {**SESSION, **newer, **more}
-        connection.execute("select " + ", ".join(
-            f"pg_catalog.set_config('{name}', '{value}', false)" for name, value in settings.items()), prepare=False)
+        configure(connection, {**SESSION, **more})
     return pooled
 
 
-class Link:
-    """A connection for one thread at a time: opened when needed, closed when broken, given up if the server is silent.
+def configure(connection: psycopg.Connection[Any], settings: Mapping[str, str], local: bool = False) -> None:
+    """Set these for the session, or for its transaction; and that neither has an end by itself."""
+    newer = {"transaction_timeout": "0", "restrict_nonsystem_relation_kind": ""}
+    settings = {**settings, **(newer if connection.info.server_version >= 170000 else {})}
+    connection.execute("select " + ", ".join(
+        f"pg_catalog.set_config('{name}', '{value}', {local})" for name, value in settings.items()), prepare=False)
 
-    A forked child opens one of its own and leaves its parent's alone.
-    """
+
+class Link:
+    """A connection for one thread at a time: opened when needed, closed when broken, given up if the server is silent."""
 
     def __init__(self, config: Config, name: str = "orchestrator", **settings: str) -> None:
         self.config = config
@@ -517,13 +527,8 @@ class Link:
         self.pooled = False
         # monotonic; when the call under way began, or None
         self.began: float | None = None
-        self._pid = os.getpid()
-        self._inherited: list[Any] = []   # kept, since to free a parent's connection would end it
 
     def open(self) -> psycopg.Connection[Row]:
-        if self._pid != os.getpid():
-            self._inherited.append(self.connection)
-            self.connection, self._pid = None, os.getpid()
         if self.connection is None or self.connection.closed:
             self.connection = connect(self.config, self.name, BoundedConnection)
             self._adapter = Transformer(self.connection)
@@ -533,15 +538,19 @@ class Link:
         return self.connection
 
     def reopen_if_closed(self) -> None:
-        """Notice that the server or a firewall closed the connection while it was idle: nothing was sent yet."""
-        if self.connection is not None and not self.connection.closed and self._pid == os.getpid():
-            try:
-                for _ in range(2):   # the server's last words, then the end
-                    self.connection.pgconn.consume_input()
-                gone = self.connection.pgconn.status != pq.ConnStatus.OK
-            except psycopg.OperationalError:
-                gone = True
-            if gone:
+        """Notice that the server or a firewall closed the connection while it was idle: nothing was sent yet.
+
+        All that there can be to read from an idle connection is its end, or the server's last words before it.
+        """
+        connection = self.connection
+        if connection is not None and not connection.closed:
+            if hasattr(select, "poll"):
+                poll = select.poll()
+                poll.register(connection, select.POLLIN)
+                said: Any = poll.poll(0)
+            else:   # Windows
+                said = select.select([connection], [], [], 0)[0]
+            if said:
                 self.close()
 
     def call(self, function: str, *args: Any, meanwhile: Callable[[], None] | None = None, **named: Any) -> list[Row]:
@@ -618,7 +627,7 @@ class Link:
 
     def close(self) -> None:
         connection, self.connection = self.connection, None
-        if connection is not None and self._pid == os.getpid():
+        if connection is not None:
             with contextlib.suppress(psycopg.Error, OSError):
                 connection.close()
 
@@ -655,7 +664,8 @@ def call_in(connection: psycopg.Connection[Any], function: str, *args: Any) -> l
                          "examples/other_drivers.py shows how to enqueue with SQLAlchemy, asyncio and asyncpg")
     kinds = tuple(isinstance(arg, After) for arg in args)
     query = re.sub(r"\$\d+", "%s", _statement("select * from", function, kinds, ()).decode())
-    cursor = connection.cursor(row_factory=psycopg.rows.tuple_row)
+    # not the connection's own kind of cursor, which may take other placeholders
+    cursor = psycopg.Cursor(connection, row_factory=psycopg.rows.tuple_row)
     return cursor.execute(query, [_interval(arg) if isinstance(arg, After) else arg for arg in args]).fetchall()
 
 
@@ -716,7 +726,8 @@ def install_sql() -> list[str]:
     """What installing runs, in one transaction: the migrations that an older schema still needs, then the files."""
     files = sql_files()
     migrations = [_migration(name, text) for name, text in files.items() if name.startswith("migrations/")]
-    return ["select pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);\n"
+    return ["select pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true), "
+            "pg_catalog.set_config('standard_conforming_strings', 'on', true);\n"
             "select pg_advisory_xact_lock(hashtext('orchestrator.install'));\n", *migrations,
             *(text for name, text in files.items() if not name.startswith("migrations/"))]
 
@@ -735,15 +746,9 @@ def _migration(name: str, text: str) -> str:
 
 
 def install(connection: psycopg.Connection[Row]) -> None:
-    """Install or upgrade the schema in one transaction; safe to repeat, and by many at once. Raises ConfigError."""
-    encoding = connection.info.parameter_status("server_encoding")
-    if encoding != "UTF8":
-        raise ConfigError(f"DATABASE_URL: the database's encoding is {encoding}, which cannot hold every text: "
-                          "create one with encoding 'UTF8'")
+    """Install or upgrade the schema in one transaction; safe to repeat, and by many at once."""
     with connection.transaction():
-        # a migration of a large table may take its time
-        connection.execute("select set_config('statement_timeout', '0', true), "
-                           "set_config('client_min_messages', 'warning', true)")
+        configure(connection, {"statement_timeout": "0"}, local=True)   # a migration of a large table may take its time
         for text in install_sql():
             connection.execute(text, prepare=False)
 
@@ -927,15 +932,15 @@ class Task:
         with connect(worker.config, "orchestrator task") as connection:
             if worker.reports.link.pooled or not worker.config.prepared_statements:
                 connection.prepare_threshold = None
-            connection.autocommit = False
+            connection.autocommit = connection.read_only = connection.deferrable = False
+            connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
             # the handler's timeout, not the database, bounds the handler's own work
-            connection.execute("select pg_catalog.set_config('statement_timeout', '0', true), "
-                               "pg_catalog.set_config('idle_in_transaction_session_timeout', '0', true)")
+            configure(connection, {"statement_timeout": "0", "idle_in_transaction_session_timeout": "0"}, local=True)
             self._in_transaction = True
             try:
                 yield connection
                 rows = call_in(connection, "complete_tasks", array([self.claim_id]), "{1}", array([self.id]),
-                               None if self._result is None else texts([self._result]))
+                               None if self._result is None else texts([self._result]), False)
             finally:
                 self._in_transaction = False
             if rows and rows[0][1] == "cancelled":
@@ -1088,24 +1093,32 @@ class Router:
         """Run the handler inside the middleware."""
         run: Callable[[Task], Any] = task.handler.function
         for middleware in reversed(self.middleware):
-            run = _wrap(middleware, run, self.finish)
+            run = self._wrap(middleware, run)
         return run(task)
+
+    def _wrap(self, middleware: Middleware, run: Callable[[Task], Any]) -> Callable[[Task], Any]:
+        if _is_async(middleware):
+            return lambda task: middleware(task, functools.partial(_call_in_pool, run))
+        return lambda task: middleware(task, lambda task: self.finish(task, run(task)))
 
     def finish(self, task: Task, result: Any) -> Any:
         """What a handler's result comes to: an awaitable runs on the event loop's thread while this thread waits."""
         if inspect.isawaitable(result):
             result = self._wait_for(task, result)
-        if inspect.isgenerator(result) or inspect.isasyncgen(result):
-            raise TypeError("the handler is a generator, so it did not run: it must not yield")
-        return result
+        return _no_generator(result)
 
     def _wait_for(self, task: Task, awaitable: Awaitable[Any]) -> Any:
         with self._loop_lock:
             if self.loop is None:
                 self.loop = asyncio.new_event_loop()
                 threading.Thread(target=_run_loop, args=(self.loop,), name="asyncio", daemon=True).start()
+        calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         try:
-            return asyncio.run_coroutine_threadsafe(_await(task, awaitable, self.loop), self.loop).result()
+            future = asyncio.run_coroutine_threadsafe(_await(task, awaitable, self.loop, calls), self.loop)
+            future.add_done_callback(lambda _: calls.put(None))
+            while (call := calls.get()) is not None:
+                call()
+            return future.result()
         except (asyncio.CancelledError, concurrent.futures.CancelledError) as error:
             raise Cancelled(task.cancel_reason or "cancelled") from error
 
@@ -1127,7 +1140,7 @@ class Router:
                         task.type, task.id)
         try:
             return Outcome("completed", self.result_json(result))
-        except Exception as error:
+        except BaseException as error:   # a form of the program's own may do anything
             return Outcome("completed", lost=clean_text(f"{type(error).__name__}: {message_of(error)}"))
 
 
@@ -1145,12 +1158,13 @@ def _exit_if_forked(pid: int) -> None:
         os._exit(0)
 
 
-async def _await(task: Task, awaitable: Awaitable[Any], loop: asyncio.AbstractEventLoop) -> Any:
+async def _await(task: Task, awaitable: Awaitable[Any], loop: asyncio.AbstractEventLoop, calls: Any) -> Any:
     """Cancelled from inside the loop, so that whoever waits for the handler sees it end, not only asked to end."""
     running, pid = asyncio.current_task(), os.getpid()
     assert running is not None
     running.set_name(f"{task.type} {task.id}")
     _current_task.set(task)
+    _calls.set(calls)
     task.on_cancel = lambda: loop.call_soon_threadsafe(running.cancel)
     if task.cancel_reason not in (None, "shutdown"):
         running.cancel()
@@ -1162,13 +1176,42 @@ async def _await(task: Task, awaitable: Awaitable[Any], loop: asyncio.AbstractEv
         _exit_if_forked(pid)
 
 
-def _wrap(middleware: Middleware, run: Callable[[Task], Any], finish: Callable[[Task, Any], Any]) -> Callable[[Task], Any]:
-    if inspect.iscoroutinefunction(middleware):
-        async def awaitable(task: Task) -> Any:   # so that `await call_next(task)` is right for every handler
-            result = await asyncio.to_thread(run, task)
-            return await result if inspect.isawaitable(result) else result
-        return lambda task: middleware(task, awaitable)
-    return lambda task: middleware(task, lambda task: finish(task, run(task)))   # which sees what an async handler returned
+def _is_async(function: Any) -> bool:
+    plain = inspect.unwrap(function)
+    return inspect.iscoroutinefunction(plain) or inspect.iscoroutinefunction(getattr(plain, "__call__", None))   # noqa: B004
+
+
+# Where code on the event loop hands over what is to run in the pool's thread that waits for it.
+_calls: contextvars.ContextVar[queue.SimpleQueue[Callable[[], None] | None]] = contextvars.ContextVar("calls")
+
+
+async def _call_in_pool(run: Callable[[Task], Any], task: Task) -> Any:
+    """What async middleware awaits: any handler's value. A thread can't be interrupted, so nobody stops to wait for it."""
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
+    outcome: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+    def call() -> None:
+        try:
+            outcome.set_result(run(task))
+        except BaseException as error:
+            outcome.set_exception(error)
+        loop.call_soon_threadsafe(ended.set)
+    _calls.get().put(call)
+    while not ended.is_set():
+        with contextlib.suppress(asyncio.CancelledError):
+            await ended.wait()
+    result = outcome.result()
+    if inspect.isawaitable(result):
+        if task.cancel_reason not in (None, "shutdown") and (running := asyncio.current_task()) is not None:
+            running.cancel()   # the awaitable is what can be
+        result = await result
+    return _no_generator(result)
+
+
+def _no_generator(result: Any) -> Any:
+    if inspect.isgenerator(result) or inspect.isasyncgen(result):
+        raise TypeError("the handler is a generator, so it did not run: it must not yield")
+    return result
 
 
 def run_task(router: Router, task: Task) -> None:
@@ -2598,7 +2641,7 @@ class EnqueuedId(str):
 
     created: bool
 
-    def __new__(cls, task_id: str, created: bool = True) -> EnqueuedId:
+    def __new__(cls, task_id: str, created: bool = True) -> EnqueuedId:   # the default is for pickle and copy
         made = super().__new__(cls, task_id)
         made.created = created
         return made
@@ -2633,6 +2676,7 @@ class Orchestrator:
         self._http: Any = None
         self._lock = threading.RLock()   # guards opening and closing
         self._reset_links()
+        _apps.add(self)
         for pattern, handler in (handlers or {}).items():
             self.router.add(pattern, handler)
 
@@ -2775,7 +2819,12 @@ class Orchestrator:
         signals: queue.SimpleQueue[int] = queue.SimpleQueue()   # its put() is safe in a signal handler; an Event's set() is not
         started = False
 
+        pid = os.getpid()
+
         def on_signal(number: int, frame: object) -> None:
+            if os.getpid() != pid:   # a child that a handler forked ends as any process does
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
             signals.put(number)
             if not started:
                 signal.alarm(1)
@@ -2847,15 +2896,19 @@ class Orchestrator:
 
     # -------------------------------------------------------------------------------------------------- helpers
     def _reset_links(self) -> None:
-        self._pid = os.getpid()
         self._links: list[Link] = []   # those that no thread uses just now
         self._places = threading.BoundedSemaphore(LINKS)
 
+    def _leave_to_parent(self) -> None:
+        """In a forked child: connections, worker and page are the parent's, who goes on using them."""
+        self._lock, self.worker = threading.RLock(), None
+        self.router.loop, self.router._loop_lock = None, threading.Lock()
+        self._reset_links()   # psycopg frees a connection without a word to the server where another process made it
+        if self._http is not None:
+            self._http.socket.close()   # or the port would stay in use
+            self._http = None
+
     def _with_link(self, use: Callable[[Link], Result]) -> Result:
-        if self._pid != os.getpid():   # a forked child: the connections are its parent's, who may be using them
-            self._inherited = self._links   # kept, since to free one would end it
-            self._lock = threading.RLock()
-            self._reset_links()
         self._open()
         with self._places, _plain_errors():
             try:
@@ -2885,6 +2938,11 @@ class Orchestrator:
             return to_json(payload, self.router.encode)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{name}: {error}") from None
+
+
+_apps: weakref.WeakSet[Orchestrator] = weakref.WeakSet()
+if hasattr(os, "register_at_fork"):   # not on Windows
+    os.register_at_fork(after_in_child=lambda: [app._leave_to_parent() for app in list(_apps)])
 
 
 class _Stopped(BaseException):
@@ -3126,6 +3184,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
             if not self.link_lock.acquire(timeout=WAIT_SECONDS):
                 raise Busy
             try:
+                self.link.reopen_if_closed()
                 return (self.link.json if as_json else self.link.call)(function, **arguments)
             finally:
                 self.link_lock.release()
