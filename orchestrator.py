@@ -2941,8 +2941,13 @@ class Orchestrator:
 
 
 _apps: weakref.WeakSet[Orchestrator] = weakref.WeakSet()
+def _leave_all_to_parent() -> None:
+    for app in list(_apps):
+        app._leave_to_parent()
+
+
 if hasattr(os, "register_at_fork"):   # not on Windows
-    os.register_at_fork(after_in_child=lambda: [app._leave_to_parent() for app in list(_apps)])
+    os.register_at_fork(after_in_child=_leave_all_to_parent)
 
 
 class _Stopped(BaseException):
