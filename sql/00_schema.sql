@@ -5,11 +5,14 @@
 --                         → fail_tasks → (retry_scheduled) promote_due → claim_tasks … or (dead_letter) retry_task
 --                         → release_tasks | snooze_task → claim_tasks …
 -- schedule → promote_due enqueues, at each fire time.
+-- Whoever writes what a crash may forget without harm (claims, heartbeats, promotions, progress, floors, counts, retention: they
+-- are made again) commits without waiting for the flush: set_config('synchronous_commit', 'off', true). Enqueued tasks and
+-- outcomes, starts that are charged, registrations, terms, deaths and what operators do wait for it.
 -- Lock order everywhere: the leader's row in workers → other workers → claims (ascending id) → tasks → lane_floors (35_floors.sql).
 -- A schedule's row is locked before those of tasks; promote_due skips one that is locked.
 
 -- Constraints, views, defaults and inlined functions are bound to what this path finds: nothing in other schemas shadows a built-in.
-set search_path = pg_catalog, pg_temp;
+set local search_path = pg_catalog, pg_temp;
 
 -- One installation at a time. Anybody may hold this key, so waiting for it has an end: two installations at once are rolled
 -- back by PostgreSQL at worst.
@@ -21,11 +24,12 @@ begin
   end loop;
 end $$;
 
-create schema if not exists orchestrator;
-comment on schema orchestrator is 'Task orchestrator: tasks are enqueued, claimed, retried and recovered by the functions of this schema.';
-
 do $$
 begin
+  if to_regnamespace('orchestrator') is null then   -- else somebody made it for a role that may not
+    create schema orchestrator;
+    comment on schema orchestrator is 'Task orchestrator: tasks are enqueued, claimed, retried and recovered by the functions of this schema.';
+  end if;
   if to_regprocedure('orchestrator.schema_version()') is not null then
     if orchestrator.schema_version() > 1 then
       raise exception 'the schema orchestrator is of version %, newer than these files (1)', orchestrator.schema_version()

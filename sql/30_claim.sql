@@ -4,18 +4,22 @@
 -- claim also takes a place in line (an advisory lock), which it only tries.
 -- The planner settings on the hot functions are needed: a plan cached while a table was empty would scan it whole ever after.
 
-create or replace function orchestrator._check_worker(p_worker_id text) returns void
+-- Called only where one of these is so: a call of its own would cost each claim 3%.
+create or replace function orchestrator._refuse_claim(p_worker_id text, p_limit int, p_bytes bigint) returns void
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 begin
-  if not exists (select from orchestrator.workers w where w.id = p_worker_id and w.declared_dead_at is null) then
-    raise exception 'worker % is not registered, or was declared dead', p_worker_id
-      using errcode = 'OR003', hint = 'Register again, under a new id.';
+  if p_limit is null or p_limit < 0 then   -- null would be no limit at all
+    perform orchestrator._invalid('limit', 'must be 0 or more', 'How many tasks this worker has room for.');
+  elsif p_bytes is null or p_bytes < 1 then
+    perform orchestrator._invalid('bytes', 'must be 1 or more', 'How many bytes of payloads this worker has room for.');
   end if;
+  raise exception 'worker % is not registered, or was declared dead', p_worker_id
+    using errcode = 'OR003', hint = 'Register again, under a new id.';
 end $$;
 
--- The types with this prefix that may have ready tasks, but for paused ones, from type to type along the ready index. The cost
--- is that of what is ready: at most 1,000 types, and 1,000 more from one that the leader takes by chance, so that no type is
--- always left out. A type with floors may have nothing ready, but is not walked; so it bounds each look.
+-- The types with this prefix that may have ready tasks, except paused ones, from type to type along the ready index: at most
+-- 1,000, and 1,000 more from one that the leader takes by chance, so that none is always left out. A type with floors bounds
+-- each look, since an old snapshot keeps dead entries there; it is returned whether or not it has ready tasks.
 create or replace function orchestrator._ready_types(p_prefix text, p_paused text[]) returns setof text language plpgsql stable
 set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan
 set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
@@ -62,25 +66,17 @@ end $$;
 create or replace function orchestrator._claimable(p_types text[]) returns text[]
 language plpgsql stable set search_path = pg_catalog, pg_temp set enable_seqscan = off as $$
 declare
-  v_paused text[];
-  v_patterns boolean;
+  v_paused text[] := array(select p.likes from orchestrator.task_types p where p.paused);
 begin
-  select array(select p.likes from orchestrator.task_types p where p.paused),
-         exists (select from unnest(p_types) u(type) where orchestrator._prefix(u.type) is not null) into v_paused, v_patterns;
-  if v_patterns then
-    p_types := array(
-      select u.type from unnest(p_types) u(type) where orchestrator._prefix(u.type) is null
-      union
-      select r from unnest(p_types) u(type) cross join lateral orchestrator._ready_types(orchestrator._prefix(u.type), v_paused) r
-      where orchestrator._prefix(u.type) is not null);
-  end if;
-  if v_paused = '{}' then return p_types; end if;
-  return array(select u.type from unnest(p_types) u(type) where not u.type like any (v_paused));
+  return array(
+    select u.type from unnest(p_types) u(type) where orchestrator._prefix(u.type) is null and not u.type like any (v_paused)
+    union
+    select r from unnest(p_types) u(type) cross join lateral orchestrator._ready_types(orchestrator._prefix(u.type), v_paused) r
+    where orchestrator._prefix(u.type) is not null);
 end $$;
 
--- The next lane of a type along the ready index that has ready tasks, or that has a floor (then head may be null). An old
--- snapshot keeps dead index entries where there is a floor, so such a lane is looked up from its floor, and only what lies
--- between two of them is walked. Empty lanes cost nothing, however many there are.
+-- The next lane of a type that has ready tasks, or that has a floor (then head may be null). Where there are floors, an old
+-- snapshot keeps dead index entries: such a lane is looked up from its floor, and only what lies between two of them is walked.
 create or replace function orchestrator._next_lane(p_type text, p_below bigint) returns table (priority int, head timestamptz)
 language sql stable begin atomic
   select coalesce(t.priority, f.priority),
@@ -97,24 +93,47 @@ language sql stable begin atomic
   where coalesce(t.priority, f.priority) is not null;
 end;
 
--- The lanes of these types that have ready tasks, each with the queued_at of its oldest.
+-- The lanes of these types that have ready tasks, each with the queued_at of its oldest. A type is walked from priority to
+-- priority along the ready index, so that its empty lanes cost nothing, however many there are.
 create or replace function orchestrator._ready_lanes(p_types text[])
 returns table (type text, priority int, head timestamptz) language plpgsql stable
 set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan
 set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 #variable_conflict use_column
+declare
+  v_floored text[];
+  v_plain text[];
 begin
+  select array_agg(u.type) filter (where f.found), array_agg(u.type) filter (where f.found is null) into v_floored, v_plain
+  from unnest(p_types) u(type)
+  left join lateral (   -- limit 1: the newest come first, so the dead ones are not read
+    select true as found from orchestrator.lane_floors f where f.type = u.type limit 1) f on true;
   return query
     with recursive lane as (
-      select u.type, n.priority, n.head from unnest(p_types) u(type) cross join lateral orchestrator._next_lane(u.type, 2147483648) n
+      select u.type, h.priority, h.queued_at
+      from unnest(v_plain) u(type)
+      cross join lateral (
+        select t.priority, t.queued_at from orchestrator.tasks t
+        where t.type = u.type and t.queued_at is not null order by t.priority desc, t.queued_at limit 1) h
       union all
-      select l.type, n.priority, n.head from lane l cross join lateral orchestrator._next_lane(l.type, l.priority) n)
-    select l.type, l.priority, l.head from lane l where l.head is not null;
+      select l.type, h.priority, h.queued_at
+      from lane l
+      cross join lateral (
+        select t.priority, t.queued_at from orchestrator.tasks t
+        where t.type = l.type and t.priority < l.priority and t.queued_at is not null order by t.priority desc, t.queued_at limit 1) h)
+    select l.type, l.priority, l.queued_at from lane l;
+  if v_floored is not null then
+    return query
+      with recursive lane as (
+        select u.type, n.priority, n.head from unnest(v_floored) u(type) cross join lateral orchestrator._next_lane(u.type, 2147483648) n
+        union all
+        select l.type, n.priority, n.head from lane l cross join lateral orchestrator._next_lane(l.type, l.priority) n)
+      select l.type, l.priority, l.head from lane l where l.head is not null;
+  end if;
 end $$;
 
--- Ascending in time, and never given out twice, also where a crash forgets claims that were not flushed: microseconds since
--- 2025 and a number below 1024, which lasts until the year 2310. Two claims in the same microsecond that also draw the same number meet
--- at the primary key, and one of them fails.
+-- Ascending in time, and never given out twice, even if a crash forgets claims: microseconds since 2025, and a number below 1024
+-- by chance. Lasts until 2310. Two claims that agree in both meet at the primary key, and one fails.
 create or replace function orchestrator._new_claim_id() returns bigint
 language sql volatile parallel safe
 return (extract(epoch from clock_timestamp() - timestamptz '2025-01-01 00:00:00+00') * 1000000)::bigint * 1024 + floor(random() * 1024)::bigint;
@@ -148,8 +167,8 @@ end $$;
 -- cost doesn't depend on how much waits, here or in lanes of other types.
 -- Large claims at the same time would meet at the same rows, and stepping over a row that another has locked takes 1.2 µs. So
 -- each takes a place in line, and starts as many shares further on where a lane holds that much: four workers drain 8% more.
--- p_bytes: of a claim that might exceed it, each part must weigh no more than its share by _most_bytes; the first that does
--- ends that, and the claim goes on with as few tasks as the largest payloads allow.
+-- A claim that might exceed p_bytes weighs what it takes; where that is too much, it goes on with as few tasks as the largest
+-- payloads allow.
 create or replace function orchestrator.claim_tasks(p_worker_id text, p_types text[], p_limit int, p_bytes bigint default 67108864)
 returns table (claim_id bigint, id uuid, type text, payload jsonb, attempts int, max_retries int, priority int,
                created_at timestamptz, waited double precision, recoveries int)
@@ -175,17 +194,19 @@ declare
   v_most bigint := p_bytes / greatest(p_limit, 1);   -- of one task, on average
   v_now timestamptz := clock_timestamp();
 begin
-  if p_limit is null or p_limit < 0 then   -- null would be no limit at all
-    perform orchestrator._invalid('limit', 'must be 0 or more', 'How many tasks this worker has room for.');
-  elsif p_bytes is null or p_bytes < 1 then
-    perform orchestrator._invalid('bytes', 'must be 1 or more', 'How many bytes of payloads this worker has room for.');
+  if p_limit is null or p_limit < 0 or p_bytes is null or p_bytes < 1
+     or not exists (select from orchestrator.workers w where w.id = p_worker_id and w.declared_dead_at is null) then
+    perform orchestrator._refuse_claim(p_worker_id, p_limit, p_bytes);
   end if;
-  perform orchestrator._check_worker(p_worker_id);
+  -- a guess that is quick, and right wherever there is a pattern
+  if array_to_string(p_types, ' ') ~ '[*:]( |$)' or exists (select from orchestrator.task_types p where p.paused) then
+    p_types := orchestrator._claimable(p_types);
+  end if;
   while p_limit >= 500 and v_place < 7 and not pg_try_advisory_xact_lock(hashtext('orchestrator.claim'), v_place) loop
     v_place := v_place + 1;
   end loop;
   select array_agg(l.type), array_agg(l.priority), array_agg(l.head) into v_types, v_priorities, v_heads
-  from (select * from orchestrator._ready_lanes(orchestrator._claimable(p_types)) l order by l.priority desc, l.head) l;
+  from (select * from orchestrator._ready_lanes(p_types) l order by l.priority desc, l.head) l;
   while v_left > 0 and v_first <= cardinality(v_types) loop
     v_lanes := cardinality(array_positions(v_priorities, v_priorities[v_first]));
     v_last := v_first + v_lanes - 1;
@@ -201,7 +222,7 @@ begin
             order by t.queued_at offset v_place::bigint * v_share limit 1);   -- null, so none, in a shorter lane: see the next pass
         end if;
         return query
-          -- materialized: a plain LIMIT … SKIP LOCKED could be run again by a join, and claim more than the limit
+          -- materialized: a join might run LIMIT … SKIP LOCKED again, and claim more than the limit
           with pick as materialized (
             select t.ctid as tid, t.queued_at, case when v_weigh then orchestrator._most_bytes(t.payload) end as bytes from orchestrator.tasks t
             where t.type = v_types[i] and t.priority = v_priorities[i] and t.queued_at >= v_from
@@ -232,9 +253,8 @@ begin
     end loop;
     v_first := v_last + 1;
   end loop;
-  if v_claimed > 0 then
-    -- if a crash forgets the claim, its tasks are pending again, as after any crash of their worker
-    perform set_config('synchronous_commit', 'off', true);
+  -- If a crash forgets the claim, its tasks are pending again, as after any crash of their worker.
+  if v_claimed > 0 and set_config('synchronous_commit', 'off', true) = 'off' then
     insert into orchestrator.claims (id, worker_id, claimed_at, open_tasks) values (v_claim_id, p_worker_id, v_now, v_claimed);
   end if;
 end $$;
@@ -272,6 +292,10 @@ declare
   v_now timestamptz := clock_timestamp();   -- itself it is volatile, so no index condition: all that is scheduled would be read
   v_fire_at timestamptz;
 begin
+  select f.fired, f.next_fire_at into fired, v_fire_at from orchestrator._fire_schedules(v_now) f;
+  if fired = 0 then   -- a task that a handler may have seen must not come back under another id
+    perform set_config('synchronous_commit', 'off', true);
+  end if;
   with pick as materialized (
     select t.ctid as tid from orchestrator.tasks t where t.next_retry_at <= v_now
     order by t.next_retry_at limit p_limit for no key update skip locked),
@@ -281,7 +305,6 @@ begin
     where t.ctid = any (array(select tid from pick)) returning t.type),
   notified as (select orchestrator._notify_idle(d.type) from (select distinct type from due) d)
   select count(*) into promoted from due, (select count(*) from notified) a;
-  select f.fired, f.next_fire_at into fired, v_fire_at from orchestrator._fire_schedules(v_now) f;
   select extract(epoch from least(v_fire_at, (select t.next_retry_at from orchestrator.tasks t where t.next_retry_at is not null
                                               order by t.next_retry_at limit 1)) - clock_timestamp()) into next_in;
 end $$;

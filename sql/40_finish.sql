@@ -59,7 +59,8 @@ begin
 end $$;
 
 -- p_ids holds p_counts[i] tasks of p_claim_ids[i], one claim after another, and p_results (if not null) their results.
-create or replace function orchestrator.complete_tasks(p_claim_ids bigint[], p_counts int[], p_ids uuid[], p_results jsonb[] default null)
+create or replace function orchestrator.complete_tasks(
+  p_claim_ids bigint[], p_counts int[], p_ids uuid[], p_results jsonb[] default null, p_again boolean default true)
 returns table (id uuid, outcome text) language plpgsql
 set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan
 set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
@@ -81,21 +82,13 @@ begin
   for i in 1..cardinality(p_claim_ids) loop
     v_to := v_from + p_counts[i] - 1;
     v_ids := p_ids[v_from:v_to];
-    if p_results is null then
-      update orchestrator.tasks t
-      set status = 'completed', started_at = coalesce(t.started_at, t.claimed_at), completed_at = v_now, updated_at = v_now,
-          attempts = t.attempts + (t.status = 'claimed')::int
-      where t.id = any (v_ids) and t.claim_id is not distinct from p_claim_ids[i]
-        and t.status in ('claimed', 'running') and t.cancel_requested_at is null;
-    else
-      update orchestrator.tasks t
-      set status = 'completed', started_at = coalesce(t.started_at, t.claimed_at), completed_at = v_now, updated_at = v_now,
-          attempts = t.attempts + (t.status = 'claimed')::int,
-          -- not a join with the results: planned while tasks was empty, that would walk it whole
-          result = p_results[v_from - 1 + array_position(v_ids, t.id)]
-      where t.id = any (v_ids) and t.claim_id is not distinct from p_claim_ids[i]
-        and t.status in ('claimed', 'running') and t.cancel_requested_at is null;
-    end if;
+    update orchestrator.tasks t
+    set status = 'completed', started_at = coalesce(t.started_at, t.claimed_at), completed_at = v_now, updated_at = v_now,
+        attempts = t.attempts + (t.status = 'claimed')::int,
+        -- not a join with the results: planned while tasks was empty, that would walk it whole
+        result = case when p_results is not null then p_results[v_from - 1 + array_position(v_ids, t.id)] end
+    where t.id = any (v_ids) and t.claim_id is not distinct from p_claim_ids[i]
+      and t.status in ('claimed', 'running') and t.cancel_requested_at is null;
     get diagnostics v_done = row_count;
     v_cancelled := 0;
     if v_done < cardinality(v_ids) then
@@ -103,15 +96,16 @@ begin
       return query
         select u.id, case when t.status = 'cancelled' and t.claim_id = p_claim_ids[i] then 'cancelled' else 'rejected' end
         from unnest(v_ids) u(id) left join orchestrator.tasks t on t.id = u.id
-        where (t.status = 'completed' and t.claim_id = p_claim_ids[i]) is not true;   -- if true: a report sent again
+        where (p_again and t.status = 'completed' and t.claim_id = p_claim_ids[i]) is not true;   -- if true: a report sent again
     end if;
     perform orchestrator._shrink_claim(p_claim_ids[i], v_done + v_cancelled);
     v_from := v_to + 1;
   end loop;
 end $$;
-comment on function orchestrator.complete_tasks(bigint[], int[], uuid[], jsonb[]) is
+comment on function orchestrator.complete_tasks(bigint[], int[], uuid[], jsonb[], boolean) is
   'Completes tasks grouped by claim: p_ids holds p_counts[i] tasks of p_claim_ids[i], one claim after another; p_results, if '
-  'given, one for each. Returns only those that did not complete: cancelled (it was asked for) or rejected (no longer of that claim).';
+  'given, one for each. Returns only those that did not complete: cancelled (it was asked for) or rejected (no longer of '
+  'that claim; if p_again is false, also completed already: what commits with it must not commit twice).';
 
 -- Of these tasks of a locked claim, ends those that were asked to cancel, and leaves the others locked: nobody can ask any more.
 create or replace function orchestrator._lock_and_end_cancelled(p_claim_id bigint, p_ids uuid[]) returns int
@@ -304,6 +298,7 @@ create or replace function orchestrator.record_progress(p_claim_id bigint, p_id 
 language plpgsql
 set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
 begin
+  perform set_config('synchronous_commit', 'off', true);
   update orchestrator.tasks t set progress = p_progress, updated_at = clock_timestamp()
   where t.id = p_id and t.claim_id is not distinct from p_claim_id and t.status in ('claimed', 'running');
   return found;
@@ -312,7 +307,8 @@ comment on function orchestrator.record_progress(bigint, uuid, json) is
   'Keeps the progress that the handler of a task reports, in tasks.progress. Returns whether the claim still holds the task.';
 
 create or replace function orchestrator.note_lost_result(p_id uuid, p_problem text) returns boolean
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql
+set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
 begin
   if not exists (select from orchestrator.tasks t where t.id = p_id and t.status = 'completed') then return false; end if;
   perform orchestrator._add_event(p_id, 'result_lost', null, null, p_problem);

@@ -514,6 +514,15 @@ def test_promote_due_fires_and_says_when_to_come_back(conn):
     assert promote(conn) == {"promoted": 0, "next_in": None, "fired": 0}
 
 
+def test_what_was_fired_waits_for_the_flush_as_any_enqueue_does(conn):
+    due(conn)
+    conn.execute("set synchronous_commit = 'local'")
+    for expected in (1, 0):
+        with conn.transaction():
+            assert promote(conn)["fired"] == expected
+            assert value(conn, "show synchronous_commit") == ("local" if expected else "off")
+
+
 def test_promote_due_comes_back_at_once_while_more_is_due(conn):
     conn.execute("""
         insert into orchestrator.schedules (name, cron, timezone, type, payload, priority, missed, overlap, next_at)
