@@ -30,6 +30,8 @@ from harness import Lab, Row, follow, local_server  # noqa: E402
 
 from postgres import LocalServer  # noqa: E402
 
+import schedules  # noqa: E402, F401, I001 (registers its fault)
+
 ONLY_FULL = {"SIGKILL, default leases"}   # not for CI: a worker is declared dead after 30 s only
 DOCUMENT = HERE.parent.parent / "docs" / "benchmarks.md"
 HEADINGS = ("fault", "size", "seed", "lost", "ended twice", "run again", "late outcomes rejected", "recovered", "recovery p50 / p99", "")
