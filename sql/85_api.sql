@@ -43,7 +43,7 @@ $$;
 create or replace function orchestrator._api_schedules() returns jsonb
 language sql set search_path = pg_catalog, pg_temp as $$
   select coalesce(jsonb_agg(jsonb_build_object(
-    'name', s.name, 'cron', s.cron, 'timezone', s.timezone, 'type', s.type, 'paused', s.paused, 'failed', s.last_error is not null,
+    'name', s.name, 'cron', s.cron, 'timezone', s.timezone, 'type', s.type, 'paused', s.paused, 'error', orchestrator.redact_text(s.last_error),
     'next_at', s.next_at, 'next_in', extract(epoch from s.next_at - clock_timestamp()), 'last', orchestrator._age(s.last_fire_at),
     'task_id', s.last_task_id, 'state', orchestrator.redact_text(s.state))
     order by s.last_error is null, s.paused, s.next_at, s.name), '[]')
