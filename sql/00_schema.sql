@@ -1,23 +1,12 @@
--- The schema `orchestrator`: a durable task queue whose logic is in SQL. Load the files of this folder in the order of their
--- names, in one transaction: `cat sql/*.sql | psql -1 -v ON_ERROR_STOP=1`, or `python orchestrator.py install`. Loading them
--- again is safe. The life of a task, in function names:
+-- The schema `orchestrator`: a durable task queue whose logic is here, in SQL. Load the files of this folder in the order
+-- of their names, in one transaction: `cat sql/*.sql | psql -1 -v ON_ERROR_STOP=1` or `python orchestrator.py install`.
+-- Safe to run again. The life of a task, in function names:
 --   enqueue → claim_tasks → [start_tasks] → complete_tasks
---                         → fail_tasks → (retry_scheduled) promote_due → claim_tasks … or (dead_letter) retry_task
+--                         → fail_task → (retry_scheduled) promote_due → claim_tasks … or (dead_letter) retry_task
 --                         → release_tasks | snooze_task → claim_tasks …
--- Lock order everywhere: the leader's row in workers → other workers → claims (ascending id) → tasks → lane_floors (35_floors.sql).
+-- Lock order everywhere: workers → claims (ascending id) → tasks → lane floors (advisory, always last).
 
--- Constraints, views, defaults and inlined functions are bound to what this path finds: nothing in other schemas shadows a built-in.
-set search_path = pg_catalog, pg_temp;
-
--- One installation at a time. Anybody may hold this key, so waiting for it has an end: two installations at once are rolled
--- back by PostgreSQL at worst.
-do $$
-begin
-  for i in 1..600 loop
-    exit when pg_try_advisory_xact_lock(hashtext('orchestrator.install'));
-    perform pg_sleep(0.1);
-  end loop;
-end $$;
+select pg_advisory_xact_lock(hashtext('orchestrator.install'));
 
 create schema if not exists orchestrator;
 comment on schema orchestrator is 'Task orchestrator: tasks are enqueued, claimed, retried and recovered by the functions of this schema.';
@@ -34,7 +23,8 @@ end $$;
 
 create or replace function orchestrator.schema_version() returns int
 language sql immutable parallel safe as $$ select 1 $$;
-comment on function orchestrator.schema_version() is 'The version of this schema. A worker refuses to start on a version that it does not know.';
+comment on function orchestrator.schema_version() is
+  'The version of this schema. A worker refuses to start on one that it does not know.';
 
 do $$
 begin
@@ -51,61 +41,49 @@ comment on type orchestrator.task_status is
 --   OR001 invalid input    OR002 the claim is no longer held    OR003 the worker is not registered, or was declared dead
 --   OR004 schema version   OR005 needs READ COMMITTED
 create or replace function orchestrator._invalid(p_field text, p_problem text, p_hint text) returns void
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql set search_path = '' as $$
 begin
   raise exception '%: %', p_field, p_problem using errcode = 'OR001', column = p_field, hint = p_hint;
 end $$;
-
--- A function without search_path of its own can be inlined. Its body is standard SQL (return, begin atomic), which is bound to
--- built-in functions and operators when it is created.
-create or replace function orchestrator.longest_delay() returns interval
-language sql immutable parallel safe return interval '3650 days';
-comment on function orchestrator.longest_delay() is 'The longest delay, snooze or wait for a retry: 3650 days.';
-
--- An error or event detail as far as it is kept.
-create or replace function orchestrator._kept(p_text text) returns text
-language sql immutable parallel safe return left(p_text, 8000);
 
 -- UUIDv7: ordered by time, so that the primary key is history by time. PostgreSQL 18 has it; before, 48 bits of Unix
 -- milliseconds, 12 bits of the fraction below (as PostgreSQL 18 does), and the rest from gen_random_uuid().
 do $do$
 begin
   if to_regprocedure('pg_catalog.uuidv7()') is not null then
-    create or replace function orchestrator._uuidv7() returns uuid language sql volatile parallel safe return uuidv7();
+    create or replace function orchestrator._uuidv7() returns uuid
+    language sql volatile parallel safe as 'select pg_catalog.uuidv7()';
   else
     create or replace function orchestrator._uuidv7() returns uuid
-    language sql volatile parallel safe begin atomic
+    language sql volatile parallel safe as $$
       select encode(
         overlay(overlay(uuid_send(gen_random_uuid()) placing substring(int8send(t.us / 1000) from 3) from 1 for 6)
                 placing substring(int4send(28672 + (t.us % 1000 * 4096 / 1000)::int) from 3) from 7 for 2), 'hex')::uuid
-      from (select (extract(epoch from clock_timestamp()) * 1000000)::bigint as us) t;
-    end;
+      from (select (extract(epoch from clock_timestamp()) * 1000000)::bigint as us) t
+    $$;
   end if;
 end $do$;
 
 -- n of them, ascending: one is drawn, and its last 48 bits count up (RFC 9562, 6.2, method 2). Drawing each costs 2.6 µs, this 0.6.
 create or replace function orchestrator._uuidv7s(p_n int) returns uuid[]
-language sql volatile parallel safe begin atomic
+language sql volatile parallel safe as $$
   select array(select (left(u.id, 24) || lpad(to_hex((('x' || right(u.id, 12))::bit(48)::bigint >> 1) + o), 12, '0'))::uuid
                from generate_series(0, p_n - 1) o)
-  from (select orchestrator._uuidv7()::text as id) u;
-end;
+  from (select orchestrator._uuidv7()::text as id) u
+$$;
 
 -- The smallest UUIDv7 of a moment: tasks with a smaller id were created before it.
 create or replace function orchestrator._uuid_at(p_at timestamptz) returns uuid
-language sql immutable parallel safe
-return (lpad(to_hex(greatest(floor(extract(epoch from p_at) * 1000), 0)::bigint), 12, '0') || '70008000000000000000')::uuid;
+language sql immutable parallel safe as $$
+  select (lpad(to_hex(greatest(floor(extract(epoch from p_at) * 1000), 0)::bigint), 12, '0') || '70008000000000000000')::uuid
+$$;
 
--- Of the pattern `a:` or `a:*` the prefix `a:`; null of a type. This is the only place that knows what a pattern is.
-create or replace function orchestrator._prefix(p_pattern text) returns text
-language sql immutable parallel safe return case when right(p_pattern, 1) in ('*', ':') then rtrim(p_pattern, '*') end;
-
--- A type or pattern as a LIKE pattern, as task_types.likes and workers.handles keep it.
+-- A handler's pattern as a LIKE pattern: `a:b` is itself, `a:` and `a:*` are whatever starts with `a:`.
 create or replace function orchestrator._like(p_pattern text) returns text
-language sql immutable parallel safe
-return replace(replace(replace(coalesce(orchestrator._prefix(p_pattern), p_pattern), E'\\', E'\\\\'), '%', E'\\%'), '_', E'\\_')
-       || case when orchestrator._prefix(p_pattern) is not null then '%' else '' end;
+language sql immutable parallel safe as $$
+  select regexp_replace(rtrim(p_pattern, '*'), '([\\%_])', '\\\1', 'g') || case when right(p_pattern, 1) in ('*', ':') then '%' else '' end
+$$;
 
--- The application_name of a worker's heartbeat connection: pg_stat_activity shows by it that the worker is alive.
+-- The application_name of a worker's heartbeat connection: how anyone sees in pg_stat_activity that it lives.
 create or replace function orchestrator._application_name(p_worker_id text) returns text
-language sql immutable parallel safe return 'orchestrator ' || right(p_worker_id, 50);
+language sql immutable parallel safe as $$ select 'orchestrator ' || right(p_worker_id, 50) $$;

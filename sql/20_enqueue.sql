@@ -1,9 +1,9 @@
--- Enqueuing. Writes tasks only. Locks nothing but the rows that it inserts; a repeated idempotency key waits for the
--- transaction that inserted it first. Everything happens in the caller's transaction: commit = enqueued.
+-- Enqueuing. Writes tasks, then lanes if the lane is new. Locks nothing but the rows it inserts; a repeated idempotency key
+-- waits for the transaction that inserted it first. Everything happens in the caller's transaction: commit = enqueued.
 
 -- Refuses what a task can't be, without ever echoing a payload.
 create or replace function orchestrator._check_task(p_type text, p_priority int, p_key text, p_max_retries int, p_run_at timestamptz)
-returns void language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+returns void language plpgsql stable set search_path = '' as $$
 begin
   if p_type is null or octet_length(p_type) not between 1 and 255 or p_type ~ '[[:cntrl:]*]' then
     perform orchestrator._invalid('type', 'must be 1 to 255 bytes, without control characters or *', 'Use a name such as task:backup.');
@@ -13,57 +13,43 @@ begin
     perform orchestrator._invalid('idempotency_key', 'must be 1 to 255 bytes', 'Leave it out, or hash a longer key.');
   elsif p_max_retries not between 0 and 1000 then
     perform orchestrator._invalid('max_retries', 'must be from 0 to 1000', 'Leave it out for the policy of the type.');
-  elsif p_run_at = 'infinity' or p_run_at = '-infinity' or p_run_at > clock_timestamp() + orchestrator.longest_delay() then
-    perform orchestrator._invalid('run_at', 'must be a moment within the next 3650 days', 'Leave it out to run at once.');
+  elsif p_run_at = 'infinity' or p_run_at = '-infinity' or p_run_at > clock_timestamp() + interval '10 years' then
+    perform orchestrator._invalid('run_at', 'must be a moment within the next 10 years', 'Leave it out to run at once.');
   end if;
 end $$;
 
--- claim_tasks relies on the bound of 32: an honest 1e-308 takes 27 times its bytes as text.
-create or replace function orchestrator._large_payload_problem(p_payload jsonb) returns text
-language plpgsql stable parallel safe set search_path = pg_catalog, pg_temp as $$
-declare
-  v_bytes int := octet_length(p_payload::text);
-begin
-  return case
-    when v_bytes > 262144 then 'is over 256 KiB'
-    when jsonb_path_exists(p_payload, 'strict $.**{500}') then 'is nested more than 500 levels deep'
-    when v_bytes > 32 * pg_column_size(p_payload) and pg_column_compression(p_payload) is null then 'has numbers of too many digits' end;
-end $$;
+-- Always by its text, since jsonb's own size says little: a value read from a table may be compressed, and a number such as
+-- 1e100000 takes ten bytes.
+create or replace function orchestrator._payload_too_large(p_payload jsonb) returns boolean
+language sql stable parallel safe as $$
+  select octet_length(p_payload::text) > 262144
+$$;
 
--- Null, or why a payload is refused. Its size is that of its text, since jsonb's own says little: a value read from a table
--- may be compressed, and a number such as 1e100000 takes ten bytes. Below 1,000 bytes nothing else is worth a look.
-create or replace function orchestrator._payload_problem(p_payload jsonb) returns text
-language sql stable parallel safe
-return case when octet_length(p_payload::text) >= 1000 then orchestrator._large_payload_problem(p_payload) end;
-
-create or replace function orchestrator._refuse_payload(p_field text, p_problem text) returns void
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+-- The task first, the lane after: whoever drops idle lanes then sees this writer in pg_locks.
+create or replace function orchestrator._announce(p_type text, p_priority int) returns void
+language plpgsql set search_path = '' as $$
 begin
-  perform orchestrator._invalid(p_field, p_problem, 'Store the data elsewhere and enqueue a reference to it.');
-end $$;
-
--- Wakes workers up, if one that handles this type waits for work. The notification is empty: whoever may connect can send one.
-create or replace function orchestrator._notify_idle(p_type text) returns void
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-begin
-  if exists (select from orchestrator.workers w where w.idle and p_type like any (w.handles)) then
-    perform pg_notify('orchestrator', '');
+  if not exists (select from orchestrator.lanes l where l.type = p_type and l.priority = p_priority and l.dropped_at is null) then
+    insert into orchestrator.lanes (type, priority) values (p_type, p_priority);
   end if;
+  -- the doorbell: only if some worker that runs this type is waiting
+  perform pg_notify('orchestrator', p_type)
+  where exists (select from orchestrator.workers w where w.idle and p_type like any (w.handles));
 end $$;
 
 create or replace function orchestrator.enqueue(
   p_type text, p_payload jsonb default '{}', p_priority int default 0, p_idempotency_key text default null,
   p_max_retries int default null, p_run_at timestamptz default null)
 returns uuid language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+set search_path = '' set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
 declare
   v_id uuid;
-  v_later timestamptz := case when p_run_at > clock_timestamp() then p_run_at end;
-  v_problem text := orchestrator._payload_problem(p_payload);
+  v_now timestamptz := clock_timestamp();
+  v_later timestamptz := case when p_run_at > v_now then p_run_at end;
 begin
   perform orchestrator._check_task(p_type, p_priority, p_idempotency_key, p_max_retries, p_run_at);
-  if v_problem is not null then
-    perform orchestrator._refuse_payload('payload', v_problem);
+  if orchestrator._payload_too_large(p_payload) then
+    perform orchestrator._invalid('payload', 'is over 256 KiB', 'Store the data elsewhere and enqueue a reference to it.');
   end if;
   loop
     insert into orchestrator.tasks as t (type, payload, priority, idempotency_key, max_retries, queued_at, next_retry_at)
@@ -76,19 +62,19 @@ begin
     if found then return v_id; end if;   -- not found: it was pruned in between, so it is ours to insert
   end loop;
   if v_later is null then
-    perform orchestrator._notify_idle(p_type);
+    perform orchestrator._announce(p_type, p_priority);
   end if;
   return v_id;
 end $$;
 comment on function orchestrator.enqueue(text, jsonb, int, text, int, timestamptz) is
-  'Adds a task in the caller''s transaction and returns its id. A repeated (type, idempotency_key) returns the id of the first '
-  'task and changes nothing. p_max_retries null: the policy of the type. p_run_at: not before that moment. Raises OR001.';
+  'Adds a task in the caller''s transaction and returns its id. A repeated (type, idempotency_key) returns the first task''s '
+  'id and changes nothing. p_max_retries null: the policy of the type. p_run_at: not before that moment. Raises OR001.';
 
 create or replace function orchestrator.enqueue_many(
   p_type text, p_payloads jsonb[], p_priority int default 0, p_idempotency_keys text[] default null,
   p_max_retries int default null, p_run_at timestamptz default null)
 returns table (ordinal int, id uuid, created boolean) language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan as $$
+set search_path = '' set plan_cache_mode = force_generic_plan as $$
 #variable_conflict use_column
 declare
   v_n int := coalesce(cardinality(p_payloads), 0);
@@ -97,9 +83,9 @@ declare
   v_bad int;
 begin
   perform orchestrator._check_task(p_type, p_priority, null, p_max_retries, p_run_at);
-  select o into v_bad from unnest(p_payloads) with ordinality u(p, o) where orchestrator._payload_problem(p) is not null limit 1;
+  select o into v_bad from unnest(p_payloads) with ordinality u(p, o) where orchestrator._payload_too_large(p) limit 1;
   if found then
-    perform orchestrator._refuse_payload(format('payloads[%s]', v_bad), orchestrator._payload_problem(p_payloads[v_bad]));
+    perform orchestrator._invalid(format('payloads[%s]', v_bad), 'is over 256 KiB', 'Store the data elsewhere and enqueue a reference to it.');
   end if;
   if cardinality(p_idempotency_keys) <> v_n then
     perform orchestrator._invalid('idempotency_keys', 'must be as many as the payloads', 'Use null for a task without a key.');
@@ -123,18 +109,18 @@ begin
     return query select * from orchestrator._enqueue_keyed(p_type, v_ids, p_payloads, p_priority, p_idempotency_keys, p_max_retries, v_later);
   end if;
   if v_later is null then
-    perform orchestrator._notify_idle(p_type);
+    perform orchestrator._announce(p_type, p_priority);
   end if;
 end $$;
 comment on function orchestrator.enqueue_many(text, jsonb[], int, text[], int, timestamptz) is
-  'Adds a task for each payload, in one statement, and returns (ordinal from 1, id, created). created is false where the '
+  'Adds a task for each payload, in one statement, and returns (ordinal from 1, id, created); created is false where the '
   'idempotency key was known, in the table or earlier in the array. Raises OR001, and then adds none.';
 
 -- Inserts in the order of the keys, so that two callers with the same keys don't deadlock.
 create or replace function orchestrator._enqueue_keyed(
   p_type text, p_ids uuid[], p_payloads jsonb[], p_priority int, p_keys text[], p_max_retries int, p_later timestamptz)
 returns table (ordinal int, id uuid, created boolean) language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan
+set search_path = '' set plan_cache_mode = force_generic_plan
 set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 #variable_conflict use_column
 declare
@@ -156,74 +142,3 @@ begin
   end loop;
   return query select u.o::int, u.id, u.id = u.own from unnest(v_ids, p_ids) with ordinality u(id, own, o);
 end $$;
-
--- A line of a file of tasks, with defaults for what it leaves out; problem: why it can't be enqueued.
-create or replace function orchestrator._read_line(
-  p_line text, p_defaults jsonb, out problem text, out type text, out payload jsonb, out priority int, out idempotency_key text,
-  out max_retries int, out run_at timestamptz)
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
-#variable_conflict use_column
-declare
-  v jsonb;
-  v_reading text := 'is not JSON';
-begin
-  v := p_line::jsonb;
-  if jsonb_typeof(v) <> 'object' then
-    problem := 'must be an object such as {"type": "task:backup", "payload": {}}';
-    return;
-  end if;
-  v := p_defaults || (select coalesce(jsonb_object_agg(e.key, e.value), '{}') from jsonb_each(v) e where e.value <> 'null');
-  select case
-      when e.key <> all ('{type, payload, priority, idempotency_key, max_retries, run_at}')
-        then format('%s: there is no such field; there are type, payload, priority, idempotency_key, max_retries, run_at', left(e.key, 50))
-      when e.key in ('priority', 'max_retries') then e.key || ': must be a whole number'
-      when e.key = 'run_at' then 'run_at: must be a moment such as 2030-01-31T12:00:00+00:00'
-      else e.key || ': must be a string' end
-  into problem from jsonb_each(v) e
-  where case when e.key in ('priority', 'max_retries') then jsonb_typeof(e.value) <> 'number' or e.value::text !~ '^-?[0-9]{1,9}$'
-    when e.key = 'run_at' then e.value::text !~ '^"[0-9]{4}-[0-9]{2}-[0-9]{2}[T ][0-9]{2}:[0-9]{2}(:[0-9]{2}([.][0-9]+)?)?(Z|[+-][0-9]{2}(:?[0-9]{2})?)"$'
-    when e.key in ('type', 'idempotency_key') then jsonb_typeof(e.value) <> 'string'
-    else e.key <> 'payload' end limit 1;
-  if problem is not null then return; end if;
-  v_reading := 'run_at';
-  run_at := v ->> 'run_at';
-  type := v ->> 'type'; payload := v -> 'payload'; idempotency_key := v ->> 'idempotency_key';
-  priority := coalesce((v ->> 'priority')::int, 0); max_retries := v ->> 'max_retries';
-  perform orchestrator._check_task(type, priority, idempotency_key, max_retries, run_at);
-  problem := 'payload: ' || orchestrator._payload_problem(payload);
-exception when others then   -- whatever a line holds, the others are read
-  problem := case when sqlstate = 'OR001' then sqlerrm else v_reading || ': ' || sqlerrm end;
-end $$;
-
--- Lines that agree in all but payload and key go in together.
-create or replace function orchestrator.enqueue_lines(p_lines text[], p_defaults jsonb default '{}', p_stop boolean default false)
-returns table (line int, id uuid, created boolean, problem text) language plpgsql set search_path = pg_catalog, pg_temp as $$
-#variable_conflict use_column
-declare
-  g record;
-begin
-  for g in
-    with read as materialized (
-      select l.n, r.* from unnest(p_lines) with ordinality l(line, n)
-      cross join lateral orchestrator._read_line(l.line, p_defaults) r where l.line ~ '[^[:space:]]')
-    select r.problem, r.type, r.priority, r.max_retries, r.run_at, array_agg(r.n order by r.n) as lines,
-           array_agg(r.payload order by r.n) as payloads,
-           case when count(r.idempotency_key) > 0 then array_agg(r.idempotency_key order by r.n) end as keys
-    from read r
-    where not p_stop or r.n <= coalesce((select min(b.n) from read b where b.problem is not null), r.n)
-    group by r.problem, r.type, r.priority, r.max_retries, r.run_at, case when r.problem is not null then r.n end
-    order by min(r.n)
-  loop
-    if g.problem is not null then
-      return query select g.lines[1]::int, null::uuid, null::boolean, g.problem;
-    else
-      return query
-        select g.lines[m.ordinal]::int, m.id, m.created, null::text
-        from orchestrator.enqueue_many(g.type, g.payloads, g.priority, g.keys, g.max_retries, g.run_at) m;
-    end if;
-  end loop;
-end $$;
-comment on function orchestrator.enqueue_lines(text[], jsonb, boolean) is
-  'Enqueues lines of JSON {type, payload, priority, idempotency_key, max_retries, run_at}, with p_defaults for fields that a '
-  'line leaves out. Returns for each line but blank ones its number from 1 and either the id and whether it was created, or '
-  'the problem. p_stop: the first line with a problem ends it, and nothing behind that line is enqueued.';

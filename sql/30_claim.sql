@@ -1,159 +1,62 @@
--- Claiming. claim_tasks writes tasks, one row of claims and sometimes lanes; start_tasks and promote_due write tasks.
--- Locks: claims (start_tasks) → tasks. Claims of tasks skip what others have locked, so no claim waits for another. A large
--- claim also takes a place in line (an advisory lock), which it only tries.
+-- Claiming. claim_tasks writes tasks and inserts one claim; start_tasks writes tasks; promote_due writes tasks and lanes.
+-- Locks: claims (start_tasks) → tasks; claims of tasks skip what others have locked, so no claim waits for another. A large
+-- claim also takes a place in line (advisory), which it only tries.
 -- The planner settings on the hot functions are needed: a plan cached while a table was empty would scan it whole ever after.
 
-create or replace function orchestrator._check_worker(p_worker_id text) returns void
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
-begin
-  if not exists (select from orchestrator.workers w where w.id = p_worker_id and w.declared_dead_at is null) then
-    raise exception 'worker % is not registered, or was declared dead', p_worker_id
-      using errcode = 'OR003', hint = 'Register again, under a new id.';
-  end if;
-end $$;
-
--- The types with this prefix that may have ready tasks, but for paused ones, from type to type along the ready index. The cost
--- is that of what is ready: at most 1,000 types, and 1,000 more from one that the leader takes by chance, so that no type is
--- always left out. A type with floors may have nothing ready, but is not walked; so it bounds each look.
-create or replace function orchestrator._ready_types(p_prefix text, p_paused text[]) returns setof text language plpgsql stable
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan
-set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
-declare
-  v_from text := p_prefix;   -- lower types are done with
-  v_left int := 1000;
-  v_again boolean := true;
-  v_floored text;
-  v_type text;
-  v_prefix text;
-begin
-  loop
-    v_floored := (select f.type from orchestrator.lane_floors f where f.type >= v_from
-                  order by f.type, f.priority desc, f.generation desc, f.floor limit 1);
-    if v_floored is null then
-      v_type := (select t.type from orchestrator.tasks t where t.type >= v_from and t.queued_at is not null
-                 order by t.type, t.priority desc, t.queued_at limit 1);
-    else
-      v_type := coalesce((select t.type from orchestrator.tasks t where t.type >= v_from and t.type < v_floored and t.queued_at is not null
-                          order by t.type, t.priority desc, t.queued_at limit 1), v_floored);
-    end if;
-    exit when v_type is null or not starts_with(v_type, p_prefix);
-    v_from := v_type || E'\x01';   -- the least string above it
-    if v_type like any (p_paused) then
-      v_prefix := (select min(orchestrator._prefix(p.type)) from orchestrator.task_types p where p.paused and v_type like p.likes);
-      exit when v_prefix = '';
-      if ascii(right(v_prefix, 1)) < 127 then   -- the whole range of a paused pattern is stepped over
-        v_from := left(v_prefix, -1) || chr(ascii(right(v_prefix, 1)) + 1);
-      end if;
-      continue;
-    end if;
-    return next v_type;
-    v_left := v_left - 1;
-    if v_left = 0 then
-      v_from := (select s.sampled_type from orchestrator.leader_state s where v_again and s.sampled_type > v_type);
-      exit when v_from is null;
-      v_left := 1000;
-      v_again := false;
-    end if;
-  end loop;
-end $$;
-
--- Of types and patterns the types that may be claimed now.
-create or replace function orchestrator._claimable(p_types text[]) returns text[]
-language plpgsql stable set search_path = pg_catalog, pg_temp set enable_seqscan = off as $$
-declare
-  v_paused text[];
-  v_patterns boolean;
-begin
-  select array(select p.likes from orchestrator.task_types p where p.paused),
-         exists (select from unnest(p_types) u(type) where orchestrator._prefix(u.type) is not null) into v_paused, v_patterns;
-  if v_patterns then
-    p_types := array(
-      select u.type from unnest(p_types) u(type) where orchestrator._prefix(u.type) is null
-      union
-      select r from unnest(p_types) u(type) cross join lateral orchestrator._ready_types(orchestrator._prefix(u.type), v_paused) r
-      where orchestrator._prefix(u.type) is not null);
-  end if;
-  if v_paused = '{}' then return p_types; end if;
-  return array(select u.type from unnest(p_types) u(type) where not u.type like any (v_paused));
-end $$;
-
--- The next lane of a type along the ready index that has ready tasks, or that has a floor (then head may be null). An old
--- snapshot keeps dead index entries where there is a floor, so such a lane is looked up from its floor, and only what lies
--- between two of them is walked. Empty lanes cost nothing, however many there are.
-create or replace function orchestrator._next_lane(p_type text, p_below bigint) returns table (priority int, head timestamptz)
-language sql stable begin atomic
-  select coalesce(t.priority, f.priority),
-         coalesce(t.queued_at, (select h.queued_at from orchestrator.tasks h
-                                where h.type = p_type and h.priority = f.priority and h.queued_at >= f.floor order by h.queued_at limit 1))
-  from (select) one
-  left join lateral (
-    select l.priority, l.floor from orchestrator.lane_floors l where l.type = p_type and l.priority < p_below
-    order by l.priority desc, l.generation desc, l.floor limit 1) f on true
-  left join lateral (
-    select t.priority, t.queued_at from orchestrator.tasks t
-    where t.type = p_type and t.priority < p_below and t.priority > coalesce(f.priority, -2147483649) and t.queued_at is not null
-    order by t.priority desc, t.queued_at limit 1) t on true
-  where coalesce(t.priority, f.priority) is not null;
-end;
-
--- The lanes of these types that have ready tasks, each with the queued_at of its oldest.
+-- The lanes of these types that have ready tasks, each with the queued_at of its oldest. A type is walked from priority to
+-- priority along the ready index, so that its empty lanes cost nothing, however many there are. Where the leader has raised
+-- floors, an old snapshot keeps dead index entries, and each lane of the type is looked up from its own floor instead.
 create or replace function orchestrator._ready_lanes(p_types text[])
 returns table (type text, priority int, head timestamptz) language plpgsql stable
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan
+set search_path = '' set plan_cache_mode = force_generic_plan
 set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 #variable_conflict use_column
+declare
+  v_floored text[];
+  v_plain text[];
 begin
+  select array_agg(u.type) filter (where f.found), array_agg(u.type) filter (where f.found is null) into v_floored, v_plain
+  from unnest(p_types) u(type)
+  left join lateral (   -- limit 1: the newest come first, so the dead ones are not read
+    select true as found from orchestrator.lane_floors f where f.type = u.type limit 1) f on true;
   return query
     with recursive lane as (
-      select u.type, n.priority, n.head from unnest(p_types) u(type) cross join lateral orchestrator._next_lane(u.type, 2147483648) n
+      select u.type, h.priority, h.queued_at
+      from unnest(v_plain) u(type)
+      cross join lateral (
+        select t.priority, t.queued_at from orchestrator.tasks t
+        where t.type = u.type and t.queued_at is not null order by t.priority desc, t.queued_at limit 1) h
       union all
-      select l.type, n.priority, n.head from lane l cross join lateral orchestrator._next_lane(l.type, l.priority) n)
-    select l.type, l.priority, l.head from lane l where l.head is not null;
-end $$;
-
--- Ascending in time, and never given out twice, also where a crash forgets claims that were not flushed: microseconds since
--- 2025 and a number below 1024, which lasts until the year 2310. Two claims in the same microsecond that also draw the same number meet
--- at the primary key, and one of them fails.
-create or replace function orchestrator._new_claim_id() returns bigint
-language sql volatile parallel safe
-return (extract(epoch from clock_timestamp() - timestamptz '2025-01-01 00:00:00+00') * 1000000)::bigint * 1024 + floor(random() * 1024)::bigint;
-
--- No less than the bytes of a payload's text, without reading what is stored apart. enqueue holds the factor of 32.
-create or replace function orchestrator._most_bytes(p_payload jsonb) returns bigint
-language sql stable parallel safe
-return case when pg_column_compression(p_payload) is null then 32 * pg_column_size(p_payload)::bigint else 262144 end;
-
-create or replace function orchestrator._too_heavy(p_type text, p_priority int, p_from timestamptz, p_n int, p_most bigint) returns boolean
-language plpgsql stable
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
-begin
-  return (select coalesce(avg(orchestrator._most_bytes(l.payload)), 0) > p_most
-          from (select t.payload from orchestrator.tasks t where t.type = p_type and t.priority = p_priority and t.queued_at >= p_from
-                order by t.queued_at limit p_n) l);
-end $$;
-
--- Only lanes that much was taken from need a floor some day. So a lane is noted by chance, once in 50 tasks taken: single claims
--- don't pay for it, and types that come once leave no lane.
-create or replace function orchestrator._note_lane(p_type text, p_priority int) returns void
-language plpgsql set search_path = pg_catalog, pg_temp set enable_seqscan = off as $$
-begin
-  if not exists (select from orchestrator.lanes l where l.type = p_type and l.priority = p_priority) then
-    insert into orchestrator.lanes (type, priority) values (p_type, p_priority);
+      select l.type, h.priority, h.queued_at
+      from lane l
+      cross join lateral (
+        select t.priority, t.queued_at from orchestrator.tasks t
+        where t.type = l.type and t.priority < l.priority and t.queued_at is not null order by t.priority desc, t.queued_at limit 1) h)
+    select l.type, l.priority, l.queued_at from lane l;
+  if v_floored is not null then
+    return query
+      select l.type, l.priority, h.queued_at
+      from (select distinct o.type, o.priority from orchestrator.lanes o where o.type = any (v_floored) and o.dropped_at is null) l
+      cross join lateral (
+        select t.queued_at from orchestrator.tasks t
+        where t.type = l.type and t.priority = l.priority
+          and t.queued_at >= coalesce((select f.floor from orchestrator.lane_floors f
+                                       where f.type = l.type and f.priority = l.priority
+                                       order by f.generation desc, f.floor limit 1), '-infinity')
+        order by t.queued_at limit 1) h;
   end if;
 end $$;
 
--- Highest priority first. Within one priority, every lane with work gives an equal share, in the order of their oldest tasks,
--- and what one lane leaves the others give in the next pass. A lane is one index range scan from its oldest ready task, so the
--- cost doesn't depend on how much waits, here or in lanes of other types.
--- Large claims at the same time would meet at the same rows, and stepping over a row that another has locked takes 1.2 µs. So
+-- Highest priority first. Within one, every lane with work gives an equal share, in the order of their oldest tasks, and what
+-- one lane leaves the others give in the next pass. A lane is one index range scan from its oldest ready task: the cost doesn't
+-- depend on how much waits, here or in lanes of other types.
+-- Large claims at the same time would meet at the same rows, and stepping over one that another has locked takes 1.2 µs. So
 -- each takes a place in line, and starts as many shares further on where a lane holds that much: four workers drain 8% more.
--- p_bytes: of a claim that might exceed it, each part must weigh no more than its share by _most_bytes; the first that does
--- ends that, and the claim goes on with as few tasks as the largest payloads allow.
-create or replace function orchestrator.claim_tasks(p_worker_id text, p_types text[], p_limit int, p_bytes bigint default 67108864)
+create or replace function orchestrator.claim_tasks(p_worker_id text, p_types text[], p_limit int)
 returns table (claim_id bigint, id uuid, type text, payload jsonb, attempts int, max_retries int, priority int,
                created_at timestamptz, waited double precision, recoveries int)
 language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan
+set search_path = '' set plan_cache_mode = force_generic_plan
 set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 #variable_conflict use_column
 declare
@@ -163,29 +66,25 @@ declare
   v_first int := 1;        -- the lanes of one priority are v_first to v_last
   v_last int;
   v_lanes int;             -- of them with something left
-  v_claim_id bigint := orchestrator._new_claim_id();
+  v_claim_id bigint;
   v_left int := p_limit;
-  v_claimed int := 0;
   v_share int;
   v_taken int;
   v_place int := 0;
   v_from timestamptz;
-  v_weigh boolean := p_limit > p_bytes / 262144;
-  v_most bigint := p_bytes / greatest(p_limit, 1);   -- of one task, on average
   v_now timestamptz := clock_timestamp();
 begin
   if p_limit is null or p_limit < 0 then   -- null would be no limit at all
     perform orchestrator._invalid('limit', 'must be 0 or more', 'How many tasks this worker has room for.');
-  elsif p_bytes is null or p_bytes < 1 then
-    perform orchestrator._invalid('bytes', 'must be 1 or more', 'How many bytes of payloads this worker has room for.');
   end if;
   perform orchestrator._check_worker(p_worker_id);
   while p_limit >= 500 and v_place < 7 and not pg_try_advisory_xact_lock(hashtext('orchestrator.claim'), v_place) loop
     v_place := v_place + 1;
   end loop;
   select array_agg(l.type), array_agg(l.priority), array_agg(l.head) into v_types, v_priorities, v_heads
-  from (select * from orchestrator._ready_lanes(orchestrator._claimable(p_types)) l order by l.priority desc, l.head) l;
+  from (select * from orchestrator._ready_lanes(orchestrator._unpaused(p_types)) l order by l.priority desc, l.head) l;
   while v_left > 0 and v_first <= cardinality(v_types) loop
+    v_claim_id := coalesce(v_claim_id, nextval('orchestrator.claims_id_seq'));
     v_lanes := cardinality(array_positions(v_priorities, v_priorities[v_first]));
     v_last := v_first + v_lanes - 1;
     while v_left > 0 and v_lanes > 0 loop   -- ends: in each pass but the first, a lane gives its whole share or is done with
@@ -202,26 +101,17 @@ begin
         return query
           -- materialized: a plain LIMIT … SKIP LOCKED could be run again by a join, and claim more than the limit
           with pick as materialized (
-            select t.ctid as tid, t.queued_at, case when v_weigh then orchestrator._most_bytes(t.payload) end as bytes from orchestrator.tasks t
+            select t.ctid as tid, t.queued_at from orchestrator.tasks t
             where t.type = v_types[i] and t.priority = v_priorities[i] and t.queued_at >= v_from
             order by t.queued_at limit least(v_share, v_left) for no key update skip locked)
           update orchestrator.tasks t
           set status = 'claimed', worker_id = p_worker_id, claim_id = v_claim_id, claimed_at = v_now, updated_at = v_now, queued_at = null
-          from pick p where t.ctid = p.tid and (not v_weigh or (select avg(q.bytes) from pick q) <= v_most)
+          from pick p where t.ctid = p.tid
           returning t.claim_id, t.id, t.type, t.payload, t.attempts, t.max_retries, t.priority, t.created_at,
                     date_part('epoch', v_now - p.queued_at), t.recoveries;
         get diagnostics v_taken = row_count;
-        v_claimed := v_claimed + v_taken;
         v_left := v_left - v_taken;
-        if v_taken > random() * 50 then
-          perform orchestrator._note_lane(v_types[i], v_priorities[i]);
-        end if;
         exit when v_left <= 0;
-        if v_taken = 0 and v_weigh and orchestrator._too_heavy(v_types[i], v_priorities[i], v_from, least(v_share, v_left), v_most) then
-          v_weigh := false;
-          v_left := least(v_left, greatest((p_bytes - v_claimed * v_most) / 262144, (v_claimed = 0)::int));
-          exit;   -- and pass again, with smaller shares
-        end if;
         if v_taken < v_share and v_from = v_heads[i] then   -- it has no more; where it started further on, there may be some before
           v_heads[i] := null;
           v_lanes := v_lanes - 1;
@@ -231,20 +121,44 @@ begin
     end loop;
     v_first := v_last + 1;
   end loop;
-  if v_claimed > 0 then
-    -- if a crash forgets the claim, its tasks are pending again, as after any crash of their worker
-    perform set_config('synchronous_commit', 'off', true);
-    insert into orchestrator.claims (id, worker_id, claimed_at, open_tasks) values (v_claim_id, p_worker_id, v_now, v_claimed);
+  if v_left < p_limit then
+    insert into orchestrator.claims (id, worker_id, claimed_at, open_tasks)
+    overriding system value values (v_claim_id, p_worker_id, v_now, p_limit - v_left);
   end if;
 end $$;
-comment on function orchestrator.claim_tasks(text, text[], int, bigint) is
-  'Claims up to p_limit ready tasks for a registered worker, under one claim: of the types and patterns (a:, a:*, *) in p_types, '
-  'with p_bytes of payloads at most (or a single task). attempts: started before this one; waited: seconds since it became ready; '
-  'recoveries > 0: call start_tasks before its handler. Its transaction commits without waiting for the flush. Raises OR001, OR003.';
+comment on function orchestrator.claim_tasks(text, text[], int) is
+  'Claims up to p_limit ready tasks of these types for a registered worker, under one claim. attempts: started before this '
+  'one; waited: seconds since it became ready; recoveries > 0: call start_tasks before its handler. Raises OR001, OR003.';
+
+create or replace function orchestrator._check_worker(p_worker_id text) returns void
+language plpgsql stable set search_path = '' as $$
+begin
+  if not exists (select from orchestrator.workers w where w.id = p_worker_id and w.declared_dead_at is null) then
+    raise exception 'worker % is not registered, or was declared dead', p_worker_id
+      using errcode = 'OR003', hint = 'Register again, under a new id.';
+  end if;
+end $$;
+
+create or replace function orchestrator._unpaused(p_types text[]) returns text[]
+language plpgsql stable set search_path = '' set enable_seqscan = off as $$
+declare
+  v_paused text[] := array(select p.type from orchestrator.task_types p where p.paused);
+begin
+  if v_paused = '{}' then return p_types; end if;
+  return array(select t from unnest(p_types) t where t <> all (v_paused));
+end $$;
+
+-- Which of the types that were ever enqueued match a pattern; a worker with exact types alone never asks.
+create or replace function orchestrator.known_types(p_patterns text[]) returns setof text
+language sql stable set search_path = '' as $$
+  select distinct l.type from orchestrator.lanes l
+  where l.dropped_at is null and l.type like any (array(select orchestrator._like(p) from unnest(p_patterns) p))
+$$;
+comment on function orchestrator.known_types(text[]) is 'The types with lanes that match one of these patterns (a:b, a:, a:*).';
 
 create or replace function orchestrator.start_tasks(p_claim_id bigint, p_ids uuid[]) returns int
 language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+set search_path = '' set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
 declare
   v_started int;
   v_now timestamptz;
@@ -260,11 +174,11 @@ begin
   return v_started;
 end $$;
 comment on function orchestrator.start_tasks(bigint, uuid[]) is
-  'Marks claimed tasks as running, and counts the attempt. Returns how many; where fewer than asked, the claim no longer holds the rest.';
+  'Marks claimed tasks as running, and counts the attempt. Returns how many; fewer than asked: the rest are no longer this claim''s.';
 
 create or replace function orchestrator.promote_due(p_limit int default 1000, out promoted int, out next_in double precision)
 language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan
+set search_path = '' set plan_cache_mode = force_generic_plan
 set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 declare
   v_now timestamptz := clock_timestamp();   -- itself it is volatile, so no index condition: all that is scheduled would be read
@@ -275,12 +189,12 @@ begin
   due as (
     update orchestrator.tasks t
     set status = 'pending', queued_at = clock_timestamp(), next_retry_at = null, updated_at = clock_timestamp()
-    where t.ctid = any (array(select tid from pick)) returning t.type),
-  notified as (select orchestrator._notify_idle(d.type) from (select distinct type from due) d)
-  select count(*) into promoted from due, (select count(*) from notified) a;
+    where t.ctid = any (array(select tid from pick)) returning t.type, t.priority),
+  announced as (select orchestrator._announce(d.type, d.priority) from (select distinct type, priority from due) d)
+  select count(*) into promoted from due, (select count(*) from announced) a;
   select extract(epoch from t.next_retry_at - clock_timestamp()) into next_in
   from orchestrator.tasks t where t.next_retry_at is not null order by t.next_retry_at limit 1;
 end $$;
 comment on function orchestrator.promote_due(int) is
-  'Makes delayed tasks and retries whose time has come ready, at the tail of their lanes. Every worker calls it, about once a '
+  'Makes delayed tasks and retries ready whose time has come, at the tail of their lanes. Any worker calls it, about once a '
   'second, so that retries flow without a leader. Returns how many, and the seconds until the next is due (null: none).';

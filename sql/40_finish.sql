@@ -1,56 +1,47 @@
--- Ending an attempt: complete, fail, release, snooze. Each names its claim, the fence: a task that was recovered and claimed
--- again has another claim, so a late outcome changes nothing. Writes claims, tasks, task_events, and lane_floors where a task
--- is put back. Lock order: claims (ascending id) → tasks → lane_floors.
+-- Ending an attempt: complete, fail, release, snooze. Each names its claim, the fence: what was recovered and claimed again
+-- has another one, so a late answer changes nothing. Writes claims, tasks, task_events, and lanes and floors where a task is
+-- put back. Lock order: claims (ascending id) → tasks → floors.
 -- A task that was asked to cancel ends as cancelled, however its attempt ended.
 
--- What applies where no handler says otherwise.
-create or replace function orchestrator._default_policy(out max_retries int, out base_delay interval, out max_delay interval)
-language sql immutable parallel safe begin atomic
-  select 3, interval '1 second', interval '1 hour';
-end;
-
 create or replace function orchestrator.retry_delay(p_attempt int, p_base interval, p_max interval, p_random double precision)
-returns interval language sql immutable parallel safe begin atomic
+returns interval language sql immutable parallel safe as $$
   -- the exponent is bounded since 2^n overflows, the seconds since make_interval() of a huge number turns negative
   select make_interval(secs =>
     (0.5 + 0.5 * least(greatest(coalesce(p_random, 1), 0), 1))
-    * least(greatest(extract(epoch from coalesce(p_base, d.base_delay)), 0)::double precision * power(2, least(greatest(coalesce(p_attempt, 1), 1) - 1, 60)),
-            greatest(extract(epoch from coalesce(p_max, d.max_delay)), 0)::double precision,
-            extract(epoch from orchestrator.longest_delay())::double precision))
-  from orchestrator._default_policy() d;
-end;
+    * least(greatest(extract(epoch from coalesce(p_base, '1 second')), 0)::double precision * power(2, least(greatest(coalesce(p_attempt, 1), 1) - 1, 60)),
+            greatest(extract(epoch from coalesce(p_max, '1 hour')), 0)::double precision, 3153600000))
+$$;
 comment on function orchestrator.retry_delay(int, interval, interval, double precision) is
-  'base · 2^(attempt − 1), at most max, times a factor from a half (random = 0) to 1 (random = 1). Pure; safe for any input.';
+  'base · 2^(attempt − 1), capped by max, jittered between half of it (random = 0) and all (random = 1). Pure; safe for any input.';
 
--- The registered name that applies to a type: itself, else the longest pattern that matches it. Names that are only paused
--- don't count.
-create or replace function orchestrator._registered_as(p_type text) returns text
-language sql stable set search_path = pg_catalog, pg_temp as $$
-  select p.type from orchestrator.task_types p where p.max_retries is not null and p_type like p.likes
-  order by p.type = p_type desc, length(p.type) desc limit 1
-$$;
-
+-- The policy of a type: its own row, else that of the longest pattern that matches it, else the defaults.
 create or replace function orchestrator._policy(p_type text) returns orchestrator.task_types
-language sql stable set search_path = pg_catalog, pg_temp as $$
-  select coalesce(p.type, p_type), p.likes, coalesce(p.max_retries, d.max_retries), coalesce(p.base_delay, d.base_delay),
-         coalesce(p.max_delay, d.max_delay), p.timeout, p.paused, p.updated_at
-  from orchestrator._default_policy() d left join orchestrator.task_types p on p.type = orchestrator._registered_as(p_type)
-$$;
+language plpgsql stable set search_path = '' as $$
+declare
+  v orchestrator.task_types;
+begin
+  select * into v from orchestrator.task_types p
+  where p.max_retries is not null   -- null: only paused
+    and (p.type = p_type or (right(p.type, 1) in ('*', ':') and p_type like orchestrator._like(p.type)))
+  order by p.type = p_type desc, length(p.type) desc limit 1;
+  v.max_retries := coalesce(v.max_retries, 3);
+  return v;
+end $$;
 
--- Keeps the newest 100 events of a task: a task that snoozes for ever must not grow for ever.
-create or replace function orchestrator._add_event(p_task_id uuid, p_event text, p_attempt int, p_worker_id text, p_detail text) returns void
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+-- Keeps the newest 100 events of a task: one that snoozes for ever must not grow for ever.
+create or replace function orchestrator._record(p_task_id uuid, p_event text, p_attempt int, p_worker_id text, p_detail text) returns void
+language plpgsql set search_path = '' as $$
 begin
   insert into orchestrator.task_events (task_id, event, attempt, worker_id, detail)
-  values (p_task_id, p_event, p_attempt, p_worker_id, orchestrator._kept(p_detail));
+  values (p_task_id, p_event, p_attempt, p_worker_id, left(p_detail, 8192));
   delete from orchestrator.task_events e where e.task_id = p_task_id and e.id <=
     (select o.id from orchestrator.task_events o where o.task_id = p_task_id order by o.id desc offset 100 limit 1);
 end $$;
 
 -- Takes ended tasks off their claim, whose row the caller has locked; the claim goes with the last of them.
-create or replace function orchestrator._shrink_claim(p_claim_id bigint, p_ended int) returns void
+create or replace function orchestrator._settle(p_claim_id bigint, p_ended int) returns void
 language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+set search_path = '' set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
 begin
   if p_ended > 0 then
     update orchestrator.claims c set open_tasks = open_tasks - p_ended where c.id = p_claim_id and c.open_tasks > p_ended;
@@ -61,7 +52,7 @@ end $$;
 -- p_ids holds p_counts[i] tasks of p_claim_ids[i], one claim after another, and p_results (if not null) their results.
 create or replace function orchestrator.complete_tasks(p_claim_ids bigint[], p_counts int[], p_ids uuid[], p_results jsonb[] default null)
 returns table (id uuid, outcome text) language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan
+set search_path = '' set plan_cache_mode = force_generic_plan
 set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 #variable_conflict use_column
 declare
@@ -99,13 +90,13 @@ begin
     get diagnostics v_done = row_count;
     v_cancelled := 0;
     if v_done < cardinality(v_ids) then
-      v_cancelled := orchestrator._lock_and_end_cancelled(p_claim_ids[i], v_ids);
+      v_cancelled := orchestrator._end_cancelled(p_claim_ids[i], v_ids);
       return query
         select u.id, case when t.status = 'cancelled' and t.claim_id = p_claim_ids[i] then 'cancelled' else 'rejected' end
         from unnest(v_ids) u(id) left join orchestrator.tasks t on t.id = u.id
         where (t.status = 'completed' and t.claim_id = p_claim_ids[i]) is not true;   -- if true: a report sent again
     end if;
-    perform orchestrator._shrink_claim(p_claim_ids[i], v_done + v_cancelled);
+    perform orchestrator._settle(p_claim_ids[i], v_done + v_cancelled);
     v_from := v_to + 1;
   end loop;
 end $$;
@@ -114,9 +105,9 @@ comment on function orchestrator.complete_tasks(bigint[], int[], uuid[], jsonb[]
   'given, one for each. Returns only those that did not complete: cancelled (it was asked for) or rejected (no longer of that claim).';
 
 -- Of these tasks of a locked claim, ends those that were asked to cancel, and leaves the others locked: nobody can ask any more.
-create or replace function orchestrator._lock_and_end_cancelled(p_claim_id bigint, p_ids uuid[]) returns int
+create or replace function orchestrator._end_cancelled(p_claim_id bigint, p_ids uuid[]) returns int
 language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+set search_path = '' set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
 declare
   v_n int := 0;
   r record;
@@ -131,7 +122,7 @@ begin
       and t.status in ('claimed', 'running') and t.cancel_requested_at is not null
     returning t.id, t.attempts, t.worker_id
   loop
-    perform orchestrator._add_event(r.id, 'cancelled', r.attempts, r.worker_id, null);
+    perform orchestrator._record(r.id, 'cancelled', r.attempts, r.worker_id, null);
     v_n := v_n + 1;
   end loop;
   return v_n;
@@ -139,9 +130,9 @@ end $$;
 
 -- A failed attempt of a task whose claim the caller has locked. Returns the status that it got, or 'rejected'.
 create or replace function orchestrator._fail(
-  p_claim_id bigint, p_id uuid, p_error text, p_traceback text, p_retry_after interval, p_permanent boolean, p_recovered boolean)
+  p_claim_id bigint, p_id uuid, p_error text, p_retry_after interval, p_permanent boolean, p_recovered boolean)
 returns text language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+set search_path = '' set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
 declare
   v_task orchestrator.tasks;
   v_policy orchestrator.task_types;
@@ -156,12 +147,12 @@ begin
   v_policy := orchestrator._policy(v_task.type);
   v_attempts := v_task.attempts + (v_task.status = 'claimed')::int;
   v_status := (case when v_task.cancel_requested_at is not null then 'cancelled'
-                   when p_permanent or v_attempts > least(coalesce(v_task.max_retries, v_policy.max_retries), 1000) then 'dead_letter'
+                   when p_permanent or v_attempts > coalesce(v_task.max_retries, v_policy.max_retries) then 'dead_letter'
                    else 'retry_scheduled' end)::orchestrator.task_status;
   v_delay := least(greatest(coalesce(p_retry_after, orchestrator.retry_delay(v_attempts, v_policy.base_delay, v_policy.max_delay, random())),
-                            interval '0'), orchestrator.longest_delay());
+                            interval '0'), interval '10 years');
   update orchestrator.tasks t
-  set status = v_status, attempts = v_attempts, last_error = orchestrator._kept(p_error), updated_at = v_now, cancel_requested_at = null,
+  set status = v_status, attempts = v_attempts, last_error = left(p_error, 8192), updated_at = v_now, cancel_requested_at = null,
       claim_id = case when v_status <> 'retry_scheduled' then t.claim_id end,
       worker_id = case when v_status <> 'retry_scheduled' then t.worker_id end,
       claimed_at = case when v_status <> 'retry_scheduled' then t.claimed_at end,
@@ -171,8 +162,8 @@ begin
       next_retry_at = case when v_status = 'retry_scheduled' then v_now + v_delay end,
       recoveries = t.recoveries + p_recovered::int
   where t.id = p_id;
-  perform orchestrator._add_event(p_id, 'failed', v_attempts, v_task.worker_id, concat_ws(E'\n', p_error, p_traceback));
-  perform orchestrator._add_event(p_id, v_status::text, v_attempts, v_task.worker_id,
+  perform orchestrator._record(p_id, 'failed', v_attempts, v_task.worker_id, p_error);
+  perform orchestrator._record(p_id, v_status::text, v_attempts, v_task.worker_id,
                                case when v_status = 'retry_scheduled' then 'in ' || extract(epoch from v_delay)::numeric(15, 3) || ' s'
                                     when v_status = 'dead_letter' and p_permanent then 'permanent error'
                                     when v_status = 'dead_letter' then 'retries used up' end);
@@ -180,36 +171,34 @@ begin
 end $$;
 
 create or replace function orchestrator.fail_tasks(
-  p_claim_ids bigint[], p_ids uuid[], p_errors text[], p_tracebacks text[], p_retry_afters interval[], p_permanents boolean[])
-returns table (id uuid, outcome text) language plpgsql set search_path = pg_catalog, pg_temp as $$
+  p_claim_ids bigint[], p_ids uuid[], p_errors text[], p_retry_afters interval[], p_permanents boolean[])
+returns table (id uuid, outcome text) language plpgsql set search_path = '' as $$
 #variable_conflict use_column
 begin
   perform from orchestrator.claims c where c.id = any (p_claim_ids) order by c.id for no key update;
   for i in 1..cardinality(p_ids) loop
     id := p_ids[i];
-    outcome := orchestrator._fail(p_claim_ids[i], p_ids[i], p_errors[i], p_tracebacks[i], p_retry_afters[i],
-                                  coalesce(p_permanents[i], false), false);
-    perform orchestrator._shrink_claim(p_claim_ids[i], (outcome <> 'rejected')::int);
+    outcome := orchestrator._fail(p_claim_ids[i], p_ids[i], p_errors[i], p_retry_afters[i], coalesce(p_permanents[i], false), false);
+    perform orchestrator._settle(p_claim_ids[i], (outcome <> 'rejected')::int);
     return next;
   end loop;
 end $$;
-comment on function orchestrator.fail_tasks(bigint[], uuid[], text[], text[], interval[], boolean[]) is
+comment on function orchestrator.fail_tasks(bigint[], uuid[], text[], interval[], boolean[]) is
   'Records a failed attempt of each task, named by its claim: a retry after p_retry_afters[i] (null: the policy''s backoff with '
-  'jitter), or a dead letter if permanent or its retries are used up. p_tracebacks[i] is kept in the event. Returns the status of '
-  'each, or rejected.';
+  'jitter), or a dead letter if permanent or its retries are used up. Returns the status of each, or rejected.';
 
 create or replace function orchestrator.fail_task(
   p_claim_id bigint, p_id uuid, p_error text, p_retry_after interval default null, p_permanent boolean default false)
-returns text language sql set search_path = pg_catalog, pg_temp as $$
-  select f.outcome from orchestrator.fail_tasks(array[p_claim_id], array[p_id], array[p_error], null, array[p_retry_after], array[p_permanent]) f
+returns text language sql set search_path = '' as $$
+  select f.outcome from orchestrator.fail_tasks(array[p_claim_id], array[p_id], array[p_error], array[p_retry_after], array[p_permanent]) f
 $$;
 comment on function orchestrator.fail_task(bigint, uuid, text, interval, boolean) is
   'fail_tasks for one task: returns retry_scheduled, dead_letter, cancelled (it was asked for) or rejected.';
 
--- Puts tasks of a locked claim back to their old places, and takes back an attempt that was counted.
+-- Puts tasks of a locked claim back to their old places, uncharged: an attempt that was counted is taken back.
 create or replace function orchestrator._release(p_claim_id bigint, p_ids uuid[], p_event text, p_recovered boolean) returns int
 language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+set search_path = '' set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
 declare
   v_n int;
   v_types text[];
@@ -227,20 +216,20 @@ begin
   with released as (
     update orchestrator.tasks t
     set status = 'pending', queued_at = t.created_at, worker_id = null, claim_id = null, claimed_at = null, started_at = null,
-        progress = null, attempts = t.attempts - (t.status = 'running')::int, recoveries = t.recoveries + p_recovered::int,
+        result = null, attempts = t.attempts - (t.status = 'running')::int, recoveries = t.recoveries + p_recovered::int,
         updated_at = clock_timestamp()
     where t.id = any (v_ids)
     returning t.type, t.priority, t.queued_at)
   select count(*), array_agg(type), array_agg(priority), array_agg(queued_at) into v_n, v_types, v_priorities, v_heads from released;
-  perform orchestrator._add_event(u.id, p_event, null, u.worker, null) from unnest(v_ids, v_workers) u(id, worker);
-  perform orchestrator._shrink_claim(p_claim_id, v_n);
+  perform orchestrator._record(u.id, p_event, null, u.worker, null) from unnest(v_ids, v_workers) u(id, worker);
+  perform orchestrator._settle(p_claim_id, v_n);
   perform orchestrator._put_back(v_types, v_priorities, v_heads);
   return v_n;
 end $$;
 
 create or replace function orchestrator.release_tasks(p_claim_id bigint, p_ids uuid[] default null) returns int
 language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+set search_path = '' set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
 declare
   v_ids uuid[] := p_ids;
   v_n int;
@@ -250,8 +239,8 @@ begin
   if p_ids is null then
     v_ids := array(select t.id from orchestrator.tasks t where t.claim_id = p_claim_id and t.status in ('claimed', 'running'));
   end if;
-  v_n := orchestrator._lock_and_end_cancelled(p_claim_id, v_ids);
-  perform orchestrator._shrink_claim(p_claim_id, v_n);
+  v_n := orchestrator._end_cancelled(p_claim_id, v_ids);
+  perform orchestrator._settle(p_claim_id, v_n);
   return v_n + orchestrator._release(p_claim_id, v_ids, 'released', false);
 end $$;
 comment on function orchestrator.release_tasks(bigint, uuid[]) is
@@ -259,7 +248,7 @@ comment on function orchestrator.release_tasks(bigint, uuid[]) is
   'Returns how many left the claim.';
 
 create or replace function orchestrator.release_forgotten(p_worker_id text, p_known bigint[]) returns int
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql set search_path = '' as $$
 declare
   v_id bigint;
   v_n int := 0;
@@ -275,48 +264,38 @@ comment on function orchestrator.release_forgotten(text, bigint[]) is
 
 create or replace function orchestrator.snooze_task(p_claim_id bigint, p_id uuid, p_delay interval) returns text
 language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+set search_path = '' set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
 declare
   v_worker text;
 begin
-  if p_delay is null or p_delay < interval '0' or p_delay > orchestrator.longest_delay() then
-    perform orchestrator._invalid('delay', 'must be from 0 to 3650 days', 'Give it as an interval.');
+  if p_delay is null or p_delay < interval '0' or p_delay > interval '10 years' then
+    perform orchestrator._invalid('delay', 'must be from 0 to 10 years', 'Give it as an interval.');
   end if;
   select c.worker_id into v_worker from orchestrator.claims c where c.id = p_claim_id for no key update;
   if not found then return 'rejected'; end if;
-  if orchestrator._lock_and_end_cancelled(p_claim_id, array[p_id]) > 0 then
-    perform orchestrator._shrink_claim(p_claim_id, 1);
+  if orchestrator._end_cancelled(p_claim_id, array[p_id]) > 0 then
+    perform orchestrator._settle(p_claim_id, 1);
     return 'cancelled';
   end if;
   update orchestrator.tasks t
   set status = 'pending', next_retry_at = clock_timestamp() + p_delay, worker_id = null, claim_id = null, claimed_at = null,
-      started_at = null, progress = null, attempts = t.attempts - (t.status = 'running')::int, updated_at = clock_timestamp()
+      started_at = null, result = null, attempts = t.attempts - (t.status = 'running')::int, updated_at = clock_timestamp()
   where t.id = p_id and t.claim_id is not distinct from p_claim_id and t.status in ('claimed', 'running');
   if not found then return 'rejected'; end if;
-  perform orchestrator._add_event(p_id, 'snoozed', null, v_worker, 'for ' || extract(epoch from p_delay)::numeric(15, 3) || ' s');
-  perform orchestrator._shrink_claim(p_claim_id, 1);
+  perform orchestrator._record(p_id, 'snoozed', null, v_worker, 'for ' || extract(epoch from p_delay)::numeric(15, 3) || ' s');
+  perform orchestrator._settle(p_claim_id, 1);
   return 'snoozed';
 end $$;
 comment on function orchestrator.snooze_task(bigint, uuid, interval) is
   'Puts a task off, uncharged. Returns snoozed, cancelled (it was asked for) or rejected. Raises OR001.';
 
-create or replace function orchestrator.record_progress(p_claim_id bigint, p_id uuid, p_progress json) returns boolean
+create or replace function orchestrator.record_progress(p_claim_id bigint, p_id uuid, p_progress jsonb) returns boolean
 language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+set search_path = '' set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
 begin
-  update orchestrator.tasks t set progress = p_progress, updated_at = clock_timestamp()
+  update orchestrator.tasks t set result = p_progress, updated_at = clock_timestamp()
   where t.id = p_id and t.claim_id is not distinct from p_claim_id and t.status in ('claimed', 'running');
   return found;
 end $$;
-comment on function orchestrator.record_progress(bigint, uuid, json) is
-  'Keeps the progress that the handler of a task reports, in tasks.progress. Returns whether the claim still holds the task.';
-
-create or replace function orchestrator.note_lost_result(p_id uuid, p_problem text) returns boolean
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-begin
-  if not exists (select from orchestrator.tasks t where t.id = p_id and t.status = 'completed') then return false; end if;
-  perform orchestrator._add_event(p_id, 'result_lost', null, null, p_problem);
-  return true;
-end $$;
-comment on function orchestrator.note_lost_result(uuid, text) is
-  'Records that a completed task had a result that could not be kept. Returns whether the task is there and completed.';
+comment on function orchestrator.record_progress(bigint, uuid, jsonb) is
+  'Keeps what a running task says of itself in tasks.result. Returns whether the claim still holds it.';

@@ -1,16 +1,12 @@
--- Leader election and retention. Writes workers, leader_state, tasks and task_events. Every function of the leader takes
--- (worker, term), locks the leader's row to the end of its transaction, and does nothing under a stale term. Lock order: the
--- leader's row first, except that whoever is elected locks the leader of before, if nobody else has it.
+-- Leader election and the leader's housekeeping. Writes workers; retention deletes from tasks and task_events. Every function
+-- of the leader takes (worker, term), locks the leader's row to the end of its transaction, and does nothing under a stale
+-- term. Lock order: the leader's row first.
 
 create or replace function orchestrator.acquire_leadership(
   p_worker_id text, p_length interval, out is_leader boolean, out term bigint, out until timestamptz)
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql set search_path = '' as $$
 #variable_conflict use_column
 begin
-  -- A lease that ends later than one from now was written before the clock was set back: nobody would lead until then.
-  update orchestrator.workers w set leader_until = clock_timestamp() + p_length
-  where w.id in (select o.id from orchestrator.workers o where o.is_leader and o.id <> p_worker_id
-                   and o.leader_until > clock_timestamp() + p_length for no key update skip locked);
   -- first the lock, then the time: an UPDATE that waits computes its values before
   perform from orchestrator.workers w where w.id = p_worker_id for no key update;
   update orchestrator.workers w set leader_until = clock_timestamp() + p_length
@@ -33,7 +29,7 @@ comment on function orchestrator.acquire_leadership(text, interval) is
   'Extends this worker''s leadership by p_length from now, or elects it if nobody leads. term rises at each election.';
 
 create or replace function orchestrator.resign_leadership(p_worker_id text, p_term bigint) returns boolean
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql set search_path = '' as $$
 begin
   update orchestrator.workers w set is_leader = false where w.id = p_worker_id and w.is_leader and w.leader_term = p_term;
   return found;
@@ -42,7 +38,7 @@ comment on function orchestrator.resign_leadership(text, bigint) is 'Ends a term
 
 -- Whether this worker leads in this term; locks its row, so that nobody is elected before the caller's transaction ends.
 create or replace function orchestrator._leads(p_worker_id text, p_term bigint) returns boolean
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql set search_path = '' as $$
 begin
   perform from orchestrator.workers w
   where w.id = p_worker_id and w.is_leader and w.leader_term = p_term and w.leader_until > clock_timestamp() for no key update;
@@ -51,10 +47,9 @@ end $$;
 
 -- Retention walks the primary key (history by time) from where it stopped; each call looks at p_limit tasks.
 create or replace function orchestrator.prune(
-  p_worker_id text, p_term bigint, p_completed interval, p_dead_letter interval, p_limit int default 1000,
-  out completed int, out dead_letters int, out more boolean)
+  p_worker_id text, p_term bigint, p_completed interval, p_dead_letter interval, p_limit int default 1000, out completed int, out dead int)
 language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan
+set search_path = '' set plan_cache_mode = force_generic_plan
 set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 declare
   v_cursor uuid;
@@ -64,15 +59,13 @@ declare
 begin
   if not orchestrator._leads(p_worker_id, p_term) then return; end if;
   completed := 0;
-  dead_letters := 0;
-  more := false;
+  dead := 0;
   if p_completed > interval '0' then
-    select s.prune_cursor into v_cursor from orchestrator.leader_state s;
+    select m.prune_cursor into v_cursor from orchestrator.maintenance m;
     v_ids := array(select t.id from orchestrator.tasks t
                    where t.id > v_cursor and t.id < orchestrator._uuid_at(v_completed_before) order by t.id limit p_limit);
-    more := cardinality(v_ids) = p_limit;
-    update orchestrator.leader_state
-    set prune_cursor = case when more then v_ids[p_limit] else '00000000-0000-0000-0000-000000000000' end;
+    update orchestrator.maintenance
+    set prune_cursor = case when cardinality(v_ids) = p_limit then v_ids[p_limit] else '00000000-0000-0000-0000-000000000000' end;
     delete from orchestrator.tasks t where t.id = any (v_ids) and t.completed_at < v_completed_before;
     get diagnostics completed = row_count;
     delete from orchestrator.task_events e where e.task_id = any (v_ids)
@@ -81,13 +74,29 @@ begin
   if p_dead_letter > interval '0' then
     v_ids := array(select t.id from orchestrator.tasks t where t.dead_at < v_dead_before order by t.dead_at limit p_limit
                    for update skip locked);
-    more := more or cardinality(v_ids) = p_limit;
     delete from orchestrator.tasks t where t.id = any (v_ids);
-    get diagnostics dead_letters = row_count;
+    get diagnostics dead = row_count;
     delete from orchestrator.task_events e where e.task_id = any (v_ids);
   end if;
 end $$;
 comment on function orchestrator.prune(text, bigint, interval, interval, int) is
   'The leader''s: deletes tasks that completed or were cancelled p_completed ago, and dead letters of p_dead_letter ago (0: kept '
-  'for ever), with their events. Looks at p_limit tasks of each. Returns how many were deleted, and whether there may be more: '
-  'then call it again at once. Nulls under a stale term.';
+  'for ever), with their events. Looks at p_limit tasks a call; returns how many went; nulls under a stale term.';
+
+-- The oldest open claim of each minute: what ended since a minute of the last hour was claimed under that claim or a later one.
+create or replace function orchestrator.mark_claims(p_worker_id text, p_term bigint) returns boolean
+language plpgsql set search_path = '' as $$
+declare
+  v_oldest bigint;
+begin
+  if not orchestrator._leads(p_worker_id, p_term) then return null; end if;
+  select coalesce((select c.id from orchestrator.claims c order by c.id limit 1), s.last_value) into v_oldest from orchestrator.claims_id_seq s;
+  update orchestrator.maintenance m
+  set claim_marks = (select coalesce(jsonb_agg(k order by k -> 'at'), '[]') from jsonb_array_elements(m.claim_marks) k
+                     where (k ->> 'at')::double precision > extract(epoch from clock_timestamp()) - 3900)
+                    || jsonb_build_object('at', extract(epoch from clock_timestamp()), 'claim', v_oldest)
+  where coalesce((m.claim_marks -> -1 ->> 'at')::double precision, 0) < extract(epoch from clock_timestamp()) - 60;
+  return found;
+end $$;
+comment on function orchestrator.mark_claims(text, bigint) is
+  'The leader''s: once a minute notes the oldest open claim, from which queue_stats counts what ended in the last hour.';

@@ -74,11 +74,9 @@ def complete(conn: Connection, claim_id: int, *ids: str) -> dict[str, str]:
     return dict(conn.execute(query, [claim_id, len(ids), list(ids)]).fetchall())
 
 
-def fail(conn: Connection, claim_id: int, id: str, error: str | None = "no", after: str | None = None,
-         permanent: bool = False, traceback: str | None = None) -> str:
-    query = """select outcome from orchestrator.fail_tasks(array[%s::bigint], array[%s::uuid], array[%s::text], array[%s::text],
-               array[%s::interval], array[%s::boolean])"""
-    return value(conn, query, claim_id, id, error, traceback, after, permanent)
+def fail(conn: Connection, claim_id: int, id: str, error: str = "no", after: str | None = None,
+         permanent: bool = False) -> str:
+    return value(conn, "select orchestrator.fail_task(%s, %s, %s, %s, %s)", claim_id, id, error, after, permanent)
 
 
 def release(conn: Connection, claim_id: int, *ids: str) -> int:
@@ -110,14 +108,8 @@ def lead(conn: Connection, worker: str = "leader", length: str = "1 hour") -> in
     return term
 
 
-def recover(conn: Connection, term: int, worker: str = "leader", limit: int = 1000) -> dict[str, Any]:
+def recover(conn: Connection, term: int, worker: str = "leader", limit: int = 1000) -> dict[str, int]:
     return row(conn, "select * from orchestrator.recover_orphans(%s, %s, %s)", worker, term, limit)
-
-
-def raise_floors(conn: Connection, term: int) -> int:
-    """Raise the floors of all lanes, however quick they are and however little was taken from them."""
-    conn.execute("insert into orchestrator.lanes (type, priority) select distinct type, priority from orchestrator.tasks")
-    return value(conn, "select orchestrator.raise_floors('leader', %s, '0')", term)
 
 
 def declare_dead(conn: Connection, worker: str) -> None:
