@@ -162,7 +162,7 @@ LONGEST_DELAY = 315_360_000
 # Characters of an error text that are kept, as in SQL.
 ERROR_LIMIT = 8000
 UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
-USER_CODE_EXCLUDES = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), _FILE)
+USER_CODE_EXCLUDES = tuple(map(os.path.realpath, [*map(sysconfig.get_path, ("stdlib", "purelib", "platlib")), _FILE]))
 
 
 def parse_duration(text: str) -> float:
@@ -1105,7 +1105,10 @@ class Router:
             future.add_done_callback(lambda _: calls.put(None))
             while (call := calls.get()) is not None:
                 call()
-            return future.result()
+            result = future.result()
+            if isinstance(result, _Raised):
+                raise result.error
+            return result
         except (asyncio.CancelledError, concurrent.futures.CancelledError) as error:
             raise Cancelled(task.cancel_reason or "cancelled") from error
 
@@ -1131,6 +1134,13 @@ class Router:
             return Outcome("completed", lost=clean_text(f"{type(error).__name__}: {message_of(error)}"))
 
 
+@dataclasses.dataclass
+class _Raised:
+    """What an awaitable raised, as a value: asyncio passes a TimeoutError on without its traceback, and ends by a SystemExit."""
+
+    error: BaseException
+
+
 async def _await(task: Task, awaitable: Awaitable[Any], loop: asyncio.AbstractEventLoop, calls: Any) -> Any:
     """Cancelled from inside the loop, so that whoever waits for the handler sees it end, not only asked to end."""
     running = asyncio.current_task()
@@ -1143,8 +1153,8 @@ async def _await(task: Task, awaitable: Awaitable[Any], loop: asyncio.AbstractEv
         running.cancel()
     try:
         return await awaitable
-    except (SystemExit, KeyboardInterrupt) as error:   # would end the event loop's thread
-        raise RuntimeError(describe_error(error)) from error
+    except BaseException as error:
+        return _Raised(error)
 
 
 def _is_async(function: Any) -> bool:
@@ -2194,10 +2204,16 @@ class ReportLoop(Loop):
         self.missing = missing
 
 
+async def _value_of(awaitable: Awaitable[Any]) -> Any:
+    return await awaitable
+
+
 def _call_hooks(hooks: Sequence[DeadLetterHook], task: Task) -> None:
     for hook in hooks:
         try:
-            hook(task, (task.outcome.text if task.outcome else None) or "")
+            done = hook(task, (task.outcome.text if task.outcome else None) or "")
+            if inspect.isawaitable(done):
+                asyncio.run(_value_of(done))
         except BaseException as error:
             log.error("on_dead_letter: %s", describe_error(error))
 
