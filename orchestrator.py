@@ -1746,7 +1746,7 @@ class ClaimLoop(Loop):
                     return wait
                 pool.wanted = False
                 found = self._claim(room)
-                if len(self.arrived) < room:
+                if len(self.arrived) < min(room, 500):   # a large claim may be less for its many types: SQL looks at 1,000
                     break
                 self.full_claims += 1   # there may be more: don't wait, and don't have producers notify
                 if self.idle and self.full_claims > 3:
@@ -2660,13 +2660,16 @@ class Orchestrator:
         A repeated (type, idempotency_key) returns the first task's id, with created False. delay (instead of run_at):
         seconds, a timedelta or text such as "10m". Raises ValueError, which names the field.
         """
-        key = None if idempotency_key is None else check_text("idempotency_key", str(idempotency_key))
+        key = None if idempotency_key is None else _key("idempotency_key", idempotency_key)
         args = (check_text("type", type), self._json("payload", {} if payload is None else payload),
                 _priority(priority), key, _retries(max_retries), _run_at(run_at, delay))
         if key is None:
             return EnqueuedId(self._call("enqueue", *args, connection=connection)[0][0], True)
         args = (args[0], texts([args[1]]), args[2], texts([key]), *args[4:])
-        [(_, task_id, created)] = self._call("enqueue_many", *args, connection=connection)
+        try:
+            [(_, task_id, created)] = self._call("enqueue_many", *args, connection=connection)
+        except ValueError as error:
+            raise ValueError(str(error).replace("payloads[1]", "payload", 1)) from None
         return EnqueuedId(str(task_id), created)
 
     async def enqueue_async(self, type: str, payload: Any = None, **options: Any) -> EnqueuedId:
@@ -2679,7 +2682,7 @@ class Orchestrator:
                      connection: psycopg.Connection[Any] | None = None) -> list[EnqueuedId]:
         """Add a task for each payload, all in one statement, and return their ids in order. Raises ValueError."""
         keys = None if idempotency_keys is None else texts(
-            [None if key is None else check_text("idempotency_key", str(key)) for key in idempotency_keys])
+            [None if key is None else _key(f"idempotency_keys[{n}]", key) for n, key in enumerate(idempotency_keys, 1)])
         # counted from 1, as in SQL
         text = texts([self._json(f"payloads[{number}]", payload) for number, payload in enumerate(payloads, 1)])
         if len(text) > 8 * CALL_LIMIT:
@@ -2869,8 +2872,15 @@ class Orchestrator:
 
 
 _apps: weakref.WeakSet[Orchestrator] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for app in list(_apps):
+        app._leave_to_parent()
+
+
 if hasattr(os, "register_at_fork"):   # not on Windows
-    os.register_at_fork(after_in_child=lambda: [app._leave_to_parent() for app in list(_apps)])
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class _Stopped(BaseException):
@@ -2888,6 +2898,13 @@ def _plain_errors() -> Iterator[None]:
         if error.sqlstate in NOT_INSTALLED:
             raise ConfigError(f"DATABASE_URL: {database_problem(error)}") from None
         raise
+
+
+def _key(name: str, key: str | UUID) -> str:
+    text = check_text(name, str(key))
+    if not 1 <= len(text.encode()) <= 255:
+        raise ValueError(f"{name}: must be 1 to 255 bytes")
+    return text
 
 
 def _priority(priority: int) -> int:
