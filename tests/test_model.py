@@ -293,7 +293,8 @@ class Queue(RuleBasedStateMachine):
 
     def schedule(self, draw: Random) -> None:
         name = draw.choice(["s", "t"])
-        new = Schedule(draw.choice(TYPES), draw.choice(PRIORITIES), draw.choice([None, 0]), draw.choice(["one", "all"]), draw.choice([True, False]))
+        new = Schedule(draw.choice(TYPES), draw.choice(PRIORITIES), draw.choice([None, 0]), draw.choice(["one", "all"]),
+                       draw.choice([True, False]))
         if old := self.model.schedules.get(name):
             new.paused, new.last = old.paused, old.last
         next_at = value(self.conn, "select orchestrator.schedule(%s, '@every 1 hour', %s, '{}', 'UTC', %s, %s, %s, %s)",

@@ -224,7 +224,8 @@ def test_schedules_say_when_and_why_not_and_are_fired_paused_and_resumed(conn: C
     rows = page.locator("#schedules tbody tr")
     conn.execute("select orchestrator.schedule('yearly', '0 0 1 1 *', 'ok', p_timezone => 'Europe/Berlin')")
     expect(rows).to_have_count(1)
-    assert [cell(page, "schedules", "yearly", head) for head in ("Cron", "Time zone", "Type", "State")] == ["0 0 1 1 *", "Europe/Berlin", "ok", "active"]
+    heads = ("Cron", "Time zone", "Type", "State")
+    assert [cell(page, "schedules", "yearly", head) for head in heads] == ["0 0 1 1 *", "Europe/Berlin", "ok", "active"]
     expect(page.get_by_role("columnheader", name="Why")).to_be_hidden()   # nothing to say
     expect(rows).to_contain_text(re.compile(r"in \d+ (d|h|min)"))
     page.get_by_role("button", name="Fire yearly").click()
@@ -246,7 +247,8 @@ def test_schedules_say_when_and_why_not_and_are_fired_paused_and_resumed(conn: C
 
 
 def test_schedules_in_trouble_come_first_and_ask_for_attention(conn: Connection, page: Page) -> None:
-    for name, kind in (("a fine one", "ok"), ("handled by none", "nobody:handles-it"), ("z failed", "fails"), ("of a paused type", "again"), (SCRIPT, "hangs")):
+    for name, kind in (("a fine one", "ok"), ("handled by none", "nobody:handles-it"), ("z failed", "fails"),
+                       ("of a paused type", "again"), (SCRIPT, "hangs")):
         conn.execute("select orchestrator.schedule(%s, '@yearly', %s)", [name, kind])
     conn.execute("select orchestrator.pause_type('again')")
     conn.execute("update orchestrator.schedules set paused = true, last_error = 'payload: is over 256 KiB' where name = 'z failed'")
@@ -254,8 +256,8 @@ def test_schedules_in_trouble_come_first_and_ask_for_attention(conn: Connection,
     expect(rows).to_have_count(5)
     expect(rows.first).to_contain_text("payload: is over 256 KiB")
     expect(rows.first.locator(".state")).to_have_attribute("title", re.compile("^paused, since it could not fire: .*resume_schedule"))
-    assert [cell(page, "schedules", name, "State") for name in ("a fine one", "handled by none", "z failed", "of a paused type", SCRIPT)] == [
-        "active", "no worker", "failed", "type paused", "active"]
+    names = ("a fine one", "handled by none", "z failed", "of a paused type", SCRIPT)
+    assert [cell(page, "schedules", name, "State") for name in names] == ["active", "no worker", "failed", "type paused", "active"]
     expect(page.locator("#attention")).to_contain_text("Schedules that could not fire, and are paused: fails (z failed)")
     assert page.evaluate("[document.scripts.length, document.images.length, typeof window.hacked]") == [1, 0, "undefined"]
 

@@ -18,7 +18,9 @@ from postgres import LocalServer, eventually, install_schema
 from steps import audit, claim, column, enqueue, fail, register, rows, value
 
 PURE = {"schema_version", "longest_delay", "redact", "redact_text", "retry_delay"}
-READ = PURE | {"fire_times", "schedule_history", "explain_task", "show_task", "audit", "metrics", "api_overview", "api_history", "api_tasks", "api_failures", "api_task"}
+READ = PURE | {
+    "fire_times", "schedule_history",
+    "explain_task", "show_task", "audit", "metrics", "api_overview", "api_history", "api_tasks", "api_failures", "api_task"}
 DECISIONS = {
     "producer": PURE | {"enqueue", "enqueue_many", "enqueue_lines"},
     "worker": READ | {"enqueue", "enqueue_many", "enqueue_lines", "schedule",
@@ -232,7 +234,8 @@ def test_operator_cancels_retries_and_pauses_without_a_right_on_payloads(login, 
         assert value(operator, "select changed from orchestrator.resume_type('t')") is True
         fail(conn, claim(conn, limit=1)[0]["claim_id"], ids[2], permanent=True)
         assert value(operator, "select orchestrator.retry_dead_letters()") == 1
-        for query in ("select payload from orchestrator.tasks", "select orchestrator.enqueue_many('t', '{1}')", "delete from orchestrator.tasks",
+        for query in ("select payload from orchestrator.tasks", "delete from orchestrator.tasks",
+                      "select orchestrator.enqueue_many('t', '{1}')",
                       "select orchestrator.claim_tasks('w', '{t}', 1)", "update orchestrator.tasks set payload = '{}'"):
             with pytest.raises(psycopg.errors.InsufficientPrivilege):
                 operator.execute(query)
@@ -252,7 +255,7 @@ def test_worker_and_operator_fire_schedules_and_an_auditor_sees_all_of_them_but_
         assert value(operator, "select orchestrator.unschedule('gone')") is True
     with psycopg.connect(login("worker"), autocommit=True) as worker:
         worker.execute("select orchestrator.schedule('each second', '@every 1 second', 'task:t')")
-        conn.execute("update orchestrator.schedules set next_at = date_trunc('second', now() - interval '5 seconds') where name = 'each second'")
+        conn.execute("update orchestrator.schedules set next_at = date_trunc('second', now() - interval '5 s') where name = 'each second'")
         assert value(worker, "select fired from orchestrator.promote_due()") == 1
         assert audit(worker) == []
     with psycopg.connect(login("auditor"), autocommit=True) as auditor:
@@ -267,7 +270,8 @@ def test_worker_and_operator_fire_schedules_and_an_auditor_sees_all_of_them_but_
             with pytest.raises(psycopg.errors.InsufficientPrivilege):
                 auditor.execute(query)
     with psycopg.connect(login("producer"), autocommit=True) as producer:
-        for query in ("select name from orchestrator.schedules", "select * from orchestrator.schedule_states", "select orchestrator.schedule('x', '@daily', 't')"):
+        for query in ("select name from orchestrator.schedules", "select * from orchestrator.schedule_states",
+                      "select orchestrator.schedule('x', '@daily', 't')"):
             with pytest.raises(psycopg.errors.InsufficientPrivilege):
                 producer.execute(query)
 

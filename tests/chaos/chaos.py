@@ -25,12 +25,11 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+import schedules  # noqa: E402, F401 (it registers its fault)
 from faults import FAULTS  # noqa: E402
 from harness import Lab, Row, follow, local_server  # noqa: E402
 
 from postgres import LocalServer  # noqa: E402
-
-import schedules  # noqa: E402, F401, I001 (registers its fault)
 
 ONLY_FULL = {"SIGKILL, default leases"}   # not for CI: a worker is declared dead after 30 s only
 DOCUMENT = HERE.parent.parent / "docs" / "benchmarks.md"
