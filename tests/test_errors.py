@@ -69,7 +69,7 @@ def test_the_last_frame_of_the_users_own_code_is_named(
     source = inner if handler is calls_inner else handler
     assert task["last_error"].endswith(f"({HERE}:{line_of(source, marker)} in {name})")
     assert "site-packages" not in task["last_error"] and "\n" not in task["last_error"].strip()
-    failed = [event for event in task["events"] if event["event"] == "failed"][0]["detail"]
+    failed = next(event for event in task["events"] if event["event"] == "failed")["detail"]
     assert also in failed and "Traceback" in failed and f"in {name}" in failed
 
 
@@ -99,12 +99,13 @@ def noted(task: Task) -> None:
     raise error
 
 
-@pytest.mark.parametrize(("handler", "said"), [(chained, ["the first cause", "the second", "what was seen", "direct cause", "During handling"]),
-                                               (grouped, ["several", "one of them", "another"]), (noted, ["told", "a note on it"])])
+@pytest.mark.parametrize(("handler", "said"), [
+    (chained, ["the first cause", "the second", "what was seen", "direct cause", "During handling"]),
+    (grouped, ["several", "one of them", "another"]), (noted, ["told", "a note on it"])])
 def test_the_event_keeps_causes_groups_and_notes(installed: str, handler: Callable[[Task], Any], said: list[str]) -> None:
     with running(installed, {"a": Handler(handler, max_retries=0)}) as app:
         task = wait_for(app, app.enqueue("a"))
-    detail = [event for event in task["events"] if event["event"] == "failed"][0]["detail"]
+    detail = next(event for event in task["events"] if event["event"] == "failed")["detail"]
     assert [words for words in said if words not in detail] == []
 
 
