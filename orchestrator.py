@@ -2335,7 +2335,8 @@ class HeartbeatLoop(Loop):
         self.chores = {chore.run: chore for chore in (
             Chore(self._beat, beat), Chore(self._lead, min(beat, config.leader_term / 3)),
             Chore(self._recover, beat, True), Chore(self._raise_floors, slow, True),
-            Chore(self._rescan_lanes, 10.0, True), Chore(self._prune, config.cleanup_interval, True), Chore(self._sample_stats, 60.0, True))}
+            Chore(self._rescan_lanes, 10.0, True), Chore(self._prune, config.cleanup_interval, True),
+            Chore(self._sample_stats, 60.0, True))}
         self.seen: dict[str, tuple[str, float]] = {}     # worker: its last heartbeat, and since when it was seen (monotonic)
         self.looked_at = 0.0                             # monotonic: when that was
         self.schema_checked = self.stop_announced = False
