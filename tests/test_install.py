@@ -134,7 +134,8 @@ def test_install_sets_sequences_and_single_rows_right_after_a_restore_of_data_al
     assert events(conn, id) == ["failed", "retry_scheduled"] * 2
     conn.execute("select orchestrator.resign_leadership('leader', %s)", [term])
     assert value(conn, "select term from orchestrator.acquire_leadership('leader', '1 min')") > term
-    assert value(conn, "select count(*) from orchestrator.leader_state") == value(conn, "select count(*) from orchestrator.stats_state") == 1
+    assert value(conn, "select count(*) from orchestrator.leader_state") == value(conn,
+    "select count(*) from orchestrator.stats_state") == 1
 
 
 def test_install_leaves_sequences_that_are_ahead(installed, conn):
