@@ -78,8 +78,7 @@ from urllib.parse import parse_qsl, quote, urlsplit
 from uuid import UUID
 
 import psycopg
-from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily, Metric
+from prometheus_client import CollectorRegistry, ProcessCollector, core, generate_latest
 from psycopg import generators, pq
 from psycopg.adapt import PyFormat, Transformer
 from psycopg.conninfo import conninfo_to_dict
@@ -2853,48 +2852,46 @@ def _run_at(run_at: datetime | None, delay: Seconds | None) -> datetime | After 
 
 
 # ================================================================================================== metrics
-# kind name{labels} value: what it is
+# kind name{labels} value: what it is. The kind is one of prometheus_client.core's families.
 WORKER_METRICS = """
-counter tasks_completed{type,status} completed: Attempts that ended here: completed, failed (one attempt) or
+Counter tasks_completed{type,status} completed: Attempts that ended here: completed, failed (one attempt) or
   cancelled
-counter task_retries{type,attempt} retries: Retries scheduled here, by the attempt that failed
-counter tasks_dead_letter{type} dead_letters: Tasks that became dead letters: failed here, or recovered by
+Counter task_retries{type,attempt} retries: Retries scheduled here, by the attempt that failed
+Counter tasks_dead_letter{type} dead_letters: Tasks that became dead letters: failed here, or recovered by
   this worker
-counter task_outcomes_rejected{type} rejected: Late outcomes that the fence refused
-counter tasks_recovered{outcome} recovered: Tasks that this worker, leading, took from dead workers: released
+Counter task_outcomes_rejected{type} rejected: Late outcomes that the fence refused
+Counter tasks_recovered{outcome} recovered: Tasks that this worker, leading, took from dead workers: released
   uncharged, retried, dead (letters), cancelled, or failed to be recovered
-counter database_errors{class} errors: Database errors by SQLSTATE class
-counter pool_threads_replaced replaced_threads: Pool threads that ended and were replaced
-histogram task_duration_seconds{type} seconds: How long handlers ran
-histogram task_wait_seconds{type} waits: From enqueued (or due) to the handler's start
-histogram task_claim_duration_seconds claim_seconds: How long a claim took in the database
-gauge tasks_running{type} running: Handlers running here
-gauge tasks_overdue{type} overdue: Handlers running here past their timeout
-gauge tasks_longest_running_seconds{type} longest: How long the oldest handler here has run
-gauge worker_pool_active active: Busy places of the pool
-gauge worker_pool_capacity pool_size: Places of the pool
-gauge worker_prefetch_size prefetch: How many tasks beyond the running ones this worker would hold
-gauge worker_loop_lag_seconds loop_lag: How long ago the slower loop last made progress
-gauge worker_database_silence_seconds database_silence: How long ago the database last answered
-gauge leader_status{worker_id} leader: 1 on the leader
-info orchestrator_build build: Versions
+Counter database_errors{class} errors: Database errors by SQLSTATE class
+Counter pool_threads_replaced replaced_threads: Pool threads that ended and were replaced
+Histogram task_duration_seconds{type} seconds: How long handlers ran
+Histogram task_wait_seconds{type} waits: From enqueued (or due) to the handler's start
+Histogram task_claim_duration_seconds claim_seconds: How long a claim took in the database
+Gauge tasks_running{type} running: Handlers running here
+Gauge tasks_overdue{type} overdue: Handlers running here past their timeout
+Gauge tasks_longest_running_seconds{type} longest: How long the oldest handler here has run
+Gauge worker_pool_active active: Busy places of the pool
+Gauge worker_pool_capacity pool_size: Places of the pool
+Gauge worker_prefetch_size prefetch: How many tasks beyond the running ones this worker would hold
+Gauge worker_loop_lag_seconds loop_lag: How long ago the slower loop last made progress
+Gauge worker_database_silence_seconds database_silence: How long ago the database last answered
+Gauge leader_status{worker_id} leader: 1 on the leader
+Info orchestrator_build build: Versions
 """
 # What is true of the whole queue comes from the leader alone, so that a sum over workers is right. It was
 # counted a while ago: a scrape never asks the database.
 LEADER_METRICS = """
-gauge tasks_pending{type} waiting: Ready to be claimed
-gauge tasks_scheduled{type} scheduled: Retries and delayed tasks
-gauge tasks_in_flight{type} in_flight: Claimed or running, on all workers
-gauge tasks_dead_letters{type} dead_letters: Dead letters kept
-gauge tasks_oldest_pending_seconds{type} oldest_seconds: Age of the oldest ready task
-counter tasks_enqueued{type} enqueued_total: Tasks enqueued by anyone, psql too
-gauge workers_total workers: Live workers
-gauge workers_dead dead_workers: Workers declared dead whose tasks are still to be recovered
-gauge recovery_age_seconds recovery_age: How long ago the leader last looked for tasks to recover
-gauge queue_stats_age_seconds age: How old the counts of tasks are
+Gauge tasks_pending{type} waiting: Ready to be claimed
+Gauge tasks_scheduled{type} scheduled: Retries and delayed tasks
+Gauge tasks_in_flight{type} in_flight: Claimed or running, on all workers
+Gauge tasks_dead_letters{type} dead_letters: Dead letters kept
+Gauge tasks_oldest_pending_seconds{type} oldest_seconds: Age of the oldest ready task
+Counter tasks_enqueued{type} enqueued_total: Tasks enqueued by anyone, psql too
+Gauge workers_total workers: Live workers
+Gauge workers_dead dead_workers: Workers declared dead whose tasks are still to be recovered
+Gauge recovery_age_seconds recovery_age: How long ago the leader last looked for tasks to recover
+Gauge queue_stats_age_seconds age: How old the counts of tasks are
 """
-FAMILIES: dict[str, Any] = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily,
-                            "histogram": HistogramMetricFamily, "info": InfoMetricFamily}
 
 
 class Collector:
@@ -2903,7 +2900,7 @@ class Collector:
     def __init__(self, status: Callable[[], WorkerStatus]) -> None:
         self.status = status
 
-    def collect(self) -> Iterator[Metric]:
+    def collect(self) -> Iterator[core.Metric]:
         status = self.status()
         yield from _families(WORKER_METRICS, {
             **vars(status.counters), **vars(status), **_running(status),
@@ -2927,15 +2924,16 @@ def _running(status: WorkerStatus) -> dict[str, Any]:
     return {"running": running, "overdue": overdue, "longest": longest, "active": len(status.running)}
 
 
-def _families(table: str, values: Mapping[str, Any]) -> Iterator[Metric]:
+def _families(table: str, values: Mapping[str, Any]) -> Iterator[core.Metric]:
     def parts(value: Any) -> tuple[Any, ...]:
         return (value.buckets(), value.sum) if isinstance(value, Tally) else (value,)
     rows = re.findall(r"^(\w+) (\w+)(?:{(.*)})? (\w+): (.*)$", table.replace("\n  ", " "), re.MULTILINE)
     for kind, name, labels, key, text in rows:
+        make = getattr(core, f"{kind}MetricFamily")
         if not labels:
-            yield FAMILIES[kind](name, text, *parts(values[key]))
+            yield make(name, text, *parts(values[key]))
             continue
-        family = FAMILIES[kind](name, text, labels=labels.split(","))
+        family = make(name, text, labels=labels.split(","))
         for label, value in values.get(key, {}).items():   # there may be no types
             family.add_metric([label] if isinstance(label, str) else label, *parts(value))
         yield family
@@ -3563,9 +3561,8 @@ def _enqueue_file(args: Args, run_at: datetime | None) -> int:
         raise
     except OSError as error:
         raise ConfigError(f"--file: cannot read {args.file}: {error.strerror}") from None
-    _say(args, dict(counts), f"{counts['created']} enqueued, {counts['known']} known already, "
-                             f"{_many(counts['bad'], 'bad line')}")
-    return 2 if counts["bad"] else 0
+    text = "{created} enqueued, {known} known already, ".format(**counts) + _many(counts["bad"], "bad line")
+    return _say(args, dict(counts), text, 2 if counts["bad"] else 0)
 
 
 @arg("--status", help="such as ready, running or dead_letter")
@@ -3625,9 +3622,9 @@ def do_cancel(args: Args) -> int:
 @arg("--limit", type=int, help="only so many dead letters")
 def do_retry(args: Args) -> int:
     """retry a dead letter or a cancelled task"""
-    if args.dead_letters and args.id:
-        raise ConfigError("ID: goes without --dead-letters")
     if args.dead_letters:
+        if args.id:
+            raise ConfigError("ID: goes without --dead-letters")
         return _retry_dead_letters(args)
     if not args.id:
         raise ConfigError("ID: say which task to retry, or --dead-letters")
@@ -3637,8 +3634,7 @@ def do_retry(args: Args) -> int:
 
 
 def _outcome(args: Args, status: str, *good: str) -> int:
-    _say(args, {"id": args.id, "status": status}, status)
-    return 0 if status in good else 1
+    return _say(args, {"id": args.id, "status": status}, status, 0 if status in good else 1)
 
 
 def _retry_dead_letters(args: Args) -> int:
@@ -3688,8 +3684,7 @@ def do_stats(args: Args) -> int:
 def do_audit(args: Args) -> int:
     """look for violated invariants; exit code 1 if there are any"""
     rows = args.app.json("audit")
-    _table(args, rows, "invariant task_id worker_id detail")
-    return 1 if rows else 0
+    return _table(args, rows, "invariant task_id worker_id detail", 1 if rows else 0)
 
 
 @arg("psql_args", nargs=argparse.REMAINDER)
@@ -3707,16 +3702,17 @@ def do_psql(args: Args) -> int:
     return subprocess.run([psql, target, *args.psql_args], env=environment, check=False).returncode
 
 
-def _say(args: Args, data: Any, text: str) -> int:
+def _say(args: Args, data: Any, text: str, code: int = 0) -> int:
     print(json.dumps(data) if args.json else text)
-    return 0
+    return code
 
 
-def _table(args: Args, rows: list[dict[str, Any]], names: str) -> int:
+def _table(args: Args, rows: list[dict[str, Any]], names: str, code: int = 0) -> int:
     lines = [names.split()]
     lines += [[_cell("" if row[name] is None else row[name])[:80] for name in lines[0]] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return _say(args, rows, "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines))
+    padded = ("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+    return _say(args, rows, "\n".join(padded), code)
 
 
 def load_handlers(name: str) -> dict[str, Handler | Callable[[Task], Any]]:
