@@ -186,9 +186,9 @@ begin
     else e.key <> 'payload' end limit 1;
   if problem is not null then return; end if;
   v_reading := 'run_at';
-  run_at := v ->> 'run_at';
+  run_at := (v ->> 'run_at')::timestamptz;
   type := v ->> 'type'; payload := v -> 'payload'; idempotency_key := v ->> 'idempotency_key';
-  priority := coalesce((v ->> 'priority')::int, 0); max_retries := v ->> 'max_retries';
+  priority := coalesce((v ->> 'priority')::int, 0); max_retries := (v ->> 'max_retries')::int;
   perform orchestrator._check_task(type, priority, idempotency_key, max_retries, run_at);
   problem := 'payload: ' || orchestrator._payload_problem(payload);
 exception when others then   -- whatever a line holds, the others are read

@@ -3,15 +3,6 @@
 -- claim also takes a place in line (an advisory lock), which it only tries.
 -- The planner settings on the hot functions are needed: a plan cached while a table was empty would scan it whole ever after.
 
-create or replace function orchestrator._check_worker(p_worker_id text) returns void
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
-begin
-  if not exists (select from orchestrator.workers w where w.id = p_worker_id and w.declared_dead_at is null) then
-    raise exception 'worker % is not registered, or was declared dead', p_worker_id
-      using errcode = 'OR003', hint = 'Register again, under a new id.';
-  end if;
-end $$;
-
 -- The types with this prefix that may have ready tasks, but for paused ones, from type to type along the ready index. The cost
 -- is that of what is ready: at most 1,000 types, and 1,000 more from one that the leader takes by chance, so that no type is
 -- always left out. A type with floors may have nothing ready, but is not walked; so it bounds each look.
@@ -61,25 +52,17 @@ end $$;
 create or replace function orchestrator._claimable(p_types text[]) returns text[]
 language plpgsql stable set search_path = pg_catalog, pg_temp set enable_seqscan = off as $$
 declare
-  v_paused text[];
-  v_patterns boolean;
+  v_paused text[] := array(select p.likes from orchestrator.task_types p where p.paused);
 begin
-  select array(select p.likes from orchestrator.task_types p where p.paused),
-         exists (select from unnest(p_types) u(type) where orchestrator._prefix(u.type) is not null) into v_paused, v_patterns;
-  if v_patterns then
-    p_types := array(
-      select u.type from unnest(p_types) u(type) where orchestrator._prefix(u.type) is null
-      union
-      select r from unnest(p_types) u(type) cross join lateral orchestrator._ready_types(orchestrator._prefix(u.type), v_paused) r
-      where orchestrator._prefix(u.type) is not null);
-  end if;
-  if v_paused = '{}' then return p_types; end if;
-  return array(select u.type from unnest(p_types) u(type) where not u.type like any (v_paused));
+  return array(
+    select u.type from unnest(p_types) u(type) where orchestrator._prefix(u.type) is null and not u.type like any (v_paused)
+    union
+    select r from unnest(p_types) u(type) cross join lateral orchestrator._ready_types(orchestrator._prefix(u.type), v_paused) r
+    where orchestrator._prefix(u.type) is not null);
 end $$;
 
--- The next lane of a type along the ready index that has ready tasks, or that has a floor (then head may be null). An old
--- snapshot keeps dead index entries where there is a floor, so such a lane is looked up from its floor, and only what lies
--- between two of them is walked. Empty lanes cost nothing, however many there are.
+-- The next lane of a type that has ready tasks, or that has a floor (then head may be null). Where there are floors, an old
+-- snapshot keeps dead index entries: such a lane is looked up from its floor, and only what lies between two of them is walked.
 create or replace function orchestrator._next_lane(p_type text, p_below bigint) returns table (priority int, head timestamptz)
 language sql stable begin atomic
   select coalesce(t.priority, f.priority),
@@ -96,19 +79,43 @@ language sql stable begin atomic
   where coalesce(t.priority, f.priority) is not null;
 end;
 
--- The lanes of these types that have ready tasks, each with the queued_at of its oldest.
+-- The lanes of these types that have ready tasks, each with the queued_at of its oldest. A type is walked from priority to
+-- priority along the ready index, so that its empty lanes cost nothing, however many there are.
 create or replace function orchestrator._ready_lanes(p_types text[])
 returns table (type text, priority int, head timestamptz) language plpgsql stable
 set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan
 set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 #variable_conflict use_column
+declare
+  v_floored text[];
+  v_plain text[];
 begin
+  select array_agg(u.type) filter (where f.found), array_agg(u.type) filter (where f.found is null) into v_floored, v_plain
+  from unnest(p_types) u(type)
+  left join lateral (   -- limit 1: the newest come first, so the dead ones are not read
+    select true as found from orchestrator.lane_floors f where f.type = u.type limit 1) f on true;
   return query
     with recursive lane as (
-      select u.type, n.priority, n.head from unnest(p_types) u(type) cross join lateral orchestrator._next_lane(u.type, 2147483648) n
+      select u.type, h.priority, h.queued_at
+      from unnest(v_plain) u(type)
+      cross join lateral (
+        select t.priority, t.queued_at from orchestrator.tasks t
+        where t.type = u.type and t.queued_at is not null order by t.priority desc, t.queued_at limit 1) h
       union all
-      select l.type, n.priority, n.head from lane l cross join lateral orchestrator._next_lane(l.type, l.priority) n)
-    select l.type, l.priority, l.head from lane l where l.head is not null;
+      select l.type, h.priority, h.queued_at
+      from lane l
+      cross join lateral (
+        select t.priority, t.queued_at from orchestrator.tasks t
+        where t.type = l.type and t.priority < l.priority and t.queued_at is not null order by t.priority desc, t.queued_at limit 1) h)
+    select l.type, l.priority, l.queued_at from lane l;
+  if v_floored is not null then
+    return query
+      with recursive lane as (
+        select u.type, n.priority, n.head from unnest(v_floored) u(type) cross join lateral orchestrator._next_lane(u.type, 2147483648) n
+        union all
+        select l.type, n.priority, n.head from lane l cross join lateral orchestrator._next_lane(l.type, l.priority) n)
+      select l.type, l.priority, l.head from lane l where l.head is not null;
+  end if;
 end $$;
 
 -- Ascending in time, and never given out twice, also where a crash forgets claims that were not flushed: microseconds since
@@ -179,12 +186,19 @@ begin
   elsif p_bytes is null or p_bytes < 1 then
     perform orchestrator._invalid('bytes', 'must be 1 or more', 'How many bytes of payloads this worker has room for.');
   end if;
-  perform orchestrator._check_worker(p_worker_id);
+  if not exists (select from orchestrator.workers w where w.id = p_worker_id and w.declared_dead_at is null) then
+    raise exception 'worker % is not registered, or was declared dead', p_worker_id
+      using errcode = 'OR003', hint = 'Register again, under a new id.';
+  end if;
+  -- a guess that is quick, and right wherever there is a pattern
+  if array_to_string(p_types, ' ') ~ '[*:]( |$)' or exists (select from orchestrator.task_types p where p.paused) then
+    p_types := orchestrator._claimable(p_types);
+  end if;
   while p_limit >= 500 and v_place < 7 and not pg_try_advisory_xact_lock(hashtext('orchestrator.claim'), v_place) loop
     v_place := v_place + 1;
   end loop;
   select array_agg(l.type), array_agg(l.priority), array_agg(l.head) into v_types, v_priorities, v_heads
-  from (select * from orchestrator._ready_lanes(orchestrator._claimable(p_types)) l order by l.priority desc, l.head) l;
+  from (select * from orchestrator._ready_lanes(p_types) l order by l.priority desc, l.head) l;
   while v_left > 0 and v_first <= cardinality(v_types) loop
     v_lanes := cardinality(array_positions(v_priorities, v_priorities[v_first]));
     v_last := v_first + v_lanes - 1;
@@ -231,9 +245,8 @@ begin
     end loop;
     v_first := v_last + 1;
   end loop;
-  if v_claimed > 0 then
-    -- if a crash forgets the claim, its tasks are pending again, as after any crash of their worker
-    perform set_config('synchronous_commit', 'off', true);
+  -- If a crash forgets the claim, its tasks are pending again, as after any crash of their worker.
+  if v_claimed > 0 and set_config('synchronous_commit', 'off', true) = 'off' then
     insert into orchestrator.claims (id, worker_id, claimed_at, open_tasks) values (v_claim_id, p_worker_id, v_now, v_claimed);
   end if;
 end $$;

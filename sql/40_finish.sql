@@ -81,21 +81,13 @@ begin
   for i in 1..cardinality(p_claim_ids) loop
     v_to := v_from + p_counts[i] - 1;
     v_ids := p_ids[v_from:v_to];
-    if p_results is null then
-      update orchestrator.tasks t
-      set status = 'completed', started_at = coalesce(t.started_at, t.claimed_at), completed_at = v_now, updated_at = v_now,
-          attempts = t.attempts + (t.status = 'claimed')::int
-      where t.id = any (v_ids) and t.claim_id is not distinct from p_claim_ids[i]
-        and t.status in ('claimed', 'running') and t.cancel_requested_at is null;
-    else
-      update orchestrator.tasks t
-      set status = 'completed', started_at = coalesce(t.started_at, t.claimed_at), completed_at = v_now, updated_at = v_now,
-          attempts = t.attempts + (t.status = 'claimed')::int,
-          -- not a join with the results: planned while tasks was empty, that would walk it whole
-          result = p_results[v_from - 1 + array_position(v_ids, t.id)]
-      where t.id = any (v_ids) and t.claim_id is not distinct from p_claim_ids[i]
-        and t.status in ('claimed', 'running') and t.cancel_requested_at is null;
-    end if;
+    update orchestrator.tasks t
+    set status = 'completed', started_at = coalesce(t.started_at, t.claimed_at), completed_at = v_now, updated_at = v_now,
+        attempts = t.attempts + (t.status = 'claimed')::int,
+        -- not a join with the results: planned while tasks was empty, that would walk it whole
+        result = case when p_results is not null then p_results[v_from - 1 + array_position(v_ids, t.id)] end
+    where t.id = any (v_ids) and t.claim_id is not distinct from p_claim_ids[i]
+      and t.status in ('claimed', 'running') and t.cancel_requested_at is null;
     get diagnostics v_done = row_count;
     v_cancelled := 0;
     if v_done < cardinality(v_ids) then
@@ -312,7 +304,8 @@ comment on function orchestrator.record_progress(bigint, uuid, json) is
   'Keeps the progress that the handler of a task reports, in tasks.progress. Returns whether the claim still holds the task.';
 
 create or replace function orchestrator.note_lost_result(p_id uuid, p_problem text) returns boolean
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql
+set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
 begin
   if not exists (select from orchestrator.tasks t where t.id = p_id and t.status = 'completed') then return false; end if;
   perform orchestrator._add_event(p_id, 'result_lost', null, null, p_problem);

@@ -79,7 +79,7 @@ declare
 begin
   cancelled := orchestrator._lock_and_end_cancelled(p_claim_id, p_ids);
   retried := 0;
-  dead := '{}';
+  dead := array[]::text[];
   for t in select x.id, x.type from orchestrator.tasks x where x.id = any (p_ids) and x.claim_id = p_claim_id and x.status = 'running' order by x.id loop
     perform orchestrator._add_event(t.id, 'recovered', null, null, p_error);
     if orchestrator._fail(p_claim_id, t.id, p_error, null, null, false, true) = 'dead_letter' then
@@ -161,7 +161,7 @@ language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   c record;
   r record;
-  v_dead text[] := '{}';
+  v_dead text[] := array[]::text[];
 begin
   if not orchestrator._leads(p_worker_id, p_term) then return; end if;
   released := 0; retried := 0; cancelled := 0; failed := 0;

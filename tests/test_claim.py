@@ -22,6 +22,8 @@ from steps import (
     enqueue,
     enqueue_some,
     events,
+    fail,
+    lead,
     promote,
     register,
     release,
@@ -359,3 +361,173 @@ def test_a_task_that_was_claimed_twice_has_two_claims(conn):
     assert new > old and claims(conn) == {new: 1}
     assert complete(conn, old, id) == {id: "rejected"} and complete(conn, new, id) == {}
     assert events(conn, id) == ["released"] and audit(conn) == []
+
+
+def forget(conn, claim_id):
+    """As a crash does with a claim that was not flushed: its tasks are pending again. So do all sequences fall back."""
+    conn.execute("delete from orchestrator.claims where id = %s", [claim_id])
+    conn.execute("""update orchestrator.tasks set status = 'pending', queued_at = created_at, worker_id = null, claim_id = null, claimed_at = null
+                    where claim_id = %s""", [claim_id])
+    conn.execute("""select setval(format('%I.%I', schemaname, sequencename)::regclass, start_value, false) from pg_sequences
+                    where schemaname = 'orchestrator' and sequencename <> 'task_events_id_seq'""")
+
+
+def test_a_late_outcome_of_a_claim_that_a_crash_forgot_is_rejected(conn):
+    register(conn)
+    register(conn, "v")
+    id = enqueue(conn)
+    forgotten, _ = claim_one(conn)
+    forget(conn, forgotten)
+    again, _ = claim_one(conn, "v")
+    assert complete(conn, forgotten, id) == {id: "rejected"} and fail(conn, forgotten, id) == "rejected"
+    assert start(conn, forgotten, id) == 0 and release(conn, forgotten) == 0
+    assert (task(conn, id)["status"], task(conn, id)["worker_id"]) == ("claimed", "v") and again > forgotten
+    assert complete(conn, again, id) == {} and audit(conn) == []
+
+
+def test_claim_ids_ascend_in_time_and_are_apart(conn):
+    ids = column(conn, "select orchestrator._new_claim_id() from generate_series(1, 300)")
+    assert len(set(ids)) == 300 and all(early >> 10 <= late >> 10 for early, late in zip(ids, ids[1:], strict=False))
+    assert value(conn, "select orchestrator._new_claim_id()") > max(ids) - 1024
+
+
+def test_only_a_claim_commits_without_waiting_for_the_flush(conn):
+    register(conn)
+    id = enqueue(conn)
+    conn.execute("set synchronous_commit = on")
+    with conn.transaction():
+        assert claim(conn, types=["other"]) == []
+        assert value(conn, "show synchronous_commit") == "on"
+        [claimed] = claim(conn)
+        assert value(conn, "show synchronous_commit") == "off"
+    for call in (lambda: start(conn, claimed["claim_id"], id), lambda: complete(conn, claimed["claim_id"], id), lambda: enqueue(conn)):
+        with conn.transaction():
+            call()
+            assert value(conn, "show synchronous_commit") == "on"
+
+
+@pytest.mark.parametrize(("patterns", "expected"), [
+    (["a:"], ["a:", "a:1", "a:2"]), (["a:*"], ["a:", "a:1", "a:2"]), (["a*"], ["a%", "a:", "a:1", "a:2", "ab"]),
+    (["*"], ["a:", "a:1", "a:2", "ab", "b", "a%", "é:1"]), (["c:"], []), (["a:", "a:1", "b", "a*"], ["a%", "a:", "a:1", "a:2", "ab", "b"]),
+    (["é:"], ["é:1"]), (["a%*"], ["a%"]), (["b", "c"], ["b"])])
+def test_a_pattern_claims_the_types_that_start_with_it(conn, patterns, expected):
+    register(conn)
+    for type in ("a:", "a:1", "a:2", "ab", "b", "a%", "é:1"):
+        enqueue(conn, type)
+        enqueue(conn, type, priority=4)
+    assert sorted(t["type"] for t in claim(conn, types=patterns, limit=100)) == sorted(expected * 2)
+
+
+def test_a_pattern_shares_a_claim_equally_over_its_types(conn):
+    register(conn)
+    for type in ("m:1", "m:2", "m:3"):
+        enqueue_some(conn, 30, type)
+    assert Counter(t["type"] for t in claim(conn, types=["m:"], limit=30)) == {"m:1": 10, "m:2": 10, "m:3": 10}
+
+
+@pytest.mark.parametrize("paused", [["a:1"], ["a:"], ["a:*", "a:1"], ["a*", "é:"], ["*"]])
+def test_a_pattern_steps_over_what_is_paused(conn, paused):
+    register(conn)
+    types = ("a", "a:1", "a:2", "a:3", "b:1", "é:1", "é:2")
+    for type in types:
+        enqueue(conn, type)
+    for name in paused:
+        conn.execute("select orchestrator.pause_type(%s)", [name])
+    covers = {"a:1": ["a:1"], "a:": ["a:1", "a:2", "a:3"], "a:*": ["a:1", "a:2", "a:3"], "a*": ["a", "a:1", "a:2", "a:3"],
+              "é:": ["é:1", "é:2"], "*": types}
+    left = set(types) - {type for name in paused for type in covers[name]}
+    with conn.transaction(force_rollback=True):
+        assert {t["type"] for t in claim(conn, types=["*"], limit=100)} == left
+    assert {t["type"] for t in claim(conn, types=types, limit=100)} == left
+
+
+def many_types(conn, n):
+    conn.execute("insert into orchestrator.tasks (type) select 'm:' || lpad(n::text, 6, '0') from generate_series(1, %s) n", [n])
+
+
+def test_a_claim_looks_at_a_thousand_types_of_a_pattern_and_at_a_thousand_more_from_one_taken_by_chance(conn):
+    register(conn)
+    many_types(conn, 3500)
+    first = [f"m:{n:06}" for n in range(1, 1001)]
+    assert column(conn, "select * from orchestrator._ready_types('m:', '{}')") == first
+    conn.execute("update orchestrator.leader_state set sampled_type = 'm:002500'")
+    assert column(conn, "select * from orchestrator._ready_types('m:', '{}')") == first + [f"m:{n:06}" for n in range(2500, 3500)]
+    conn.execute("update orchestrator.leader_state set sampled_type = 'm:000500'")  # behind the first thousand nothing starts there
+    assert column(conn, "select * from orchestrator._ready_types('m:', '{}')") == first
+    assert len(claim(conn, types=["m:"], limit=50)) == 50
+
+
+def test_each_ready_type_may_be_the_one_that_is_taken_by_chance(conn):
+    term = lead(conn)
+    many_types(conn, 4)
+    seen = set()
+    for _ in range(200):
+        assert value(conn, "select orchestrator.rescan_lanes('leader', %s, '1 minute')", term) == 0
+        seen.add(value(conn, "select sampled_type from orchestrator.leader_state"))
+    assert seen == {f"m:{n:06}" for n in range(1, 5)}
+
+
+def claim_bytes(conn, limit, bytes, types=("t",)):
+    got = rows(conn, "select id, octet_length(payload::text) as size from orchestrator.claim_tasks('w', %s, %s, %s)", list(types), limit, bytes)
+    return len(got), sum(t["size"] for t in got)
+
+
+LARGE = """select count(*) from orchestrator.enqueue_many(%s, array(
+             select case when %s then jsonb_build_array(repeat('x', %s)) else to_jsonb(array(select md5(random()::text) from generate_series(1, %s / 36))) end
+             from generate_series(1, %s)))"""
+
+
+@pytest.mark.parametrize("compresses", [True, False])
+@pytest.mark.parametrize("small", [0, 1000])
+def test_a_claim_is_bounded_by_the_bytes_of_its_payloads(conn, compresses, small):
+    """Also where small ones come first, from which nothing follows for those behind them."""
+    register(conn)
+    enqueue_some(conn, small)
+    conn.execute(LARGE, ["t", compresses, 200_000, 200_000, 60])
+    left = small + 60
+    while left:
+        n, size = claim_bytes(conn, 2000, 4_000_000)
+        assert n > 0 and size <= 4_000_000
+        left -= n
+    assert audit(conn) == []
+
+
+def test_the_bound_holds_over_several_lanes_and_lets_one_task_through_that_is_larger_than_it(conn):
+    register(conn)
+    for type in "abc":
+        conn.execute(LARGE, [type, False, 100_000, 100_000, 10])
+    assert claim_bytes(conn, 100, 50_000, "abc")[0] == 1
+    n, size = claim_bytes(conn, 100, 1_500_000, "abc")
+    assert 3 <= n <= 15 and size <= 1_500_000
+
+
+def test_a_claim_of_small_tasks_takes_as_many_as_it_may(conn):
+    register(conn)
+    enqueue_some(conn, 2000)
+    assert claim_bytes(conn, 2000, 67_108_864)[0] == 2000
+
+
+@pytest.mark.parametrize("bytes", [None, 0, -1])
+def test_a_claim_without_a_sensible_bound_of_bytes_is_refused(conn, bytes):
+    register(conn)
+    with pytest.raises(psycopg.Error, match="bytes: must be") as refused:
+        claim_bytes(conn, 1, bytes)
+    assert refused.value.sqlstate == "OR001"
+
+
+@pytest.mark.parametrize(("column_name", "bad"), [("queued_at", "'-infinity'"), ("queued_at", "'infinity'"), ("type", "repeat('x', 256)")])
+def test_the_table_refuses_rows_that_would_stop_others(conn, column_name, bad):
+    with pytest.raises(psycopg.errors.CheckViolation):
+        conn.execute(f"insert into orchestrator.tasks ({', '.join(sorted({'type', column_name}))}) values ("
+                     + (f"{bad}, 't')" if column_name != "type" else f"{bad})"))
+
+
+def test_rows_that_no_function_would_insert_stop_no_claim(conn):
+    register(conn)
+    conn.execute("""alter table orchestrator.tasks drop constraint if exists every_rule_holds;
+                    insert into orchestrator.tasks (type, priority, max_retries, queued_at) values
+                    ('t', 2147483647, null, '4000-01-01 BC'), ('t', -2147483648, -5, '9999-01-01'), (E'\\x01', 0, 2147483647, now()), ('', 1, 1, now())""")
+    got = claim(conn, types=["*", "t"], limit=10)
+    assert len(got) == 4 and got[0]["waited"] > 0
+    for claimed in got:
+        assert fail(conn, claimed["claim_id"], claimed["id"]) in ("retry_scheduled", "dead_letter")

@@ -262,3 +262,84 @@ def test_many_ids_are_uuids_of_now_in_ascending_order(conn, n):
     assert len({*ids, *again}) == 2 * n
     assert ids == sorted(ids) and again == sorted(again)
     assert all(before < id < after and id.version == 7 and id.variant == uuid.RFC_4122 for id in ids + again)
+
+
+@pytest.mark.parametrize(("payload", "problem"), [
+    ("(repeat('[', 501) || repeat(']', 501))::jsonb", "nested"), ("(repeat('{\"a\":', 1000) || '1' || repeat('}', 1000))::jsonb", "nested"),
+    ("'[1e20000, 1e20000]'::jsonb", "digits"), ("'[1e-10000]'::jsonb", "digits")])
+def test_a_payload_that_others_could_not_show_is_refused(conn, payload, problem):
+    for call in (f"select orchestrator.enqueue('t', {payload})", f"select * from orchestrator.enqueue_many('t', array['1', {payload}])"):
+        with pytest.raises(psycopg.Error, match=f"payload.*{problem}") as refused:
+            conn.execute(call)
+        assert refused.value.sqlstate == "OR001"
+
+
+@pytest.mark.parametrize("payload", [
+    "(repeat('[', 499) || repeat(']', 499))::jsonb", "to_jsonb(array_fill(1e308::float8, array[800]))", "to_jsonb(array_fill(5e-324::float8, array[700]))",
+    "to_jsonb(repeat(E'\\x01', 40000))", "to_jsonb(array_fill(true, array[10000]))"])
+def test_an_honest_payload_is_accepted_and_its_text_is_within_what_a_claim_reckons_with(conn, payload):
+    register(conn)
+    conn.execute(f"select orchestrator.enqueue('t', {payload})")
+    assert value(conn, "select octet_length(payload::text) <= orchestrator._most_bytes(payload) from orchestrator.tasks")
+    assert len(claim(conn)) == 1
+
+
+def test_enqueuing_needs_nothing_of_lanes_and_floors(conn, connect):
+    locker = connect(autocommit=False)
+    locker.execute("lock table orchestrator.lanes, orchestrator.lane_floors in access exclusive mode")
+    conn.execute("set lock_timeout = '1s'")
+    assert enqueue(conn)
+
+
+def lines(conn, *lines, defaults=None, stop=False):
+    query = "select line, created, problem from orchestrator.enqueue_lines(%s, %s, %s) order by line"
+    return conn.execute(query, [list(lines), Jsonb(defaults or {}), stop]).fetchall()
+
+
+def test_lines_are_enqueued_each_with_the_defaults_for_what_it_leaves_out(conn):
+    got = lines(conn, '{"payload": [1], "idempotency_key": "k"}', " ", '{"type": "b", "priority": 7, "max_retries": 0, "payload": null}',
+                '{"idempotency_key": "k"}', '{"run_at": "2030-01-31T12:00:00+02:00", "payload": {"a": null}}',
+                defaults={"type": "a", "priority": 3})
+    assert got == [(1, True, None), (3, True, None), (4, False, None), (5, True, None)]
+    assert conn.execute("select type, priority, max_retries, payload, idempotency_key, next_retry_at from orchestrator.tasks order by id").fetchall() == [
+        ("a", 3, None, [1], "k", None), ("b", 7, 0, {}, None, None),
+        ("a", 3, None, {"a": None}, None, datetime(2030, 1, 31, 10, tzinfo=UTC))]
+
+
+@pytest.mark.parametrize(("line", "problem"), [
+    ("{nonsense", "is not JSON: "), ("[1]", "must be an object such as"), ('{"payload": {}}', "type: must be 1 to 255"),
+    ('{"type": "a", "priority": "high"}', "priority: must be a whole number"), ('{"type": "a", "priority": true}', "priority: must be a whole number"),
+    ('{"type": "a", "priority": 1.5}', "priority: must be a whole number"), ('{"type": "a", "priority": 99999999999}', "priority: must be a whole number"),
+    ('{"type": "a", "priority": 9999999}', "priority: must be a whole number from"), ('{"type": "a", "max_retries": -1}', "max_retries: must be from"),
+    ('{"type": "a", "colour": "blue"}', "colour: there is no such field"), ('{"type": "a", "payload": "\\u0000"}', "is not JSON: "),
+    ('{"type": "a", "payload": NaN}', "is not JSON: "), ('{"type": "a", "run_at": "tomorrow"}', "run_at: must be a moment"),
+    ('{"type": "a", "run_at": "2030-01-31T12:00:00"}', "run_at: must be a moment"), ('{"type": "a", "run_at": "2030-13-31T12:00:00Z"}', "run_at: "),
+    ('{"type": "a", "run_at": "2130-01-31T12:00:00Z"}', "run_at: must be a moment within"), ('{"type": "a*"}', "type: must be"), ('{"type": 7}', "type: must be a string"),
+    ('{"type": "a", "idempotency_key": ""}', "idempotency_key: must be"), ('{"type": "a", "payload": %s}' % ("[" * 100_000), "is not JSON: "),
+    ('{"type": "a", "payload": "%s"}' % ("x" * 300_000), "payload: is over 256 KiB"),
+], ids=lambda v: repr(v)[:30])
+def test_a_bad_line_is_named_with_its_problem_and_keeps_nothing_else_back(conn, line, problem):
+    [first, bad, last] = lines(conn, '{"type": "a"}', line, '{"type": "a"}')
+    assert (first, last) == ((1, True, None), (3, True, None))
+    assert bad[:2] == (2, None) and bad[2].startswith(problem) and "xxx" not in bad[2]
+
+
+def test_lines_may_stop_at_the_first_bad_one(conn):
+    got = lines(conn, '{"type": "a"}', '{"type": "b"}', '{"type": "a", "idempotency_key": ""}', '{"type": "a"}', "{nonsense", stop=True)
+    assert [line for line, _, _ in got] == [1, 2, 3] and got[2][2].startswith("idempotency_key: ")
+    assert column(conn, "select type from orchestrator.tasks order by id") == ["a", "b"]
+
+
+def test_many_lines_of_few_kinds_go_in_together(conn):
+    got = lines(conn, *[f'{{"type": "a", "payload": {n}, "priority": {n % 7}}}' for n in range(1000)])
+    assert got == [(n, True, None) for n in range(1, 1001)]
+    assert value(conn, "select array_agg(payload::int order by payload::int) from orchestrator.tasks") == list(range(1000))
+
+
+def test_all_that_enqueue_leads_to_dedupes_into_one_notification_for_each_transaction(conn, connect):
+    listener = connect()
+    listener.execute("listen orchestrator")
+    register(conn, "w", ["*"])
+    conn.execute("select orchestrator.set_idle('w', true)")
+    conn.execute("select orchestrator.enqueue('type ' || n) from generate_series(1, 50) n")
+    assert rung(listener, conn) == [""]

@@ -422,3 +422,69 @@ def test_pausing_a_type_keeps_the_policy_of_its_pattern(conn):
     register(conn, "u", {"a:b": {"max_retries": 8}})
     assert row(conn, "select max_retries, paused from orchestrator.task_types where type = 'a:b'") == {
         "max_retries": 8, "paused": True}
+
+
+def detail(conn, event):
+    return value(conn, "select detail from orchestrator.task_events where event = %s order by id desc limit 1", event)
+
+
+def test_the_event_of_a_failure_keeps_the_traceback_and_last_error_does_not(conn):
+    enqueue(conn)
+    claim_id, id = claim_one(conn)
+    fail(conn, claim_id, id, "boom", traceback="File x\n  line 1")
+    assert task(conn, id)["last_error"] == "boom" and detail(conn, "failed") == "boom\nFile x\n  line 1"
+
+
+def test_the_event_of_a_failure_is_bounded_and_needs_no_traceback(conn):
+    enqueue(conn)
+    claim_id, id = claim_one(conn)
+    fail(conn, claim_id, id, "boom", after="0")
+    assert detail(conn, "failed") == "boom"
+    promote(conn)
+    fail(conn, claim_one(conn)[0], id, "boom", traceback="é" * 1_000_000)
+    assert len(detail(conn, "failed")) == 8000
+
+
+def test_a_lost_result_is_noted_on_a_completed_task_only(conn):
+    note = "select orchestrator.note_lost_result(%s, 'a set is not JSON')"
+    id = enqueue(conn)
+    claim_id, _ = claim_one(conn)
+    assert value(conn, note, id) is False and value(conn, note, "00000000-0000-7000-8000-000000000000") is False
+    complete(conn, claim_id, id)
+    assert value(conn, note, id) is True
+    assert events(conn, id) == ["result_lost"] and detail(conn, "result_lost") == "a set is not JSON"
+
+
+def test_progress_stays_with_a_failed_attempt_and_goes_with_a_release(conn):
+    enqueue(conn)
+    claim_id, id = claim_one(conn)
+    progress = "select orchestrator.record_progress(%s, %s, '7')"
+    assert value(conn, progress, claim_id, id)
+    fail(conn, claim_id, id, after="0")
+    assert task(conn, id)["progress"] == 7
+    promote(conn)
+    claim_id, _ = claim_one(conn)
+    release(conn, claim_id)
+    assert task(conn, id)["progress"] is None
+
+
+@pytest.mark.parametrize(("delay", "accepted"), [("3650 days", True), ("3651 days", False)])
+def test_one_limit_holds_for_every_delay(conn, delay, accepted):
+    id = enqueue(conn)
+    claim_id, _ = claim_one(conn)
+    calls = {"snooze": lambda: snooze(conn, claim_id, id, delay),
+             "run_at": lambda: conn.execute("select orchestrator.enqueue('t', p_run_at => clock_timestamp() + %s::interval)", [delay])}
+    for call in calls.values():
+        if accepted:
+            call()
+        else:
+            with pytest.raises(psycopg.Error, match="3650 days"):
+                call()
+
+
+def test_a_name_that_is_only_paused_is_no_policy(conn):
+    register(conn, "v", {"a:": {"max_retries": 7}})
+    conn.execute("select orchestrator.pause_type('a:b')")
+    query = "select orchestrator._registered_as(%s)"
+    assert [value(conn, query, type) for type in ("a:b", "a:", "c")] == ["a:", "a:", None]
+    assert value(conn, "select (max_retries, base_delay, max_delay)::text from orchestrator._policy('c')") == "(3,00:00:01,01:00:00)"

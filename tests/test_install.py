@@ -9,7 +9,7 @@ import psycopg
 import pytest
 
 from postgres import SQL_FILES, install_schema
-from steps import audit, claim, column, complete, enqueue, register, rows, status, value
+from steps import audit, claim, claim_one, column, complete, enqueue, events, fail, lead, promote, register, release, rows, status, value
 
 OBJECTS = """
   select pg_describe_object('pg_proc'::regclass, oid, 0), pg_get_functiondef(oid) from pg_proc
@@ -119,3 +119,69 @@ def test_a_role_without_privileges_installs_and_works_in_its_own_schema(server, 
             conn.execute("reset role")
             conn.execute(f"drop owned by {role}")
             conn.execute(f"drop role {role}")
+
+
+def test_install_sets_sequences_and_single_rows_right_after_a_restore_of_data_alone(installed, conn):
+    register(conn)
+    term = lead(conn)
+    id = enqueue(conn)
+    fail(conn, claim_one(conn)[0], id, after="0")
+    conn.execute("alter sequence orchestrator.task_events_id_seq restart; alter sequence orchestrator.leader_terms restart")
+    conn.execute("delete from orchestrator.leader_state; delete from orchestrator.stats_state")
+    install_schema(installed)
+    promote(conn)
+    fail(conn, claim_one(conn)[0], id, after="0")
+    assert events(conn, id) == ["failed", "retry_scheduled"] * 2
+    conn.execute("select orchestrator.resign_leadership('leader', %s)", [term])
+    assert value(conn, "select term from orchestrator.acquire_leadership('leader', '1 min')") > term
+    assert value(conn, "select count(*) from orchestrator.leader_state") == value(conn, "select count(*) from orchestrator.stats_state") == 1
+
+
+def test_install_leaves_sequences_that_are_ahead(installed, conn):
+    before = value(conn, "select nextval('orchestrator.task_events_id_seq')")
+    install_schema(installed)
+    assert value(conn, "select nextval('orchestrator.task_events_id_seq')") == before + 1
+
+
+# A function in public for each built-in one, that is found first, and some whose arguments fit better.
+HOSTILE = """
+  do $do$
+  declare r record;
+  begin
+    for r in
+      select distinct on (p.proname, p.pronargs) p.proname, pg_get_function_identity_arguments(p.oid) as arguments
+      from pg_proc p join pg_namespace n on n.oid = p.pronamespace
+      where n.nspname = 'pg_catalog' and p.prokind = 'f' and p.proname in (
+        'num_nonnulls', 'num_nulls', 'octet_length', 'isfinite', 'unnest', 'jsonb_typeof', 'jsonb_each', 'left', 'right', 'lower', 'now',
+        'clock_timestamp', 'random', 'floor', 'replace', 'rtrim', 'lpad', 'starts_with', 'pg_notify', 'uuidv7', 'gen_random_uuid', 'to_hex')
+    loop
+      begin
+        execute format('create function public.%I(%s) returns int language plpgsql as %L', r.proname, r.arguments,
+                       'begin raise exception $$hostile function$$; end');
+      exception when others then null;
+      end;
+    end loop;
+    create function public.num_nonnulls(timestamptz, timestamptz, timestamptz, timestamptz) returns int language plpgsql as
+      'begin raise exception $$hostile function$$; end';
+    create function public.unnest(uuid[]) returns setof uuid language plpgsql as 'begin raise exception $$hostile function$$; end';
+  end $do$;
+"""
+
+
+def test_hostile_functions_in_public_are_neither_installed_nor_called(db):
+    with psycopg.connect(db, autocommit=True) as conn:
+        name = conn.info.dbname
+        conn.execute(HOSTILE)
+        assert value(conn, "select count(*) from pg_proc where pronamespace = 'public'::regnamespace") > 20
+        conn.execute(f"alter database {name} set search_path = public, pg_catalog")
+    install_schema(db)
+    with psycopg.connect(db, autocommit=True) as conn:
+        conn.execute("create temp table tasks (id int); create temp table jsonb (id int); create temp table workers (id int)")
+        register(conn, handlers=["t", "a:"])
+        id = enqueue(conn)
+        assert value(conn, "select count(*) from orchestrator.enqueue_many('a:1', '{1,2}')") == 2
+        claimed = claim(conn, types=["t", "*"])
+        assert len(claimed) == 3
+        assert complete(conn, claimed[0]["claim_id"], id) == {} and release(conn, claimed[0]["claim_id"]) == 2
+        assert fail(conn, *claim_one(conn, types=["a:"])) == "retry_scheduled"
+        assert audit(conn) == []

@@ -348,3 +348,31 @@ def test_prune_that_waited_for_a_retry_keeps_the_task_and_its_story(conn, connec
     assert late.result(10) == (0, 0)
     assert status(conn, id) == "pending" and value(conn, "select count(*) from orchestrator.task_events") == 2
 
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_lease_from_before_the_clock_was_set_back_does_not_keep_others_from_leading(conn, pair, alive):
+    """As if the leader had written its lease an hour ahead. It may extend it; if it is dead, one length is waited for."""
+    term = acquire(conn, "a", "10 s")
+    conn.execute("update orchestrator.workers set leader_until = clock_timestamp() + interval '1 hour' where id = 'a'")
+    assert acquire(conn, "b", "10 s") is None
+    assert value(conn, "select leader_until <= clock_timestamp() + interval '10 s' from orchestrator.workers where id = 'a'")
+    if alive:
+        assert acquire(conn, "a", "10 s") == term and acquire(conn, "b", "10 s") is None
+    else:
+        expire(conn)
+        assert acquire(conn, "b", "10 s") > term
+
+
+def more(conn, term, completed="7 days", limit=2):
+    return value(conn, "select more from orchestrator.prune('leader', %s, %s, '30 days', %s)", term, completed, limit)
+
+
+def test_prune_says_whether_it_should_be_called_again(conn, term):
+    """Also where it deleted nothing of what it looked at: what may be deleted is behind that."""
+    kept = [ended(conn, "dead_letter", 20) for _ in range(4)]
+    gone = ended(conn, "completed", 9)
+    assert [more(conn, term) for _ in range(3)] == [True, True, False]
+    assert set(column(conn, "select id::text from orchestrator.tasks")) == set(kept) and gone
+    for n in range(4):
+        ended(conn, "dead_letter", 100 + n)
+    assert [more(conn, term, "0") for _ in range(3)] == [True, True, False]

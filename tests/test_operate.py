@@ -187,3 +187,33 @@ def test_cancel_waits_for_a_claim_and_then_asks_the_worker(conn, connect):
     assert late.result(10) == "cancelling"
     assert row(conn, "select status, cancel_requested_at is not null as asked from orchestrator.tasks") == {
         "status": "claimed", "asked": True}
+
+
+def pause(conn, type, verb="pause"):
+    return conn.execute(f"select changed, matching from orchestrator.{verb}_type(%s)", [type]).fetchone()
+
+
+def test_a_paused_pattern_keeps_all_its_types_from_being_claimed_also_those_with_handlers_of_their_own(conn):
+    register(conn, "v", ["mail:", "mail:welcome", "other"])
+    for type in ("mail:welcome", "mail:bye", "mail", "other"):
+        enqueue(conn, type)
+    types = ["mail:welcome", "mail:bye", "mail", "other"]
+    assert pause(conn, "mail:*") == (True, 3)  # mail:, mail:welcome, and mail:bye, which is ready
+    assert sorted(t["type"] for t in claim(conn, types=types)) == ["mail", "other"]
+    assert claim(conn, types=["mail:", "*"]) == []
+    assert pause(conn, "mail:*", "resume") == (True, 3)
+    assert sorted(t["type"] for t in claim(conn, types=["mail:"])) == ["mail:bye", "mail:welcome"]
+
+
+@pytest.mark.parametrize(("type", "matching"), [("nobody:*", 0), ("nobody", 0), ("t", 1), ("a:1", 1), ("a:", 1), ("*", 2), ("a*", 1), ("a", 0)])
+def test_pausing_says_how_many_known_types_it_covers(conn, type, matching):
+    register(conn, "v", ["a:"])
+    assert pause(conn, type) == (True, matching) and pause(conn, type) == (False, matching)
+    assert pause(conn, type, "resume") == (True, matching)
+
+
+def test_retry_dead_letters_takes_a_pattern_and_a_bounded_number(conn):
+    ids = [dead_letter(conn, type) for type in ("a:1", "a:2", "b")]
+    assert value(conn, "select orchestrator.retry_dead_letters('a:', 1000000)") == 2
+    assert [status(conn, id) for id in ids] == ["pending", "pending", "dead_letter"]
+    assert value(conn, "select orchestrator.retry_dead_letters(null, null)") == 1
