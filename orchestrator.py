@@ -452,7 +452,15 @@ class After(float):
     """An argument of a call: the database's clock plus so many seconds."""
 
 
-def connect(config: Config, name: str = "orchestrator") -> psycopg.Connection[Row]:
+class BoundedConnection(psycopg.Connection[Row]):
+    """Each wait for the server's answer ends, at the latest 5 seconds after STATEMENT_TIMEOUT should have ended it."""
+
+    def wait(self, gen: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().wait(_before(time.monotonic() + STATEMENT_TIMEOUT + 5, gen), *args, **kwargs)
+
+
+def connect(config: Config, name: str = "orchestrator",
+            kind: type[psycopg.Connection[Row]] = psycopg.Connection) -> psycopg.Connection[Row]:
     """Open a connection in autocommit with bounded waits: connecting 10 s, a dead peer 15 s."""
     known = conninfo_to_dict(config.database_url)
     settings: dict[str, Any] = {
@@ -461,7 +469,7 @@ def connect(config: Config, name: str = "orchestrator") -> psycopg.Connection[Ro
     if "," in str(known.get("host", "")):
         settings["target_session_attrs"] = "read-write"
     settings = {key: known.get(key, value) for key, value in settings.items()}
-    return psycopg.connect(config.database_url, autocommit=True, application_name=name, **settings)
+    return kind.connect(config.database_url, autocommit=True, application_name=name, **settings)
 
 
 def is_pooled(connection: psycopg.Connection[Row]) -> bool:
@@ -517,7 +525,7 @@ class Link:
             self._inherited.append(self.connection)
             self.connection, self._pid = None, os.getpid()
         if self.connection is None or self.connection.closed:
-            self.connection = connect(self.config, self.name)
+            self.connection = connect(self.config, self.name, BoundedConnection)
             self._adapter = Transformer(self.connection)
             self._prepared: dict[Any, bytes] = {}
             with self:
@@ -590,8 +598,7 @@ class Link:
             return rows
 
     def _answer(self, connection: psycopg.Connection[Row]) -> pq.abc.PGresult:
-        until = time.monotonic() + STATEMENT_TIMEOUT + 5
-        result: pq.abc.PGresult = connection.wait(_before(until, generators.execute(connection.pgconn)))[-1]
+        result: pq.abc.PGresult = connection.wait(generators.execute(connection.pgconn))[-1]
         if result.status == pq.ExecStatus.FATAL_ERROR:
             raise psycopg.errors.error_from_result(result, connection.info.encoding)
         return result
@@ -1096,7 +1103,7 @@ class Router:
         with self._loop_lock:
             if self.loop is None:
                 self.loop = asyncio.new_event_loop()
-                threading.Thread(target=self.loop.run_forever, name="asyncio", daemon=True).start()
+                threading.Thread(target=_run_loop, args=(self.loop,), name="asyncio", daemon=True).start()
         try:
             return asyncio.run_coroutine_threadsafe(_await(task, awaitable, self.loop), self.loop).result()
         except (asyncio.CancelledError, concurrent.futures.CancelledError) as error:
@@ -1124,9 +1131,23 @@ class Router:
             return Outcome("completed", lost=clean_text(f"{type(error).__name__}: {message_of(error)}"))
 
 
+def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
+    while not loop.is_closed():   # a handler's callback may stop the loop or exit: those who wait on it must not wait for ever
+        try:
+            loop.run_forever()
+        except BaseException as error:
+            log.error("a callback interrupted the event loop, which goes on: %s", describe_error(error))
+
+
+def _exit_if_forked(pid: int) -> None:
+    """End a child that a handler forked and that came back from it: it is no worker, and would keep its port."""
+    if os.getpid() != pid:
+        os._exit(0)
+
+
 async def _await(task: Task, awaitable: Awaitable[Any], loop: asyncio.AbstractEventLoop) -> Any:
     """Cancelled from inside the loop, so that whoever waits for the handler sees it end, not only asked to end."""
-    running = asyncio.current_task()
+    running, pid = asyncio.current_task(), os.getpid()
     assert running is not None
     running.set_name(f"{task.type} {task.id}")
     _current_task.set(task)
@@ -1135,8 +1156,10 @@ async def _await(task: Task, awaitable: Awaitable[Any], loop: asyncio.AbstractEv
         running.cancel()
     try:
         return await awaitable
-    except (SystemExit, KeyboardInterrupt) as error:   # would end the event loop's thread
+    except (SystemExit, KeyboardInterrupt) as error:   # would interrupt the event loop
         raise RuntimeError(describe_error(error)) from error
+    finally:
+        _exit_if_forked(pid)
 
 
 def _wrap(middleware: Middleware, run: Callable[[Task], Any]) -> Callable[[Task], Any]:
@@ -1203,6 +1226,10 @@ RETRY_LABELS = (*map(str, range(1, 10)), "10+")
 ERROR_CLASSES = ("connection", "08", "40", "53", "57")   # there from the start; others join as they are met
 # SQLSTATE classes that are about one row or one call; all others say that the database as a whole has a problem.
 REFUSED = ("22", "23", "40", "42", "54", "55", "OR", "P0", "XX")
+
+
+def is_refusal(error: psycopg.Error) -> bool:
+    return (error.sqlstate or "08")[:2] in REFUSED
 
 
 class Tally:
@@ -1365,7 +1392,7 @@ class Slot:
     def __init__(self) -> None:
         self.thread: threading.Thread              # supervisor
         self.task: Task | None = None              # its own thread
-        self.ticket = 0                            # its own thread: how many more tasks its ticket is good for
+        self.ticket = 0                            # its own thread: the ticket it works on; 0: it waits for one
         self.abandoned = False                     # supervisor: its handler outlived its timeout
 
 
@@ -1386,14 +1413,17 @@ class Pool:
         self.room = Bell()                                              # set when there is room again
         self.news = threading.Event()                                   # set when the report loop has something to do
         self.stopped = threading.Event()
+        self.supervisor = threading.Thread(target=self._supervise_until_stopped, name="supervisor", daemon=True)
+        self.stuck = 0                                                  # supervisor: abandoned slots at the last look
 
     def start(self) -> None:
         for _ in range(self.size):
             self._add_slot()
-        threading.Thread(target=self._supervise_until_stopped, name="supervisor", daemon=True).start()
+        self.supervisor.start()
 
     def stop(self) -> None:
         self.stopped.set()
+        self.take_all()   # what could not be given back must not start
         for _ in self.slots:
             self.tickets.put(0)
 
@@ -1459,9 +1489,9 @@ class Pool:
             self._run(slot)
         except BaseException:   # an asynchronous exception that a handler left behind; the supervisor replaces the thread
             log.exception("a pool thread was ended from outside")
-            task, slot.task = slot.task, None
-            if task is not None:
-                self.finished.append(task)
+            if slot.task is not None:   # perhaps a second time: _collect() sees to that
+                self.finished.append(slot.task)
+            slot.task = None
         self.news.set()
 
     def _run(self, slot: Slot) -> None:
@@ -1477,12 +1507,11 @@ class Pool:
                 slot.task = task
                 _current_task.set(task)
                 run_task(router, task)
-                slot.task = None
-                if os.getpid() != self.pid:   # a child that the handler forked and that came back: not a worker
-                    os._exit(0)
+                _exit_if_forked(self.pid)
                 now = clock()
                 task.seconds = now - task.started
                 finished.append(task)
+                slot.task = None   # not before, or an asynchronous exception in between would lose its outcome
                 if slot.abandoned:
                     break
             slot.ticket = 0
@@ -1540,6 +1569,8 @@ class Pool:
     def _keep_size(self) -> None:
         """Replace threads that ended, and those whose handler outlived its timeout, up to a whole pool of the latter."""
         living = [slot for slot in self.slots if slot.thread.is_alive()]
+        if self.stopped.is_set():   # which ended them
+            return
         lost = sum(not slot.abandoned for slot in self.slots) - sum(not slot.abandoned for slot in living)
         with self.counters.lock:
             self.counters.replaced_threads += lost
@@ -1548,12 +1579,16 @@ class Pool:
         stuck = sum(slot.abandoned for slot in self.slots)
         for _ in range(min(self.size - (len(self.slots) - stuck), 2 * self.size - len(self.slots))):
             self._add_slot()
-        if stuck > self.size:
+        if stuck > max(self.size, self.stuck):
             log.error("%d handlers did not stop after their timeout: the pool shrinks", stuck)
+        self.stuck = stuck
 
     def problems(self) -> list[str]:
+        if self.stopped.is_set() or self.supervisor.ident is None:
+            return []
         usable = any(slot.thread.is_alive() and not slot.abandoned for slot in self.slots)
-        return [] if usable or not self.slots or self.stopped.is_set() else ["no thread of the pool can run a task"]
+        return [*([] if usable else ["no thread of the pool can run a task"]),
+                *([] if self.supervisor.is_alive() else ["the pool's supervisor has ended"])]
 
 
 class Loop:
@@ -1592,7 +1627,7 @@ class Loop:
             log.critical("%s", self.worker.fatal, exc_info=True)
 
     def run(self) -> None:
-        backoff = Backoff()
+        backoff, worker = Backoff(), self.worker
         while not self.ended():
             self.moved_at = time.monotonic()
             try:
@@ -1600,11 +1635,13 @@ class Loop:
                 if backoff.tries:
                     backoff = Backoff()
                     self._said.clear()
+                if delay > 0:
+                    self.wait(delay)
             except psycopg.Error as error:
                 self.failed(error)
-                delay = backoff.next()
-            if delay > 0:
-                self.wait(delay)
+                # not for the bell, which tasks set as they end: the next stage of stopping ends it
+                stages = (worker.draining, worker.releasing, worker.stopped)
+                next((stage for stage in stages if not stage.is_set()), worker.stopped).wait(backoff.next())
         self.close()
 
     def wait(self, delay: float) -> None:
@@ -1636,7 +1673,7 @@ class Loop:
             chore(*args)
             return True
         except psycopg.Error as error:
-            if (error.sqlstate or "08")[:2] not in REFUSED or error.sqlstate == DECLARED_DEAD:
+            if not is_refusal(error) or error.sqlstate == DECLARED_DEAD:
                 raise
             self.log_error(f"{self.name}, {getattr(chore, '__name__', '').strip('_').replace('_', ' ')}", error)
             return False
@@ -1860,7 +1897,7 @@ class ReportLoop(Loop):
         self.cancels_at = 0.0                                          # monotonic; any thread: when to look for them next
         # All below is its own thread's.
         self.unreported: list[Task] = []
-        self.locked: dict[Task, float] = {}                            # monotonic: when to report it again, alone
+        self.locked: dict[Task, float] = {}                            # monotonic: when to try again with this row, alone
         self.last_careful: tuple[Task | None, float] = (None, 0.0)
         self.last_look = self.progress_at = self.net_at = 0.0          # monotonic
         self.pause_until = 0.0                                         # monotonic
@@ -1884,7 +1921,7 @@ class ReportLoop(Loop):
         self.bell.clear()
         try:
             self._collect()
-            if self.unreported:
+            if self.unreported or self.locked:
                 # a drain's reports are large: no pause
                 self.pause_until = time.monotonic() + REPORT_PAUSE if len(self.unreported) < 100 else 0.0
                 self._report()
@@ -1900,13 +1937,15 @@ class ReportLoop(Loop):
         if releasing and not worker.pool.finished and not self.unreported:
             self._rate_line(last=True)
             self.done = True
-        if len(self.unreported) > len(self.locked):
+        if any(task not in self.locked for task in self.unreported):
             return 0.0   # refused, and reworded
         return 0.02 if self.careful else 0.1 if worker.pool.running() else 1.0
 
     def _collect(self) -> None:
         pool = self.worker.pool
-        batch = [pool.finished.popleft() for _ in range(len(pool.finished))]
+        # each once, though a thread that was ended from outside may have put it there twice
+        batch = [task for task in dict.fromkeys([pool.finished.popleft() for _ in range(len(pool.finished))])
+                 if task.ended != "reported"]
         pool.measure(batch)
         for task in batch:
             if task.ended == "transaction":
@@ -1928,40 +1967,44 @@ class ReportLoop(Loop):
         self._report_each(by_kind)
         for task in [task for task, at in self.locked.items() if now >= at]:
             del self.locked[task]
-            self._report_each({task.outcome.kind if task.outcome is not None else "plain": [task]})
+            if task in self.unreported:
+                self._report_each({task.outcome.kind if task.outcome is not None else "plain": [task]})
 
     def _report_each(self, by_kind: Mapping[str, list[Task]]) -> None:
         for kind, tasks in by_kind.items():
-            if kind == "plain":
-                self._isolate(self._report_completed, tasks)
-            elif kind == "completed":
+            if kind in ("plain", "completed"):
                 for batch in _batches(tasks):
-                    self._isolate(self._report_completed, batch)
+                    self._isolate(self._report_completed, batch, self._refused)
             elif kind == "failed":
-                self._isolate(self._report_failed, tasks)
+                self._isolate(self._report_failed, tasks, self._refused)
             else:
                 for task in tasks:
-                    self._isolate(self._report_snoozed if kind == "snoozed" else self._report_released, [task])
+                    self._isolate(self._report_snoozed if kind == "snoozed" else self._report_released, [task], self._refused)
 
-    def _isolate(self, report: Callable[[list[Task]], None], tasks: list[Task]) -> None:
-        """Report a batch; if the database refuses what one of them says, report the others all the same."""
+    def _isolate(self, call: Callable[[list[Task]], None], tasks: list[Task],
+                 refused: Callable[[Task, psycopg.Error], None]) -> None:
+        """Make a call for many tasks; if the database refuses one of them, make it for the others all the same."""
         try:
-            report(tasks)
+            call(tasks)
         except psycopg.Error as error:
-            if (error.sqlstate or "08")[:2] not in REFUSED:
+            if not is_refusal(error):
                 raise   # not the tasks' doing
             if len(tasks) > 1:
                 middle = len(tasks) // 2
-                self._isolate(report, tasks[:middle])
-                self._isolate(report, tasks[middle:])
+                self._isolate(call, tasks[:middle], refused)
+                self._isolate(call, tasks[middle:], refused)
             else:
-                self._refused(tasks[0], error)
+                refused(tasks[0], error)
+
+    def _put_off(self, task: Task, error: psycopg.Error) -> None:
+        self.log_error(f"task {task.id}", error)
+        self.locked[task] = time.monotonic() + 5.0
 
     def _refused(self, task: Task, error: psycopg.Error) -> None:
-        self.log_error(f"report of task {task.id}", error)
-        if error.sqlstate is not None and error.sqlstate[:2] in ("40", "55"):
-            self.locked[task] = time.monotonic() + 5.0   # someone has locked its row, or was quicker
+        if (error.sqlstate or "")[:2] in ("40", "55"):
+            self._put_off(task, error)   # someone has locked its row, or was quicker
             return
+        self.log_error(f"report of task {task.id}", error)
         before, text = task.outcome, "its outcome could not be recorded"
         if before is not None and (before.text or "").startswith(text):
             self._settle(task, "rejected")   # nothing more can be said of it: _release_forgotten() gives it back
@@ -2059,19 +2102,29 @@ class ReportLoop(Loop):
         taken = worker.pool.take_all()
         while worker.draining.is_set() and self.careful:
             taken.append(self.careful.popleft())
-        by_claim: dict[int, list[Task]] = {}
-        for task in [*taken, *(self._give_up() if worker.releasing.is_set() else [])]:
-            by_claim.setdefault(task.claim_id, []).append(task)
         try:
-            for claim, tasks in by_claim.items():
-                self.link.call("release_tasks", claim, array([task.id for task in tasks]))
-                for task in tasks:
-                    worker.forget(task)
-        except psycopg.Error:   # they are still ours: to run, or to be given back in the next round
-            worker.pool.put([task for task in taken if task.id in worker.tasks])
-            raise
-        if taken:
-            log.info("gave %d tasks back that had not started", len(taken), extra={"worker": worker.id})
+            self._for_each_claim(self._release, [*taken, *(self._give_up() if worker.releasing.is_set() else [])])
+        finally:
+            kept = [task for task in taken if task.id in worker.tasks]   # they are still ours
+            if worker.draining.is_set():
+                self.careful.extend(kept)   # to be given back in the next round
+            else:
+                worker.pool.put(kept)
+        if len(taken) > len(kept):
+            log.info("gave %d tasks back that had not started", len(taken) - len(kept), extra={"worker": worker.id})
+
+    def _release(self, tasks: list[Task]) -> None:
+        self.link.call("release_tasks", tasks[0].claim_id, array([task.id for task in tasks]))
+        for task in tasks:
+            self.worker.forget(task)
+
+    def _for_each_claim(self, call: Callable[[list[Task]], None], tasks: Iterable[Task]) -> None:
+        by_claim: dict[int, list[Task]] = {}
+        for task in tasks:
+            if task not in self.locked:
+                by_claim.setdefault(task.claim_id, []).append(task)
+        for group in by_claim.values():
+            self._isolate(call, group, self._put_off)
 
     def _give_up(self) -> list[Task]:
         """What still runs after the grace period: asked to stop once more, its late outcome is not reported."""
@@ -2084,15 +2137,14 @@ class ReportLoop(Loop):
         return running
 
     def _mark_running(self) -> None:
-        now = time.monotonic()
-        by_claim: dict[int, list[Task]] = {}
-        for task in self.worker.pool.running():
-            if not task.marked and now - task.started > MARK_RUNNING_AFTER:
-                by_claim.setdefault(task.claim_id, []).append(task)
-        for claim, tasks in by_claim.items():
-            self.link.call("start_tasks", claim, array([task.id for task in tasks]))
-            for task in tasks:
-                task.marked = True
+        before = time.monotonic() - MARK_RUNNING_AFTER
+        self._for_each_claim(
+            self._mark, [task for task in self.worker.pool.running() if not task.marked and task.started < before])
+
+    def _mark(self, tasks: list[Task]) -> None:
+        self.link.call("start_tasks", tasks[0].claim_id, array([task.id for task in tasks]))
+        for task in tasks:
+            task.marked = True
 
     def _start_with_care(self) -> None:
         """Start one task that was recovered from a dead worker: durably marked first, and not together with another one,
@@ -2104,9 +2156,18 @@ class ReportLoop(Loop):
         if last is not None and last.id in self.worker.tasks and (not last.started or now - at < CAREFUL_SECONDS):
             return
         task = self.careful[0]
-        started = (task.cancel_reason is None
-                   and self.link.call("start_tasks", task.claim_id, array([task.id]))[0][0] == 1)
-        self.careful.popleft()
+        self.careful.rotate(-1)   # if this one can't be started now, the next one is tried in the next round
+        if task in self.locked:
+            return
+        try:
+            started = (task.cancel_reason is None
+                       and self.link.call("start_tasks", task.claim_id, array([task.id]))[0][0] == 1)
+        except psycopg.Error as error:
+            if not is_refusal(error):
+                raise
+            self._put_off(task, error)
+            return
+        self.careful.remove(task)
         if not started:
             task.outcome = Outcome("released")
             self.unreported.append(task)
@@ -2121,9 +2182,11 @@ class ReportLoop(Loop):
         if self.progress and now >= self.progress_at:
             self.progress_at = now + 0.5
             for task_id in list(self.progress):
+                if self.progress[task_id][0] in self.locked:
+                    continue
                 task, text = self.progress.pop(task_id)
-                if not task.ended:
-                    self.attempt(self.link.call, "record_progress", task.claim_id, task_id, text)
+                if not task.ended and not self.attempt(self.link.call, "record_progress", task.claim_id, task_id, text):
+                    self.locked[task] = now + 5.0
 
     def look_for_cancellations(self) -> None:
         """From any thread: there may be some. However often this is called, they are looked for ten times a second at most."""
@@ -2142,7 +2205,7 @@ class ReportLoop(Loop):
 
     def _catch_dropped(self) -> None:
         """A net: what an asynchronous exception made a thread drop is in nobody's hands. Twice in a row, 10 s apart, and
-        it is given back."""
+        it is given back, or reported if it had started."""
         now, worker, pool = time.monotonic(), self.worker, self.worker.pool
         if now < self.net_at:
             return
@@ -2151,8 +2214,9 @@ class ReportLoop(Loop):
         seen = {*pool.ready.copy(), *self.careful.copy(), *pool.running(), *pool.finished.copy(), *self.unreported}
         missing = {task for task in held - seen if not task.ended and task.id in worker.tasks}
         for task in missing & self.missing:
-            log.error("task %s %s was dropped by its thread: given back", task.type, task.id)
-            task.outcome = Outcome("released")
+            log.error("task %s %s was dropped by its thread", task.type, task.id)
+            if not task.started:
+                task.outcome = Outcome("released")
             self.unreported.append(task)
         self.missing = missing
 
@@ -2325,7 +2389,8 @@ class HeartbeatLoop(Loop):
 
     def _recover(self) -> None:
         config, worker = self.worker.config, self.worker
-        limit = time.monotonic() - config.worker_timeout + 0.1 * config.heartbeat_interval
+        # until the last look, not until now: while the database was away nobody could be heard
+        limit = self.looked_at - config.worker_timeout + 0.1 * config.heartbeat_interval
         silent = {other: at for other, (at, since) in self.seen.items() if since <= limit}
         declared = self._as_leader("declare_dead", texts(silent), texts(silent.values()))[0] if silent else 0
         row = self._as_leader("recover_orphans")
@@ -2527,7 +2592,7 @@ class EnqueuedId(str):
 
     created: bool
 
-    def __new__(cls, task_id: str, created: bool) -> EnqueuedId:
+    def __new__(cls, task_id: str, created: bool = True) -> EnqueuedId:
         made = super().__new__(cls, task_id)
         made.created = created
         return made

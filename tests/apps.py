@@ -4,14 +4,16 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import psycopg
 
-from orchestrator import Handler, Orchestrator, Task, Worker
+from orchestrator import Handler, Link, Orchestrator, Outcome, Task, Worker
 from postgres import eventually
+from steps import value
 
 SETTINGS: dict[str, Any] = {
     "metrics_port": 0, "claim_interval": 0.1, "heartbeat_interval": 0.2, "worker_timeout": 30, "worker_pool_size": 4}
@@ -39,6 +41,72 @@ def worker_of(app: Orchestrator) -> Worker:
     return app.worker
 
 
+def at_rest(url: str, handlers: dict[str, Any] | None = None, **settings: Any) -> Worker:
+    """A worker whose threads were never started."""
+    app = make_app(url, handlers or {"a": lambda task: None}, **{"worker_pool_size": 10, **settings})
+    return Worker(app.config, app.router)
+
+
+@contextmanager
+def registered(url: str, handlers: dict[str, Any] | None = None, **settings: Any) -> Iterator[Worker]:
+    """A worker at rest, which the database knows; its links are closed at the end."""
+    worker = at_rest(url, handlers, **settings)
+    worker.reports.link.settings["lock_timeout"] = "100ms"   # of 1 s: tests hold locks for as long as they like
+    worker.heartbeat.register()
+    worker.claims.claiming_as = worker.id
+    try:
+        yield worker
+    finally:
+        for loop in (worker.claims, worker.reports, worker.heartbeat):
+            Link.close(loop.link)
+
+
+def claimed(worker: Worker, count: int = 10) -> list[Task]:
+    """What a worker at rest claims and hands out, in the order of the claim."""
+    worker.claims.claiming_as = worker.id
+    worker.claims._claim(count)
+    ids = [row[1] for row in worker.claims.arrived]
+    worker.claims._hand_out()
+    return [worker.tasks[id] for id in ids]
+
+
+def end(worker: Worker, task: Task, outcome: Outcome | None = None) -> None:
+    """As a pool thread does when a handler has ended."""
+    with contextlib.suppress(ValueError):
+        worker.pool.ready.remove(task)
+    task.started, task.outcome = time.monotonic(), outcome
+    worker.pool.finished.append(task)
+
+
+class Gate:
+    """A handler that says that it started, and waits until it may go on."""
+
+    def __init__(self) -> None:
+        self.started, self.open = threading.Semaphore(0), threading.Event()
+        self.tasks: list[Task] = []
+
+    def __call__(self, task: Task) -> None:
+        self.tasks.append(task)
+        self.started.release()
+        assert self.open.wait(30)
+
+    def wait_started(self) -> Task:
+        assert self.started.acquire(timeout=15)
+        return self.tasks[-1]
+
+
+def obedient(task: Task) -> None:
+    """Runs until it is asked to stop."""
+    assert task.cancelled.wait(30)
+    task.raise_if_cancelled()
+
+
+def raising(error: BaseException) -> Callable[[Task], Any]:
+    def handler(task: Task) -> None:
+        raise error
+    return handler
+
+
 def story(app: Orchestrator, task_id: str) -> dict[str, Any]:
     task = app.get(task_id)
     assert task is not None
@@ -57,6 +125,10 @@ def wait_for(app: Orchestrator, task_id: str, *statuses: str, timeout: float = 1
 
 def events(task: dict[str, Any]) -> list[str]:
     return [event["event"] for event in task["events"]]
+
+
+def wait_for_on(conn: psycopg.Connection[Any], task_id: str, status: str, timeout: float = 15) -> None:
+    eventually(lambda: value(conn, "select status from orchestrator.tasks where id = %s", task_id) == status, timeout)
 
 
 def audit(conn: psycopg.Connection[Any]) -> list[Any]:
