@@ -106,8 +106,8 @@ def _share_module() -> None:
     """
     here = sys.modules[__name__]
     for module in list(sys.modules.values()):
-        file = getattr(module, "__dict__", {}).get("__file__")
-        if module is not here and file and hasattr(module, "SCHEMA_VERSION") and os.path.realpath(file) == _FILE:
+        names = getattr(module, "__dict__", {})   # not hasattr(), which lazy modules answer with an import
+        if module is not here and "SCHEMA_VERSION" in names and os.path.realpath(names.get("__file__") or "") == _FILE:
             sys.modules[__name__] = module
             return
     for name in ("orchestrator", __spec__.name if __spec__ else "orchestrator"):
@@ -533,15 +533,19 @@ class Link:
         return self.connection
 
     def reopen_if_closed(self) -> None:
-        """Notice that the server or a firewall closed the connection while it was idle: nothing was sent yet."""
-        if self.connection is not None and not self.connection.closed and self._pid == os.getpid():
-            try:
-                for _ in range(2):   # the server's last words, then the end
-                    self.connection.pgconn.consume_input()
-                gone = self.connection.pgconn.status != pq.ConnStatus.OK
-            except psycopg.OperationalError:
-                gone = True
-            if gone:
+        """Notice that the server or a firewall closed the connection while it was idle: nothing was sent yet.
+
+        All that there can be to read from an idle connection is its end, or the server's last words before it.
+        """
+        connection = self.connection
+        if connection is not None and not connection.closed and self._pid == os.getpid():
+            if hasattr(select, "poll"):
+                poll = select.poll()
+                poll.register(connection, select.POLLIN)
+                said: Any = poll.poll(0)
+            else:   # Windows
+                said = select.select([connection], [], [], 0)[0]
+            if said:
                 self.close()
 
     def call(self, function: str, *args: Any, meanwhile: Callable[[], None] | None = None, **named: Any) -> list[Row]:
@@ -655,7 +659,8 @@ def call_in(connection: psycopg.Connection[Any], function: str, *args: Any) -> l
                          "examples/other_drivers.py shows how to enqueue with SQLAlchemy, asyncio and asyncpg")
     kinds = tuple(isinstance(arg, After) for arg in args)
     query = re.sub(r"\$\d+", "%s", _statement("select * from", function, kinds, ()).decode())
-    cursor = connection.cursor(row_factory=psycopg.rows.tuple_row)
+    # not the connection's own kind of cursor, which may take other placeholders
+    cursor = psycopg.Cursor(connection, row_factory=psycopg.rows.tuple_row)
     return cursor.execute(query, [_interval(arg) if isinstance(arg, After) else arg for arg in args]).fetchall()
 
 
@@ -2592,7 +2597,7 @@ class EnqueuedId(str):
 
     created: bool
 
-    def __new__(cls, task_id: str, created: bool = True) -> EnqueuedId:
+    def __new__(cls, task_id: str, created: bool = True) -> EnqueuedId:   # the default is for pickle and copy
         made = super().__new__(cls, task_id)
         made.created = created
         return made
@@ -3120,6 +3125,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
             if not self.link_lock.acquire(timeout=WAIT_SECONDS):
                 raise Busy
             try:
+                self.link.reopen_if_closed()
                 return (self.link.json if as_json else self.link.call)(function, **arguments)
             finally:
                 self.link_lock.release()
