@@ -22,7 +22,8 @@ def link(installed: str) -> Any:
     link.close()
 
 
-@pytest.mark.parametrize("name", ["stats_state; drop table orchestrator.tasks", "tasks t", "Heartbeat", "heartbeat(", "", "a" * 64, "é", "a.b", "x\n"])
+@pytest.mark.parametrize("name", ["stats_state; drop table orchestrator.tasks", "tasks t", "Heartbeat", "heartbeat(", "", "a" * 64, "é",
+                                  "a.b", "x\n"])
 def test_a_name_that_is_none_goes_into_no_statement(link: Link, name: str) -> None:
     for call in (lambda: link.call(name), lambda: link.call("api_tasks", **{name: "1"}), lambda: link.json(name), lambda: link.view(name)):
         with pytest.raises(ValueError, match="is not a name"):
