@@ -5,7 +5,6 @@ import contextlib
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
-from harness import GRACE, HEARTBEAT, HERE, REPOSITORY, SHORT_LEASES, TERM, TIMEOUT, Lab, Worker, build_skew, follow, promote
+from harness import GRACE, HEARTBEAT, REPOSITORY, SHORT_LEASES, TERM, TIMEOUT, Lab, Worker, build_skew, follow, promote
 from proxy import Proxy
 
 from postgres import LocalServer, eventually
@@ -352,7 +351,8 @@ def server_clock(lab: Lab) -> str:
         for worker in dying:
             lab.restart(worker).wait_registered()
     lab.clock(3600)    # a retry waits for its moment
-    lab.bit(abs(lab.value("select extract(epoch from clock_timestamp())::float8") - time.time() - 3600) < 60, "the server's clock was right")
+    off = lab.value("select extract(epoch from clock_timestamp())::float8") - time.time()
+    lab.bit(abs(off - 3600) < 60, "the server's clock was right")
     lab.drain()
     for dead in lab.column("select worker from chaos.workers where event = 'dead'"):
         if int(dead.split(":")[-2]) not in lab.tampered:

@@ -130,18 +130,22 @@ MUTANTS = [
     # claims that a crash may forget, patterns, bytes
     Mutant("claim ids from a sequence", "30_claim", "claim_tasks", "orchestrator._new_claim_id()", "nextval('orchestrator.leader_terms')",
            "claim crash_forgot"),
-    Mutant("a claim waits for its flush", "30_claim", "claim_tasks", "'synchronous_commit', 'off', true", "'synchronous_commit', 'on', true",
+    Mutant("a claim waits for its flush", "30_claim", "claim_tasks", "'synchronous_commit', 'off', true",
+           "'synchronous_commit', 'on', true",
            "claim flush"),
     Mutant("all types of a pattern are looked at", "30_claim", "_ready_types", "v_left := v_left - 1;", "", "claim thousand"),
     Mutant("late names are left out", "30_claim", "_ready_types", "where v_again and", "where false and", "claim thousand"),
-    Mutant("what is paused is found by its pattern", "30_claim", "_ready_types", "if v_type like any (p_paused) then", "if false and v_type is null then",
+    Mutant("what is paused is found by its pattern", "30_claim", "_ready_types", "if v_type like any (p_paused) then",
+           "if false and v_type is null then",
            "claim steps_over"),
-    Mutant("bytes are not counted", "30_claim", "claim_tasks", "v_weigh boolean := p_limit > p_bytes / 262144;", "v_weigh boolean := false;",
+    Mutant("bytes are not counted", "30_claim", "claim_tasks", "v_weigh boolean := p_limit > p_bytes / 262144;",
+           "v_weigh boolean := false;",
            "claim bytes"),
     Mutant("a heavy claim goes on as before", "30_claim", "claim_tasks",
            "v_left := least(v_left, greatest((p_bytes - v_claimed * v_most) / 262144, (v_claimed = 0)::int));", "", "claim bytes"),
     Mutant("a heartbeat in time does not help", "50_workers", "declare_dead", "and w.last_heartbeat = s.seen", "", "workers heartbeat"),
-    Mutant("a lease of a clock that was set back stays", "60_leader", "acquire_leadership", "o.leader_until > clock_timestamp() + p_length", "false",
+    Mutant("a lease of a clock that was set back stays", "60_leader", "acquire_leadership", "o.leader_until > clock_timestamp() + p_length",
+           "false",
            "leader set_back"),
     # what a worker says of itself and of others
     Mutant("heartbeats judged by the database's clock", "50_workers", "declare_dead", "w.last_heartbeat = s.seen",
@@ -175,7 +179,8 @@ MUTANTS = [
     python("an outcome is out of hand for a moment", "Pool._run", "run_task(router, task)\n", "run_task(router, task); slot.task = None\n",
            "pool just_after or any_line"),
     python("timeouts do not count", "Pool.supervise", "self._time_out(slot, task, now)", "pass", "pool at_its_timeout"),
-    python("the supervisor ends with its first error", "Pool._supervise_until_stopped", "log.exception(", "raise\n                log.exception(",
+    python("the supervisor ends with its first error", "Pool._supervise_until_stopped", "log.exception(",
+           "raise\n                log.exception(",
            "pool error_of_its_own"),
     python("a late outcome is reported after its stand-in's", "Pool._time_out", 'task.ended = "abandoned"', "pass",
            "pool ignores_its_timeout"),
@@ -200,7 +205,8 @@ MUTANTS = [
            "claim_loop answer_was_lost"),
     python("bytes in hand do not count", "ClaimLoop._bytes_left", "return max(0, PAYLOAD_LIMIT - held)", "return PAYLOAD_LIMIT",
            "claim_loop mix_of_sizes"),
-    python("recovered tasks start unmarked", "ReportLoop._start_with_care", 'self.link.call("start_tasks", task.claim_id, array([task.id]))[0][0] == 1',
+    python("recovered tasks start unmarked", "ReportLoop._start_with_care",
+           'self.link.call("start_tasks", task.claim_id, array([task.id]))[0][0] == 1',
            "True", "report_loop once_lost_its_worker"),
     python("recovered tasks start together", "ReportLoop._start_with_care", "now - at < CAREFUL_SECONDS", "False",
            "report_loop one_after_the_other"),
@@ -208,7 +214,8 @@ MUTANTS = [
     python("an ended attempt takes the next one along", "Worker.forget", "and held.claim_id == task.claim_id", "",
            "report_loop abandoned_attempt"),
     # ways to end
-    python("what JSON has no form for repeats the work", "Router.completed", 'return Outcome("completed", lost=', 'return Outcome("failed", ',
+    python("what JSON has no form for repeats the work", "Router.completed", 'return Outcome("completed", lost=',
+           'return Outcome("failed", ',
            "dispatch can_not_be_kept"),
     python("an exit in a handler ends its thread", "run_task", "except BaseException as error:", "except Exception as error:",
            "dispatch every_way"),
@@ -234,7 +241,8 @@ def span(text: str, file: str, function: str) -> tuple[int, int]:
     if not function:
         return 0, len(text)
     if file != PYTHON:
-        found = re.search(rf"create or replace function orchestrator\.{function}\(.*?(\nend \$\$;|\n\$\$;|(?=\ncomment on|\n\n))", text, re.S)
+        end = r"(\nend \$\$;|\n\$\$;|(?=\ncomment on|\n\n))"
+        found = re.search(rf"create or replace function orchestrator\.{function}\(.*?{end}", text, re.S)
         assert found, f"there is no function {function} in {file}"
         return found.span()
     nodes: list[ast.AST] = [ast.parse(text)]
