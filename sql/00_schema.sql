@@ -4,10 +4,13 @@
 --   enqueue → claim_tasks → [start_tasks] → complete_tasks
 --                         → fail_tasks → (retry_scheduled) promote_due → claim_tasks … or (dead_letter) retry_task
 --                         → release_tasks | snooze_task → claim_tasks …
+-- Whoever writes what a crash may forget without harm (claims, heartbeats, promotions, progress, floors, counts, retention: they
+-- are made again) commits without waiting for the flush: set_config('synchronous_commit', 'off', true). Enqueued tasks and
+-- outcomes, starts that are charged, registrations, terms, deaths and what operators do wait for it.
 -- Lock order everywhere: the leader's row in workers → other workers → claims (ascending id) → tasks → lane_floors (35_floors.sql).
 
 -- Constraints, views, defaults and inlined functions are bound to what this path finds: nothing in other schemas shadows a built-in.
-set search_path = pg_catalog, pg_temp;
+set local search_path = pg_catalog, pg_temp;
 
 -- One installation at a time. Anybody may hold this key, so waiting for it has an end: two installations at once are rolled
 -- back by PostgreSQL at worst.
@@ -19,7 +22,10 @@ begin
   end loop;
 end $$;
 
-create schema if not exists orchestrator;
+do $$   -- not "if not exists", which needs the right to create one where it is there
+begin
+  if to_regnamespace('orchestrator') is null then create schema orchestrator; end if;
+end $$;
 comment on schema orchestrator is 'Task orchestrator: tasks are enqueued, claimed, retried and recovered by the functions of this schema.';
 
 do $$

@@ -282,6 +282,7 @@ set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off s
 declare
   v_now timestamptz := clock_timestamp();   -- itself it is volatile, so no index condition: all that is scheduled would be read
 begin
+  perform set_config('synchronous_commit', 'off', true);
   with pick as materialized (
     select t.ctid as tid from orchestrator.tasks t where t.next_retry_at <= v_now
     order by t.next_retry_at limit p_limit for no key update skip locked),

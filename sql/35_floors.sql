@@ -141,6 +141,7 @@ declare
   v_idle record;
   l record;
 begin
+  perform set_config('synchronous_commit', 'off', true);
   if not orchestrator._leads(p_worker_id, p_term) or current_setting('transaction_isolation') <> 'read committed' then
     return null;
   end if;
@@ -175,6 +176,7 @@ declare
   v_floor timestamptz;
   l record;
 begin
+  perform set_config('synchronous_commit', 'off', true);
   if not orchestrator._leads(p_worker_id, p_term) then return null; end if;
   select coalesce(s.rescan_type, '') into v_type from orchestrator.leader_state s;
   loop

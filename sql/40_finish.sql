@@ -296,6 +296,7 @@ create or replace function orchestrator.record_progress(p_claim_id bigint, p_id 
 language plpgsql
 set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
 begin
+  perform set_config('synchronous_commit', 'off', true);
   update orchestrator.tasks t set progress = p_progress, updated_at = clock_timestamp()
   where t.id = p_id and t.claim_id is not distinct from p_claim_id and t.status in ('claimed', 'running');
   return found;

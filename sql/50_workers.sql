@@ -47,6 +47,7 @@ create or replace function orchestrator.heartbeat(p_id text) returns table (work
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 #variable_conflict use_column
 begin
+  perform set_config('synchronous_commit', 'off', true);
   update orchestrator.workers w set last_heartbeat = clock_timestamp() where w.id = p_id and w.declared_dead_at is null;
   return query select w.id, w.last_heartbeat from orchestrator.workers w where w.declared_dead_at is null;
 end $$;

@@ -62,6 +62,7 @@ declare
   v_completed_before timestamptz := clock_timestamp() - p_completed;   -- clock_timestamp() itself is no index condition
   v_dead_before timestamptz := clock_timestamp() - p_dead_letter;
 begin
+  perform set_config('synchronous_commit', 'off', true);
   if not orchestrator._leads(p_worker_id, p_term) then return; end if;
   completed := 0;
   dead_letters := 0;

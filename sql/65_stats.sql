@@ -176,6 +176,7 @@ declare
   v_event bigint;
   s orchestrator.stats_state;
 begin
+  perform set_config('synchronous_commit', 'off', true);
   if not orchestrator._leads(p_worker_id, p_term) then return null; end if;
   select * into s from orchestrator.stats_state for no key update;
   v_start := clock_timestamp();
