@@ -3,9 +3,22 @@
 -- claim also takes a place in line (an advisory lock), which it only tries.
 -- The planner settings on the hot functions are needed: a plan cached while a table was empty would scan it whole ever after.
 
--- The types with this prefix that may have ready tasks, but for paused ones, from type to type along the ready index. The cost
--- is that of what is ready: at most 1,000 types, and 1,000 more from one that the leader takes by chance, so that no type is
--- always left out. A type with floors may have nothing ready, but is not walked; so it bounds each look.
+-- Called only where one of these is so: a call of its own would cost each claim 3%.
+create or replace function orchestrator._refuse_claim(p_worker_id text, p_limit int, p_bytes bigint) returns void
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+begin
+  if p_limit is null or p_limit < 0 then   -- null would be no limit at all
+    perform orchestrator._invalid('limit', 'must be 0 or more', 'How many tasks this worker has room for.');
+  elsif p_bytes is null or p_bytes < 1 then
+    perform orchestrator._invalid('bytes', 'must be 1 or more', 'How many bytes of payloads this worker has room for.');
+  end if;
+  raise exception 'worker % is not registered, or was declared dead', p_worker_id
+    using errcode = 'OR003', hint = 'Register again, under a new id.';
+end $$;
+
+-- The types with this prefix that may have ready tasks, except paused ones, from type to type along the ready index: at most
+-- 1,000, and 1,000 more from one that the leader takes by chance, so that none is always left out. A type with floors bounds
+-- each look, since an old snapshot keeps dead entries there; it is returned whether or not it has ready tasks.
 create or replace function orchestrator._ready_types(p_prefix text, p_paused text[]) returns setof text language plpgsql stable
 set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan
 set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
@@ -118,9 +131,8 @@ begin
   end if;
 end $$;
 
--- Ascending in time, and never given out twice, also where a crash forgets claims that were not flushed: microseconds since
--- 2025 and a number below 1024, which lasts until the year 2310. Two claims in the same microsecond that also draw the same number meet
--- at the primary key, and one of them fails.
+-- Ascending in time, and never given out twice, even if a crash forgets claims: microseconds since 2025, and a number below 1024
+-- by chance. Lasts until 2310. Two claims that agree in both meet at the primary key, and one fails.
 create or replace function orchestrator._new_claim_id() returns bigint
 language sql volatile parallel safe
 return (extract(epoch from clock_timestamp() - timestamptz '2025-01-01 00:00:00+00') * 1000000)::bigint * 1024 + floor(random() * 1024)::bigint;
@@ -154,8 +166,8 @@ end $$;
 -- cost doesn't depend on how much waits, here or in lanes of other types.
 -- Large claims at the same time would meet at the same rows, and stepping over a row that another has locked takes 1.2 µs. So
 -- each takes a place in line, and starts as many shares further on where a lane holds that much: four workers drain 8% more.
--- p_bytes: of a claim that might exceed it, each part must weigh no more than its share by _most_bytes; the first that does
--- ends that, and the claim goes on with as few tasks as the largest payloads allow.
+-- A claim that might exceed p_bytes weighs what it takes; where that is too much, it goes on with as few tasks as the largest
+-- payloads allow.
 create or replace function orchestrator.claim_tasks(p_worker_id text, p_types text[], p_limit int, p_bytes bigint default 67108864)
 returns table (claim_id bigint, id uuid, type text, payload jsonb, attempts int, max_retries int, priority int,
                created_at timestamptz, waited double precision, recoveries int)
@@ -181,14 +193,9 @@ declare
   v_most bigint := p_bytes / greatest(p_limit, 1);   -- of one task, on average
   v_now timestamptz := clock_timestamp();
 begin
-  if p_limit is null or p_limit < 0 then   -- null would be no limit at all
-    perform orchestrator._invalid('limit', 'must be 0 or more', 'How many tasks this worker has room for.');
-  elsif p_bytes is null or p_bytes < 1 then
-    perform orchestrator._invalid('bytes', 'must be 1 or more', 'How many bytes of payloads this worker has room for.');
-  end if;
-  if not exists (select from orchestrator.workers w where w.id = p_worker_id and w.declared_dead_at is null) then
-    raise exception 'worker % is not registered, or was declared dead', p_worker_id
-      using errcode = 'OR003', hint = 'Register again, under a new id.';
+  if p_limit is null or p_limit < 0 or p_bytes is null or p_bytes < 1
+     or not exists (select from orchestrator.workers w where w.id = p_worker_id and w.declared_dead_at is null) then
+    perform orchestrator._refuse_claim(p_worker_id, p_limit, p_bytes);
   end if;
   -- a guess that is quick, and right wherever there is a pattern
   if array_to_string(p_types, ' ') ~ '[*:]( |$)' or exists (select from orchestrator.task_types p where p.paused) then
@@ -214,7 +221,7 @@ begin
             order by t.queued_at offset v_place::bigint * v_share limit 1);   -- null, so none, in a shorter lane: see the next pass
         end if;
         return query
-          -- materialized: a plain LIMIT … SKIP LOCKED could be run again by a join, and claim more than the limit
+          -- materialized: a join might run LIMIT … SKIP LOCKED again, and claim more than the limit
           with pick as materialized (
             select t.ctid as tid, t.queued_at, case when v_weigh then orchestrator._most_bytes(t.payload) end as bytes from orchestrator.tasks t
             where t.type = v_types[i] and t.priority = v_priorities[i] and t.queued_at >= v_from

@@ -1,8 +1,8 @@
 -- Lane floors: a lower bound on queued_at for each lane, so that claims skip the dead index entries that an old snapshot keeps.
--- Writes lane_floors, lanes and leader_state. Lock order: the leader's row → leader_state → the table lock on lane_floors. The
--- leader only tries that one, and waits for nothing while it has it. Those who put tasks back share it to the end of their
--- transaction, and may go on to the next claim's lock: what they wait for there is never held by who waits for the leader alone.
---
+-- Writes lane_floors, lanes and leader_state. Lock order: the leader's row → leader_state → lane_floors, as a table. The leader
+-- only tries that lock, and waits for nothing while it has it. Those who put tasks back share it to the end of their
+-- transaction, and may take the next claim's lock after it (release_forgotten, recover_orphans): sharing never waits for sharing.
+
 -- Who may still commit a queued_at older than now? Those who hold a write lock on tasks: pg_locks shows them, prepared
 -- transactions too. So take the time first and the list after; when none of the list is left, nothing older can appear.
 -- It needs queued_at = clock_timestamp() taken inside the INSERT or UPDATE, and READ COMMITTED in all who take part.
