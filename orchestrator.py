@@ -1093,7 +1093,7 @@ class Router:
         """Run the handler inside the middleware."""
         run: Callable[[Task], Any] = task.handler.function
         for middleware in reversed(self.middleware):
-            run = _wrap(middleware, run)
+            run = _wrap(middleware, run, self.finish)
         return run(task)
 
     def finish(self, task: Task, result: Any) -> Any:
@@ -1167,13 +1167,13 @@ async def _await(task: Task, awaitable: Awaitable[Any], loop: asyncio.AbstractEv
         _exit_if_forked(pid)
 
 
-def _wrap(middleware: Middleware, run: Callable[[Task], Any]) -> Callable[[Task], Any]:
+def _wrap(middleware: Middleware, run: Callable[[Task], Any], finish: Callable[[Task, Any], Any]) -> Callable[[Task], Any]:
     if inspect.iscoroutinefunction(middleware):
         async def awaitable(task: Task) -> Any:   # so that `await call_next(task)` is right for every handler
             result = await asyncio.to_thread(run, task)
             return await result if inspect.isawaitable(result) else result
         return lambda task: middleware(task, awaitable)
-    return lambda task: middleware(task, run)
+    return lambda task: middleware(task, lambda task: finish(task, run(task)))   # which sees what an async handler returned
 
 
 def run_task(router: Router, task: Task) -> None:
@@ -1366,6 +1366,7 @@ class Bell:
 
     def __init__(self) -> None:
         self._read, self._write = os.pipe()
+        os.set_blocking(self._read, False)
         os.set_blocking(self._write, False)
         self._set = False
 
@@ -1380,11 +1381,14 @@ class Bell:
             self._set = True
             os.write(self._write, b"!")
 
+    def drain(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._read, 100)
+
     def clear(self) -> None:
         # The flag is cleared last: a set() in between is not lost, since the waiting thread looks for work after this.
-        if self._set:
-            os.read(self._read, 100)
-            self._set = False
+        self.drain()
+        self._set = False
 
     def __del__(self) -> None:
         os.close(self._read)   # not before: a thread of the pool may set it at any time
@@ -1880,6 +1884,8 @@ class ClaimLoop(Loop):
         if connection is not None and not connection.closed:
             poll.register(connection, select.POLLIN)
         ready = [descriptor for descriptor, _ in poll.poll(seconds * 1000)]
+        if self.bell.fileno() in ready and not self.bell.is_set():   # type: ignore[union-attr]
+            self.bell.drain()   # type: ignore[union-attr]  # of two threads that set it at the same moment
         if connection is not None and not connection.closed and connection.fileno() in ready:
             connection.pgconn.consume_input()
             self._drain(connection)

@@ -3,11 +3,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import pickle
 import threading
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from uuid import UUID
 
 import psycopg
 import pytest
@@ -63,7 +66,7 @@ def test_a_handler_that_is_no_function_is_refused(handler: Any) -> None:
 
 
 @pytest.mark.parametrize("policy", [
-    {"max_retries": -1}, {"max_retries": 1001}, {"max_retries": True}, {"max_retries": 1.5}, {"base_delay": -1}, {"base_delay": "1s"},
+    {"max_retries": -1}, {"max_retries": 1001}, {"max_retries": True}, {"max_retries": 1.5}, {"base_delay": -1}, {"base_delay": "soon"},
     {"max_delay": float("nan")}, {"max_delay": float("inf")}, {"timeout": 0}, {"timeout": -1}, {"retries": 3}])
 def test_a_bad_policy_is_refused_by_name(policy: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"handler 'a': .*{next(iter(policy))}"):
@@ -74,6 +77,10 @@ def test_the_decorator_returns_the_function_and_keeps_its_policy() -> None:
     app = Orchestrator()
     assert app.handler("a", max_retries=7, base_delay=2, max_delay=3, timeout=4)(nothing) is nothing
     assert app.router.exact["a"] == Handler(nothing, 7, 2, 3, 4)
+
+
+def test_a_policys_times_may_be_seconds_timedeltas_or_text() -> None:
+    assert Handler(nothing, 3, "500ms", timedelta(hours=1), "1m") == Handler(nothing, 3, 0.5, 3600, 60)
 
 
 def test_a_handler_can_not_come_after_the_start(installed: str) -> None:
@@ -109,8 +116,38 @@ def test_enqueue_many_tells_which_were_created_in_order(installed: str) -> None:
     first = app.enqueue("a", idempotency_key="x")
     made = app.enqueue_many("a", [1, 2, 3, 4], idempotency_keys=["x", None, "y", "y"])
     app.close()
-    assert [created for _, created in made] == [False, True, True, False]
-    assert made[0][0] == first and made[2][0] == made[3][0]
+    assert [task_id.created for task_id in made] == [False, True, True, False]
+    assert made[0] == first and made[2] == made[3]
+
+
+def test_an_id_tells_whether_its_task_is_new_and_is_text(installed: str) -> None:
+    app = make_app(installed)
+    first, again, other = app.enqueue("a", idempotency_key="k"), app.enqueue("a", idempotency_key="k"), app.enqueue("a")
+    app.close()
+    assert (first.created, again.created, other.created) == (True, False, True) and first == again
+    for copy in (pickle.loads(pickle.dumps(again)), deepcopy(again)):
+        assert copy == again and copy.created is False
+    assert json.dumps([first]) == f'["{first}"]'
+
+
+def test_a_key_may_be_a_uuid_and_a_delay_a_timedelta_or_text(installed: str, conn: Connection) -> None:
+    app = make_app(installed)
+    key = UUID(int=7)
+    assert app.enqueue("a", idempotency_key=key) == app.enqueue("a", idempotency_key=str(key))
+    for delay in (timedelta(minutes=1), "1m", "60s", 60):
+        task_id = app.enqueue("a", delay=delay)
+        seconds = value(conn, "select extract(epoch from next_retry_at - now())::float from orchestrator.tasks where id = %s", task_id)
+        assert 30 < seconds <= 60.5
+    app.close()
+
+
+def test_a_call_that_would_be_too_large_for_postgresql_is_refused(installed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(orchestrator, "CALL_LIMIT", 2 ** 17)
+    app = make_app(installed, {})
+    with pytest.raises(ValueError, match="payloads: over 1 MiB in one call; add them in several"):
+        app.enqueue_many("a", ["x" * 2 ** 18] * 4)
+    app.enqueue_many("a", ["x" * (2 ** 18 - 100)] * 3)
+    app.close()
 
 
 def test_enqueue_many_takes_an_iterator_and_nothing(installed: str, conn: Connection) -> None:
@@ -159,14 +196,14 @@ for _ in range(100_000):
 BAD = [
     ("type", {"type": ""}), ("type", {"type": "x" * 256}), ("type", {"type": "a\0b"}), ("type", {"type": "a*"}), ("type", {"type": 5}),
     ("type", {"type": None}), ("type", {"type": "\ud800"}), ("payload", {"payload": NAN}), ("payload", {"payload": {"a": "\0canary"}}),
-    ("payload", {"payload": ["canary\ud800"]}), ("payload", {"payload": {1, 2}}), ("payload", {"payload": object()}),
+    ("payload", {"payload": ["canary\ud800"]}), ("payload", {"payload": b"canary"}), ("payload", {"payload": object()}),
     ("payload", {"payload": "canary" * 50_000}), ("payload", {"payload": NESTED}), ("priority", {"priority": "high"}),
     ("priority", {"priority": 1.5}), ("priority", {"priority": True}), ("priority", {"priority": 2**40}),
     ("priority", {"priority": 2_000_000}),
     ("idempotency_key", {"idempotency_key": ""}), ("idempotency_key", {"idempotency_key": "k" * 256}),
-    ("idempotency_key", {"idempotency_key": "\0"}), ("idempotency_key", {"idempotency_key": 7}), ("max_retries", {"max_retries": -1}),
+    ("idempotency_key", {"idempotency_key": "\0"}), ("max_retries", {"max_retries": -1}),
     ("max_retries", {"max_retries": 2**31}), ("max_retries", {"max_retries": "3"}), ("delay", {"delay": -1}), ("delay", {"delay": NAN}),
-    ("delay", {"delay": 1e12}), ("delay", {"delay": "1m"}), ("run_at", {"run_at": "tomorrow"}),
+    ("delay", {"delay": 1e12}), ("delay", {"delay": "soon"}), ("run_at", {"run_at": "tomorrow"}),
     ("run_at", {"run_at": datetime(2030, 1, 1)}),  # noqa: DTZ001
     ("run_at", {"run_at": datetime(9000, 1, 1, tzinfo=UTC)}), ("delay", {"delay": 1, "run_at": datetime.now(UTC)})]
 
@@ -215,11 +252,26 @@ def test_threads_share_one_app(installed: str, conn: Connection) -> None:
 def test_enqueue_connects_again_after_its_connection_broke(installed: str, conn: Connection) -> None:
     app = make_app(installed)
     app.enqueue("a")
-    assert app._link is not None
-    conn.execute("select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'orchestrator'")
-    eventually(lambda: not value(conn, "select count(*) from pg_stat_activity where application_name = 'orchestrator'"))
-    with pytest.raises(psycopg.OperationalError):
-        app.enqueue("a")   # it can't know whether that one arrived
+    ours = "from pg_stat_activity where application_name = 'orchestrator' and datname = current_database()"
+    conn.execute(f"select pg_terminate_backend(pid) {ours}")
+    eventually(lambda: not value(conn, f"select count(*) {ours}"))
+    app.enqueue("a")   # it was closed while idle: nothing was sent, so it is safe to send it over another one
+    assert value(conn, "select count(*) from orchestrator.tasks") == 2
+    errors: list[Exception] = []
+
+    def enqueue() -> None:
+        try:
+            app.enqueue("a")
+        except psycopg.OperationalError as error:
+            errors.append(error)
+    with psycopg.connect(installed) as holder:
+        holder.execute("lock table orchestrator.tasks")
+        thread = threading.Thread(target=enqueue)
+        thread.start()
+        eventually(lambda: value(conn, f"select count(*) {ours} and wait_event_type = 'Lock'"))
+        conn.execute(f"select pg_terminate_backend(pid) {ours}")
+        thread.join(10)
+    assert len(errors) == 1   # it can't know whether that one arrived
     app.enqueue("a")
     app.close()
 
@@ -252,7 +304,10 @@ def test_get_tells_the_story(installed: str, conn: Connection) -> None:
     task = story(app, task_id)
     app.close()
     assert [event["event"] for event in task["events"]] == ["failed", "retry_scheduled"]
-    assert task["last_error"] == "boom" and "canary" not in json.dumps(task)
+    assert task["last_error"] == "boom"
+    assert task["payload"] == {"password": "canary", "n": 1}   # the program's own
+    shown = value(conn, "select orchestrator.show_task(%s)", task_id)
+    assert shown["last_error"] == "boom" and "canary" not in json.dumps(shown)   # for people
 
 
 # -------------------------------------------------------------------------------------------------- handlers, as they are called
@@ -315,7 +370,7 @@ def test_middleware_that_raises_fails_the_attempt(installed: str) -> None:
         assert "PermissionError: not today" in wait_for(app, app.enqueue("a"))["last_error"]
 
 
-@pytest.mark.parametrize("bad", [-1, float("nan"), "1m", 1e12])
+@pytest.mark.parametrize("bad", [-1, float("nan"), "soon", 1e12, True])
 def test_retry_and_snooze_refuse_what_is_no_time(bad: Any) -> None:
     with pytest.raises(ValueError, match="seconds"):
         Snooze(bad)
@@ -324,7 +379,7 @@ def test_retry_and_snooze_refuse_what_is_no_time(bad: Any) -> None:
 
 
 def test_start_twice_is_an_error(installed: str) -> None:
-    with running(installed, {"a": nothing}) as app, pytest.raises(RuntimeError, match="runs already"):
+    with running(installed, {"a": nothing}) as app, pytest.raises(RuntimeError, match="is running already"):
         app.start()
 
 
@@ -332,8 +387,19 @@ def test_the_module_is_the_same_under_both_names() -> None:
     assert orchestrator.Orchestrator is Orchestrator
 
 
-def test_enqueue_where_the_schema_is_not_installed_says_what_to_run(db):
+def test_enqueue_installs_the_schema_in_a_new_database(db: str) -> None:
     app = Orchestrator(db)
-    with pytest.raises(ConfigError, match=r"DATABASE_URL: .*python orchestrator.py install"):
-        app.enqueue("t")
+    task_id = app.enqueue("t")
+    assert story(app, task_id)["status"] == "pending"
     app.close()
+
+
+def test_enqueue_in_a_callers_transaction_without_the_schema_says_what_to_run(db: str) -> None:
+    with psycopg.connect(db) as caller, pytest.raises(ConfigError, match=r"DATABASE_URL: .*python orchestrator.py install"):
+        Orchestrator(db).enqueue("t", connection=caller)
+
+
+@pytest.mark.parametrize("given", [object(), None.__class__, "postgresql://"])
+def test_a_connection_of_another_kind_is_refused_in_one_line(given: Any) -> None:
+    with pytest.raises(ValueError, match="connection: must be a psycopg.Connection, not "):
+        Orchestrator("postgresql://127.0.0.1:1/nowhere").enqueue("t", connection=given)

@@ -1,6 +1,7 @@
 """The claim loop: how much it claims, of how many bytes, when it looks, what wakes it, and what a claim's end can be."""
 from __future__ import annotations
 
+import os
 import select
 import time
 from typing import Any
@@ -133,10 +134,11 @@ def test_large_payloads_bound_what_a_worker_holds(installed: str) -> None:
 
 # -------------------------------------------------------------------------------------------------------------- how many bytes
 MIXES = {
-    "small, then large": [10] * 300 + [40_000] * 60,
-    "large, then small": [40_000] * 60 + [10] * 300,
-    "in turn": [10, 40_000, 3_000] * 60,
-    "one larger than all": [10] * 5 + [200_000] + [10] * 5,
+    "small, then large": [10] * 300 + [200_000] * 40,
+    "large, then small": [200_000] * 40 + [10] * 300,
+    "in turn": [10, 200_000, 3_000] * 40,
+    "growing": [100 * n for n in range(200)],
+    "the largest": [262_000] * 40,
 }
 
 
@@ -144,7 +146,7 @@ MIXES = {
 def test_whatever_the_mix_of_sizes_a_worker_holds_no_more_bytes_than_its_limit(
         installed: str, conn: Connection, monkeypatch: pytest.MonkeyPatch, mix: str) -> None:
     """Claims as fast as it may, while little of what it holds ends."""
-    limit, lengths = 500_000, MIXES[mix]
+    limit, lengths = 2 ** 22, MIXES[mix]    # 16 of the largest
     monkeypatch.setattr(orchestrator, "PAYLOAD_LIMIT", limit)
     make_app(installed, {}).enqueue_many("a", ["x" * length for length in lengths])
     done, most = 0, 0
@@ -156,8 +158,7 @@ def test_whatever_the_mix_of_sizes_a_worker_holds_no_more_bytes_than_its_limit(
                 worker.claims._claim(room)
                 worker.claims._hand_out()
             held = sum(task.payload_length for task in worker.tasks.values())
-            largest = max((task.payload_length for task in worker.tasks.values()), default=0)
-            assert held <= limit or len(worker.tasks) == 1 or held - largest <= limit, (held, len(worker.tasks))
+            assert held <= limit
             most = max(most, held)
             for task in list(worker.tasks.values())[:3]:
                 end(worker, task)
@@ -165,7 +166,7 @@ def test_whatever_the_mix_of_sizes_a_worker_holds_no_more_bytes_than_its_limit(
             worker.reports.poll()
             if done == len(lengths):
                 break
-        assert done == len(lengths) and most > limit / 4    # and holds many all the same
+        assert done == len(lengths) and most > min(limit, sum(lengths)) / 3    # and holds many all the same
     assert audit(conn) == []
 
 
@@ -221,6 +222,24 @@ def test_a_notification_that_was_read_along_with_an_answer_is_heard_before_waiti
         assert claims.heard
 
 
+def test_a_byte_that_was_left_in_the_bell_does_not_keep_the_loop_busy(installed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads that set it at the same moment write two, one of them after the loop has cleared it."""
+    polls = 0
+    poll_for = ClaimLoop._poll_for
+
+    def count(self: ClaimLoop, seconds: float, connection: Any) -> None:
+        nonlocal polls
+        polls += 1
+        poll_for(self, seconds, connection)
+    monkeypatch.setattr(ClaimLoop, "_poll_for", count)
+    worker = at_rest(installed)
+    os.write(worker.pool.room._write, b"!")
+    worker.claims.wait(0.05)
+    assert polls <= 3
+    worker.pool.room.set()
+    worker.claims.wait(60)
+
+
 def test_polling_carries_on_where_no_notification_arrives(installed: str, conn: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ClaimLoop, "_hear", lambda self, channel: None)
     with running(installed, {"a": lambda task: None}) as app:
@@ -240,7 +259,7 @@ def test_a_flood_of_notifications_stops_neither_claims_nor_heartbeats(installed:
         assert worker_of(app).health() == []
 
 
-def test_notifications_that_find_nothing_cost_a_bounded_number_of_looks(installed: str, conn: Connection) -> None:
+def test_notifications_that_find_nothing_cost_a_bounded_number_of_looks(installed: str, conn: Connection, ten_idle: None) -> None:
     with registered(installed) as worker:
         claims = worker.claims
         claims.idle = True
@@ -349,6 +368,7 @@ def test_reporting_makes_room_and_wakes_the_claim_loop(installed: str, monkeypat
     monkeypatch.setattr(ClaimLoop, "wait", wait_and_tell)
     with running(installed, {"t": lambda task: None}, worker_pool_size=2, claim_interval=60) as app:
         worker = worker_of(app)
+        eventually(lambda: worker.claims.idle)   # or nobody would notify it, and it looks after a minute
         app.enqueue_many("t", [{}] * 1000)
         eventually(lambda: sum(worker.counters.completed.values()) == 1000, 30)
     assert sat_out == []

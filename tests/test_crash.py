@@ -72,7 +72,7 @@ def test_a_stopped_workers_late_outcome_is_rejected_and_it_goes_on(
     before = task(conn, id)
 
     stopped.signal(signal.SIGCONT)
-    eventually(lambda: f"task rejected task_id={id}" in stopped.output, 20)
+    eventually(lambda: f"task rejected: work {id}" in stopped.output, 20)
     assert task(conn, id) == before and before["worker_id"] == other.id
     assert executions(tmp_path, id) == [first, other.id]
     eventually(lambda: stopped.id not in (None, first), 20)
@@ -130,8 +130,8 @@ def test_a_worker_whose_thread_ended_exits_instead_of_lingering(
         conn: Connection, installed: str, worker_process: Start, tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text(
         "import orchestrator\n"
-        "def no_memory(self, link, unreported):\n    raise MemoryError\n"
-        "def sabotage(task):\n    orchestrator.Worker._supervise = no_memory\n"
+        "def no_memory(self):\n    raise MemoryError\n"
+        "def sabotage(task):\n    orchestrator.ReportLoop.poll = no_memory\n"
         "HANDLERS = {'sabotage': sabotage}\n")
     worker = worker_process(installed, HANDLERS=tmp_path / "broken.py", SHUTDOWN_GRACE="1s")
     enqueue(conn, "sabotage")

@@ -290,7 +290,8 @@ async def coroutine(task: Task) -> str:
     return "ran"
 
 
-@pytest.mark.parametrize("handler", [wrapped(coroutine), CallableObject(), lambda task: [coroutine][0](task), functools.partial(coroutine)],
+@pytest.mark.parametrize("handler", [
+    wrapped(coroutine), CallableObject(), lambda task: next(iter([coroutine(task)])), functools.partial(coroutine)],
                          ids=["wraps", "object", "lambda", "partial"])
 def test_whatever_returns_an_awaitable_is_awaited(handler: Callable[[Task], Any]) -> None:
     router = Router()

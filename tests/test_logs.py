@@ -10,6 +10,7 @@ from typing import Any
 import psycopg
 import pytest
 
+import orchestrator
 from orchestrator import Config, _LogFormat, error_line, redact_url
 from postgres import eventually
 from steps import enqueue, enqueue_some, value
@@ -37,13 +38,25 @@ def test_no_character_breaks_a_line_or_steers_a_terminal(character, as_json):
     assert f"\\u{ord(character):04x}" in text or (as_json and json.loads(text)["message"] == f"a{character}b")
 
 
-def test_a_text_line_has_time_level_message_and_fields():
-    text = _LogFormat(False).format(record(task_id="1", duration=0.5, error='it said "x=1" and\nleft', empty=""))
-    assert text == ('1970-01-01T00:00:00.250Z INFO something happened task_id=1 duration=0.5 '
-                    'error="it said \\"x=1\\" and\\nleft" empty=""')
+def test_a_text_line_has_time_level_and_message_which_says_everything():
+    text = _LogFormat(False).format(record('it said "x=1" and\nleft', task_id="1", duration=0.5, empty=""))
+    assert text == '1970-01-01T00:00:00.250Z INFO it said "x=1" and\\u000aleft'
 
 
-def test_a_json_line_has_the_same_as_members():
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_line_of_a_handlers_own_logger_has_the_tasks_id(as_json):
+    class Task:
+        id = "some-id"
+    token = orchestrator._current_task.set(Task())
+    try:
+        own, ours = (_LogFormat(as_json).format(record(name=name)) for name in ("myapp", "orchestrator"))
+    finally:
+        orchestrator._current_task.reset(token)
+    assert "some-id" not in ours and "something happened" in own
+    assert json.loads(own)["task_id"] == "some-id" if as_json else "[some-id] something happened" in own
+
+
+def test_a_json_line_has_the_fields_as_members():
     text = _LogFormat(True).format(record(task_id="1", duration=0.5, error="line\nline", other=object))
     assert json.loads(text) == {"time": "1970-01-01T00:00:00.250Z", "level": "INFO", "message": "something happened", "task_id": "1",
                                 "duration": 0.5, "error": "line\nline", "other": "<class 'object'>"}
@@ -73,9 +86,11 @@ def test_the_end_of_an_attempt_is_one_line_with_task_type_attempt_worker_and_dur
     lines = eventually(lambda: (found := ends()) and len(found) == 2 and found)
     assert worker.stop() == 0
     assert set(lines[ok]) == {"time", "level", "message", "task_id", "type", "attempt", "worker", "duration"}
-    assert (lines[ok]["message"], lines[ok]["level"], lines[ok]["type"], lines[ok]["attempt"]) == ("task completed", "INFO", "ok", 1)
+    assert (lines[ok]["level"], lines[ok]["type"], lines[ok]["attempt"]) == ("INFO", "ok", 1)
+    assert re.fullmatch(rf"task completed: ok {ok}, attempt 1, \d\.\d{{3}} s", lines[ok]["message"])
     assert lines[ok]["worker"].split(":")[1] == str(worker.pid) and 0 <= lines[ok]["duration"] < 5
-    assert (lines[bad]["message"], lines[bad]["level"]) == ("task dead_letter", "WARNING")
+    assert lines[bad]["level"] == "WARNING"
+    assert re.match(rf"task dead_letter: bad {bad}, attempt 1, \d\.\d{{3}} s: RuntimeError: first line\r\n2026", lines[bad]["message"])
     assert "first line\r\n2026" in lines[bad]["error"]
     assert len([line for line in json_lines(worker.output) if line.get("task_id") in (ok, bad)]) == 2
     assert "canary" not in worker.output   # neither payload nor result
@@ -85,7 +100,7 @@ def test_text_lines_stay_lines_whatever_an_error_says(installed, conn, worker_pr
     (tmp_path / "some_handlers.py").write_text(HANDLERS)
     worker = worker_process(installed, HANDLERS="some_handlers", DEBUG="true")   # with tracebacks, then
     bad = enqueue(conn, "bad")
-    eventually(lambda: f"task dead_letter task_id={bad}" in worker.output)
+    eventually(lambda: f"task dead_letter: bad {bad}, attempt 1" in worker.output)
     assert worker.stop() == 0
     lines = worker.output.splitlines()
     assert [line for line in lines if not LINE.fullmatch(line)] == []
@@ -100,7 +115,7 @@ def test_many_tasks_are_told_in_a_rate_line_not_one_by_one(installed, conn, work
     eventually(lambda: value(conn, "select count(*) from orchestrator.tasks where status = 'completed'") == 3000, 20)
     assert worker.stop() == 0
     messages = [line["message"] for line in json_lines(worker.output)]
-    assert messages.count("task completed") <= 40   # 20 in ten seconds
+    assert 1 <= sum(message.startswith("task completed:") for message in messages) <= 40   # 20 in ten seconds
     told = [re.match(r"(\d+) tasks completed in the last \d+ s \(\d+/s\)", message) for message in messages]
     assert sum(int(match[1]) for match in told if match) == 3000
 
@@ -109,7 +124,7 @@ def test_a_few_tasks_are_told_one_by_one_and_not_again(installed, conn, worker_p
     (tmp_path / "some_handlers.py").write_text(HANDLERS)
     worker = worker_process(installed, HANDLERS="some_handlers")
     enqueue_some(conn, 3)
-    eventually(lambda: worker.output.count("task completed") == 3)
+    eventually(lambda: worker.output.count("task completed: t ") == 3)
     assert worker.stop() == 0
     assert "tasks completed in the last" not in worker.output
 

@@ -15,8 +15,8 @@ from urllib.parse import urlsplit
 import psycopg
 import pytest
 
-from apps import audit, make_app, running, wait_for, worker_of
-from orchestrator import Handler, Link, Task
+from apps import audit, running, wait_for, worker_of
+from orchestrator import Handler, Task
 from postgres import LocalServer, Server, eventually, free_port
 from steps import value
 
@@ -96,7 +96,7 @@ def test_a_worker_runs_behind_it(pooled: str, conn: Connection) -> None:
                 "fails": Handler(lambda task: 1 / 0, max_retries=1, base_delay=0)}
     with running(pooled, handlers, claim_interval=0.05) as app:
         worker = worker_of(app)
-        ids = [task_id for task_id, _ in app.enqueue_many("quick", range(500))]
+        ids = app.enqueue_many("quick", range(500))
         paid, failed, stopped = app.enqueue("pay"), app.enqueue("fails"), app.enqueue("obedient")
         assert started.wait(15)
         assert app.cancel(stopped) == "cancelling"
@@ -104,8 +104,8 @@ def test_a_worker_runs_behind_it(pooled: str, conn: Connection) -> None:
         assert wait_for(app, failed)["attempts"] == 2
         assert wait_for(app, paid)["status"] == "completed"
         eventually(lambda: value(conn, "select count(*) from orchestrator.tasks where id = any (%s) and status = 'completed'", ids) == 500)
-        assert all(link.pooled for link in worker.links.values())
-        assert not worker.metrics.errors
+        assert all(loop.link.pooled for loop in (worker.claims, worker.reports, worker.heartbeat))
+        assert not worker.counters.errors
     assert value(conn, "select count(*) from ledger") == 8
     assert audit(conn) == []
 
@@ -128,13 +128,3 @@ def test_two_single_instances_behind_it_leave_each_other_alone(pooled: str, conn
             eventually(lambda: value(conn, "select last_heartbeat > %s from orchestrator.workers where id = %s", beat, before))
             assert worker_of(first).id == before
             assert value(conn, "select count(*) from orchestrator.workers where declared_dead_at is null") == 2
-
-
-def test_statements_are_prepared_unless_told_not_to(installed: str) -> None:
-    direct = Link(make_app(installed).config)
-    plain = Link(make_app(installed, prepared_statements=False).config)
-    query = "select count(*) from pg_prepared_statements"
-    assert (direct.call(query)[0][0], plain.call(query)[0][0]) == (1, 0)
-    assert not direct.pooled and not plain.pooled
-    direct.close()
-    plain.close()
