@@ -68,6 +68,7 @@ import tempfile
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import date, datetime, timedelta
 from datetime import time as time_of_day
@@ -110,8 +111,11 @@ def _share_module() -> None:
         if module is not here and "SCHEMA_VERSION" in names and os.path.realpath(names.get("__file__") or "") == _FILE:
             sys.modules[__name__] = module
             return
-    for name in ("orchestrator", __spec__.name if __spec__ else "orchestrator"):
-        sys.modules.setdefault(name, here)
+    package, _, name = (__spec__.name if __spec__ else "").rpartition(".")
+    for alias in ("orchestrator", f"{package}.{name}" if package else "orchestrator"):
+        sys.modules.setdefault(alias, here)
+    if package in sys.modules:   # for `import myapp.orchestrator`, since what is there already isn't imported
+        setattr(sys.modules[package], name, here)
 
 
 _FILE = os.path.realpath(__file__)
@@ -465,7 +469,7 @@ def connect(config: Config, name: str = "orchestrator",
     known = conninfo_to_dict(config.database_url)
     settings: dict[str, Any] = {
         "connect_timeout": 10, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3,
-        "tcp_user_timeout": 15000}
+        "tcp_user_timeout": 15000, "client_encoding": "UTF8"}
     if "," in str(known.get("host", "")):
         settings["target_session_attrs"] = "read-write"
     settings = {key: known.get(key, value) for key, value in settings.items()}
@@ -483,6 +487,10 @@ def prepare_session(connection: psycopg.Connection[Row], config: Config, more: M
 
     Raises ConfigError where a pooler keeps it from being set and the database has it otherwise.
     """
+    encoding = connection.info.parameter_status("server_encoding")
+    if encoding != "UTF8":
+        raise ConfigError(f"DATABASE_URL: the database's encoding is {encoding}, which cannot hold every text: "
+                          "create one with encoding 'UTF8'")
     # as text, by psycopg's C loader: 4.0 → 0.4 µs per task
     for kind in ("jsonb", "json", "uuid", "timestamptz"):
         connection.adapters.register_loader(kind, TextLoader)
@@ -496,18 +504,20 @@ def prepare_session(connection: psycopg.Connection[Row], config: Config, more: M
                 raise ConfigError(f"DATABASE_URL: behind a pooler, {name} must be '{SESSION[name]}': "
                                   f"alter database … set {name} = '{SESSION[name]}'")
     else:
-        newer = {"transaction_timeout": "0"} if connection.info.server_version >= 170000 else {}
-        settings = {**SESSION, **newer, **more}
-        connection.execute("select " + ", ".join(
-            f"pg_catalog.set_config('{name}', '{value}', false)" for name, value in settings.items()), prepare=False)
+        configure(connection, {**SESSION, **more})
     return pooled
 
 
-class Link:
-    """A connection for one thread at a time: opened when needed, closed when broken, given up if the server is silent.
+def configure(connection: psycopg.Connection[Any], settings: Mapping[str, str], local: bool = False) -> None:
+    """Set these for the session, or for its transaction; and that neither has an end by itself."""
+    newer = {"transaction_timeout": "0", "restrict_nonsystem_relation_kind": ""}
+    settings = {**settings, **(newer if connection.info.server_version >= 170000 else {})}
+    connection.execute("select " + ", ".join(
+        f"pg_catalog.set_config('{name}', '{value}', {local})" for name, value in settings.items()), prepare=False)
 
-    A forked child opens one of its own and leaves its parent's alone.
-    """
+
+class Link:
+    """A connection for one thread at a time: opened when needed, closed when broken, given up if the server is silent."""
 
     def __init__(self, config: Config, name: str = "orchestrator", **settings: str) -> None:
         self.config = config
@@ -517,13 +527,8 @@ class Link:
         self.pooled = False
         # monotonic; when the call under way began, or None
         self.began: float | None = None
-        self._pid = os.getpid()
-        self._inherited: list[Any] = []   # kept, since to free a parent's connection would end it
 
     def open(self) -> psycopg.Connection[Row]:
-        if self._pid != os.getpid():
-            self._inherited.append(self.connection)
-            self.connection, self._pid = None, os.getpid()
         if self.connection is None or self.connection.closed:
             self.connection = connect(self.config, self.name, BoundedConnection)
             self._adapter = Transformer(self.connection)
@@ -538,7 +543,7 @@ class Link:
         All that there can be to read from an idle connection is its end, or the server's last words before it.
         """
         connection = self.connection
-        if connection is not None and not connection.closed and self._pid == os.getpid():
+        if connection is not None and not connection.closed:
             if hasattr(select, "poll"):
                 poll = select.poll()
                 poll.register(connection, select.POLLIN)
@@ -622,7 +627,7 @@ class Link:
 
     def close(self) -> None:
         connection, self.connection = self.connection, None
-        if connection is not None and self._pid == os.getpid():
+        if connection is not None:
             with contextlib.suppress(psycopg.Error, OSError):
                 connection.close()
 
@@ -721,7 +726,8 @@ def install_sql() -> list[str]:
     """What installing runs, in one transaction: the migrations that an older schema still needs, then the files."""
     files = sql_files()
     migrations = [_migration(name, text) for name, text in files.items() if name.startswith("migrations/")]
-    return ["select pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);\n"
+    return ["select pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true), "
+            "pg_catalog.set_config('standard_conforming_strings', 'on', true);\n"
             "select pg_advisory_xact_lock(hashtext('orchestrator.install'));\n", *migrations,
             *(text for name, text in files.items() if not name.startswith("migrations/"))]
 
@@ -740,15 +746,9 @@ def _migration(name: str, text: str) -> str:
 
 
 def install(connection: psycopg.Connection[Row]) -> None:
-    """Install or upgrade the schema in one transaction; safe to repeat, and by many at once. Raises ConfigError."""
-    encoding = connection.info.parameter_status("server_encoding")
-    if encoding != "UTF8":
-        raise ConfigError(f"DATABASE_URL: the database's encoding is {encoding}, which cannot hold every text: "
-                          "create one with encoding 'UTF8'")
+    """Install or upgrade the schema in one transaction; safe to repeat, and by many at once."""
     with connection.transaction():
-        # a migration of a large table may take its time
-        connection.execute("select set_config('statement_timeout', '0', true), "
-                           "set_config('client_min_messages', 'warning', true)")
+        configure(connection, {"statement_timeout": "0"}, local=True)   # a migration of a large table may take its time
         for text in install_sql():
             connection.execute(text, prepare=False)
 
@@ -932,10 +932,10 @@ class Task:
         with connect(worker.config, "orchestrator task") as connection:
             if worker.reports.link.pooled or not worker.config.prepared_statements:
                 connection.prepare_threshold = None
-            connection.autocommit = False
+            connection.autocommit = connection.read_only = connection.deferrable = False
+            connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
             # the handler's timeout, not the database, bounds the handler's own work
-            connection.execute("select pg_catalog.set_config('statement_timeout', '0', true), "
-                               "pg_catalog.set_config('idle_in_transaction_session_timeout', '0', true)")
+            configure(connection, {"statement_timeout": "0", "idle_in_transaction_session_timeout": "0"}, local=True)
             self._in_transaction = True
             try:
                 yield connection
@@ -2638,6 +2638,7 @@ class Orchestrator:
         self._http: Any = None
         self._lock = threading.RLock()   # guards opening and closing
         self._reset_links()
+        _apps.add(self)
         for pattern, handler in (handlers or {}).items():
             self.router.add(pattern, handler)
 
@@ -2780,7 +2781,12 @@ class Orchestrator:
         signals: queue.SimpleQueue[int] = queue.SimpleQueue()   # its put() is safe in a signal handler; an Event's set() is not
         started = False
 
+        pid = os.getpid()
+
         def on_signal(number: int, frame: object) -> None:
+            if os.getpid() != pid:   # a child that a handler forked ends as any process does
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
             signals.put(number)
             if not started:
                 signal.alarm(1)
@@ -2852,15 +2858,19 @@ class Orchestrator:
 
     # -------------------------------------------------------------------------------------------------- helpers
     def _reset_links(self) -> None:
-        self._pid = os.getpid()
         self._links: list[Link] = []   # those that no thread uses just now
         self._places = threading.BoundedSemaphore(LINKS)
 
+    def _leave_to_parent(self) -> None:
+        """In a forked child: connections, worker and page are the parent's, who goes on using them."""
+        self._lock, self.worker = threading.RLock(), None
+        self.router.loop, self.router._loop_lock = None, threading.Lock()
+        self._reset_links()   # psycopg frees a connection without a word to the server where another process made it
+        if self._http is not None:
+            self._http.socket.close()   # or the port would stay in use
+            self._http = None
+
     def _with_link(self, use: Callable[[Link], Result]) -> Result:
-        if self._pid != os.getpid():   # a forked child: the connections are its parent's, who may be using them
-            self._inherited = self._links   # kept, since to free one would end it
-            self._lock = threading.RLock()
-            self._reset_links()
         self._open()
         with self._places, _plain_errors():
             try:
@@ -2890,6 +2900,11 @@ class Orchestrator:
             return to_json(payload, self.router.encode)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{name}: {error}") from None
+
+
+_apps: weakref.WeakSet[Orchestrator] = weakref.WeakSet()
+if hasattr(os, "register_at_fork"):   # not on Windows
+    os.register_at_fork(after_in_child=lambda: [app._leave_to_parent() for app in list(_apps)])
 
 
 class _Stopped(BaseException):

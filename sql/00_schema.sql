@@ -22,14 +22,12 @@ begin
   end loop;
 end $$;
 
-do $$   -- not "if not exists", which needs the right to create one where it is there
-begin
-  if to_regnamespace('orchestrator') is null then create schema orchestrator; end if;
-end $$;
-comment on schema orchestrator is 'Task orchestrator: tasks are enqueued, claimed, retried and recovered by the functions of this schema.';
-
 do $$
 begin
+  if to_regnamespace('orchestrator') is null then   -- else somebody made it for a role that may not
+    create schema orchestrator;
+    comment on schema orchestrator is 'Task orchestrator: tasks are enqueued, claimed, retried and recovered by the functions of this schema.';
+  end if;
   if to_regprocedure('orchestrator.schema_version()') is not null then
     if orchestrator.schema_version() > 1 then
       raise exception 'the schema orchestrator is of version %, newer than these files (1)', orchestrator.schema_version()

@@ -2,12 +2,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,8 @@ import sqlalchemy
 
 from apps import make_app, running, story, wait_for, worker_of
 from conftest import PROGRAM, clean_environment
-from orchestrator import EnqueuedId, Orchestrator, Task
-from postgres import eventually, wait_for_lock
+from orchestrator import EnqueuedId, Orchestrator
+from postgres import eventually
 from steps import background, column, value
 
 Connection = psycopg.Connection[Any]
@@ -36,7 +38,7 @@ def in_a_child(work: Callable[[], object]) -> Callable[[], None]:
             work()
             code = 0
         except BaseException as error:
-            print(f"in the child: {error!r}", file=sys.stderr, flush=True)
+            os.write(2, f"in the child: {error!r}\n".encode())
         finally:
             os._exit(code)
 
@@ -44,7 +46,14 @@ def in_a_child(work: Callable[[], object]) -> Callable[[], None]:
         done, status = os.waitpid(pid, os.WNOHANG)
         assert not done or status == 0, f"the child ended with {os.waitstatus_to_exitcode(status)}"
         return bool(done)
-    return lambda: (eventually(ended, 40), None)[1]
+    def wait() -> None:
+        try:
+            eventually(ended, 30)
+        except AssertionError:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            raise
+    return wait
 
 
 def test_forked_children_get_their_own_ids_and_leave_the_parents_connection_alone(installed: str, conn: Connection, tmp_path: Path) -> None:
@@ -86,7 +95,7 @@ def test_a_grandchild_and_a_collected_connection_harm_nobody(installed: str) -> 
         wait()
         app.enqueue("child")
         app.close()
-        sys.modules["gc"].collect() if "gc" in sys.modules else __import__("gc").collect()
+        gc.collect()
 
     in_a_child(child)()
     app.enqueue("parent")
@@ -134,6 +143,37 @@ def test_a_child_may_run_a_worker_of_its_own(installed: str, conn: Connection) -
         in_a_child(child)()
         assert column(conn, "select id from orchestrator.workers where declared_dead_at is null") == [parent]
         assert wait_for(app, app.enqueue("a"))["result"] == os.getpid()
+
+
+FORKING_HANDLERS = """
+import multiprocessing, time
+
+def live(born):
+    born.set()   # Python forgets a signal that comes before this
+    time.sleep(600)
+
+def work(task):
+    context = multiprocessing.get_context("fork")
+    born = context.Event()
+    child = context.Process(target=live, args=[born])
+    child.start()
+    born.wait(20)
+    child.terminate()
+    child.join(20)
+    return child.exitcode
+
+HANDLERS = {"fork": work}
+"""
+
+
+def test_a_child_that_a_handler_forks_can_be_terminated(installed: str, tmp_path: Path, worker_process: Callable[..., Any]) -> None:
+    """It inherits the worker's handling of signals, which only notes that one came."""
+    (tmp_path / "forking.py").write_text(FORKING_HANDLERS)
+    worker = worker_process(installed, HANDLERS="forking")
+    app = make_app(installed)
+    assert wait_for(app, app.enqueue("fork"), timeout=30)["result"] == -15
+    app.close()
+    assert worker.stop() == 0
 
 
 # ------------------------------------------------------------------------------------------------- closed connections
@@ -317,11 +357,9 @@ def discard(task):
 HANDLERS = {{"discard": discard, "snooze": snooze, "exactly": Handler(discard, max_retries=0)}}
 """
 NAMES = {   # how it is started, what the handlers import
-    "-m myapp.orchestrator, from myapp": (["-m", "myapp.orchestrator"], "myapp.orchestrator", "", ""),
     "-m myapp.orchestrator, by attribute": (["-m", "myapp.orchestrator"], "myapp.orchestrator", "import myapp.orchestrator",
                                            "myapp.orchestrator."),
     "-m myapp.orchestrator, both names": (["-m", "myapp.orchestrator"], "myapp.orchestrator", "import orchestrator", "orchestrator."),
-    "the file, from myapp": (["myapp/orchestrator.py"], "myapp.orchestrator", "", ""),
     "the file, by attribute": (["myapp/orchestrator.py"], "myapp.orchestrator", "import myapp.orchestrator", "myapp.orchestrator."),
     "the file, short name": (["myapp/orchestrator.py"], "orchestrator", "", ""),
     "the file through a link": (["linked.py"], "myapp.orchestrator", "import orchestrator", "orchestrator."),
