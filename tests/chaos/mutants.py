@@ -186,7 +186,8 @@ MUTANTS = [
            "pool ignores_its_timeout"),
     python("a pool that runs nothing is well", "Pool.problems", "if usable else", "if True else", "pool unhealthy"),
     python("what waits starts though the pool was stopped", "Pool.stop", "self.take_all()", "pass", "pool once_the_pool_was_stopped"),
-    python("supervision waits for the database", "Pool._supervise_until_stopped", "self.supervise()", "pass", "report_loop database_is_away",
+    python("supervision waits for the database", "Pool._supervise_until_stopped", "self.supervise()", "pass",
+           "report_loop database_is_away",
            "ReportLoop.poll", "self._report()", "self._report(); worker.pool.supervise()"),
     # the loops
     python("an outcome that is refused holds up the others", "ReportLoop._isolate", "if len(tasks) > 1:", "if False:",
@@ -213,6 +214,23 @@ MUTANTS = [
     python("what the net sees is on its way", "ReportLoop._catch_dropped", "missing & self.missing", "missing", "report_loop dropped"),
     python("an ended attempt takes the next one along", "Worker.forget", "and held.claim_id == task.claim_id", "",
            "report_loop abandoned_attempt"),
+    # the heartbeat loop
+    python("heartbeats judged by the database's clock", "HeartbeatLoop._beat", "else (at, now)",
+           "else (at, now - time.time() + datetime.fromisoformat(at).timestamp())", "heartbeat_loop clock"),
+    python("a heartbeat in time does not help", "HeartbeatLoop._beat", "and before[other][0] == at else", "else",
+           "heartbeat_loop timeout or silent"),
+    python("an outage counts as silence", "HeartbeatLoop._beat", "self.seen = {}", "pass", "heartbeat_loop pause"),
+    python("silence counts until now", "HeartbeatLoop._recover", "limit = self.looked_at", "limit = time.monotonic()",
+           "heartbeat_loop outage"),
+    python("a lease counts from its answer", "HeartbeatLoop._lead", "worker.lease_until = before", "worker.lease_until = time.monotonic()",
+           "heartbeat_loop lease"),
+    python("a chore that fails stops the others", "HeartbeatLoop.poll", "done = self.attempt(chore.run)", "done = chore.run() or True",
+           "heartbeat_loop chore_that_fails"),
+    python("a sick worker sends heartbeats", "HeartbeatLoop.poll", "if problems:", "if False:", "heartbeat_loop not_well"),
+    python("retention stops after a call", "HeartbeatLoop._prune", "if more:", "if False:", "heartbeat_loop prunes_on"),
+    python("recovery stops at its limit", "HeartbeatLoop._recover", ">= 900", ">= 900000", "heartbeat_loop reached_its_limit"),
+    python("a worker declared dead goes on as before", "Worker.declared_dead", 'task.cancel("lost")', "pass",
+           "heartbeat_loop declared_dead_stops"),
     # ways to end
     python("what JSON has no form for repeats the work", "Router.completed", 'return Outcome("completed", lost=',
            'return Outcome("failed", ',
@@ -225,9 +243,7 @@ MUTANTS = [
     # connections
     python("a silent server is waited for", "_before", "if not ready and time.monotonic() > until:", "if False:", "link silent"),
     python("names go into statements unchecked", "_statement", 'if not re.fullmatch(r"[a-z_]{1,63}", word):', "if False:", "link name"),
-    python("a child uses its parent's connection", "Link.open", "if self._pid != os.getpid():", "if False:", "link forked"),
-    python("a child uses its parent's links", "Orchestrator._with_link", "if self._pid != os.getpid():", "if False:",
-           "processes forked_children"),
+    python("a child uses its parent's links", "Orchestrator._leave_to_parent", "self._reset_links()", "pass", "processes forked_children"),
     python("a connection that was closed while idle is used", "Link.reopen_if_closed", "if said:", "if False:",
            "processes closed_while_idle"),
     python("one module under two names", "", "\n_share_module()\n", "\n", "processes one_set_of_classes"),
@@ -291,6 +307,7 @@ def verdict(code: int, output: str) -> str:
 
 
 def copy_house(house: Path) -> None:
+    house.mkdir()
     for part in PARTS:
         source = TESTS.parent / part
         if source.is_dir():
@@ -306,8 +323,9 @@ def main(wanted: str = "") -> int:
     bad = 0
     try:
         with tempfile.TemporaryDirectory() as temporary:
-            house = Path(temporary)
-            copy_house(house)
+            house, whole = Path(temporary) / "house", Path(temporary) / "whole"
+            for folder in (house, whole):   # what is written meanwhile in the repository is not mixed in
+                copy_house(folder)
             for mutant in mutants:
                 try:
                     file = mutate(house, mutant)
@@ -317,7 +335,7 @@ def main(wanted: str = "") -> int:
                     continue
                 began = time.monotonic()
                 code, output = run_tests(server, house, mutant.tests)
-                shutil.copy(TESTS.parent / file.relative_to(house), file)
+                shutil.copy(whole / file.relative_to(house), file)
                 seen = verdict(code, output)
                 bad += seen != "red"
                 print(f"{seen:6}  {mutant.name:50}  {mutant.tests:40}  {time.monotonic() - began:5.1f} s", flush=True)
