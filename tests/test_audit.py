@@ -198,7 +198,7 @@ def test_a_completion_after_the_clock_was_set_back_is_none_before_its_failure(co
     conn.execute(event, [id, "1 hour"])
     assert found(conn) == [("what has completed stays so", id, "w")]
     other = enqueue(conn)
-    conn.execute(event, [other, "-1 second"])
+    conn.execute(event, [other, "-1 hour"])
     assert found(conn) == []
 
 

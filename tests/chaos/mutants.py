@@ -193,7 +193,7 @@ MUTANTS = [
     python("an outcome that is refused holds up the others", "ReportLoop._isolate", "if len(tasks) > 1:", "if False:",
            "report_loop holds_nothing_up or holds_up or refused_is_reworded"),
     python("a chore that is refused holds up the others", "Loop.attempt", "if not is_refusal(error) or", "if True or",
-           "report_loop chore_that_is_refused"),
+           "claim_loop chore_that_fails"),
     python("a broken thread is lingered with", "Loop._thread", "self.worker.fatal = self.worker.fatal or", "_ =", "crash thread_ended"),
     python("a hint cancels what the table does not", "ReportLoop._see_cancellations",
            'self.link.call("cancelling_tasks", self.worker.id)', "((id,) for id in list(self.worker.tasks))",
