@@ -246,7 +246,7 @@ def clean_text(text: str, limit: int = ERROR_LIMIT) -> str:
 
 def redact_url(text: str) -> str:
     """The text without the passwords of the URLs and connection strings in it."""
-    text = re.sub(r"(://[^:/@\s]*):[^/\s]*@", r"\1:***@", text)
+    text = re.sub(r"(://[^:/@\s]*):(?!\d+[/?#])\S*@", r"\1:***@", text)
     return re.sub(r"(password\s*=\s*)('(?:[^'\\]|\\.)*'|[^\s&]+)", r"\1***", text, flags=re.IGNORECASE)
 
 
@@ -940,7 +940,7 @@ class Task:
             try:
                 yield connection
                 rows = call_in(connection, "complete_tasks", array([self.claim_id]), "{1}", array([self.id]),
-                               None if self._result is None else texts([self._result]))
+                               None if self._result is None else texts([self._result]), False)
             finally:
                 self._in_transaction = False
             if rows and rows[0][1] == "cancelled":
@@ -1093,24 +1093,32 @@ class Router:
         """Run the handler inside the middleware."""
         run: Callable[[Task], Any] = task.handler.function
         for middleware in reversed(self.middleware):
-            run = _wrap(middleware, run, self.finish)
+            run = self._wrap(middleware, run)
         return run(task)
+
+    def _wrap(self, middleware: Middleware, run: Callable[[Task], Any]) -> Callable[[Task], Any]:
+        if _is_async(middleware):
+            return lambda task: middleware(task, functools.partial(_call_in_pool, run))
+        return lambda task: middleware(task, lambda task: self.finish(task, run(task)))
 
     def finish(self, task: Task, result: Any) -> Any:
         """What a handler's result comes to: an awaitable runs on the event loop's thread while this thread waits."""
         if inspect.isawaitable(result):
             result = self._wait_for(task, result)
-        if inspect.isgenerator(result) or inspect.isasyncgen(result):
-            raise TypeError("the handler is a generator, so it did not run: it must not yield")
-        return result
+        return _no_generator(result)
 
     def _wait_for(self, task: Task, awaitable: Awaitable[Any]) -> Any:
         with self._loop_lock:
             if self.loop is None:
                 self.loop = asyncio.new_event_loop()
                 threading.Thread(target=_run_loop, args=(self.loop,), name="asyncio", daemon=True).start()
+        calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         try:
-            return asyncio.run_coroutine_threadsafe(_await(task, awaitable, self.loop), self.loop).result()
+            future = asyncio.run_coroutine_threadsafe(_await(task, awaitable, self.loop, calls), self.loop)
+            future.add_done_callback(lambda _: calls.put(None))
+            while (call := calls.get()) is not None:
+                call()
+            return future.result()
         except (asyncio.CancelledError, concurrent.futures.CancelledError) as error:
             raise Cancelled(task.cancel_reason or "cancelled") from error
 
@@ -1132,7 +1140,7 @@ class Router:
                         task.type, task.id)
         try:
             return Outcome("completed", self.result_json(result))
-        except Exception as error:
+        except BaseException as error:   # a form of the program's own may do anything
             return Outcome("completed", lost=clean_text(f"{type(error).__name__}: {message_of(error)}"))
 
 
@@ -1150,12 +1158,13 @@ def _exit_if_forked(pid: int) -> None:
         os._exit(0)
 
 
-async def _await(task: Task, awaitable: Awaitable[Any], loop: asyncio.AbstractEventLoop) -> Any:
+async def _await(task: Task, awaitable: Awaitable[Any], loop: asyncio.AbstractEventLoop, calls: Any) -> Any:
     """Cancelled from inside the loop, so that whoever waits for the handler sees it end, not only asked to end."""
     running, pid = asyncio.current_task(), os.getpid()
     assert running is not None
     running.set_name(f"{task.type} {task.id}")
     _current_task.set(task)
+    _calls.set(calls)
     task.on_cancel = lambda: loop.call_soon_threadsafe(running.cancel)
     if task.cancel_reason not in (None, "shutdown"):
         running.cancel()
@@ -1167,13 +1176,42 @@ async def _await(task: Task, awaitable: Awaitable[Any], loop: asyncio.AbstractEv
         _exit_if_forked(pid)
 
 
-def _wrap(middleware: Middleware, run: Callable[[Task], Any], finish: Callable[[Task, Any], Any]) -> Callable[[Task], Any]:
-    if inspect.iscoroutinefunction(middleware):
-        async def awaitable(task: Task) -> Any:   # so that `await call_next(task)` is right for every handler
-            result = await asyncio.to_thread(run, task)
-            return await result if inspect.isawaitable(result) else result
-        return lambda task: middleware(task, awaitable)
-    return lambda task: middleware(task, lambda task: finish(task, run(task)))   # which sees what an async handler returned
+def _is_async(function: Any) -> bool:
+    plain = inspect.unwrap(function)
+    return inspect.iscoroutinefunction(plain) or inspect.iscoroutinefunction(getattr(plain, "__call__", None))   # noqa: B004
+
+
+# Where code on the event loop hands over what is to run in the pool's thread that waits for it.
+_calls: contextvars.ContextVar[queue.SimpleQueue[Callable[[], None] | None]] = contextvars.ContextVar("calls")
+
+
+async def _call_in_pool(run: Callable[[Task], Any], task: Task) -> Any:
+    """What async middleware awaits: any handler's value. A thread can't be interrupted, so nobody stops to wait for it."""
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
+    outcome: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+    def call() -> None:
+        try:
+            outcome.set_result(run(task))
+        except BaseException as error:
+            outcome.set_exception(error)
+        loop.call_soon_threadsafe(ended.set)
+    _calls.get().put(call)
+    while not ended.is_set():
+        with contextlib.suppress(asyncio.CancelledError):
+            await ended.wait()
+    result = outcome.result()
+    if inspect.isawaitable(result):
+        if task.cancel_reason not in (None, "shutdown") and (running := asyncio.current_task()) is not None:
+            running.cancel()   # the awaitable is what can be
+        result = await result
+    return _no_generator(result)
+
+
+def _no_generator(result: Any) -> Any:
+    if inspect.isgenerator(result) or inspect.isasyncgen(result):
+        raise TypeError("the handler is a generator, so it did not run: it must not yield")
+    return result
 
 
 def run_task(router: Router, task: Task) -> None:
@@ -2903,8 +2941,13 @@ class Orchestrator:
 
 
 _apps: weakref.WeakSet[Orchestrator] = weakref.WeakSet()
+def _leave_all_to_parent() -> None:
+    for app in list(_apps):
+        app._leave_to_parent()
+
+
 if hasattr(os, "register_at_fork"):   # not on Windows
-    os.register_at_fork(after_in_child=lambda: [app._leave_to_parent() for app in list(_apps)])
+    os.register_at_fork(after_in_child=_leave_all_to_parent)
 
 
 class _Stopped(BaseException):

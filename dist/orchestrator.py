@@ -71,6 +71,7 @@ import tempfile
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import date, datetime, timedelta
 from datetime import time as time_of_day
@@ -103,10 +104,13 @@ BUNDLED_SQL: dict[str, str] = {
 --   enqueue → claim_tasks → [start_tasks] → complete_tasks
 --                         → fail_tasks → (retry_scheduled) promote_due → claim_tasks … or (dead_letter) retry_task
 --                         → release_tasks | snooze_task → claim_tasks …
+-- Whoever writes what a crash may forget without harm (claims, heartbeats, promotions, progress, floors, counts, retention: they
+-- are made again) commits without waiting for the flush: set_config('synchronous_commit', 'off', true). Enqueued tasks and
+-- outcomes, starts that are charged, registrations, terms, deaths and what operators do wait for it.
 -- Lock order everywhere: the leader's row in workers → other workers → claims (ascending id) → tasks → lane_floors (35_floors.sql).
 
 -- Constraints, views, defaults and inlined functions are bound to what this path finds: nothing in other schemas shadows a built-in.
-set search_path = pg_catalog, pg_temp;
+set local search_path = pg_catalog, pg_temp;
 
 -- One installation at a time. Anybody may hold this key, so waiting for it has an end: two installations at once are rolled
 -- back by PostgreSQL at worst.
@@ -118,11 +122,12 @@ begin
   end loop;
 end $$;
 
-create schema if not exists orchestrator;
-comment on schema orchestrator is 'Task orchestrator: tasks are enqueued, claimed, retried and recovered by the functions of this schema.';
-
 do $$
 begin
+  if to_regnamespace('orchestrator') is null then   -- else somebody made it for a role that may not
+    create schema orchestrator;
+    comment on schema orchestrator is 'Task orchestrator: tasks are enqueued, claimed, retried and recovered by the functions of this schema.';
+  end if;
   if to_regprocedure('orchestrator.schema_version()') is not null then
     if orchestrator.schema_version() > 1 then
       raise exception 'the schema orchestrator is of version %, newer than these files (1)', orchestrator.schema_version()
@@ -578,9 +583,9 @@ begin
     else e.key <> 'payload' end limit 1;
   if problem is not null then return; end if;
   v_reading := 'run_at';
-  run_at := v ->> 'run_at';
+  run_at := (v ->> 'run_at')::timestamptz;
   type := v ->> 'type'; payload := v -> 'payload'; idempotency_key := v ->> 'idempotency_key';
-  priority := coalesce((v ->> 'priority')::int, 0); max_retries := v ->> 'max_retries';
+  priority := coalesce((v ->> 'priority')::int, 0); max_retries := (v ->> 'max_retries')::int;
   perform orchestrator._check_task(type, priority, idempotency_key, max_retries, run_at);
   problem := 'payload: ' || orchestrator._payload_problem(payload);
 exception when others then   -- whatever a line holds, the others are read
@@ -626,18 +631,22 @@ comment on function orchestrator.enqueue_lines(text[], jsonb, boolean) is
 -- claim also takes a place in line (an advisory lock), which it only tries.
 -- The planner settings on the hot functions are needed: a plan cached while a table was empty would scan it whole ever after.
 
-create or replace function orchestrator._check_worker(p_worker_id text) returns void
+-- Called only where one of these is so: a call of its own would cost each claim 3%.
+create or replace function orchestrator._refuse_claim(p_worker_id text, p_limit int, p_bytes bigint) returns void
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 begin
-  if not exists (select from orchestrator.workers w where w.id = p_worker_id and w.declared_dead_at is null) then
-    raise exception 'worker % is not registered, or was declared dead', p_worker_id
-      using errcode = 'OR003', hint = 'Register again, under a new id.';
+  if p_limit is null or p_limit < 0 then   -- null would be no limit at all
+    perform orchestrator._invalid('limit', 'must be 0 or more', 'How many tasks this worker has room for.');
+  elsif p_bytes is null or p_bytes < 1 then
+    perform orchestrator._invalid('bytes', 'must be 1 or more', 'How many bytes of payloads this worker has room for.');
   end if;
+  raise exception 'worker % is not registered, or was declared dead', p_worker_id
+    using errcode = 'OR003', hint = 'Register again, under a new id.';
 end $$;
 
--- The types with this prefix that may have ready tasks, but for paused ones, from type to type along the ready index. The cost
--- is that of what is ready: at most 1,000 types, and 1,000 more from one that the leader takes by chance, so that no type is
--- always left out. A type with floors may have nothing ready, but is not walked; so it bounds each look.
+-- The types with this prefix that may have ready tasks, except paused ones, from type to type along the ready index: at most
+-- 1,000, and 1,000 more from one that the leader takes by chance, so that none is always left out. A type with floors bounds
+-- each look, since an old snapshot keeps dead entries there; it is returned whether or not it has ready tasks.
 create or replace function orchestrator._ready_types(p_prefix text, p_paused text[]) returns setof text language plpgsql stable
 set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan
 set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
@@ -684,25 +693,17 @@ end $$;
 create or replace function orchestrator._claimable(p_types text[]) returns text[]
 language plpgsql stable set search_path = pg_catalog, pg_temp set enable_seqscan = off as $$
 declare
-  v_paused text[];
-  v_patterns boolean;
+  v_paused text[] := array(select p.likes from orchestrator.task_types p where p.paused);
 begin
-  select array(select p.likes from orchestrator.task_types p where p.paused),
-         exists (select from unnest(p_types) u(type) where orchestrator._prefix(u.type) is not null) into v_paused, v_patterns;
-  if v_patterns then
-    p_types := array(
-      select u.type from unnest(p_types) u(type) where orchestrator._prefix(u.type) is null
-      union
-      select r from unnest(p_types) u(type) cross join lateral orchestrator._ready_types(orchestrator._prefix(u.type), v_paused) r
-      where orchestrator._prefix(u.type) is not null);
-  end if;
-  if v_paused = '{}' then return p_types; end if;
-  return array(select u.type from unnest(p_types) u(type) where not u.type like any (v_paused));
+  return array(
+    select u.type from unnest(p_types) u(type) where orchestrator._prefix(u.type) is null and not u.type like any (v_paused)
+    union
+    select r from unnest(p_types) u(type) cross join lateral orchestrator._ready_types(orchestrator._prefix(u.type), v_paused) r
+    where orchestrator._prefix(u.type) is not null);
 end $$;
 
--- The next lane of a type along the ready index that has ready tasks, or that has a floor (then head may be null). An old
--- snapshot keeps dead index entries where there is a floor, so such a lane is looked up from its floor, and only what lies
--- between two of them is walked. Empty lanes cost nothing, however many there are.
+-- The next lane of a type that has ready tasks, or that has a floor (then head may be null). Where there are floors, an old
+-- snapshot keeps dead index entries: such a lane is looked up from its floor, and only what lies between two of them is walked.
 create or replace function orchestrator._next_lane(p_type text, p_below bigint) returns table (priority int, head timestamptz)
 language sql stable begin atomic
   select coalesce(t.priority, f.priority),
@@ -719,24 +720,47 @@ language sql stable begin atomic
   where coalesce(t.priority, f.priority) is not null;
 end;
 
--- The lanes of these types that have ready tasks, each with the queued_at of its oldest.
+-- The lanes of these types that have ready tasks, each with the queued_at of its oldest. A type is walked from priority to
+-- priority along the ready index, so that its empty lanes cost nothing, however many there are.
 create or replace function orchestrator._ready_lanes(p_types text[])
 returns table (type text, priority int, head timestamptz) language plpgsql stable
 set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan
 set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 #variable_conflict use_column
+declare
+  v_floored text[];
+  v_plain text[];
 begin
+  select array_agg(u.type) filter (where f.found), array_agg(u.type) filter (where f.found is null) into v_floored, v_plain
+  from unnest(p_types) u(type)
+  left join lateral (   -- limit 1: the newest come first, so the dead ones are not read
+    select true as found from orchestrator.lane_floors f where f.type = u.type limit 1) f on true;
   return query
     with recursive lane as (
-      select u.type, n.priority, n.head from unnest(p_types) u(type) cross join lateral orchestrator._next_lane(u.type, 2147483648) n
+      select u.type, h.priority, h.queued_at
+      from unnest(v_plain) u(type)
+      cross join lateral (
+        select t.priority, t.queued_at from orchestrator.tasks t
+        where t.type = u.type and t.queued_at is not null order by t.priority desc, t.queued_at limit 1) h
       union all
-      select l.type, n.priority, n.head from lane l cross join lateral orchestrator._next_lane(l.type, l.priority) n)
-    select l.type, l.priority, l.head from lane l where l.head is not null;
+      select l.type, h.priority, h.queued_at
+      from lane l
+      cross join lateral (
+        select t.priority, t.queued_at from orchestrator.tasks t
+        where t.type = l.type and t.priority < l.priority and t.queued_at is not null order by t.priority desc, t.queued_at limit 1) h)
+    select l.type, l.priority, l.queued_at from lane l;
+  if v_floored is not null then
+    return query
+      with recursive lane as (
+        select u.type, n.priority, n.head from unnest(v_floored) u(type) cross join lateral orchestrator._next_lane(u.type, 2147483648) n
+        union all
+        select l.type, n.priority, n.head from lane l cross join lateral orchestrator._next_lane(l.type, l.priority) n)
+      select l.type, l.priority, l.head from lane l where l.head is not null;
+  end if;
 end $$;
 
--- Ascending in time, and never given out twice, also where a crash forgets claims that were not flushed: microseconds since
--- 2025 and a number below 1024, which lasts until the year 2310. Two claims in the same microsecond that also draw the same number meet
--- at the primary key, and one of them fails.
+-- Ascending in time, and never given out twice, even if a crash forgets claims: microseconds since 2025, and a number below 1024
+-- by chance. Lasts until 2310. Two claims that agree in both meet at the primary key, and one fails.
 create or replace function orchestrator._new_claim_id() returns bigint
 language sql volatile parallel safe
 return (extract(epoch from clock_timestamp() - timestamptz '2025-01-01 00:00:00+00') * 1000000)::bigint * 1024 + floor(random() * 1024)::bigint;
@@ -770,8 +794,8 @@ end $$;
 -- cost doesn't depend on how much waits, here or in lanes of other types.
 -- Large claims at the same time would meet at the same rows, and stepping over a row that another has locked takes 1.2 µs. So
 -- each takes a place in line, and starts as many shares further on where a lane holds that much: four workers drain 8% more.
--- p_bytes: of a claim that might exceed it, each part must weigh no more than its share by _most_bytes; the first that does
--- ends that, and the claim goes on with as few tasks as the largest payloads allow.
+-- A claim that might exceed p_bytes weighs what it takes; where that is too much, it goes on with as few tasks as the largest
+-- payloads allow.
 create or replace function orchestrator.claim_tasks(p_worker_id text, p_types text[], p_limit int, p_bytes bigint default 67108864)
 returns table (claim_id bigint, id uuid, type text, payload jsonb, attempts int, max_retries int, priority int,
                created_at timestamptz, waited double precision, recoveries int)
@@ -797,17 +821,19 @@ declare
   v_most bigint := p_bytes / greatest(p_limit, 1);   -- of one task, on average
   v_now timestamptz := clock_timestamp();
 begin
-  if p_limit is null or p_limit < 0 then   -- null would be no limit at all
-    perform orchestrator._invalid('limit', 'must be 0 or more', 'How many tasks this worker has room for.');
-  elsif p_bytes is null or p_bytes < 1 then
-    perform orchestrator._invalid('bytes', 'must be 1 or more', 'How many bytes of payloads this worker has room for.');
+  if p_limit is null or p_limit < 0 or p_bytes is null or p_bytes < 1
+     or not exists (select from orchestrator.workers w where w.id = p_worker_id and w.declared_dead_at is null) then
+    perform orchestrator._refuse_claim(p_worker_id, p_limit, p_bytes);
   end if;
-  perform orchestrator._check_worker(p_worker_id);
+  -- a guess that is quick, and right wherever there is a pattern
+  if array_to_string(p_types, ' ') ~ '[*:]( |$)' or exists (select from orchestrator.task_types p where p.paused) then
+    p_types := orchestrator._claimable(p_types);
+  end if;
   while p_limit >= 500 and v_place < 7 and not pg_try_advisory_xact_lock(hashtext('orchestrator.claim'), v_place) loop
     v_place := v_place + 1;
   end loop;
   select array_agg(l.type), array_agg(l.priority), array_agg(l.head) into v_types, v_priorities, v_heads
-  from (select * from orchestrator._ready_lanes(orchestrator._claimable(p_types)) l order by l.priority desc, l.head) l;
+  from (select * from orchestrator._ready_lanes(p_types) l order by l.priority desc, l.head) l;
   while v_left > 0 and v_first <= cardinality(v_types) loop
     v_lanes := cardinality(array_positions(v_priorities, v_priorities[v_first]));
     v_last := v_first + v_lanes - 1;
@@ -823,7 +849,7 @@ begin
             order by t.queued_at offset v_place::bigint * v_share limit 1);   -- null, so none, in a shorter lane: see the next pass
         end if;
         return query
-          -- materialized: a plain LIMIT … SKIP LOCKED could be run again by a join, and claim more than the limit
+          -- materialized: a join might run LIMIT … SKIP LOCKED again, and claim more than the limit
           with pick as materialized (
             select t.ctid as tid, t.queued_at, case when v_weigh then orchestrator._most_bytes(t.payload) end as bytes from orchestrator.tasks t
             where t.type = v_types[i] and t.priority = v_priorities[i] and t.queued_at >= v_from
@@ -854,9 +880,8 @@ begin
     end loop;
     v_first := v_last + 1;
   end loop;
-  if v_claimed > 0 then
-    -- if a crash forgets the claim, its tasks are pending again, as after any crash of their worker
-    perform set_config('synchronous_commit', 'off', true);
+  -- If a crash forgets the claim, its tasks are pending again, as after any crash of their worker.
+  if v_claimed > 0 and set_config('synchronous_commit', 'off', true) = 'off' then
     insert into orchestrator.claims (id, worker_id, claimed_at, open_tasks) values (v_claim_id, p_worker_id, v_now, v_claimed);
   end if;
 end $$;
@@ -892,6 +917,7 @@ set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off s
 declare
   v_now timestamptz := clock_timestamp();   -- itself it is volatile, so no index condition: all that is scheduled would be read
 begin
+  perform set_config('synchronous_commit', 'off', true);
   with pick as materialized (
     select t.ctid as tid from orchestrator.tasks t where t.next_retry_at <= v_now
     order by t.next_retry_at limit p_limit for no key update skip locked),
@@ -910,10 +936,10 @@ comment on function orchestrator.promote_due(int) is
 """,
 
 '35_floors.sql': r"""-- Lane floors: a lower bound on queued_at for each lane, so that claims skip the dead index entries that an old snapshot keeps.
--- Writes lane_floors, lanes and leader_state. Lock order: the leader's row → leader_state → the table lock on lane_floors. The
--- leader only tries that one, and waits for nothing while it has it. Those who put tasks back share it to the end of their
--- transaction, and may go on to the next claim's lock: what they wait for there is never held by who waits for the leader alone.
---
+-- Writes lane_floors, lanes and leader_state. Lock order: the leader's row → leader_state → lane_floors, as a table. The leader
+-- only tries that lock, and waits for nothing while it has it. Those who put tasks back share it to the end of their
+-- transaction, and may take the next claim's lock after it (release_forgotten, recover_orphans): sharing never waits for sharing.
+
 -- Who may still commit a queued_at older than now? Those who hold a write lock on tasks: pg_locks shows them, prepared
 -- transactions too. So take the time first and the list after; when none of the list is left, nothing older can appear.
 -- It needs queued_at = clock_timestamp() taken inside the INSERT or UPDATE, and READ COMMITTED in all who take part.
@@ -1052,6 +1078,7 @@ declare
   v_idle record;
   l record;
 begin
+  perform set_config('synchronous_commit', 'off', true);
   if not orchestrator._leads(p_worker_id, p_term) or current_setting('transaction_isolation') <> 'read committed' then
     return null;
   end if;
@@ -1086,6 +1113,7 @@ declare
   v_floor timestamptz;
   l record;
 begin
+  perform set_config('synchronous_commit', 'off', true);
   if not orchestrator._leads(p_worker_id, p_term) then return null; end if;
   select coalesce(s.rescan_type, '') into v_type from orchestrator.leader_state s;
   loop
@@ -1177,7 +1205,8 @@ begin
 end $$;
 
 -- p_ids holds p_counts[i] tasks of p_claim_ids[i], one claim after another, and p_results (if not null) their results.
-create or replace function orchestrator.complete_tasks(p_claim_ids bigint[], p_counts int[], p_ids uuid[], p_results jsonb[] default null)
+create or replace function orchestrator.complete_tasks(
+  p_claim_ids bigint[], p_counts int[], p_ids uuid[], p_results jsonb[] default null, p_again boolean default true)
 returns table (id uuid, outcome text) language plpgsql
 set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan
 set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
@@ -1199,21 +1228,13 @@ begin
   for i in 1..cardinality(p_claim_ids) loop
     v_to := v_from + p_counts[i] - 1;
     v_ids := p_ids[v_from:v_to];
-    if p_results is null then
-      update orchestrator.tasks t
-      set status = 'completed', started_at = coalesce(t.started_at, t.claimed_at), completed_at = v_now, updated_at = v_now,
-          attempts = t.attempts + (t.status = 'claimed')::int
-      where t.id = any (v_ids) and t.claim_id is not distinct from p_claim_ids[i]
-        and t.status in ('claimed', 'running') and t.cancel_requested_at is null;
-    else
-      update orchestrator.tasks t
-      set status = 'completed', started_at = coalesce(t.started_at, t.claimed_at), completed_at = v_now, updated_at = v_now,
-          attempts = t.attempts + (t.status = 'claimed')::int,
-          -- not a join with the results: planned while tasks was empty, that would walk it whole
-          result = p_results[v_from - 1 + array_position(v_ids, t.id)]
-      where t.id = any (v_ids) and t.claim_id is not distinct from p_claim_ids[i]
-        and t.status in ('claimed', 'running') and t.cancel_requested_at is null;
-    end if;
+    update orchestrator.tasks t
+    set status = 'completed', started_at = coalesce(t.started_at, t.claimed_at), completed_at = v_now, updated_at = v_now,
+        attempts = t.attempts + (t.status = 'claimed')::int,
+        -- not a join with the results: planned while tasks was empty, that would walk it whole
+        result = case when p_results is not null then p_results[v_from - 1 + array_position(v_ids, t.id)] end
+    where t.id = any (v_ids) and t.claim_id is not distinct from p_claim_ids[i]
+      and t.status in ('claimed', 'running') and t.cancel_requested_at is null;
     get diagnostics v_done = row_count;
     v_cancelled := 0;
     if v_done < cardinality(v_ids) then
@@ -1221,15 +1242,16 @@ begin
       return query
         select u.id, case when t.status = 'cancelled' and t.claim_id = p_claim_ids[i] then 'cancelled' else 'rejected' end
         from unnest(v_ids) u(id) left join orchestrator.tasks t on t.id = u.id
-        where (t.status = 'completed' and t.claim_id = p_claim_ids[i]) is not true;   -- if true: a report sent again
+        where (p_again and t.status = 'completed' and t.claim_id = p_claim_ids[i]) is not true;   -- if true: a report sent again
     end if;
     perform orchestrator._shrink_claim(p_claim_ids[i], v_done + v_cancelled);
     v_from := v_to + 1;
   end loop;
 end $$;
-comment on function orchestrator.complete_tasks(bigint[], int[], uuid[], jsonb[]) is
+comment on function orchestrator.complete_tasks(bigint[], int[], uuid[], jsonb[], boolean) is
   'Completes tasks grouped by claim: p_ids holds p_counts[i] tasks of p_claim_ids[i], one claim after another; p_results, if '
-  'given, one for each. Returns only those that did not complete: cancelled (it was asked for) or rejected (no longer of that claim).';
+  'given, one for each. Returns only those that did not complete: cancelled (it was asked for) or rejected (no longer of '
+  'that claim; if p_again is false, also completed already: what commits with it must not commit twice).';
 
 -- Of these tasks of a locked claim, ends those that were asked to cancel, and leaves the others locked: nobody can ask any more.
 create or replace function orchestrator._lock_and_end_cancelled(p_claim_id bigint, p_ids uuid[]) returns int
@@ -1422,6 +1444,7 @@ create or replace function orchestrator.record_progress(p_claim_id bigint, p_id 
 language plpgsql
 set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
 begin
+  perform set_config('synchronous_commit', 'off', true);
   update orchestrator.tasks t set progress = p_progress, updated_at = clock_timestamp()
   where t.id = p_id and t.claim_id is not distinct from p_claim_id and t.status in ('claimed', 'running');
   return found;
@@ -1430,7 +1453,8 @@ comment on function orchestrator.record_progress(bigint, uuid, json) is
   'Keeps the progress that the handler of a task reports, in tasks.progress. Returns whether the claim still holds the task.';
 
 create or replace function orchestrator.note_lost_result(p_id uuid, p_problem text) returns boolean
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql
+set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
 begin
   if not exists (select from orchestrator.tasks t where t.id = p_id and t.status = 'completed') then return false; end if;
   perform orchestrator._add_event(p_id, 'result_lost', null, null, p_problem);
@@ -1489,6 +1513,7 @@ create or replace function orchestrator.heartbeat(p_id text) returns table (work
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 #variable_conflict use_column
 begin
+  perform set_config('synchronous_commit', 'off', true);
   update orchestrator.workers w set last_heartbeat = clock_timestamp() where w.id = p_id and w.declared_dead_at is null;
   return query select w.id, w.last_heartbeat from orchestrator.workers w where w.declared_dead_at is null;
 end $$;
@@ -1521,7 +1546,7 @@ declare
 begin
   cancelled := orchestrator._lock_and_end_cancelled(p_claim_id, p_ids);
   retried := 0;
-  dead := '{}';
+  dead := array[]::text[];
   for t in select x.id, x.type from orchestrator.tasks x where x.id = any (p_ids) and x.claim_id = p_claim_id and x.status = 'running' order by x.id loop
     perform orchestrator._add_event(t.id, 'recovered', null, null, p_error);
     if orchestrator._fail(p_claim_id, t.id, p_error, null, null, false, true) = 'dead_letter' then
@@ -1603,7 +1628,7 @@ language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   c record;
   r record;
-  v_dead text[] := '{}';
+  v_dead text[] := array[]::text[];
 begin
   if not orchestrator._leads(p_worker_id, p_term) then return; end if;
   released := 0; retried := 0; cancelled := 0; failed := 0;
@@ -1693,6 +1718,7 @@ declare
   v_completed_before timestamptz := clock_timestamp() - p_completed;   -- clock_timestamp() itself is no index condition
   v_dead_before timestamptz := clock_timestamp() - p_dead_letter;
 begin
+  perform set_config('synchronous_commit', 'off', true);
   if not orchestrator._leads(p_worker_id, p_term) then return; end if;
   completed := 0;
   dead_letters := 0;
@@ -1902,6 +1928,7 @@ declare
   v_event bigint;
   s orchestrator.stats_state;
 begin
+  perform set_config('synchronous_commit', 'off', true);
   if not orchestrator._leads(p_worker_id, p_term) then return null; end if;
   select * into s from orchestrator.stats_state for no key update;
   v_start := clock_timestamp();
@@ -3816,12 +3843,15 @@ def _share_module() -> None:
     """
     here = sys.modules[__name__]
     for module in list(sys.modules.values()):
-        file = getattr(module, "__dict__", {}).get("__file__")
-        if module is not here and file and hasattr(module, "SCHEMA_VERSION") and os.path.realpath(file) == _FILE:
+        names = getattr(module, "__dict__", {})   # not hasattr(), which lazy modules answer with an import
+        if module is not here and "SCHEMA_VERSION" in names and os.path.realpath(names.get("__file__") or "") == _FILE:
             sys.modules[__name__] = module
             return
-    for name in ("orchestrator", __spec__.name if __spec__ else "orchestrator"):
-        sys.modules.setdefault(name, here)
+    package, _, name = (__spec__.name if __spec__ else "").rpartition(".")
+    for alias in ("orchestrator", f"{package}.{name}" if package else "orchestrator"):
+        sys.modules.setdefault(alias, here)
+    if package in sys.modules:   # for `import myapp.orchestrator`, since what is there already isn't imported
+        setattr(sys.modules[package], name, here)
 
 
 _FILE = os.path.realpath(__file__)
@@ -3952,7 +3982,7 @@ def clean_text(text: str, limit: int = ERROR_LIMIT) -> str:
 
 def redact_url(text: str) -> str:
     """The text without the passwords of the URLs and connection strings in it."""
-    text = re.sub(r"(://[^:/@\s]*):[^/\s]*@", r"\1:***@", text)
+    text = re.sub(r"(://[^:/@\s]*):(?!\d+[/?#])\S*@", r"\1:***@", text)
     return re.sub(r"(password\s*=\s*)('(?:[^'\\]|\\.)*'|[^\s&]+)", r"\1***", text, flags=re.IGNORECASE)
 
 
@@ -4162,16 +4192,24 @@ class After(float):
     """An argument of a call: the database's clock plus so many seconds."""
 
 
-def connect(config: Config, name: str = "orchestrator") -> psycopg.Connection[Row]:
+class BoundedConnection(psycopg.Connection[Row]):
+    """Each wait for the server's answer ends, at the latest 5 seconds after STATEMENT_TIMEOUT should have ended it."""
+
+    def wait(self, gen: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().wait(_before(time.monotonic() + STATEMENT_TIMEOUT + 5, gen), *args, **kwargs)
+
+
+def connect(config: Config, name: str = "orchestrator",
+            kind: type[psycopg.Connection[Row]] = psycopg.Connection) -> psycopg.Connection[Row]:
     """Open a connection in autocommit with bounded waits: connecting 10 s, a dead peer 15 s."""
     known = conninfo_to_dict(config.database_url)
     settings: dict[str, Any] = {
         "connect_timeout": 10, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3,
-        "tcp_user_timeout": 15000}
+        "tcp_user_timeout": 15000, "client_encoding": "UTF8"}
     if "," in str(known.get("host", "")):
         settings["target_session_attrs"] = "read-write"
     settings = {key: known.get(key, value) for key, value in settings.items()}
-    return psycopg.connect(config.database_url, autocommit=True, application_name=name, **settings)
+    return kind.connect(config.database_url, autocommit=True, application_name=name, **settings)
 
 
 def is_pooled(connection: psycopg.Connection[Row]) -> bool:
@@ -4185,6 +4223,10 @@ def prepare_session(connection: psycopg.Connection[Row], config: Config, more: M
 
     Raises ConfigError where a pooler keeps it from being set and the database has it otherwise.
     """
+    encoding = connection.info.parameter_status("server_encoding")
+    if encoding != "UTF8":
+        raise ConfigError(f"DATABASE_URL: the database's encoding is {encoding}, which cannot hold every text: "
+                          "create one with encoding 'UTF8'")
     # as text, by psycopg's C loader: 4.0 → 0.4 µs per task
     for kind in ("jsonb", "json", "uuid", "timestamptz"):
         connection.adapters.register_loader(kind, TextLoader)
@@ -4198,18 +4240,20 @@ def prepare_session(connection: psycopg.Connection[Row], config: Config, more: M
                 raise ConfigError(f"DATABASE_URL: behind a pooler, {name} must be '{SESSION[name]}': "
                                   f"alter database … set {name} = '{SESSION[name]}'")
     else:
-        newer = {"transaction_timeout": "0"} if connection.info.server_version >= 170000 else {}
-        settings = {**SESSION, **newer, **more}
-        connection.execute("select " + ", ".join(
-            f"pg_catalog.set_config('{name}', '{value}', false)" for name, value in settings.items()), prepare=False)
+        configure(connection, {**SESSION, **more})
     return pooled
 
 
-class Link:
-    """A connection for one thread at a time: opened when needed, closed when broken, given up if the server is silent.
+def configure(connection: psycopg.Connection[Any], settings: Mapping[str, str], local: bool = False) -> None:
+    """Set these for the session, or for its transaction; and that neither has an end by itself."""
+    newer = {"transaction_timeout": "0", "restrict_nonsystem_relation_kind": ""}
+    settings = {**settings, **(newer if connection.info.server_version >= 170000 else {})}
+    connection.execute("select " + ", ".join(
+        f"pg_catalog.set_config('{name}', '{value}', {local})" for name, value in settings.items()), prepare=False)
 
-    A forked child opens one of its own and leaves its parent's alone.
-    """
+
+class Link:
+    """A connection for one thread at a time: opened when needed, closed when broken, given up if the server is silent."""
 
     def __init__(self, config: Config, name: str = "orchestrator", **settings: str) -> None:
         self.config = config
@@ -4219,15 +4263,10 @@ class Link:
         self.pooled = False
         # monotonic; when the call under way began, or None
         self.began: float | None = None
-        self._pid = os.getpid()
-        self._inherited: list[Any] = []   # kept, since to free a parent's connection would end it
 
     def open(self) -> psycopg.Connection[Row]:
-        if self._pid != os.getpid():
-            self._inherited.append(self.connection)
-            self.connection, self._pid = None, os.getpid()
         if self.connection is None or self.connection.closed:
-            self.connection = connect(self.config, self.name)
+            self.connection = connect(self.config, self.name, BoundedConnection)
             self._adapter = Transformer(self.connection)
             self._prepared: dict[Any, bytes] = {}
             with self:
@@ -4235,15 +4274,19 @@ class Link:
         return self.connection
 
     def reopen_if_closed(self) -> None:
-        """Notice that the server or a firewall closed the connection while it was idle: nothing was sent yet."""
-        if self.connection is not None and not self.connection.closed and self._pid == os.getpid():
-            try:
-                for _ in range(2):   # the server's last words, then the end
-                    self.connection.pgconn.consume_input()
-                gone = self.connection.pgconn.status != pq.ConnStatus.OK
-            except psycopg.OperationalError:
-                gone = True
-            if gone:
+        """Notice that the server or a firewall closed the connection while it was idle: nothing was sent yet.
+
+        All that there can be to read from an idle connection is its end, or the server's last words before it.
+        """
+        connection = self.connection
+        if connection is not None and not connection.closed:
+            if hasattr(select, "poll"):
+                poll = select.poll()
+                poll.register(connection, select.POLLIN)
+                said: Any = poll.poll(0)
+            else:   # Windows
+                said = select.select([connection], [], [], 0)[0]
+            if said:
                 self.close()
 
     def call(self, function: str, *args: Any, meanwhile: Callable[[], None] | None = None, **named: Any) -> list[Row]:
@@ -4300,8 +4343,7 @@ class Link:
             return rows
 
     def _answer(self, connection: psycopg.Connection[Row]) -> pq.abc.PGresult:
-        until = time.monotonic() + STATEMENT_TIMEOUT + 5
-        result: pq.abc.PGresult = connection.wait(_before(until, generators.execute(connection.pgconn)))[-1]
+        result: pq.abc.PGresult = connection.wait(generators.execute(connection.pgconn))[-1]
         if result.status == pq.ExecStatus.FATAL_ERROR:
             raise psycopg.errors.error_from_result(result, connection.info.encoding)
         return result
@@ -4321,7 +4363,7 @@ class Link:
 
     def close(self) -> None:
         connection, self.connection = self.connection, None
-        if connection is not None and self._pid == os.getpid():
+        if connection is not None:
             with contextlib.suppress(psycopg.Error, OSError):
                 connection.close()
 
@@ -4358,7 +4400,8 @@ def call_in(connection: psycopg.Connection[Any], function: str, *args: Any) -> l
                          "examples/other_drivers.py shows how to enqueue with SQLAlchemy, asyncio and asyncpg")
     kinds = tuple(isinstance(arg, After) for arg in args)
     query = re.sub(r"\$\d+", "%s", _statement("select * from", function, kinds, ()).decode())
-    cursor = connection.cursor(row_factory=psycopg.rows.tuple_row)
+    # not the connection's own kind of cursor, which may take other placeholders
+    cursor = psycopg.Cursor(connection, row_factory=psycopg.rows.tuple_row)
     return cursor.execute(query, [_interval(arg) if isinstance(arg, After) else arg for arg in args]).fetchall()
 
 
@@ -4419,7 +4462,8 @@ def install_sql() -> list[str]:
     """What installing runs, in one transaction: the migrations that an older schema still needs, then the files."""
     files = sql_files()
     migrations = [_migration(name, text) for name, text in files.items() if name.startswith("migrations/")]
-    return ["select pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);\n"
+    return ["select pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true), "
+            "pg_catalog.set_config('standard_conforming_strings', 'on', true);\n"
             "select pg_advisory_xact_lock(hashtext('orchestrator.install'));\n", *migrations,
             *(text for name, text in files.items() if not name.startswith("migrations/"))]
 
@@ -4438,15 +4482,9 @@ def _migration(name: str, text: str) -> str:
 
 
 def install(connection: psycopg.Connection[Row]) -> None:
-    """Install or upgrade the schema in one transaction; safe to repeat, and by many at once. Raises ConfigError."""
-    encoding = connection.info.parameter_status("server_encoding")
-    if encoding != "UTF8":
-        raise ConfigError(f"DATABASE_URL: the database's encoding is {encoding}, which cannot hold every text: "
-                          "create one with encoding 'UTF8'")
+    """Install or upgrade the schema in one transaction; safe to repeat, and by many at once."""
     with connection.transaction():
-        # a migration of a large table may take its time
-        connection.execute("select set_config('statement_timeout', '0', true), "
-                           "set_config('client_min_messages', 'warning', true)")
+        configure(connection, {"statement_timeout": "0"}, local=True)   # a migration of a large table may take its time
         for text in install_sql():
             connection.execute(text, prepare=False)
 
@@ -4630,15 +4668,15 @@ class Task:
         with connect(worker.config, "orchestrator task") as connection:
             if worker.reports.link.pooled or not worker.config.prepared_statements:
                 connection.prepare_threshold = None
-            connection.autocommit = False
+            connection.autocommit = connection.read_only = connection.deferrable = False
+            connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
             # the handler's timeout, not the database, bounds the handler's own work
-            connection.execute("select pg_catalog.set_config('statement_timeout', '0', true), "
-                               "pg_catalog.set_config('idle_in_transaction_session_timeout', '0', true)")
+            configure(connection, {"statement_timeout": "0", "idle_in_transaction_session_timeout": "0"}, local=True)
             self._in_transaction = True
             try:
                 yield connection
                 rows = call_in(connection, "complete_tasks", array([self.claim_id]), "{1}", array([self.id]),
-                               None if self._result is None else texts([self._result]))
+                               None if self._result is None else texts([self._result]), False)
             finally:
                 self._in_transaction = False
             if rows and rows[0][1] == "cancelled":
@@ -4791,24 +4829,32 @@ class Router:
         """Run the handler inside the middleware."""
         run: Callable[[Task], Any] = task.handler.function
         for middleware in reversed(self.middleware):
-            run = _wrap(middleware, run)
+            run = self._wrap(middleware, run)
         return run(task)
+
+    def _wrap(self, middleware: Middleware, run: Callable[[Task], Any]) -> Callable[[Task], Any]:
+        if _is_async(middleware):
+            return lambda task: middleware(task, functools.partial(_call_in_pool, run))
+        return lambda task: middleware(task, lambda task: self.finish(task, run(task)))
 
     def finish(self, task: Task, result: Any) -> Any:
         """What a handler's result comes to: an awaitable runs on the event loop's thread while this thread waits."""
         if inspect.isawaitable(result):
             result = self._wait_for(task, result)
-        if inspect.isgenerator(result) or inspect.isasyncgen(result):
-            raise TypeError("the handler is a generator, so it did not run: it must not yield")
-        return result
+        return _no_generator(result)
 
     def _wait_for(self, task: Task, awaitable: Awaitable[Any]) -> Any:
         with self._loop_lock:
             if self.loop is None:
                 self.loop = asyncio.new_event_loop()
-                threading.Thread(target=self.loop.run_forever, name="asyncio", daemon=True).start()
+                threading.Thread(target=_run_loop, args=(self.loop,), name="asyncio", daemon=True).start()
+        calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         try:
-            return asyncio.run_coroutine_threadsafe(_await(task, awaitable, self.loop), self.loop).result()
+            future = asyncio.run_coroutine_threadsafe(_await(task, awaitable, self.loop, calls), self.loop)
+            future.add_done_callback(lambda _: calls.put(None))
+            while (call := calls.get()) is not None:
+                call()
+            return future.result()
         except (asyncio.CancelledError, concurrent.futures.CancelledError) as error:
             raise Cancelled(task.cancel_reason or "cancelled") from error
 
@@ -4830,32 +4876,78 @@ class Router:
                         task.type, task.id)
         try:
             return Outcome("completed", self.result_json(result))
-        except Exception as error:
+        except BaseException as error:   # a form of the program's own may do anything
             return Outcome("completed", lost=clean_text(f"{type(error).__name__}: {message_of(error)}"))
 
 
-async def _await(task: Task, awaitable: Awaitable[Any], loop: asyncio.AbstractEventLoop) -> Any:
+def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
+    while not loop.is_closed():   # a handler's callback may stop the loop or exit: those who wait on it must not wait for ever
+        try:
+            loop.run_forever()
+        except BaseException as error:
+            log.error("a callback interrupted the event loop, which goes on: %s", describe_error(error))
+
+
+def _exit_if_forked(pid: int) -> None:
+    """End a child that a handler forked and that came back from it: it is no worker, and would keep its port."""
+    if os.getpid() != pid:
+        os._exit(0)
+
+
+async def _await(task: Task, awaitable: Awaitable[Any], loop: asyncio.AbstractEventLoop, calls: Any) -> Any:
     """Cancelled from inside the loop, so that whoever waits for the handler sees it end, not only asked to end."""
-    running = asyncio.current_task()
+    running, pid = asyncio.current_task(), os.getpid()
     assert running is not None
     running.set_name(f"{task.type} {task.id}")
     _current_task.set(task)
+    _calls.set(calls)
     task.on_cancel = lambda: loop.call_soon_threadsafe(running.cancel)
     if task.cancel_reason not in (None, "shutdown"):
         running.cancel()
     try:
         return await awaitable
-    except (SystemExit, KeyboardInterrupt) as error:   # would end the event loop's thread
+    except (SystemExit, KeyboardInterrupt) as error:   # would interrupt the event loop
         raise RuntimeError(describe_error(error)) from error
+    finally:
+        _exit_if_forked(pid)
 
 
-def _wrap(middleware: Middleware, run: Callable[[Task], Any]) -> Callable[[Task], Any]:
-    if inspect.iscoroutinefunction(middleware):
-        async def awaitable(task: Task) -> Any:   # so that `await call_next(task)` is right for every handler
-            result = await asyncio.to_thread(run, task)
-            return await result if inspect.isawaitable(result) else result
-        return lambda task: middleware(task, awaitable)
-    return lambda task: middleware(task, run)
+def _is_async(function: Any) -> bool:
+    plain = inspect.unwrap(function)
+    return inspect.iscoroutinefunction(plain) or inspect.iscoroutinefunction(getattr(plain, "__call__", None))   # noqa: B004
+
+
+# Where code on the event loop hands over what is to run in the pool's thread that waits for it.
+_calls: contextvars.ContextVar[queue.SimpleQueue[Callable[[], None] | None]] = contextvars.ContextVar("calls")
+
+
+async def _call_in_pool(run: Callable[[Task], Any], task: Task) -> Any:
+    """What async middleware awaits: any handler's value. A thread can't be interrupted, so nobody stops to wait for it."""
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
+    outcome: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+    def call() -> None:
+        try:
+            outcome.set_result(run(task))
+        except BaseException as error:
+            outcome.set_exception(error)
+        loop.call_soon_threadsafe(ended.set)
+    _calls.get().put(call)
+    while not ended.is_set():
+        with contextlib.suppress(asyncio.CancelledError):
+            await ended.wait()
+    result = outcome.result()
+    if inspect.isawaitable(result):
+        if task.cancel_reason not in (None, "shutdown") and (running := asyncio.current_task()) is not None:
+            running.cancel()   # the awaitable is what can be
+        result = await result
+    return _no_generator(result)
+
+
+def _no_generator(result: Any) -> Any:
+    if inspect.isgenerator(result) or inspect.isasyncgen(result):
+        raise TypeError("the handler is a generator, so it did not run: it must not yield")
+    return result
 
 
 def run_task(router: Router, task: Task) -> None:
@@ -4913,6 +5005,10 @@ RETRY_LABELS = (*map(str, range(1, 10)), "10+")
 ERROR_CLASSES = ("connection", "08", "40", "53", "57")   # there from the start; others join as they are met
 # SQLSTATE classes that are about one row or one call; all others say that the database as a whole has a problem.
 REFUSED = ("22", "23", "40", "42", "54", "55", "OR", "P0", "XX")
+
+
+def is_refusal(error: psycopg.Error) -> bool:
+    return (error.sqlstate or "08")[:2] in REFUSED
 
 
 class Tally:
@@ -5044,6 +5140,7 @@ class Bell:
 
     def __init__(self) -> None:
         self._read, self._write = os.pipe()
+        os.set_blocking(self._read, False)
         os.set_blocking(self._write, False)
         self._set = False
 
@@ -5058,11 +5155,14 @@ class Bell:
             self._set = True
             os.write(self._write, b"!")
 
+    def drain(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._read, 100)
+
     def clear(self) -> None:
         # The flag is cleared last: a set() in between is not lost, since the waiting thread looks for work after this.
-        if self._set:
-            os.read(self._read, 100)
-            self._set = False
+        self.drain()
+        self._set = False
 
     def __del__(self) -> None:
         os.close(self._read)   # not before: a thread of the pool may set it at any time
@@ -5075,7 +5175,7 @@ class Slot:
     def __init__(self) -> None:
         self.thread: threading.Thread              # supervisor
         self.task: Task | None = None              # its own thread
-        self.ticket = 0                            # its own thread: how many more tasks its ticket is good for
+        self.ticket = 0                            # its own thread: the ticket it works on; 0: it waits for one
         self.abandoned = False                     # supervisor: its handler outlived its timeout
 
 
@@ -5096,14 +5196,17 @@ class Pool:
         self.room = Bell()                                              # set when there is room again
         self.news = threading.Event()                                   # set when the report loop has something to do
         self.stopped = threading.Event()
+        self.supervisor = threading.Thread(target=self._supervise_until_stopped, name="supervisor", daemon=True)
+        self.stuck = 0                                                  # supervisor: abandoned slots at the last look
 
     def start(self) -> None:
         for _ in range(self.size):
             self._add_slot()
-        threading.Thread(target=self._supervise_until_stopped, name="supervisor", daemon=True).start()
+        self.supervisor.start()
 
     def stop(self) -> None:
         self.stopped.set()
+        self.take_all()   # what could not be given back must not start
         for _ in self.slots:
             self.tickets.put(0)
 
@@ -5169,9 +5272,9 @@ class Pool:
             self._run(slot)
         except BaseException:   # an asynchronous exception that a handler left behind; the supervisor replaces the thread
             log.exception("a pool thread was ended from outside")
-            task, slot.task = slot.task, None
-            if task is not None:
-                self.finished.append(task)
+            if slot.task is not None:   # perhaps a second time: _collect() sees to that
+                self.finished.append(slot.task)
+            slot.task = None
         self.news.set()
 
     def _run(self, slot: Slot) -> None:
@@ -5187,12 +5290,11 @@ class Pool:
                 slot.task = task
                 _current_task.set(task)
                 run_task(router, task)
-                slot.task = None
-                if os.getpid() != self.pid:   # a child that the handler forked and that came back: not a worker
-                    os._exit(0)
+                _exit_if_forked(self.pid)
                 now = clock()
                 task.seconds = now - task.started
                 finished.append(task)
+                slot.task = None   # not before, or an asynchronous exception in between would lose its outcome
                 if slot.abandoned:
                     break
             slot.ticket = 0
@@ -5250,6 +5352,8 @@ class Pool:
     def _keep_size(self) -> None:
         """Replace threads that ended, and those whose handler outlived its timeout, up to a whole pool of the latter."""
         living = [slot for slot in self.slots if slot.thread.is_alive()]
+        if self.stopped.is_set():   # which ended them
+            return
         lost = sum(not slot.abandoned for slot in self.slots) - sum(not slot.abandoned for slot in living)
         with self.counters.lock:
             self.counters.replaced_threads += lost
@@ -5258,12 +5362,16 @@ class Pool:
         stuck = sum(slot.abandoned for slot in self.slots)
         for _ in range(min(self.size - (len(self.slots) - stuck), 2 * self.size - len(self.slots))):
             self._add_slot()
-        if stuck > self.size:
+        if stuck > max(self.size, self.stuck):
             log.error("%d handlers did not stop after their timeout: the pool shrinks", stuck)
+        self.stuck = stuck
 
     def problems(self) -> list[str]:
+        if self.stopped.is_set() or self.supervisor.ident is None:
+            return []
         usable = any(slot.thread.is_alive() and not slot.abandoned for slot in self.slots)
-        return [] if usable or not self.slots or self.stopped.is_set() else ["no thread of the pool can run a task"]
+        return [*([] if usable else ["no thread of the pool can run a task"]),
+                *([] if self.supervisor.is_alive() else ["the pool's supervisor has ended"])]
 
 
 class Loop:
@@ -5302,7 +5410,7 @@ class Loop:
             log.critical("%s", self.worker.fatal, exc_info=True)
 
     def run(self) -> None:
-        backoff = Backoff()
+        backoff, worker = Backoff(), self.worker
         while not self.ended():
             self.moved_at = time.monotonic()
             try:
@@ -5310,11 +5418,13 @@ class Loop:
                 if backoff.tries:
                     backoff = Backoff()
                     self._said.clear()
+                if delay > 0:
+                    self.wait(delay)
             except psycopg.Error as error:
                 self.failed(error)
-                delay = backoff.next()
-            if delay > 0:
-                self.wait(delay)
+                # not for the bell, which tasks set as they end: the next stage of stopping ends it
+                stages = (worker.draining, worker.releasing, worker.stopped)
+                next((stage for stage in stages if not stage.is_set()), worker.stopped).wait(backoff.next())
         self.close()
 
     def wait(self, delay: float) -> None:
@@ -5346,7 +5456,7 @@ class Loop:
             chore(*args)
             return True
         except psycopg.Error as error:
-            if (error.sqlstate or "08")[:2] not in REFUSED or error.sqlstate == DECLARED_DEAD:
+            if not is_refusal(error) or error.sqlstate == DECLARED_DEAD:
                 raise
             self.log_error(f"{self.name}, {getattr(chore, '__name__', '').strip('_').replace('_', ' ')}", error)
             return False
@@ -5548,6 +5658,8 @@ class ClaimLoop(Loop):
         if connection is not None and not connection.closed:
             poll.register(connection, select.POLLIN)
         ready = [descriptor for descriptor, _ in poll.poll(seconds * 1000)]
+        if self.bell.fileno() in ready and not self.bell.is_set():   # type: ignore[union-attr]
+            self.bell.drain()   # type: ignore[union-attr]  # of two threads that set it at the same moment
         if connection is not None and not connection.closed and connection.fileno() in ready:
             connection.pgconn.consume_input()
             self._drain(connection)
@@ -5570,7 +5682,7 @@ class ReportLoop(Loop):
         self.cancels_at = 0.0                                          # monotonic; any thread: when to look for them next
         # All below is its own thread's.
         self.unreported: list[Task] = []
-        self.locked: dict[Task, float] = {}                            # monotonic: when to report it again, alone
+        self.locked: dict[Task, float] = {}                            # monotonic: when to try again with this row, alone
         self.last_careful: tuple[Task | None, float] = (None, 0.0)
         self.last_look = self.progress_at = self.net_at = 0.0          # monotonic
         self.pause_until = 0.0                                         # monotonic
@@ -5594,7 +5706,7 @@ class ReportLoop(Loop):
         self.bell.clear()
         try:
             self._collect()
-            if self.unreported:
+            if self.unreported or self.locked:
                 # a drain's reports are large: no pause
                 self.pause_until = time.monotonic() + REPORT_PAUSE if len(self.unreported) < 100 else 0.0
                 self._report()
@@ -5610,13 +5722,15 @@ class ReportLoop(Loop):
         if releasing and not worker.pool.finished and not self.unreported:
             self._rate_line(last=True)
             self.done = True
-        if len(self.unreported) > len(self.locked):
+        if any(task not in self.locked for task in self.unreported):
             return 0.0   # refused, and reworded
         return 0.02 if self.careful else 0.1 if worker.pool.running() else 1.0
 
     def _collect(self) -> None:
         pool = self.worker.pool
-        batch = [pool.finished.popleft() for _ in range(len(pool.finished))]
+        # each once, though a thread that was ended from outside may have put it there twice
+        batch = [task for task in dict.fromkeys([pool.finished.popleft() for _ in range(len(pool.finished))])
+                 if task.ended != "reported"]
         pool.measure(batch)
         for task in batch:
             if task.ended == "transaction":
@@ -5638,40 +5752,44 @@ class ReportLoop(Loop):
         self._report_each(by_kind)
         for task in [task for task, at in self.locked.items() if now >= at]:
             del self.locked[task]
-            self._report_each({task.outcome.kind if task.outcome is not None else "plain": [task]})
+            if task in self.unreported:
+                self._report_each({task.outcome.kind if task.outcome is not None else "plain": [task]})
 
     def _report_each(self, by_kind: Mapping[str, list[Task]]) -> None:
         for kind, tasks in by_kind.items():
-            if kind == "plain":
-                self._isolate(self._report_completed, tasks)
-            elif kind == "completed":
+            if kind in ("plain", "completed"):
                 for batch in _batches(tasks):
-                    self._isolate(self._report_completed, batch)
+                    self._isolate(self._report_completed, batch, self._refused)
             elif kind == "failed":
-                self._isolate(self._report_failed, tasks)
+                self._isolate(self._report_failed, tasks, self._refused)
             else:
                 for task in tasks:
-                    self._isolate(self._report_snoozed if kind == "snoozed" else self._report_released, [task])
+                    self._isolate(self._report_snoozed if kind == "snoozed" else self._report_released, [task], self._refused)
 
-    def _isolate(self, report: Callable[[list[Task]], None], tasks: list[Task]) -> None:
-        """Report a batch; if the database refuses what one of them says, report the others all the same."""
+    def _isolate(self, call: Callable[[list[Task]], None], tasks: list[Task],
+                 refused: Callable[[Task, psycopg.Error], None]) -> None:
+        """Make a call for many tasks; if the database refuses one of them, make it for the others all the same."""
         try:
-            report(tasks)
+            call(tasks)
         except psycopg.Error as error:
-            if (error.sqlstate or "08")[:2] not in REFUSED:
+            if not is_refusal(error):
                 raise   # not the tasks' doing
             if len(tasks) > 1:
                 middle = len(tasks) // 2
-                self._isolate(report, tasks[:middle])
-                self._isolate(report, tasks[middle:])
+                self._isolate(call, tasks[:middle], refused)
+                self._isolate(call, tasks[middle:], refused)
             else:
-                self._refused(tasks[0], error)
+                refused(tasks[0], error)
+
+    def _put_off(self, task: Task, error: psycopg.Error) -> None:
+        self.log_error(f"task {task.id}", error)
+        self.locked[task] = time.monotonic() + 5.0
 
     def _refused(self, task: Task, error: psycopg.Error) -> None:
-        self.log_error(f"report of task {task.id}", error)
-        if error.sqlstate is not None and error.sqlstate[:2] in ("40", "55"):
-            self.locked[task] = time.monotonic() + 5.0   # someone has locked its row, or was quicker
+        if (error.sqlstate or "")[:2] in ("40", "55"):
+            self._put_off(task, error)   # someone has locked its row, or was quicker
             return
+        self.log_error(f"report of task {task.id}", error)
         before, text = task.outcome, "its outcome could not be recorded"
         if before is not None and (before.text or "").startswith(text):
             self._settle(task, "rejected")   # nothing more can be said of it: _release_forgotten() gives it back
@@ -5769,19 +5887,29 @@ class ReportLoop(Loop):
         taken = worker.pool.take_all()
         while worker.draining.is_set() and self.careful:
             taken.append(self.careful.popleft())
-        by_claim: dict[int, list[Task]] = {}
-        for task in [*taken, *(self._give_up() if worker.releasing.is_set() else [])]:
-            by_claim.setdefault(task.claim_id, []).append(task)
         try:
-            for claim, tasks in by_claim.items():
-                self.link.call("release_tasks", claim, array([task.id for task in tasks]))
-                for task in tasks:
-                    worker.forget(task)
-        except psycopg.Error:   # they are still ours: to run, or to be given back in the next round
-            worker.pool.put([task for task in taken if task.id in worker.tasks])
-            raise
-        if taken:
-            log.info("gave %d tasks back that had not started", len(taken), extra={"worker": worker.id})
+            self._for_each_claim(self._release, [*taken, *(self._give_up() if worker.releasing.is_set() else [])])
+        finally:
+            kept = [task for task in taken if task.id in worker.tasks]   # they are still ours
+            if worker.draining.is_set():
+                self.careful.extend(kept)   # to be given back in the next round
+            else:
+                worker.pool.put(kept)
+        if len(taken) > len(kept):
+            log.info("gave %d tasks back that had not started", len(taken) - len(kept), extra={"worker": worker.id})
+
+    def _release(self, tasks: list[Task]) -> None:
+        self.link.call("release_tasks", tasks[0].claim_id, array([task.id for task in tasks]))
+        for task in tasks:
+            self.worker.forget(task)
+
+    def _for_each_claim(self, call: Callable[[list[Task]], None], tasks: Iterable[Task]) -> None:
+        by_claim: dict[int, list[Task]] = {}
+        for task in tasks:
+            if task not in self.locked:
+                by_claim.setdefault(task.claim_id, []).append(task)
+        for group in by_claim.values():
+            self._isolate(call, group, self._put_off)
 
     def _give_up(self) -> list[Task]:
         """What still runs after the grace period: asked to stop once more, its late outcome is not reported."""
@@ -5794,15 +5922,14 @@ class ReportLoop(Loop):
         return running
 
     def _mark_running(self) -> None:
-        now = time.monotonic()
-        by_claim: dict[int, list[Task]] = {}
-        for task in self.worker.pool.running():
-            if not task.marked and now - task.started > MARK_RUNNING_AFTER:
-                by_claim.setdefault(task.claim_id, []).append(task)
-        for claim, tasks in by_claim.items():
-            self.link.call("start_tasks", claim, array([task.id for task in tasks]))
-            for task in tasks:
-                task.marked = True
+        before = time.monotonic() - MARK_RUNNING_AFTER
+        self._for_each_claim(
+            self._mark, [task for task in self.worker.pool.running() if not task.marked and task.started < before])
+
+    def _mark(self, tasks: list[Task]) -> None:
+        self.link.call("start_tasks", tasks[0].claim_id, array([task.id for task in tasks]))
+        for task in tasks:
+            task.marked = True
 
     def _start_with_care(self) -> None:
         """Start one task that was recovered from a dead worker: durably marked first, and not together with another one,
@@ -5814,9 +5941,18 @@ class ReportLoop(Loop):
         if last is not None and last.id in self.worker.tasks and (not last.started or now - at < CAREFUL_SECONDS):
             return
         task = self.careful[0]
-        started = (task.cancel_reason is None
-                   and self.link.call("start_tasks", task.claim_id, array([task.id]))[0][0] == 1)
-        self.careful.popleft()
+        self.careful.rotate(-1)   # if this one can't be started now, the next one is tried in the next round
+        if task in self.locked:
+            return
+        try:
+            started = (task.cancel_reason is None
+                       and self.link.call("start_tasks", task.claim_id, array([task.id]))[0][0] == 1)
+        except psycopg.Error as error:
+            if not is_refusal(error):
+                raise
+            self._put_off(task, error)
+            return
+        self.careful.remove(task)
         if not started:
             task.outcome = Outcome("released")
             self.unreported.append(task)
@@ -5831,9 +5967,11 @@ class ReportLoop(Loop):
         if self.progress and now >= self.progress_at:
             self.progress_at = now + 0.5
             for task_id in list(self.progress):
+                if self.progress[task_id][0] in self.locked:
+                    continue
                 task, text = self.progress.pop(task_id)
-                if not task.ended:
-                    self.attempt(self.link.call, "record_progress", task.claim_id, task_id, text)
+                if not task.ended and not self.attempt(self.link.call, "record_progress", task.claim_id, task_id, text):
+                    self.locked[task] = now + 5.0
 
     def look_for_cancellations(self) -> None:
         """From any thread: there may be some. However often this is called, they are looked for ten times a second at most."""
@@ -5852,7 +5990,7 @@ class ReportLoop(Loop):
 
     def _catch_dropped(self) -> None:
         """A net: what an asynchronous exception made a thread drop is in nobody's hands. Twice in a row, 10 s apart, and
-        it is given back."""
+        it is given back, or reported if it had started."""
         now, worker, pool = time.monotonic(), self.worker, self.worker.pool
         if now < self.net_at:
             return
@@ -5861,8 +5999,9 @@ class ReportLoop(Loop):
         seen = {*pool.ready.copy(), *self.careful.copy(), *pool.running(), *pool.finished.copy(), *self.unreported}
         missing = {task for task in held - seen if not task.ended and task.id in worker.tasks}
         for task in missing & self.missing:
-            log.error("task %s %s was dropped by its thread: given back", task.type, task.id)
-            task.outcome = Outcome("released")
+            log.error("task %s %s was dropped by its thread", task.type, task.id)
+            if not task.started:
+                task.outcome = Outcome("released")
             self.unreported.append(task)
         self.missing = missing
 
@@ -6035,7 +6174,8 @@ class HeartbeatLoop(Loop):
 
     def _recover(self) -> None:
         config, worker = self.worker.config, self.worker
-        limit = time.monotonic() - config.worker_timeout + 0.1 * config.heartbeat_interval
+        # until the last look, not until now: while the database was away nobody could be heard
+        limit = self.looked_at - config.worker_timeout + 0.1 * config.heartbeat_interval
         silent = {other: at for other, (at, since) in self.seen.items() if since <= limit}
         declared = self._as_leader("declare_dead", texts(silent), texts(silent.values()))[0] if silent else 0
         row = self._as_leader("recover_orphans")
@@ -6237,7 +6377,7 @@ class EnqueuedId(str):
 
     created: bool
 
-    def __new__(cls, task_id: str, created: bool) -> EnqueuedId:
+    def __new__(cls, task_id: str, created: bool = True) -> EnqueuedId:   # the default is for pickle and copy
         made = super().__new__(cls, task_id)
         made.created = created
         return made
@@ -6272,6 +6412,7 @@ class Orchestrator:
         self._http: Any = None
         self._lock = threading.RLock()   # guards opening and closing
         self._reset_links()
+        _apps.add(self)
         for pattern, handler in (handlers or {}).items():
             self.router.add(pattern, handler)
 
@@ -6414,7 +6555,12 @@ class Orchestrator:
         signals: queue.SimpleQueue[int] = queue.SimpleQueue()   # its put() is safe in a signal handler; an Event's set() is not
         started = False
 
+        pid = os.getpid()
+
         def on_signal(number: int, frame: object) -> None:
+            if os.getpid() != pid:   # a child that a handler forked ends as any process does
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
             signals.put(number)
             if not started:
                 signal.alarm(1)
@@ -6486,15 +6632,19 @@ class Orchestrator:
 
     # -------------------------------------------------------------------------------------------------- helpers
     def _reset_links(self) -> None:
-        self._pid = os.getpid()
         self._links: list[Link] = []   # those that no thread uses just now
         self._places = threading.BoundedSemaphore(LINKS)
 
+    def _leave_to_parent(self) -> None:
+        """In a forked child: connections, worker and page are the parent's, who goes on using them."""
+        self._lock, self.worker = threading.RLock(), None
+        self.router.loop, self.router._loop_lock = None, threading.Lock()
+        self._reset_links()   # psycopg frees a connection without a word to the server where another process made it
+        if self._http is not None:
+            self._http.socket.close()   # or the port would stay in use
+            self._http = None
+
     def _with_link(self, use: Callable[[Link], Result]) -> Result:
-        if self._pid != os.getpid():   # a forked child: the connections are its parent's, who may be using them
-            self._inherited = self._links   # kept, since to free one would end it
-            self._lock = threading.RLock()
-            self._reset_links()
         self._open()
         with self._places, _plain_errors():
             try:
@@ -6524,6 +6674,16 @@ class Orchestrator:
             return to_json(payload, self.router.encode)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{name}: {error}") from None
+
+
+_apps: weakref.WeakSet[Orchestrator] = weakref.WeakSet()
+def _leave_all_to_parent() -> None:
+    for app in list(_apps):
+        app._leave_to_parent()
+
+
+if hasattr(os, "register_at_fork"):   # not on Windows
+    os.register_at_fork(after_in_child=_leave_all_to_parent)
 
 
 class _Stopped(BaseException):
@@ -6765,6 +6925,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
             if not self.link_lock.acquire(timeout=WAIT_SECONDS):
                 raise Busy
             try:
+                self.link.reopen_if_closed()
                 return (self.link.json if as_json else self.link.call)(function, **arguments)
             finally:
                 self.link_lock.release()

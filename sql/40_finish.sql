@@ -59,7 +59,8 @@ begin
 end $$;
 
 -- p_ids holds p_counts[i] tasks of p_claim_ids[i], one claim after another, and p_results (if not null) their results.
-create or replace function orchestrator.complete_tasks(p_claim_ids bigint[], p_counts int[], p_ids uuid[], p_results jsonb[] default null)
+create or replace function orchestrator.complete_tasks(
+  p_claim_ids bigint[], p_counts int[], p_ids uuid[], p_results jsonb[] default null, p_again boolean default true)
 returns table (id uuid, outcome text) language plpgsql
 set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan
 set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
@@ -95,15 +96,16 @@ begin
       return query
         select u.id, case when t.status = 'cancelled' and t.claim_id = p_claim_ids[i] then 'cancelled' else 'rejected' end
         from unnest(v_ids) u(id) left join orchestrator.tasks t on t.id = u.id
-        where (t.status = 'completed' and t.claim_id = p_claim_ids[i]) is not true;   -- if true: a report sent again
+        where (p_again and t.status = 'completed' and t.claim_id = p_claim_ids[i]) is not true;   -- if true: a report sent again
     end if;
     perform orchestrator._shrink_claim(p_claim_ids[i], v_done + v_cancelled);
     v_from := v_to + 1;
   end loop;
 end $$;
-comment on function orchestrator.complete_tasks(bigint[], int[], uuid[], jsonb[]) is
+comment on function orchestrator.complete_tasks(bigint[], int[], uuid[], jsonb[], boolean) is
   'Completes tasks grouped by claim: p_ids holds p_counts[i] tasks of p_claim_ids[i], one claim after another; p_results, if '
-  'given, one for each. Returns only those that did not complete: cancelled (it was asked for) or rejected (no longer of that claim).';
+  'given, one for each. Returns only those that did not complete: cancelled (it was asked for) or rejected (no longer of '
+  'that claim; if p_again is false, also completed already: what commits with it must not commit twice).';
 
 -- Of these tasks of a locked claim, ends those that were asked to cancel, and leaves the others locked: nobody can ask any more.
 create or replace function orchestrator._lock_and_end_cancelled(p_claim_id bigint, p_ids uuid[]) returns int

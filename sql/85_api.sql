@@ -83,14 +83,19 @@ comment on function orchestrator.api_history(int) is
 
 -- Lists -------------------------------------------------------------------------------------------------------------------
 
--- Walks the index of one state from its p_skip-th task, and looks at p_bound tasks. Ready tasks of a type or pattern have an
--- index to themselves. The limits in lateral subqueries keep the planner from turning a join around, to walk all tasks.
-create or replace function orchestrator._walk_state(p_state text, p_type text, p_skip int, p_bound int)
+-- Walks the index of one state, and looks at p_bound tasks: from the p_skip-th on, or in the state newest (all, by id) from those
+-- before p_before whose id begins with p_id. Ready tasks of a type or pattern have an index to themselves. The limits in lateral
+-- subqueries keep the planner from turning a join around, to walk all tasks.
+create or replace function orchestrator._walk_state(p_state text, p_type text, p_id text, p_skip int, p_before uuid, p_bound int)
 returns table (place bigint, id uuid, type text, status text)
 language sql stable
 set search_path = pg_catalog, pg_temp
 set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
   select p_skip + row_number() over (), x.id, x.type, x.status::text from (
+    (select t.id, t.type, t.status from orchestrator.tasks t
+     where p_state = 'newest' and t.id < p_before and t.id >= rpad(coalesce(p_id, ''), 32, '0')::uuid and t.id <= rpad(coalesce(p_id, ''), 32, 'f')::uuid
+     order by t.id desc limit p_bound)
+    union all
     (select t.id, t.type, t.status from orchestrator.tasks t
      where p_state = 'ready' and p_type is null and t.queued_at is not null order by t.type, t.priority desc, t.queued_at offset p_skip limit p_bound)
     union all
@@ -111,39 +116,20 @@ set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off s
      where p_state = 'dead_letter' and t.dead_at is not null order by t.dead_at desc offset p_skip limit p_bound)) x
 $$;
 
--- The ids on a page of one state, how many tasks it looked at, and where the next page begins. Looks at 10,000 at most.
-create or replace function orchestrator._page_in_state(p_state text, p_type text, p_status text, p_skip int, p_limit int,
-                                                       out ids uuid[], out looked int, out next bigint)
-language sql stable
-set search_path = pg_catalog, pg_temp as $$
-  with bound as materialized (select case when p_status is null and (p_type is null or p_state = 'ready') then p_limit else 10000 end as n),
-  walked as materialized (select w.* from bound b cross join lateral orchestrator._walk_state(p_state, p_type, p_skip, b.n) w),
+-- The ids on a page of one state, how many tasks it looked at (10,000 at most), and where the next page begins.
+create or replace function orchestrator._page(p_state text, p_type text, p_id text, p_statuses text[], p_skip int, p_before uuid, p_limit int,
+                                              out ids uuid[], out looked int, out skip int, out before uuid)
+language sql stable set search_path = pg_catalog, pg_temp as $$
+  with bound as materialized (select case when p_statuses is null and (p_type is null or p_state = 'ready') then p_limit else 10000 end as n),
+  walked as materialized (select w.* from bound b cross join lateral orchestrator._walk_state(p_state, p_type, p_id, p_skip, p_before, b.n) w),
   page as materialized (
     select w.place, w.id from walked w
-    where (p_type is null or w.type like orchestrator._like(p_type)) and (p_status is null or w.status = p_status) order by w.place limit p_limit)
-  select coalesce((select array_agg(p.id order by p.place) from page p), '{}'), (select count(*)::int from walked),
-         case when (select count(*) from page) = p_limit then (select max(p.place) from page p)
-              when (select count(*) from walked) = b.n then p_skip + b.n end
-  from bound b
-$$;
-
--- The same by id, the newest first, from p_from to p_to and before p_before: next is the id to go on before, back_to its time.
-create or replace function orchestrator._page_by_id(p_from uuid, p_to uuid, p_before uuid, p_type text, p_statuses text[], p_limit int,
-                                                    out ids uuid[], out looked int, out next uuid, out back_to timestamptz)
-language sql stable
-set search_path = pg_catalog, pg_temp
-set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
-  with walked as materialized (
-    select t.id, t.type, t.status::text, t.created_at from orchestrator.tasks t where t.id >= p_from and t.id <= p_to and t.id < p_before
-    order by t.id desc limit case when p_type is null and p_statuses is null then p_limit else 10000 end),
-  page as materialized (
-    select w.id from walked w
     where (p_type is null or w.type like orchestrator._like(p_type)) and (p_statuses is null or w.status = any (p_statuses))
-    order by w.id desc limit p_limit),
-  last as (select case when (select count(*) from page) = p_limit then (select p.id from page p order by p.id limit 1)
-                       when (select count(*) from walked) = 10000 then (select w.id from walked w order by w.id limit 1) end as id)
-  select coalesce((select array_agg(p.id order by p.id desc) from page p), '{}'), (select count(*)::int from walked w where w.id >= coalesce(l.id, w.id)),
-         l.id, (select w.created_at from walked w where w.id = l.id)
+    order by w.place limit p_limit),
+  last as (select case when (select count(*) from page) = p_limit then (select max(p.place) from page p)
+                       when (select count(*) from walked) = b.n then p_skip + b.n end as place from bound b)
+  select coalesce((select array_agg(p.id order by p.place) from page p), '{}'), (select count(*)::int from walked w where w.place <= coalesce(l.place, w.place)),
+         l.place::int, (select w.id from walked w where w.place = l.place)
   from last l
 $$;
 
@@ -151,41 +137,49 @@ create or replace function orchestrator.api_tasks(
   p_id text default null, p_type text default null, p_status text default null, p_before text default null, p_limit int default 50)
 returns jsonb language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
-  v_prefix text := lower(replace(btrim(p_id), '-', ''));
+  v_id text := lower(replace(btrim(p_id), '-', ''));
   v_type text := nullif(p_type, '');
   v_left int := orchestrator._check_range('limit', p_limit, 200);
-  v_states text[] := case when v_prefix is not null then '{}'
+  v_states text[] := case when v_id is not null then '{newest}'
     when p_status in ('ready', 'scheduled', 'in_flight', 'dead_letter') then array[p_status]
     when p_status in ('claimed', 'running') then '{in_flight}' when p_status = 'retry_scheduled' then '{scheduled}'
-    when p_status is null and v_type is not null then '{in_flight,ready,scheduled,dead_letter}' else '{}' end;
-  v_next text := coalesce(p_before, v_states[1] || '+0', 'ffffffff-ffff-ffff-ffff-ffffffffffff');
-  v_ids uuid[] := '{}';
+    when p_status is null and v_type is not null then '{in_flight,ready,scheduled,dead_letter,newest}' else '{newest}' end;
+  v_statuses text[] := case when p_status in ('claimed', 'running', 'retry_scheduled') or v_states = '{newest}' and p_status is not null then array[p_status] end;
+  v_state text := v_states[1];
+  v_skip int := 0;
+  v_before uuid := 'ffffffff-ffff-ffff-ffff-ffffffffffff'::uuid;
+  v_ids uuid[] := '{}'::uuid[];
   v_looked int := 0;
-  v_back_to timestamptz;
   v_cut boolean := false;
   r record;
 begin
-  perform orchestrator._check_search(v_prefix, p_status, p_before, v_states);
-  while v_left > 0 and v_looked < 10000 and v_next is not null loop
-    if v_next ~ '\+' then
-      select * into r from orchestrator._page_in_state(split_part(v_next, '+', 1), v_type,
-        case when p_status in ('claimed', 'running', 'retry_scheduled') then p_status end, split_part(v_next, '+', 2)::int, v_left);
-      v_cut := v_cut or coalesce(r.next >= 100000, false);
-      v_next := case when r.next < 100000 then split_part(v_next, '+', 1) || '+' || r.next
-        else coalesce(v_states[array_position(v_states, split_part(v_next, '+', 1)) + 1] || '+0',
-                      case when p_status is null then 'ffffffff-ffff-ffff-ffff-ffffffffffff' end) end;
-    else
-      select * into r from orchestrator._page_by_id(rpad(coalesce(v_prefix, ''), 32, '0')::uuid, rpad(coalesce(v_prefix, ''), 32, 'f')::uuid,
-        v_next::uuid, v_type, case when p_status is not null then array[p_status] when v_states <> '{}' then '{completed,cancelled}' end, v_left);
-      v_next := r.next;
-      v_back_to := r.back_to;
-    end if;
+  perform orchestrator._check_search(v_id, p_status, p_before, v_states);
+  if p_before ~ '\+' then
+    v_state := split_part(p_before, '+', 1);
+    v_skip := split_part(p_before, '+', 2)::int;
+  elsif p_before is not null then
+    v_state := 'newest';
+    v_before := p_before::uuid;
+  end if;
+  while v_left > 0 and v_looked < 10000 and v_state is not null loop
+    select * into r from orchestrator._page(v_state, v_type, v_id,
+      case when v_state = 'newest' and cardinality(v_states) > 1 then '{completed,cancelled}' else v_statuses end, v_skip, v_before, v_left);
     v_ids := v_ids || r.ids;
     v_left := v_left - cardinality(r.ids);
     v_looked := v_looked + r.looked;
+    v_skip := coalesce(r.skip, 0);
+    v_before := coalesce(r.before, v_before);
+    v_cut := v_cut or v_state <> 'newest' and v_skip >= 100000;
+    if r.skip is null or v_state <> 'newest' and v_skip >= 100000 then
+      v_skip := 0;
+      v_state := v_states[array_position(v_states, v_state) + 1];
+    elsif v_state = 'newest' then
+      v_skip := 0;
+    end if;
   end loop;
   return jsonb_build_object('now', extract(epoch from clock_timestamp()), 'tasks', orchestrator._task_summaries(v_ids),
-                            'next', v_next, 'cut', v_cut, 'looked', v_looked, 'back_to', v_back_to);
+    'next', case when v_state = 'newest' then v_before::text else v_state || '+' || v_skip end, 'cut', v_cut, 'looked', v_looked,
+    'back_to', (select t.created_at from orchestrator._bare_tasks t where t.id = v_before and v_state = 'newest'));
 end $$;
 comment on function orchestrator.api_tasks(text, text, text, text, int) is
   'Search: an id or its beginning; a type, or types by their beginning (mail: or mail*); a status (also ready, scheduled, in_flight); '
@@ -193,19 +187,19 @@ comment on function orchestrator.api_tasks(text, text, text, text, int) is
   'type alone: in flight, ready, scheduled, dead letters, then what has ended. Each page looks at 10,000 tasks or a few more, so one '
   'that is not full may have a next. looked: at how many; back_to: how far back it got; cut: a state''s list ends at 100,000. Raises OR001.';
 
-create or replace function orchestrator._check_search(p_prefix text, p_status text, p_before text, p_states text[]) returns void
+create or replace function orchestrator._check_search(p_id text, p_status text, p_before text, p_states text[]) returns void
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_known text[] := '{ready,scheduled,in_flight}' || array_remove(enum_range(null::orchestrator.task_status)::text[], 'failed');   -- none rests in failed
 begin
-  if p_prefix !~ '^[0-9a-f]{1,32}$' then
+  if p_id !~ '^[0-9a-f]{1,32}$' then
     perform orchestrator._invalid('id', 'must be the beginning of a task''s id', 'Digits and a to f.');
   elsif p_status <> all (v_known) then
     perform orchestrator._invalid('status', 'is unknown', 'One of ' || array_to_string(v_known, ', ') || '.');
-  elsif p_prefix is not null and p_status in ('ready', 'scheduled', 'in_flight') then
+  elsif p_id is not null and p_status in ('ready', 'scheduled', 'in_flight') then
     perform orchestrator._invalid('status', 'goes with an id only as tasks have it', 'Such as pending, running or dead_letter.');
-  elsif (p_before ~ '^\w+\+\d{1,5}$' and split_part(p_before, '+', 1) = any (p_states)
-         or p_before ~ '^[0-9a-f]{8}-([0-9a-f]{4}-){3}[0-9a-f]{12}$' and (p_states = '{}' or p_status is null)) is false then
+  elsif p_before is not null and not (case when p_before ~ '^\w+\+\d{1,5}$' then split_part(p_before, '+', 1) = any (array_remove(p_states, 'newest'))
+                 else p_before ~ '^[0-9a-f]{8}-([0-9a-f]{4}-){3}[0-9a-f]{12}$' and 'newest' = any (p_states) end) then
     perform orchestrator._invalid('before', 'must be what the page before gave as next', 'Leave it out for the first page.');
   end if;
 end $$;

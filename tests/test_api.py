@@ -20,7 +20,6 @@ from steps import (
     lead,
     register,
     start,
-    status,
     value,
 )
 
@@ -79,7 +78,8 @@ def test_overview_shows_what_was_counted_and_who_works(conn: Connection) -> None
     term = lead(conn)
     enqueue_some(conn, 5)
     enqueue(conn, "nobody:here")
-    conn.execute("insert into orchestrator.type_stats (type, since, enqueued_total) values ('other', '00000000-0000-0000-0000-000000000000', 1)")
+    conn.execute("insert into orchestrator.type_stats (type, since, enqueued_total)"
+                 " values ('other', '00000000-0000-0000-0000-000000000000', 1)")
     conn.execute("select orchestrator.pause_type('u')")
     claim(conn, limit=2)
     conn.execute("select orchestrator.sample_stats('leader', %s)", [term])
@@ -355,10 +355,12 @@ def test_a_bad_value_is_named(conn: Connection, name: str, parameters: dict[str,
 
 
 @pytest.mark.parametrize(("name", "parameters", "said"), [
-    ("tasks", {"limit": "1e3"}, 'type integer: "1e3"'), ("tasks", {"limit": "99999999999999999999"}, '"99999999999999999999" is out of range'),
+    ("tasks", {"limit": "1e3"}, 'type integer: "1e3"'),
+    ("tasks", {"limit": "99999999999999999999"}, '"99999999999999999999" is out of range'),
     ("history", {"minutes": "soon"}, 'type integer: "soon"'), ("task", {"id": ""}, 'type uuid: ""'),
     ("task", {"id": UNKNOWN[:-1]}, "type uuid")])
-def test_a_value_of_the_wrong_type_is_refused_by_the_database(conn: Connection, name: str, parameters: dict[str, str], said: str) -> None:
+def test_a_value_of_the_wrong_type_is_refused_by_the_database(
+        conn: Connection, name: str, parameters: dict[str, str], said: str) -> None:
     state, message = refused(conn, name, **parameters)
     assert state.startswith("22") and said in message
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from copy import deepcopy
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -253,8 +254,8 @@ def test_enqueue_connects_again_after_its_connection_broke(installed: str, conn:
     app = make_app(installed)
     app.enqueue("a")
     ours = "from pg_stat_activity where application_name = 'orchestrator' and datname = current_database()"
-    conn.execute(f"select pg_terminate_backend(pid) {ours}")
-    eventually(lambda: not value(conn, f"select count(*) {ours}"))
+    pid = value(conn, f"select pid, pg_terminate_backend(pid) {ours}")
+    eventually(lambda: not value(conn, f"select count(*) {ours}") and not Path(f"/proc/{pid}").exists())
     app.enqueue("a")   # it was closed while idle: nothing was sent, so it is safe to send it over another one
     assert value(conn, "select count(*) from orchestrator.tasks") == 2
     errors: list[Exception] = []

@@ -177,7 +177,8 @@ def test_progress_is_shown_in_the_order_in_which_the_handler_gave_it(conn):
     id = enqueue(conn)
     claim_id, _ = claim_one(conn)
     start(conn, claim_id, id)
-    progress = {"step": "loading", "page": 3, "of": 2000, "file": "customers.csv", "token": SECRET, "deep": {"password": SECRET}, "big": 2**60}
+    progress = {"step": "loading", "page": 3, "of": 2000, "file": "customers.csv", "token": SECRET,
+                "deep": {"password": SECRET}, "big": 2**60}
     conn.execute("select orchestrator.record_progress(%s, %s, %s)", [claim_id, id, Json(progress)])
     expected = [["step", "loading"], ["page", 3], ["of", 2000], ["file", "customers.csv"], ["token", "[redacted]"],
                 ["deep", {"password": "[redacted]"}], ["big", str(2**60)]]

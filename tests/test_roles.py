@@ -113,7 +113,7 @@ def test_every_function_runs_with_the_rights_of_its_caller(conn):
 
 
 @pytest.mark.parametrize(("role", "calls"), [
-    ("producer", ("_task_summaries(array[%(id)s]::uuid[])", "_count_live()", "_ready_types('', '{}')", "_walk_state('ready', 't', 0, 10)",
+    ("producer", ("_task_summaries(array[%(id)s]::uuid[])", "_count_live()", "_ready_types('', '{}')", "_walk_state('ready', 't', null, 0, null, 10)",
                   "_events(%(id)s, false)", "_leads('w', 1)", "_advance_safe_floor()", "_keep_sample(now())")),
     ("auditor", ("_keep_sample(now())", "_sample_runs(0, '{}')", "_name_types(%(id)s)", "_advance_safe_floor()", "_leads('w', 1)"))])
 def test_helpers_give_no_right_that_the_tables_do_not_give(login, conn, role, calls):
@@ -136,7 +136,8 @@ def test_a_schema_of_their_own_shows_an_auditor_no_secret(login, conn):
         leak = "begin insert into evil.seen values ($1::pg_catalog.text); return {}; end"
         for name, arguments, returns, result in (
                 ("jsonb_typeof", "jsonb", "text", "'string'"), ("jsonb_each", "jsonb, out key text, out value jsonb", "setof record", ""),
-                ("to_jsonb", "jsonb", "jsonb", "$1"), ("to_jsonb", "text", "jsonb", "null"), ("regexp_replace", "text, text, text, text", "text", "$1"),
+                ("to_jsonb", "jsonb", "jsonb", "$1"), ("to_jsonb", "text", "jsonb", "null"),
+                ("regexp_replace", "text, text, text, text", "text", "$1"),
                 ("length", "text", "int", "1"), ("pg_column_size", "jsonb", "int", "1"), ("octet_length", "text", "int", "1"),
                 ("jsonb_array_elements", "jsonb", "setof jsonb", ""), ("json_each", "json", "setof json", "")):
             auditor.execute(f"create function evil.{name}({arguments}) returns {returns} language plpgsql as $$ {leak.format(result)} $$")
@@ -146,7 +147,8 @@ def test_a_schema_of_their_own_shows_an_auditor_no_secret(login, conn):
         auditor.execute("create operator evil.~ (leftarg = text, rightarg = text, function = evil.like)")
         auditor.execute("create operator evil.~* (leftarg = text, rightarg = text, function = evil.like)")
         auditor.execute("set search_path = evil, pg_catalog")
-        for query in (f"select orchestrator.show_task('{id}')", "select orchestrator.api_tasks()", "select orchestrator._task_summaries(array['" + id + "'::uuid])",
+        for query in (f"select orchestrator.show_task('{id}')", "select orchestrator.api_tasks()",
+                      f"select orchestrator._task_summaries(array['{id}'::uuid])",
                       *(f"select * from orchestrator.{view}" for view in (*VIEWS, "_redacted_tasks"))):
             assert "hunter2" not in str(auditor.execute(query).fetchall())
         assert auditor.execute("select text from evil.seen where text like '%hunter2%'").fetchall() == []
@@ -210,7 +212,8 @@ def test_auditor_sees_everything_but_secrets_and_changes_nothing(login, conn):
         assert value(auditor, "select orchestrator.api_tasks(p_status => 'in_flight')")["tasks"][0]["id"] == ids[0]
         assert column(auditor, "select status from orchestrator.tasks where id = %s", ids[2]) == ["cancelled"]
         for query in ("select payload from orchestrator.tasks", "select result from orchestrator.tasks", "select * from orchestrator.tasks",
-                      "select orchestrator.cancel_task(gen_random_uuid())", f"select orchestrator.get_task('{ids[0]}')", "delete from orchestrator.task_events",
+                      "select orchestrator.cancel_task(gen_random_uuid())", f"select orchestrator.get_task('{ids[0]}')",
+                      "delete from orchestrator.task_events",
                       "update orchestrator.task_types set paused = true"):
             with pytest.raises(psycopg.errors.InsufficientPrivilege):
                 auditor.execute(query)

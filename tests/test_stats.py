@@ -197,7 +197,8 @@ def test_a_rolled_back_enqueue_is_never_counted(conn: Connection, connect: Any, 
 
 def test_a_type_that_gets_a_row_later_does_not_count_again_what_counted_as_other(conn: Connection, term: int) -> None:
     sample(conn, term)
-    full = "insert into orchestrator.type_stats (type, since) select 'x' || n, '00000000-0000-0000-0000-000000000000' from generate_series(1, 200) n"
+    full = ("insert into orchestrator.type_stats (type, since) select 'x' || n, '00000000-0000-0000-0000-000000000000'"
+            " from generate_series(1, 200) n")
     conn.execute(full)
     conn.execute("update orchestrator.type_stats set dead_letters = 1 where type like 'x%'")   # so no row is free
     enqueue_some(conn, 4, "new")

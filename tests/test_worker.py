@@ -21,7 +21,8 @@ Connection = psycopg.Connection[Any]
 # ------------------------------------------------------------------------------------------------------- the database goes away
 def test_a_worker_connects_again_when_its_connections_are_cut(
         installed: str, conn: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate = Gate()
+    gate, heard = Gate(), list[str]()
+    monkeypatch.setattr(ClaimLoop, "_hear", lambda self, channel: heard.append(channel))
     with running(installed, {"a": gate, "ok": lambda task: None}) as app:
         before = app.enqueue("a")
         gate.wait_started()
@@ -32,8 +33,7 @@ def test_a_worker_connects_again_when_its_connections_are_cut(
         after = str(value(conn, "select orchestrator.enqueue('ok')"))
         wait_for_on(conn, after, "completed")
         assert worker_of(app).health() == []
-        heard: list[str] = []
-        monkeypatch.setattr(ClaimLoop, "_hear", lambda self, channel: heard.append(channel))
+        heard.clear()
         for channel in ("orchestrator", "orchestrator_cancel"):   # it listens again
             conn.execute(f"notify {channel}, 'ok'")
             eventually(lambda channel=channel: channel in heard)

@@ -44,7 +44,7 @@ HANDLERS = textwrap.dedent('''
 
     def crawl(task):
         for page in range(10000):
-            task.progress({"page": page, "of": 10000})
+            task.progress({"step": "fetching", "page": page, "of": 10000})
             if task.cancelled.wait(0.5):
                 return
 
