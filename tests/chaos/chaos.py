@@ -1,7 +1,7 @@
 """Kill, stop and disconnect everything while tasks run; nothing may be lost, nothing may end twice.
 
-  python tests/chaos/chaos.py                    every fault at its full size (47 minutes; times are judged, so leave the machine to it)
-  python tests/chaos/chaos.py --short            the version of CI (3 minutes; judges what is lost, doubled or illegal)
+  python tests/chaos/chaos.py                    every fault at its full size (55 minutes; times are judged, so leave the machine to it)
+  python tests/chaos/chaos.py --short            the version of CI (4 minutes; judges what is lost, doubled or illegal)
   python tests/chaos/chaos.py --only SIGKILL     faults whose name contains this; may be repeated
   python tests/chaos/chaos.py --list
 

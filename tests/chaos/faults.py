@@ -381,6 +381,7 @@ def restart(lab: Lab) -> str:
     """pg_ctl stop -m immediate is a crash: the server recovers from its write-ahead log."""
     assert isinstance(lab.server, LocalServer)
     crashes = 3 if lab.short else 20
+    lab.forgets = True
     lab.work(3)
     producer = lab.produce(None, rate=80)
     for _ in range(crashes):
@@ -540,7 +541,7 @@ def failover(lab: Lab) -> str:
     """Two servers, replicating synchronously; the primary crashes, the other is promoted, the first becomes its standby."""
     times = 1 if lab.short else 5
     primary, standby = lab.servers
-    lab.outage = True
+    lab.outage = lab.forgets = True
     lab.work(3)
     producer = lab.produce(None, rate=60)
     for _ in range(times):

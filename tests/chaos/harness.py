@@ -412,6 +412,8 @@ class Lab:
             self.fail(f"audit: {invariant}: {task or ''} {worker or ''} {detail}")
         for deadlock in self._deadlocks():
             self.fail(f"deadlock: {deadlock}")
+        if row.forgotten:
+            row.size += f", {row.forgotten} executions forgotten"
         row.late = self.rejected()
         row.recoveries = sum(t.recovered for t in transitions)
         if self.recovery:

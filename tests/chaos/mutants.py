@@ -201,7 +201,7 @@ MUTANTS = [
     python("each hint is a look", "ReportLoop.look_for_cancellations", "self.last_look + 0.1", "0.0", "report_loop ten_times"),
     python("each notification is a look", "ClaimLoop.wait", "if self.fruitless > 10:", "if False:", "claim_loop bounded_number"),
     python("a claim whose answer was lost stays", "ClaimLoop.poll", "self.attempt(self._release_forgotten)", "pass",
-           "claim_loop answer_was_lost"),
+           "claim_loop chore_that_fails"),
     python("what arrived is forgotten", "ClaimLoop._release_forgotten", "| {row[0] for row in self.arrived}", "",
            "claim_loop answer_was_lost"),
     python("bytes in hand do not count", "ClaimLoop._bytes_left", "return max(0, PAYLOAD_LIMIT - held)", "return PAYLOAD_LIMIT",
@@ -213,7 +213,7 @@ MUTANTS = [
            "report_loop one_after_the_other"),
     python("what the net sees is on its way", "ReportLoop._catch_dropped", "missing & self.missing", "missing", "report_loop dropped"),
     python("an ended attempt takes the next one along", "Worker.forget", "and held.claim_id == task.claim_id", "",
-           "report_loop abandoned_attempt"),
+           "report_loop claim_that_is_gone"),
     # the heartbeat loop
     python("heartbeats judged by the database's clock", "HeartbeatLoop._beat", "else (at, now)",
            "else (at, now - time.time() + datetime.fromisoformat(at).timestamp())", "heartbeat_loop clock"),
