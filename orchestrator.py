@@ -162,7 +162,7 @@ LONGEST_DELAY = 315_360_000
 # Characters of an error text that are kept, as in SQL.
 ERROR_LIMIT = 8000
 UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
-USER_CODE_EXCLUDES = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), _FILE)
+USER_CODE_EXCLUDES = tuple(map(os.path.realpath, [*map(sysconfig.get_path, ("stdlib", "purelib", "platlib")), _FILE]))
 
 
 def parse_duration(text: str) -> float:
@@ -1118,7 +1118,10 @@ class Router:
             future.add_done_callback(lambda _: calls.put(None))
             while (call := calls.get()) is not None:
                 call()
-            return future.result()
+            result = future.result()
+            if isinstance(result, _Raised):
+                raise result.error
+            return result
         except (asyncio.CancelledError, concurrent.futures.CancelledError) as error:
             raise Cancelled(task.cancel_reason or "cancelled") from error
 
@@ -1158,6 +1161,13 @@ def _exit_if_forked(pid: int) -> None:
         os._exit(0)
 
 
+@dataclasses.dataclass
+class _Raised:
+    """What an awaitable raised, as a value: asyncio passes a TimeoutError on without its traceback, and ends by a SystemExit."""
+
+    error: BaseException
+
+
 async def _await(task: Task, awaitable: Awaitable[Any], loop: asyncio.AbstractEventLoop, calls: Any) -> Any:
     """Cancelled from inside the loop, so that whoever waits for the handler sees it end, not only asked to end."""
     running, pid = asyncio.current_task(), os.getpid()
@@ -1170,8 +1180,8 @@ async def _await(task: Task, awaitable: Awaitable[Any], loop: asyncio.AbstractEv
         running.cancel()
     try:
         return await awaitable
-    except (SystemExit, KeyboardInterrupt) as error:   # would interrupt the event loop
-        raise RuntimeError(describe_error(error)) from error
+    except BaseException as error:
+        return _Raised(error)
     finally:
         _exit_if_forked(pid)
 
@@ -1740,6 +1750,7 @@ class ClaimLoop(Loop):
         self.claiming_as = ""                       # the worker id of the last claim
         self.mean_payload = 1.0                     # characters, in the last claim
         self.largest_payload = 1                    # characters, of all claims since the worker held nothing
+        self.asked_bytes = PAYLOAD_LIMIT            # of the last claim
         self.idle = False                           # what the database knows: producers notify idle workers
         self.full_claims = 0                        # in a row
         self.listening: object = None               # the connection that listens
@@ -1783,7 +1794,8 @@ class ClaimLoop(Loop):
                     return wait
                 pool.wanted = False
                 found = self._claim(room)
-                if len(self.arrived) < room:
+                # A claim may be cut short by its bytes, and a large one by its types, of which SQL looks at 1,000.
+                if len(self.arrived) < min(room, 500, max(1, self.asked_bytes // 262_144)):
                     break
                 self.full_claims += 1   # there may be more: don't wait, and don't have producers notify
                 if self.idle and self.full_claims > 3:
@@ -1803,7 +1815,8 @@ class ClaimLoop(Loop):
     def _claim(self, room: int) -> bool:
         started = time.monotonic()
         hand_out = self._hand_out if self.arrived else None
-        rows = self.link.call("claim_tasks", self.claiming_as, self.types, room, self._bytes_left(), meanwhile=hand_out)
+        self.asked_bytes = self._bytes_left()
+        rows = self.link.call("claim_tasks", self.claiming_as, self.types, room, self.asked_bytes, meanwhile=hand_out)
         self.arrived, self.arrived_at = rows, started
         with self.worker.counters.lock:
             self.worker.counters.claim_seconds.add([time.monotonic() - started])
@@ -2270,10 +2283,16 @@ class ReportLoop(Loop):
         self.missing = missing
 
 
+async def _value_of(awaitable: Awaitable[Any]) -> Any:
+    return await awaitable
+
+
 def _call_hooks(hooks: Sequence[DeadLetterHook], task: Task) -> None:
     for hook in hooks:
         try:
-            hook(task, (task.outcome.text if task.outcome else None) or "")
+            done = hook(task, (task.outcome.text if task.outcome else None) or "")
+            if inspect.isawaitable(done):
+                asyncio.run(_value_of(done))
         except BaseException as error:
             log.error("on_dead_letter: %s", describe_error(error))
 
@@ -2724,13 +2743,16 @@ class Orchestrator:
         A repeated (type, idempotency_key) returns the first task's id, with created False. delay (instead of run_at):
         seconds, a timedelta or text such as "10m". Raises ValueError, which names the field.
         """
-        key = None if idempotency_key is None else check_text("idempotency_key", str(idempotency_key))
+        key = None if idempotency_key is None else _key("idempotency_key", idempotency_key)
         args = (check_text("type", type), self._json("payload", {} if payload is None else payload),
                 _priority(priority), key, _retries(max_retries), _run_at(run_at, delay))
         if key is None:
             return EnqueuedId(self._call("enqueue", *args, connection=connection)[0][0], True)
         args = (args[0], texts([args[1]]), args[2], texts([key]), *args[4:])
-        [(_, task_id, created)] = self._call("enqueue_many", *args, connection=connection)
+        try:
+            [(_, task_id, created)] = self._call("enqueue_many", *args, connection=connection)
+        except ValueError as error:
+            raise ValueError(str(error).replace("payloads[1]", "payload", 1)) from None
         return EnqueuedId(str(task_id), created)
 
     async def enqueue_async(self, type: str, payload: Any = None, **options: Any) -> EnqueuedId:
@@ -2743,7 +2765,7 @@ class Orchestrator:
                      connection: psycopg.Connection[Any] | None = None) -> list[EnqueuedId]:
         """Add a task for each payload, all in one statement, and return their ids in order. Raises ValueError."""
         keys = None if idempotency_keys is None else texts(
-            [None if key is None else check_text("idempotency_key", str(key)) for key in idempotency_keys])
+            [None if key is None else _key(f"idempotency_keys[{n}]", key) for n, key in enumerate(idempotency_keys, 1)])
         # counted from 1, as in SQL
         text = texts([self._json(f"payloads[{number}]", payload) for number, payload in enumerate(payloads, 1)])
         if len(text) > 8 * CALL_LIMIT:
@@ -2941,13 +2963,15 @@ class Orchestrator:
 
 
 _apps: weakref.WeakSet[Orchestrator] = weakref.WeakSet()
-def _leave_all_to_parent() -> None:
+
+
+def _after_fork() -> None:
     for app in list(_apps):
         app._leave_to_parent()
 
 
 if hasattr(os, "register_at_fork"):   # not on Windows
-    os.register_at_fork(after_in_child=_leave_all_to_parent)
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class _Stopped(BaseException):
@@ -2965,6 +2989,13 @@ def _plain_errors() -> Iterator[None]:
         if error.sqlstate in NOT_INSTALLED:
             raise ConfigError(f"DATABASE_URL: {database_problem(error)}") from None
         raise
+
+
+def _key(name: str, key: str | UUID) -> str:
+    text = check_text(name, str(key))
+    if not 1 <= len(text.encode()) <= 255:
+        raise ValueError(f"{name}: must be 1 to 255 bytes")
+    return text
 
 
 def _priority(priority: int) -> int:

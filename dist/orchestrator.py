@@ -2183,15 +2183,14 @@ comment on function orchestrator.resume_type(text) is
 
 '80_inspect.sql': r"""-- What a person looks at: views, statistics, the story of a task. Reads only. Payloads, results and errors are shown with their
 -- secrets blanked; each view has the predicate of the index that serves it (ready, due, in flight, dead).
--- Functions whose names begin with _ and that have no search_path of their own are called by functions that pin it.
 
 -- Whether a key, split into words (apiKey, API_KEY and api-key are api_key), names a secret.
 create or replace function orchestrator._names_a_secret(p_key text) returns boolean
-language sql immutable parallel safe as $$
+language sql immutable parallel safe begin atomic
   select p_key ~* 'pass|pwd|secret|token|key|credential|authorization' and k.words !~ '_(env|file|type|count|limit)$' and k.words ~
     '(^|_)([a-z]*pass(word|wd|phrase)s?|pwd|(access|auth|refresh|bearer|session|api|id)?token|(client|app|shared)?secrets?|credentials?|authorization|(api|private|access|signing|encryption)_?keys?)(_|$)'
-  from (select lower(regexp_replace(regexp_replace(p_key, '([a-z0-9])([A-Z])|([A-Z])(?=[A-Z][a-z])', '\1\3_\2', 'g'), '[^A-Za-z0-9]+', '_', 'g')) as words) k
-$$;
+  from (select lower(regexp_replace(regexp_replace(p_key, '([a-z0-9])([A-Z])|([A-Z])(?=[A-Z][a-z])', '\1\3_\2', 'g'), '[^A-Za-z0-9]+', '_', 'g')) as words) k;
+end;
 
 create or replace function orchestrator.redact_text(p_text text) returns text
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp as $$
@@ -2201,7 +2200,7 @@ $$;
 comment on function orchestrator.redact_text(text) is
   'The same text with passwords blanked: in URLs (scheme://user:password@host) and after password= or token=.';
 
--- One JSON value, p_depth levels deep.
+-- One JSON value, p_depth levels deep. It has no search_path of its own, since that would cost each value 1 µs: its callers pin it.
 create or replace function orchestrator._redact(p_json jsonb, p_depth int) returns jsonb
 language sql immutable parallel safe as $$
   select case jsonb_typeof(p_json)
@@ -2567,14 +2566,19 @@ comment on function orchestrator.api_history(int) is
 
 -- Lists -------------------------------------------------------------------------------------------------------------------
 
--- Walks the index of one state from its p_skip-th task, and looks at p_bound tasks. Ready tasks of a type or pattern have an
--- index to themselves. The limits in lateral subqueries keep the planner from turning a join around, to walk all tasks.
-create or replace function orchestrator._walk_state(p_state text, p_type text, p_skip int, p_bound int)
+-- Walks the index of one state, and looks at p_bound tasks: from the p_skip-th on, or in the state newest (all, by id) from those
+-- before p_before whose id begins with p_id. Ready tasks of a type or pattern have an index to themselves. The limits in lateral
+-- subqueries keep the planner from turning a join around, to walk all tasks.
+create or replace function orchestrator._walk_state(p_state text, p_type text, p_id text, p_skip int, p_before uuid, p_bound int)
 returns table (place bigint, id uuid, type text, status text)
 language sql stable
 set search_path = pg_catalog, pg_temp
 set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
   select p_skip + row_number() over (), x.id, x.type, x.status::text from (
+    (select t.id, t.type, t.status from orchestrator.tasks t
+     where p_state = 'newest' and t.id < p_before and t.id >= rpad(coalesce(p_id, ''), 32, '0')::uuid and t.id <= rpad(coalesce(p_id, ''), 32, 'f')::uuid
+     order by t.id desc limit p_bound)
+    union all
     (select t.id, t.type, t.status from orchestrator.tasks t
      where p_state = 'ready' and p_type is null and t.queued_at is not null order by t.type, t.priority desc, t.queued_at offset p_skip limit p_bound)
     union all
@@ -2595,39 +2599,20 @@ set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off s
      where p_state = 'dead_letter' and t.dead_at is not null order by t.dead_at desc offset p_skip limit p_bound)) x
 $$;
 
--- The ids on a page of one state, how many tasks it looked at, and where the next page begins. Looks at 10,000 at most.
-create or replace function orchestrator._page_in_state(p_state text, p_type text, p_status text, p_skip int, p_limit int,
-                                                       out ids uuid[], out looked int, out next bigint)
-language sql stable
-set search_path = pg_catalog, pg_temp as $$
-  with bound as materialized (select case when p_status is null and (p_type is null or p_state = 'ready') then p_limit else 10000 end as n),
-  walked as materialized (select w.* from bound b cross join lateral orchestrator._walk_state(p_state, p_type, p_skip, b.n) w),
+-- The ids on a page of one state, how many tasks it looked at (10,000 at most), and where the next page begins.
+create or replace function orchestrator._page(p_state text, p_type text, p_id text, p_statuses text[], p_skip int, p_before uuid, p_limit int,
+                                              out ids uuid[], out looked int, out skip int, out before uuid)
+language sql stable set search_path = pg_catalog, pg_temp as $$
+  with bound as materialized (select case when p_statuses is null and (p_type is null or p_state = 'ready') then p_limit else 10000 end as n),
+  walked as materialized (select w.* from bound b cross join lateral orchestrator._walk_state(p_state, p_type, p_id, p_skip, p_before, b.n) w),
   page as materialized (
     select w.place, w.id from walked w
-    where (p_type is null or w.type like orchestrator._like(p_type)) and (p_status is null or w.status = p_status) order by w.place limit p_limit)
-  select coalesce((select array_agg(p.id order by p.place) from page p), '{}'), (select count(*)::int from walked),
-         case when (select count(*) from page) = p_limit then (select max(p.place) from page p)
-              when (select count(*) from walked) = b.n then p_skip + b.n end
-  from bound b
-$$;
-
--- The same by id, the newest first, from p_from to p_to and before p_before: next is the id to go on before, back_to its time.
-create or replace function orchestrator._page_by_id(p_from uuid, p_to uuid, p_before uuid, p_type text, p_statuses text[], p_limit int,
-                                                    out ids uuid[], out looked int, out next uuid, out back_to timestamptz)
-language sql stable
-set search_path = pg_catalog, pg_temp
-set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
-  with walked as materialized (
-    select t.id, t.type, t.status::text, t.created_at from orchestrator.tasks t where t.id >= p_from and t.id <= p_to and t.id < p_before
-    order by t.id desc limit case when p_type is null and p_statuses is null then p_limit else 10000 end),
-  page as materialized (
-    select w.id from walked w
     where (p_type is null or w.type like orchestrator._like(p_type)) and (p_statuses is null or w.status = any (p_statuses))
-    order by w.id desc limit p_limit),
-  last as (select case when (select count(*) from page) = p_limit then (select p.id from page p order by p.id limit 1)
-                       when (select count(*) from walked) = 10000 then (select w.id from walked w order by w.id limit 1) end as id)
-  select coalesce((select array_agg(p.id order by p.id desc) from page p), '{}'), (select count(*)::int from walked w where w.id >= coalesce(l.id, w.id)),
-         l.id, (select w.created_at from walked w where w.id = l.id)
+    order by w.place limit p_limit),
+  last as (select case when (select count(*) from page) = p_limit then (select max(p.place) from page p)
+                       when (select count(*) from walked) = b.n then p_skip + b.n end as place from bound b)
+  select coalesce((select array_agg(p.id order by p.place) from page p), '{}'), (select count(*)::int from walked w where w.place <= coalesce(l.place, w.place)),
+         l.place::int, (select w.id from walked w where w.place = l.place)
   from last l
 $$;
 
@@ -2635,41 +2620,49 @@ create or replace function orchestrator.api_tasks(
   p_id text default null, p_type text default null, p_status text default null, p_before text default null, p_limit int default 50)
 returns jsonb language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
-  v_prefix text := lower(replace(btrim(p_id), '-', ''));
+  v_id text := lower(replace(btrim(p_id), '-', ''));
   v_type text := nullif(p_type, '');
   v_left int := orchestrator._check_range('limit', p_limit, 200);
-  v_states text[] := case when v_prefix is not null then '{}'
+  v_states text[] := case when v_id is not null then '{newest}'
     when p_status in ('ready', 'scheduled', 'in_flight', 'dead_letter') then array[p_status]
     when p_status in ('claimed', 'running') then '{in_flight}' when p_status = 'retry_scheduled' then '{scheduled}'
-    when p_status is null and v_type is not null then '{in_flight,ready,scheduled,dead_letter}' else '{}' end;
-  v_next text := coalesce(p_before, v_states[1] || '+0', 'ffffffff-ffff-ffff-ffff-ffffffffffff');
-  v_ids uuid[] := '{}';
+    when p_status is null and v_type is not null then '{in_flight,ready,scheduled,dead_letter,newest}' else '{newest}' end;
+  v_statuses text[] := case when p_status in ('claimed', 'running', 'retry_scheduled') or v_states = '{newest}' and p_status is not null then array[p_status] end;
+  v_state text := v_states[1];
+  v_skip int := 0;
+  v_before uuid := 'ffffffff-ffff-ffff-ffff-ffffffffffff'::uuid;
+  v_ids uuid[] := '{}'::uuid[];
   v_looked int := 0;
-  v_back_to timestamptz;
   v_cut boolean := false;
   r record;
 begin
-  perform orchestrator._check_search(v_prefix, p_status, p_before, v_states);
-  while v_left > 0 and v_looked < 10000 and v_next is not null loop
-    if v_next ~ '\+' then
-      select * into r from orchestrator._page_in_state(split_part(v_next, '+', 1), v_type,
-        case when p_status in ('claimed', 'running', 'retry_scheduled') then p_status end, split_part(v_next, '+', 2)::int, v_left);
-      v_cut := v_cut or coalesce(r.next >= 100000, false);
-      v_next := case when r.next < 100000 then split_part(v_next, '+', 1) || '+' || r.next
-        else coalesce(v_states[array_position(v_states, split_part(v_next, '+', 1)) + 1] || '+0',
-                      case when p_status is null then 'ffffffff-ffff-ffff-ffff-ffffffffffff' end) end;
-    else
-      select * into r from orchestrator._page_by_id(rpad(coalesce(v_prefix, ''), 32, '0')::uuid, rpad(coalesce(v_prefix, ''), 32, 'f')::uuid,
-        v_next::uuid, v_type, case when p_status is not null then array[p_status] when v_states <> '{}' then '{completed,cancelled}' end, v_left);
-      v_next := r.next;
-      v_back_to := r.back_to;
-    end if;
+  perform orchestrator._check_search(v_id, p_status, p_before, v_states);
+  if p_before ~ '\+' then
+    v_state := split_part(p_before, '+', 1);
+    v_skip := split_part(p_before, '+', 2)::int;
+  elsif p_before is not null then
+    v_state := 'newest';
+    v_before := p_before::uuid;
+  end if;
+  while v_left > 0 and v_looked < 10000 and v_state is not null loop
+    select * into r from orchestrator._page(v_state, v_type, v_id,
+      case when v_state = 'newest' and cardinality(v_states) > 1 then '{completed,cancelled}' else v_statuses end, v_skip, v_before, v_left);
     v_ids := v_ids || r.ids;
     v_left := v_left - cardinality(r.ids);
     v_looked := v_looked + r.looked;
+    v_skip := coalesce(r.skip, 0);
+    v_before := coalesce(r.before, v_before);
+    v_cut := v_cut or v_state <> 'newest' and v_skip >= 100000;
+    if r.skip is null or v_state <> 'newest' and v_skip >= 100000 then
+      v_skip := 0;
+      v_state := v_states[array_position(v_states, v_state) + 1];
+    elsif v_state = 'newest' then
+      v_skip := 0;
+    end if;
   end loop;
   return jsonb_build_object('now', extract(epoch from clock_timestamp()), 'tasks', orchestrator._task_summaries(v_ids),
-                            'next', v_next, 'cut', v_cut, 'looked', v_looked, 'back_to', v_back_to);
+    'next', case when v_state = 'newest' then v_before::text else v_state || '+' || v_skip end, 'cut', v_cut, 'looked', v_looked,
+    'back_to', (select t.created_at from orchestrator._bare_tasks t where t.id = v_before and v_state = 'newest'));
 end $$;
 comment on function orchestrator.api_tasks(text, text, text, text, int) is
   'Search: an id or its beginning; a type, or types by their beginning (mail: or mail*); a status (also ready, scheduled, in_flight); '
@@ -2677,19 +2670,19 @@ comment on function orchestrator.api_tasks(text, text, text, text, int) is
   'type alone: in flight, ready, scheduled, dead letters, then what has ended. Each page looks at 10,000 tasks or a few more, so one '
   'that is not full may have a next. looked: at how many; back_to: how far back it got; cut: a state''s list ends at 100,000. Raises OR001.';
 
-create or replace function orchestrator._check_search(p_prefix text, p_status text, p_before text, p_states text[]) returns void
+create or replace function orchestrator._check_search(p_id text, p_status text, p_before text, p_states text[]) returns void
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_known text[] := '{ready,scheduled,in_flight}' || array_remove(enum_range(null::orchestrator.task_status)::text[], 'failed');   -- none rests in failed
 begin
-  if p_prefix !~ '^[0-9a-f]{1,32}$' then
+  if p_id !~ '^[0-9a-f]{1,32}$' then
     perform orchestrator._invalid('id', 'must be the beginning of a task''s id', 'Digits and a to f.');
   elsif p_status <> all (v_known) then
     perform orchestrator._invalid('status', 'is unknown', 'One of ' || array_to_string(v_known, ', ') || '.');
-  elsif p_prefix is not null and p_status in ('ready', 'scheduled', 'in_flight') then
+  elsif p_id is not null and p_status in ('ready', 'scheduled', 'in_flight') then
     perform orchestrator._invalid('status', 'goes with an id only as tasks have it', 'Such as pending, running or dead_letter.');
-  elsif (p_before ~ '^\w+\+\d{1,5}$' and split_part(p_before, '+', 1) = any (p_states)
-         or p_before ~ '^[0-9a-f]{8}-([0-9a-f]{4}-){3}[0-9a-f]{12}$' and (p_states = '{}' or p_status is null)) is false then
+  elsif p_before is not null and not (case when p_before ~ '^\w+\+\d{1,5}$' then split_part(p_before, '+', 1) = any (array_remove(p_states, 'newest'))
+                 else p_before ~ '^[0-9a-f]{8}-([0-9a-f]{4}-){3}[0-9a-f]{12}$' and 'newest' = any (p_states) end) then
     perform orchestrator._invalid('before', 'must be what the page before gave as next', 'Leave it out for the first page.');
   end if;
 end $$;
@@ -2899,10 +2892,9 @@ h2 { font-size: 13px; font-weight: 650; margin: 0; }
 .pair.wide-first { grid-template-columns: 1.35fr 1fr; }
 
 /* the life of a task, left to right; what leaves the line is below it */
-.flow { list-style: none; margin: 0; padding: 0; display: grid; grid-template-columns: repeat(6, 1fr); border: var(--line); border-radius: 8px; background: var(--raised); }
-.flow li { padding: 13px 18px 12px; position: relative; }
-.flow li + li { border-left: var(--line); }
-.flow li.next::before { content: ""; position: absolute; left: -5px; top: 50%; width: 8px; height: 8px; transform: translateY(-50%) rotate(45deg);
+.flow { list-style: none; margin: 0; padding: 0; display: grid; grid-template-columns: repeat(6, 1fr); gap: 1px; overflow: hidden; border: var(--line); border-radius: 8px; background: var(--rule); }
+.flow li { padding: 13px 18px 12px; position: relative; background: var(--raised); }
+.flow li.next::before { content: ""; position: absolute; left: -6px; top: 50%; width: 8px; height: 8px; transform: translateY(-50%) rotate(45deg);
   background: var(--raised); border-top: var(--line); border-right: var(--line); }
 .flow .figure { font-size: 25px; line-height: 1.25; font-weight: 550; letter-spacing: -.02em; color: inherit; display: block; white-space: nowrap; }
 .flow .name { display: block; }
@@ -2960,10 +2952,9 @@ td.acts button + button { margin-left: 6px; }
 .state::before { content: ""; display: inline-block; width: 8px; height: 8px; margin-right: 7px; border-radius: 50%; background: var(--muted); }
 .state.good::before { background: var(--good); }
 .state.live::before { background: none; border: 2px solid var(--accent); }
-.state.warn::before { background: var(--warn); border-radius: 1px; }
-.state.bad::before { background: var(--bad); border-radius: 1px; }
 .state.warn { color: var(--warn); }
 .state.bad { color: var(--bad); }
+.state.warn::before, .state.bad::before { background: currentColor; border-radius: 1px; }
 .leader { border: 1px solid var(--good); color: var(--good); border-radius: 9px; padding: 0 7px; font-size: 12px; }
 .leader:empty { display: none; }
 .more { margin-top: 12px; display: flex; gap: 14px; align-items: center; flex-wrap: wrap; }
@@ -3001,8 +2992,6 @@ dialog input { width: 100%; margin: 4px 0 14px; }
   #types td.type { min-width: 150px; }
   .charts.pair { gap: 18px; }
   .flow { grid-template-columns: repeat(3, 1fr); }
-  .flow li:nth-child(n + 4) { border-top: var(--line); }
-  .flow li:nth-child(4) { border-left: 0; }
   .flow li:nth-child(4)::before { display: none; }
 }
 @media (max-width: 760px) {
@@ -3017,9 +3006,6 @@ dialog input { width: 100%; margin: 4px 0 14px; }
   #lost p { padding: 8px 14px; }
   .flow { grid-template-columns: repeat(2, 1fr); }
   .flow li { padding: 10px 14px; }
-  .flow li:nth-child(n + 3) { border-top: var(--line); }
-  .flow li:nth-child(odd) { border-left: 0; }
-  .flow li:nth-child(4) { border-left: var(--line); }
   .flow li:nth-child(odd)::before { display: none; }
   .flow li:nth-child(4)::before { display: block; }
   .flow .figure { font-size: 22px; }
@@ -3114,15 +3100,8 @@ dialog input { width: 100%; margin: 4px 0 14px; }
         <input id="filter" type="search" placeholder="Filter" aria-label="Filter the types" autocomplete="off" spellcheck="false" maxlength="255"></div>
         <div id="types"></div><div class="more"><button type="button" class="small" id="types-more" aria-expanded="false" hidden></button></div></section>
     </div>
-    <div class="pair wide-first">
-      <section aria-labelledby="running-title"><div class="head"><h2 id="running-title">Running</h2><span class="hush" id="running-note"></span><a href="#status=in_flight">all</a></div><div id="running"></div></section>
-      <section aria-labelledby="workers-title"><div class="head"><h2 id="workers-title">Workers</h2><span class="hush" id="workers-note"></span></div><div id="workers"></div></section>
-    </div>
-    <div class="stack">
-      <section aria-labelledby="failures-title"><div class="head"><h2 id="failures-title">Recent failures</h2><span class="hush">attempts that failed</span></div><div id="failures"></div></section>
-      <section aria-labelledby="dead-title"><div class="head"><h2 id="dead-title">Dead letters</h2><a href="#status=dead_letter">all</a></div><div id="dead-letters"></div></section>
-      <section aria-labelledby="retries-title"><div class="head"><h2 id="retries-title">Due next</h2><span class="hush">retries and delayed tasks</span><a href="#status=scheduled">all</a></div><div id="retries"></div></section>
-    </div>
+    <div class="pair wide-first" id="present"></div>
+    <div class="stack" id="past"></div>
   </div>
 
   <section id="results" aria-labelledby="results-title" hidden>
@@ -3204,6 +3183,10 @@ function make(tag, named = {}, ...children) {
   node.append(...children);
   return node;
 }
+function redraw(node, data, build) {   // only if it changed, so that a selection stays
+  const drawn = JSON.stringify(data);
+  if (node.drawn !== drawn) { node.drawn = drawn; node.replaceChildren(...build(data)); }
+}
 // Makes the children of parent be the items, in order: what stays is not touched, so focus and selection stay as well.
 function sync(parent, items, key, create, fill) {
   const known = parent.known ??= new Map();
@@ -3281,6 +3264,7 @@ class Table {
 }
 
 // Charts ------------
+const hours = (at, options) => new Date((at - clockSkew) * 1000).toLocaleTimeString([], options);
 const SVG = 'http://www.w3.org/2000/svg';
 class Chart {
   constructor(id, series, say) {
@@ -3294,8 +3278,7 @@ class Chart {
     const legend = $(id + '-legend');
     this.values = series.map(s => { const value = make('b'); legend.append(make('span', {class: s.class}, s.name + ' ', value)); return value; });
     this.svg.addEventListener('pointermove', event => this.point(event.clientX - this.svg.getBoundingClientRect().left));
-    this.svg.addEventListener('pointerleave', () => { this.cursor = null; this.draw(); });
-    this.svg.addEventListener('blur', () => { this.cursor = null; this.draw(); });
+    for (const left of ['pointerleave', 'blur']) this.svg.addEventListener(left, () => { this.cursor = null; this.draw(); });
     this.svg.addEventListener('keydown', event => {
       const step = {ArrowLeft: -1, ArrowRight: 1}[event.key];
       if (!step || !this.points.length) return;
@@ -3317,8 +3300,7 @@ class Chart {
     const {svg, points} = this, height = svg.clientHeight - 20;
     this.width = svg.clientWidth;
     if (!this.width || this.from == null) return;
-    const most = Math.max(...points.flatMap(p => p.values.map(v => v ?? 0)), 0);
-    const top = nice(most);
+    const top = nice(Math.max(...points.flatMap(p => p.values), 0));
     this.left = 8 + Math.max(...[top, top / 2].map(v => compact(v).length)) * 6.6;
     const x = at => this.left + (at - this.from) / (this.to - this.from) * (this.width - this.left - 1);
     const y = value => 7 + (height - 7) * (1 - value / top);
@@ -3331,7 +3313,7 @@ class Chart {
     const step = (this.to - this.from) / (this.width < 420 ? 3 : 5), unit = [60, 120, 180, 300, 600, 900, 1200, 1800, 3600].find(u => u >= step * .8) ?? 3600;
     this.times.forEach((label, i) => {
       const at = Math.floor(this.to / unit) * unit - i * unit, inside = x(at) > this.left + 18 && x(at) < this.width - 16;
-      put(label, inside ? new Date((at - clockSkew) * 1000).toLocaleTimeString([], {hour: '2-digit', minute: '2-digit', hourCycle: 'h23'}) : '');
+      put(label, inside ? hours(at, {hour: '2-digit', minute: '2-digit', hourCycle: 'h23'}) : '');
       attributes(label, {x: x(at).toFixed(1), y: height + 16, 'text-anchor': 'middle'});
     });
     this.lines.forEach((line, k) => {
@@ -3344,7 +3326,7 @@ class Chart {
         const at = `${x(p.at).toFixed(1)} ${y(v).toFixed(1)}`;
         path += (open == null ? 'M' : 'L') + at;
         area += open == null ? `M${x(p.at).toFixed(1)} ${height}L${at}` : 'L' + at;
-        if (open == null) open = x(p.at);
+        open ??= x(p.at);
         before = x(p.at);
       }
       close();
@@ -3353,8 +3335,9 @@ class Chart {
     });
     const seen = points[this.cursor ?? points.length - 1];
     this.values.forEach((value, k) => put(value, seen ? this.series[k].say(seen.values[k]) : '–'));
-    put($(this.svg.id + '-at'), this.cursor != null && seen ? 'at ' + new Date((seen.at - clockSkew) * 1000).toLocaleTimeString([], {hourCycle: 'h23'}) : '');
-    this.mark.style.display = this.cursor != null && seen ? '' : 'none';
+    const pointed = this.cursor != null && seen;
+    put($(this.svg.id + '-at'), pointed ? 'at ' + hours(seen.at, {hourCycle: 'h23'}) : '');
+    this.mark.style.display = pointed ? '' : 'none';
     if (!seen) return;
     attributes(this.mark, {x1: x(seen.at).toFixed(1), x2: x(seen.at).toFixed(1), y1: 4, y2: height});
     attribute(svg, 'aria-label', this.say + ': ' + this.series.map((s, k) => s.name + ' ' + s.say(seen.values[k])).join(', ') + '. Arrow keys look back.');
@@ -3461,6 +3444,16 @@ function workerState(w) {
   if (w.stopping) return ['stopping', 'warn'];
   return w.in_flight >= w.pool_size ? ['full', 'live'] : w.in_flight ? ['working', 'live'] : ['idle', 'good'];
 }
+function section(place, id, title, note, status) {
+  const head = make('div', {class: 'head'}, make('h2', {id: id + '-title'}, title), make('span', {class: 'hush', id: id + '-note'}, note));
+  if (status) head.append(make('a', {href: searchLink({status})}, 'all'));
+  $(place).append(make('section', {'aria-labelledby': id + '-title'}, head, make('div', {id})));
+}
+section('present', 'running', 'Running', '', 'in_flight');
+section('present', 'workers', 'Workers', '');
+section('past', 'failures', 'Recent failures', 'attempts that failed');
+section('past', 'dead-letters', 'Dead letters', '', 'dead_letter');
+section('past', 'retries', 'Due next', 'retries and delayed tasks', 'scheduled');
 const tables = {
   types: new Table('types', 'Types', 'No type is known yet.', t => t.type, [
     {head: 'Type', class: 'type grow', text: t => t.others ? 'all others' : t.type, title: t => t.others ? 'Types that were seen beyond the first 200' : t.type, link: t => searchLink(t.others ? {status: 'ready'} : {type: t.type})},
@@ -3507,7 +3500,7 @@ const tables = {
     num('Attempts', t => t.attempts || '', t => attempt(t)),
     num('Priority', t => t.priority || ''),
     num('Created', t => ago(t.created_at), t => clock(t.created_at)),
-    num('Took', t => t.completed_at && t.started_at ? lasting((Date.parse(t.completed_at) - Date.parse(t.started_at)) / 1000) : ''),
+    num('Took', t => t.completed_at && t.started_at ? lasting(since(t.started_at) - since(t.completed_at)) : ''),
     acts]),
 };
 const charts = {
@@ -3549,9 +3542,9 @@ async function pauseOrResume(t) {
 }
 
 // Showing ------------
-// What needs a person, the worst first, a line for each kind: {kind, title, items: [{type, text}], rest}.
+// What needs a person, a line for each kind; its items are types.
 function attention(o) {
-  const lines = [], add = (kind, title, items = []) => lines.push({kind, title, items: items.slice(0, 4), rest: Math.max(items.length - 4, 0)});
+  const lines = [], add = (kind, title, items = []) => lines.push({kind, title, items: items.slice(0, 4), rest: items.length - 4});
   const live = o.workers.filter(w => !w.declared_dead);
   if (!live.length && o.totals.waiting) add('bad', `No worker runs; ${plural(o.totals.waiting, 'task')} ${o.totals.waiting === 1 ? 'waits' : 'wait'}.`);
   else if (live.length && !live.some(w => w.leads)) add('bad', 'No worker leads: nothing is recovered or counted until one does.');
@@ -3559,21 +3552,21 @@ function attention(o) {
     if (w.declared_dead) add('bad', `Worker ${w.id} was declared dead; ${plural(w.in_flight, 'task')} of it still to be recovered.`);
     else if (w.overdue) add('warn', `Worker ${w.id} was last heard of ${lasting(w.heartbeat)} ago.`);
   }
-  const of = (rank, say) => o.types.filter(t => typeState(t)[2] === rank).map(t => ({type: t.type, text: say(t)}));
-  const kinds = [['bad', 'No live worker handles', 0, t => plural(t.waiting + t.scheduled, 'task')],
-    ['bad', 'Failing', 1, t => percent(t.failure_share) + ' of attempts'], ['bad', 'Stuck, nothing of it ran for a minute', 2, t => count(t.waiting) + ' ready'],
-    ['warn', 'Paused', 3, t => count(t.waiting) + ' ready'], ['warn', 'Growing', 4, t => `${count(t.waiting)} ready, the oldest for ${lasting(t.oldest_waiting)}`]];
-  for (const [kind, title, rank, say] of kinds) { const items = of(rank, say); if (items.length) add(kind, title + ':', items); }
+  const ready = t => count(t.waiting) + ' ready';
+  [['bad', 'No live worker handles:', t => plural(t.waiting + t.scheduled, 'task')], ['bad', 'Failing:', t => percent(t.failure_share) + ' of attempts'],
+    ['bad', 'Stuck, nothing of it ran for a minute:', ready], ['warn', 'Paused:', ready], ['warn', 'Growing:', t => `${ready(t)}, the oldest for ${lasting(t.oldest_waiting)}`],
+  ].forEach(([kind, title, say], rank) => {
+    const items = o.types.filter(t => typeState(t)[2] === rank).map(t => ({type: t.type, text: say(t)}));
+    if (items.length) add(kind, title, items);
+  });
   if (o.counts.age > 60) add('warn', `The counts are ${lasting(o.counts.age)} old.`);
-  return lines.length > 8 ? [...lines.slice(0, 7), {kind: 'warn', title: `And ${lines.length - 7} more.`, items: [], rest: 0}] : lines;
+  if (lines.length > 8) add('warn', `And ${lines.splice(7).length} more.`);
+  return lines;
 }
-function fillAttention(node, {kind, title, items, rest}) {
-  const said = JSON.stringify([kind, title, items, rest]);
-  if (node.said === said) return;
-  node.said = said;
-  attribute(node, 'class', kind);
-  node.replaceChildren(...(items.length ? [make('b', {}, title), ' '] : [title]),
-    ...items.flatMap(({type, text}, i) => [i ? ', ' : '', make('a', {href: searchLink({type})}, type), ` (${text})`]), rest ? ` and ${count(rest)} more` : '');
+function fillAttention(node, line) {
+  attribute(node, 'class', line.kind);
+  redraw(node, line, ({title, items, rest}) => [...(items.length ? [make('b', {}, title), ' '] : [title]),
+    ...items.flatMap(({type, text}, i) => [i ? ', ' : '', make('a', {href: searchLink({type})}, type), ` (${text})`]), rest > 0 ? ` and ${count(rest)} more` : '']);
 }
 let openTypes = false;
 function showTypes(types) {
@@ -3590,14 +3583,11 @@ function showTypes(types) {
   $('filter').hidden = all.length <= 5;
 }
 function showStart(o) {
-  const hidden = o.totals.enqueued_total > 0 || o.totals.waiting > 0 || o.counts.age == null && o.types.some(t => t.waiting);
-  $('start').hidden = hidden;
-  if (hidden) return;
+  if ($('start').hidden = o.totals.enqueued_total > 0 || o.totals.waiting > 0) return;
   const handles = o.workers.flatMap(w => w.handles ?? []), type = handles.find(h => !h.endsWith('*')) ?? handles[0]?.replace('*', 'example') ?? 'example';
-  put($('start-text'), (o.workers.length ? '' : 'No worker runs yet: start one with python orchestrator.py. ') + 'Nothing was enqueued so far. From a shell, or from psql or any program that speaks SQL:');
-  const quoted = type.replaceAll("'", "''");
+  put($('start-text'), (o.workers.length ? '' : 'No worker runs: start one with python orchestrator.py. ') + 'Nothing was enqueued yet. From a shell, or from whatever speaks SQL:');
   put($('start-shell'), `python orchestrator.py enqueue ${/^[\w:.-]+$/.test(type) ? type : "'" + type.replaceAll("'", "'\\''") + "'"} '{}'`);
-  put($('start-sql'), `select orchestrator.enqueue('${quoted}', '{}');`);
+  put($('start-sql'), `select orchestrator.enqueue('${type.replaceAll("'", "''")}', '{}');`);
 }
 function showOverview(o) {
   board = o;
@@ -3612,9 +3602,9 @@ function showOverview(o) {
   sync($('attention'), attention(o), line => line.title, () => make('li'), fillAttention);
   showStart(o); showTypes(o.types); tables.workers.show(o.workers); drawDepth();
   put($('workers-note'), o.workers.length > 1 ? count(o.workers.length) : '');
-  sync($('type-names'), o.types.filter(y => !y.others), y => y.type, y => make('option', {value: y.type}), () => {});
+  redraw($('type-names'), o.types.filter(y => !y.others).map(y => y.type), types => types.map(value => make('option', {value})));
   put($('link-state'), o.counts.age == null ? 'live · not counted yet' : `live · counted ${lasting(o.counts.age)} ago` + (o.counts.complete ? '' : ', still catching up'));
-  document.title = t.dead_letters ? `${count(t.waiting)} ready, ${count(t.dead_letters)} dead · orchestrator` : `${count(t.waiting)} ready · orchestrator`;
+  document.title = `${count(t.waiting)} ready${t.dead_letters ? `, ${count(t.dead_letters)} dead` : ''} · orchestrator`;
 }
 // The last point is the count that the tiles show, so that the legend says the same.
 function drawDepth() {
@@ -3658,9 +3648,8 @@ function where() {
 }
 const isPattern = type => /[:*]$/.test(type ?? '');
 function showPlace() {
-  const {search, task} = where();
+  const {search, task} = where(), query = JSON.stringify(search);
   $('board').hidden = !!search; $('results').hidden = !search;
-  const query = JSON.stringify(search);
   if (search && query !== found.query) {
     found = {...NOTHING, tasks: new Map(), query};
     tables.found.show([]);
@@ -3705,7 +3694,7 @@ function showFound(searching) {
 const facts = [
   ['Status', t => words(t.status) + (t.cancel_requested_at ? ', asked to stop' : '')], ['Attempts', t => `${t.attempts} of ${t.max_retries + 1}`], ['Priority', t => t.priority],
   ['Worker', t => t.worker_id], ['Next try', t => t.next_retry_at && `${clock(t.next_retry_at)}, in ${lasting(-since(t.next_retry_at))}`],
-  ['Ran for', t => t.started_at && lasting((t.completed_at ? Date.parse(t.completed_at) / 1000 : t.dead_at ? Date.parse(t.dead_at) / 1000 : now()) - Date.parse(t.started_at) / 1000)],
+  ['Ran for', t => t.started_at && lasting(since(t.started_at) - (since(t.completed_at ?? t.dead_at) ?? 0))],
   ['Idempotency key', t => t.idempotency_key], ['Recovered', t => t.recoveries ? plural(t.recoveries, 'time') + ' from a dead worker' : null]];
 function happened(t) {
   const list = [{at: t.created_at, event: 'enqueued'}, ...t.events.map(e => ({...e, detail: [e.detail, e.worker_id && 'on ' + e.worker_id].filter(Boolean).join('\n')}))];
@@ -3718,13 +3707,10 @@ const pretty = value => JSON.stringify(value, null, 2);
 const prettyProgress = p => Array.isArray(p) && p.every(Array.isArray) ? p.map(([name, v]) => `${name}: ${said(v)}`).join('\n') : pretty(p);
 function showStory(t) {
   put($('story-title'), t.type); put($('story-id'), t.id); put($('story-why'), t.explanation);
-  sync($('story-facts'), facts.flatMap(([name, say]) => { const text = say(t); return text || text === 0 ? [{tag: 'dt', name, text: name}, {tag: 'dd', name, text}] : []; }),
-    f => f.tag + f.name, f => make(f.tag), (node, f) => put(node, f.text));
-  sync($('story-events'), happened(t), e => e.event + e.at + (e.attempt ?? ''), () => make('li', {}, make('time'), make('div', {}, make('span'), make('span', {class: 'detail'}))), (node, e) => {
-    put(node.firstChild, clock(e.at)); attribute(node.firstChild, 'datetime', e.at); attribute(node.firstChild, 'title', ago(e.at));
-    put(node.lastChild.firstChild, words(e.event) + (e.attempt && e.event === 'failed' ? ', attempt ' + e.attempt : '')); put(node.lastChild.lastChild, e.detail);
-    attribute(node, 'class', e.kind ?? (['failed', 'dead_letter', 'recovered'].includes(e.event) ? 'bad' : ''));
-  });
+  redraw($('story-facts'), facts.map(([name, say]) => [name, say(t)]).filter(([, text]) => text || text === 0),
+    known => known.flatMap(([name, text]) => [make('dt', {}, name), make('dd', {}, text)]));
+  redraw($('story-events'), happened(t), events => events.map(e => make('li', {class: e.kind ?? (['failed', 'dead_letter', 'recovered', 'result_lost'].includes(e.event) ? 'bad' : '')},
+    make('time', {datetime: e.at}, clock(e.at)), make('div', {}, words(e.event) + (e.attempt && e.event === 'failed' ? ', attempt ' + e.attempt : ''), make('span', {class: 'detail'}, e.detail ?? '')))));
   $('story-error-part').hidden = !t.last_error; put($('story-error'), t.last_error);
   put($('story-payload'), pretty(t.payload));
   $('story-progress-part').hidden = t.progress == null; put($('story-progress'), prettyProgress(t.progress));
@@ -3898,7 +3884,7 @@ LONGEST_DELAY = 315_360_000
 # Characters of an error text that are kept, as in SQL.
 ERROR_LIMIT = 8000
 UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
-USER_CODE_EXCLUDES = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), _FILE)
+USER_CODE_EXCLUDES = tuple(map(os.path.realpath, [*map(sysconfig.get_path, ("stdlib", "purelib", "platlib")), _FILE]))
 
 
 def parse_duration(text: str) -> float:
@@ -4854,7 +4840,10 @@ class Router:
             future.add_done_callback(lambda _: calls.put(None))
             while (call := calls.get()) is not None:
                 call()
-            return future.result()
+            result = future.result()
+            if isinstance(result, _Raised):
+                raise result.error
+            return result
         except (asyncio.CancelledError, concurrent.futures.CancelledError) as error:
             raise Cancelled(task.cancel_reason or "cancelled") from error
 
@@ -4894,6 +4883,13 @@ def _exit_if_forked(pid: int) -> None:
         os._exit(0)
 
 
+@dataclasses.dataclass
+class _Raised:
+    """What an awaitable raised, as a value: asyncio passes a TimeoutError on without its traceback, and ends by a SystemExit."""
+
+    error: BaseException
+
+
 async def _await(task: Task, awaitable: Awaitable[Any], loop: asyncio.AbstractEventLoop, calls: Any) -> Any:
     """Cancelled from inside the loop, so that whoever waits for the handler sees it end, not only asked to end."""
     running, pid = asyncio.current_task(), os.getpid()
@@ -4906,8 +4902,8 @@ async def _await(task: Task, awaitable: Awaitable[Any], loop: asyncio.AbstractEv
         running.cancel()
     try:
         return await awaitable
-    except (SystemExit, KeyboardInterrupt) as error:   # would interrupt the event loop
-        raise RuntimeError(describe_error(error)) from error
+    except BaseException as error:
+        return _Raised(error)
     finally:
         _exit_if_forked(pid)
 
@@ -5476,6 +5472,7 @@ class ClaimLoop(Loop):
         self.claiming_as = ""                       # the worker id of the last claim
         self.mean_payload = 1.0                     # characters, in the last claim
         self.largest_payload = 1                    # characters, of all claims since the worker held nothing
+        self.asked_bytes = PAYLOAD_LIMIT            # of the last claim
         self.idle = False                           # what the database knows: producers notify idle workers
         self.full_claims = 0                        # in a row
         self.listening: object = None               # the connection that listens
@@ -5519,7 +5516,8 @@ class ClaimLoop(Loop):
                     return wait
                 pool.wanted = False
                 found = self._claim(room)
-                if len(self.arrived) < room:
+                # A claim may be cut short by its bytes, and a large one by its types, of which SQL looks at 1,000.
+                if len(self.arrived) < min(room, 500, max(1, self.asked_bytes // 262_144)):
                     break
                 self.full_claims += 1   # there may be more: don't wait, and don't have producers notify
                 if self.idle and self.full_claims > 3:
@@ -5539,7 +5537,8 @@ class ClaimLoop(Loop):
     def _claim(self, room: int) -> bool:
         started = time.monotonic()
         hand_out = self._hand_out if self.arrived else None
-        rows = self.link.call("claim_tasks", self.claiming_as, self.types, room, self._bytes_left(), meanwhile=hand_out)
+        self.asked_bytes = self._bytes_left()
+        rows = self.link.call("claim_tasks", self.claiming_as, self.types, room, self.asked_bytes, meanwhile=hand_out)
         self.arrived, self.arrived_at = rows, started
         with self.worker.counters.lock:
             self.worker.counters.claim_seconds.add([time.monotonic() - started])
@@ -6006,10 +6005,16 @@ class ReportLoop(Loop):
         self.missing = missing
 
 
+async def _value_of(awaitable: Awaitable[Any]) -> Any:
+    return await awaitable
+
+
 def _call_hooks(hooks: Sequence[DeadLetterHook], task: Task) -> None:
     for hook in hooks:
         try:
-            hook(task, (task.outcome.text if task.outcome else None) or "")
+            done = hook(task, (task.outcome.text if task.outcome else None) or "")
+            if inspect.isawaitable(done):
+                asyncio.run(_value_of(done))
         except BaseException as error:
             log.error("on_dead_letter: %s", describe_error(error))
 
@@ -6460,13 +6465,16 @@ class Orchestrator:
         A repeated (type, idempotency_key) returns the first task's id, with created False. delay (instead of run_at):
         seconds, a timedelta or text such as "10m". Raises ValueError, which names the field.
         """
-        key = None if idempotency_key is None else check_text("idempotency_key", str(idempotency_key))
+        key = None if idempotency_key is None else _key("idempotency_key", idempotency_key)
         args = (check_text("type", type), self._json("payload", {} if payload is None else payload),
                 _priority(priority), key, _retries(max_retries), _run_at(run_at, delay))
         if key is None:
             return EnqueuedId(self._call("enqueue", *args, connection=connection)[0][0], True)
         args = (args[0], texts([args[1]]), args[2], texts([key]), *args[4:])
-        [(_, task_id, created)] = self._call("enqueue_many", *args, connection=connection)
+        try:
+            [(_, task_id, created)] = self._call("enqueue_many", *args, connection=connection)
+        except ValueError as error:
+            raise ValueError(str(error).replace("payloads[1]", "payload", 1)) from None
         return EnqueuedId(str(task_id), created)
 
     async def enqueue_async(self, type: str, payload: Any = None, **options: Any) -> EnqueuedId:
@@ -6479,7 +6487,7 @@ class Orchestrator:
                      connection: psycopg.Connection[Any] | None = None) -> list[EnqueuedId]:
         """Add a task for each payload, all in one statement, and return their ids in order. Raises ValueError."""
         keys = None if idempotency_keys is None else texts(
-            [None if key is None else check_text("idempotency_key", str(key)) for key in idempotency_keys])
+            [None if key is None else _key(f"idempotency_keys[{n}]", key) for n, key in enumerate(idempotency_keys, 1)])
         # counted from 1, as in SQL
         text = texts([self._json(f"payloads[{number}]", payload) for number, payload in enumerate(payloads, 1)])
         if len(text) > 8 * CALL_LIMIT:
@@ -6677,13 +6685,15 @@ class Orchestrator:
 
 
 _apps: weakref.WeakSet[Orchestrator] = weakref.WeakSet()
-def _leave_all_to_parent() -> None:
+
+
+def _after_fork() -> None:
     for app in list(_apps):
         app._leave_to_parent()
 
 
 if hasattr(os, "register_at_fork"):   # not on Windows
-    os.register_at_fork(after_in_child=_leave_all_to_parent)
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class _Stopped(BaseException):
@@ -6701,6 +6711,13 @@ def _plain_errors() -> Iterator[None]:
         if error.sqlstate in NOT_INSTALLED:
             raise ConfigError(f"DATABASE_URL: {database_problem(error)}") from None
         raise
+
+
+def _key(name: str, key: str | UUID) -> str:
+    text = check_text(name, str(key))
+    if not 1 <= len(text.encode()) <= 255:
+        raise ValueError(f"{name}: must be 1 to 255 bytes")
+    return text
 
 
 def _priority(priority: int) -> int:

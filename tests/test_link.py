@@ -282,16 +282,3 @@ def test_a_session_relies_on_nothing_that_alter_database_can_change(installed: s
     found = dict(link.open().execute(query, [list(HOSTILE)]).fetchall())
     assert found == {**{name: orchestrator.SESSION[name] for name in HOSTILE}, "lock_timeout": "10000", "statement_timeout": "15000"}
     link.close()
-
-
-def test_a_forked_childs_link_leaves_its_parents_connection_alone(link: Link, monkeypatch: pytest.MonkeyPatch) -> None:
-    pid = pid_of(link)
-    parents = link.connection
-    monkeypatch.setattr(orchestrator.os, "getpid", lambda: -1)   # as in a child
-    link.reopen_if_closed()
-    assert link.connection is parents
-    assert pid_of(link) != pid and parents is not None and not parents.closed
-    link.close()
-    monkeypatch.undo()
-    assert parents.execute("select 1").fetchone() == (1,)
-    parents.close()

@@ -349,9 +349,8 @@ def test_a_lost_thread_is_replaced_and_counted(unsupervised: None, caplog: pytes
     with started(pool):
         lost = pool.slots[0].thread
         raise_in(lost)
-        for _ in range(2):    # it is raised when the thread gets something to do
-            pool.tickets.put(1)
-        eventually(lambda: not lost.is_alive())
+        # it is raised when that thread gets something to do
+        eventually(lambda: pool.tickets.put(1) or not lost.is_alive())
         pool.supervise()
         assert pool.counters.snapshot().replaced_threads == 1
         assert len(pool.slots) == 2 and lost not in [slot.thread for slot in pool.slots]
