@@ -257,8 +257,7 @@ def span(text: str, file: str, function: str) -> tuple[int, int]:
     if not function:
         return 0, len(text)
     if file != PYTHON:
-        end = r"(\nend \$\$;|\n\$\$;|(?=\ncomment on|\n\n))"
-        found = re.search(rf"create or replace function orchestrator\.{function}\(.*?{end}", text, re.S)
+        found = re.search(rf"create or replace function orchestrator\.{function}\(.*?(\nend \$\$;|\n\$\$;|(?=\ncreate )|$)", text, re.S)
         assert found, f"there is no function {function} in {file}"
         return found.span()
     nodes: list[ast.AST] = [ast.parse(text)]
