@@ -133,6 +133,9 @@ MUTANTS = [
     Mutant("a claim waits for its flush", "30_claim", "claim_tasks", "'synchronous_commit', 'off', true",
            "'synchronous_commit', 'on', true",
            "claim flush"),
+    *[Mutant(f"what must not be forgotten is: {function}", file, function, "\nbegin\n",
+             "\nbegin\n  perform set_config('synchronous_commit', 'off', true);\n", "claim flush")
+      for file, function in [("20_enqueue", "enqueue"), ("30_claim", "start_tasks"), ("40_finish", "complete_tasks")]],
     Mutant("all types of a pattern are looked at", "30_claim", "_ready_types", "v_left := v_left - 1;", "", "claim thousand"),
     Mutant("late names are left out", "30_claim", "_ready_types", "where v_again and", "where false and", "claim thousand"),
     Mutant("what is paused is found by its pattern", "30_claim", "_ready_types", "if v_type like any (p_paused) then",
