@@ -189,4 +189,4 @@ def test_the_page_may_fire_pause_and_resume(installed: str, conn: Connection) ->
             assert act(app, action, name="nowhere") == (404, "there is no such schedule")
             assert act(app, action, nome="s")[0] == 400
     assert audit(conn) == []
-    assert orchestrator.API_POST.keys() >= {"fire_schedule", "pause_schedule", "resume_schedule"}
+    assert orchestrator.ROUTES["POST"].keys() >= {"/api/fire_schedule", "/api/pause_schedule", "/api/resume_schedule"}
