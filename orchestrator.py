@@ -128,7 +128,7 @@ class ConfigError(Exception):
 
 
 class ClaimLost(Exception):
-    """The claim no longer holds the task: another worker has it, or it was cancelled. Its transaction must not commit."""
+    """Another worker has the task, or it was cancelled: its transaction must not commit."""
 
 
 class Retry(Exception):
@@ -157,33 +157,30 @@ class Cancelled(Exception):
 
 # A number of seconds, a timedelta, or text such as "10m".
 Seconds = float | timedelta | str
-# SQL's longest_delay(): 3650 days.
-LONGEST_DELAY = 315_360_000
-# Characters of an error text that are kept, as in SQL.
-ERROR_LIMIT = 8000
-UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
-USER_CODE_EXCLUDES = tuple(map(os.path.realpath, [*map(sysconfig.get_path, ("stdlib", "purelib", "platlib")), _FILE]))
+LONGEST_DELAY = 315_360_000   # seconds; SQL's longest_delay()
+ERROR_LIMIT = 8000            # characters of an error text that are kept, as in SQL
+UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, None: 1}
+NOT_USER_CODE = tuple(map(os.path.realpath, [*map(sysconfig.get_path, ("stdlib", "purelib", "platlib")), _FILE]))
 
 
-def parse_duration(text: str) -> float:
-    """Seconds of a text such as 100ms, 1s, 1m, 1h, 7d, or of a plain number of seconds. Raises ValueError."""
+def parse_duration(text: str, unit_needed: bool = False) -> float:
+    """The seconds of a text such as 100ms, 1s, 1m, 1h or 7d. Without a unit: seconds, or only 0."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)?", text.strip())
-    if not match:
+    if not match or (unit_needed and not match[2] and float(match[1])):
         raise ValueError("must be a duration such as 100ms, 1s, 1m, 1h or 7d")
-    return float(match[1]) * UNITS[match[2] or "s"]
+    return float(match[1]) * UNITS[match[2]]
 
 
-def check_seconds(name: str, value: Seconds) -> float:
-    if isinstance(value, str):
-        try:
-            value = parse_duration(value)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-    if isinstance(value, timedelta):
-        value = value.total_seconds()
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= LONGEST_DELAY:
-        raise ValueError(f"{name}: must be from 0 to {LONGEST_DELAY} seconds (3650 days)")
-    return float(value)
+def check_seconds(name: str, value: Seconds, low: float = 0, high: float = LONGEST_DELAY) -> float:
+    try:
+        seconds = parse_duration(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    if isinstance(seconds, timedelta):
+        seconds = seconds.total_seconds()
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not low <= seconds <= high:
+        raise ValueError(f"{name}: must be from {low:g} to {high} seconds, or a duration such as 1m")
+    return float(seconds)
 
 
 def check_whole(name: str, number: int, low: int, high: int) -> int:
@@ -193,13 +190,10 @@ def check_whole(name: str, number: int, low: int, high: int) -> int:
 
 
 def check_text(name: str, text: str) -> str:
-    try:
-        if isinstance(text, str) and "\0" not in text:
-            text.encode()
-            return text
-    except UnicodeEncodeError:
-        pass   # half of a surrogate pair
-    raise ValueError(f"{name}: must be text that PostgreSQL can hold")
+    # NUL, or half of a surrogate pair
+    if not isinstance(text, str) or re.search(r"[\0\ud800-\udfff]", text):
+        raise ValueError(f"{name}: must be text that PostgreSQL can hold")
+    return text
 
 
 def check_id(task_id: str | UUID, name: str = "id") -> str:
@@ -215,30 +209,31 @@ def check_moment(name: str, moment: datetime) -> datetime:
 
 
 def describe_error(error: BaseException) -> str:
-    """One line on an exception and the last frame of the user's own code: what last_error keeps."""
+    """One line on an exception and the last frame of the user's own code."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not os.path.realpath(frame.filename).startswith(USER_CODE_EXCLUDES)] or frames
+    own = [frame for frame in frames if not os.path.realpath(frame.filename).startswith(NOT_USER_CODE)] or frames
     where = f" ({Path(own[-1].filename).name}:{own[-1].lineno} in {own[-1].name})" if own else ""
     return clean_text(f"{type(error).__name__}: {message_of(error)}{where}")
 
 
-def describe_traceback(error: BaseException) -> str:
-    """The traceback with its causes, of bounded length."""
-    try:
-        return clean_text("".join(traceback.format_exception(error, limit=-20)), ERROR_LIMIT // 2)
-    except BaseException:   # an exception class of the handler's may do anything
-        return "(the traceback cannot be shown)"
-
-
+# An exception class of the user's may do anything when it is asked for its text, even raise SystemExit.
 def message_of(error: BaseException) -> str:
     try:
         return str(error)
-    except BaseException:   # even SystemExit
+    except BaseException:
         return "(its message cannot be shown)"
 
 
+def describe_traceback(error: BaseException) -> str:
+    """The traceback with its causes."""
+    try:
+        return clean_text("".join(traceback.format_exception(error, limit=-20)), ERROR_LIMIT // 2)
+    except BaseException:
+        return "(the traceback cannot be shown)"
+
+
 def clean_text(text: str, limit: int = ERROR_LIMIT) -> str:
-    """Text that PostgreSQL can store (no NUL, no lone surrogates), of bounded length, without passwords of URLs."""
+    """Text that PostgreSQL can hold, of bounded length, without the passwords of URLs."""
     text = text if len(text) <= 4 * limit else text[:2 * limit] + text[-2 * limit:]
     text = redact_url(text.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode())
     return text if len(text) <= limit else text[:limit // 2 - 2] + " … " + text[2 - limit // 2:]
@@ -253,19 +248,24 @@ def redact_url(text: str) -> str:
 # ============================================================================================ settings and logging
 PARAMETERS_OF_ORMS = ("schema", "connection_limit", "pool_timeout", "pgbouncer", "statement_cache_size")
 METRICS_PORT, PORT_OFF = 9090, -1
+BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
 
 def _boolean(text: str) -> bool:
-    values = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
-    if text.strip().lower() not in values:
+    if text.strip().lower() not in BOOLEANS:
         raise ValueError("must be true or false")
-    return values[text.strip().lower()]
+    return BOOLEANS[text.strip().lower()]
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError("must be a whole number") from None
 
 
 def _duration(text: str) -> float:
-    if re.fullmatch(r"[\d.]*[1-9][\d.]*", text.strip()):
-        raise ValueError("must be a duration such as 100ms, 1s, 1m, 1h or 7d")   # 5 of what?
-    return parse_duration(text)
+    return parse_duration(text, unit_needed=True)
 
 
 def _port(text: str) -> int:
@@ -279,53 +279,56 @@ def _port(text: str) -> int:
 def _url(text: str) -> str:
     """The URL as libpq wants it: without the driver in SQLAlchemy's scheme, and without parameters of ORMs."""
     text = re.sub(r"^postgres(?:ql)?\+\w+://", "postgresql://", text.strip())
-    if text.startswith(("postgresql://", "postgres://")) and "?" in text:
+    if text.startswith(("postgresql://", "postgres://")):
         address, _, query = text.partition("?")
-        kept = [pair for pair in query.split("&") if pair.partition("=")[0] not in PARAMETERS_OF_ORMS]
-        text = address + ("?" + "&".join(kept) if kept else "")
+        kept = "&".join(pair for pair in query.split("&") if pair.partition("=")[0] not in PARAMETERS_OF_ORMS)
+        text = f"{address}?{kept}" if kept else address
     return text
 
 
-def _setting(default: Any, parse: Callable[[str], Any], text: str,
-             low: float = -math.inf, high: float = math.inf) -> Any:
-    return dataclasses.field(default=default, metadata={"parse": parse, "help": text, "low": low, "high": high})
+PARSERS: dict[type, Callable[[str], Any]] = {bool: _boolean, int: _whole, float: _duration, str: str}
+
+
+def _setting(default: Any, help: str, low: float = 0, high: float = 0, parse: Callable[[str], Any] | None = None) -> Any:
+    return dataclasses.field(default=default, metadata={
+        "help": help, "low": low, "high": high, "parse": parse or PARSERS[type(default)]})
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Every setting, by its name in lower case. A flag takes precedence over the environment, and that over the default."""
+    """Every setting. The environment has them in upper case; a flag takes precedence over it."""
 
-    database_url: str = _setting("", _url, "postgresql:// URL, also of several hosts; unset: an embedded PostgreSQL")
-    embedded_dir: str = _setting(".orchestrator", str, "folder of the embedded PostgreSQL")
+    database_url: str = _setting(
+        "", "postgresql:// URL, also of several hosts; unset: an embedded PostgreSQL", parse=_url)
+    embedded_dir: str = _setting(".orchestrator", "folder of the embedded PostgreSQL")
     worker_pool_size: int = _setting(
-        10, int, "how many tasks run at once; a service occupies one slot while it runs", 1, 1000)
-    claim_interval: float = _setting(1.0, _duration, "polling interval when no notification arrives", 0.01, 60)
+        10, "how many tasks run at once; a service occupies one slot while it runs", 1, 1000)
+    claim_interval: float = _setting(1.0, "polling interval when no notification arrives", 0.01, 60)
     distributed_mode: bool = _setting(
-        False, _boolean, "true: many workers share a database; false: one worker, which recovers at its start")
-    heartbeat_interval: float = _setting(10.0, _duration, "heartbeat interval", 0.1, 3600)
+        False, "true: many workers share a database; false: one worker, which recovers at its start")
+    heartbeat_interval: float = _setting(10.0, "heartbeat interval", 0.1, 3600)
     worker_timeout: float = _setting(
-        30.0, _duration, "silence after which a worker is declared dead and its tasks run elsewhere", 0.3, 86400)
-    leader_term: float = _setting(30.0, _duration, "length of a leader's lease unless it is extended", 0.3, 86400)
-    cleanup_interval: float = _setting(60.0, _duration, "how often the leader deletes old tasks", 0.1, 86400)
+        30.0, "silence after which a worker is declared dead and its tasks run elsewhere", 0.3, 86400)
+    leader_term: float = _setting(30.0, "length of a leader's lease unless it is extended", 0.3, 86400)
+    cleanup_interval: float = _setting(60.0, "how often the leader deletes old tasks", 0.1, 86400)
     metrics_port: int = _setting(
-        METRICS_PORT, _port, "port of the page, /metrics, /health and /ready; 0: any free port; off: no server; where "
-        "DISTRIBUTED_MODE is true and 9090 is in use, the next free port", PORT_OFF, 65535)
-    metrics_host: str = _setting("127.0.0.1", str, "address to listen on; 0.0.0.0: all addresses")
+        METRICS_PORT, "port of the page, /metrics, /health and /ready; 0: any free port; off: no server; where "
+        "DISTRIBUTED_MODE is true and 9090 is in use, the next free port", PORT_OFF, 65535, _port)
+    metrics_host: str = _setting("127.0.0.1", "address to listen on; 0.0.0.0: all addresses")
     metrics_auth: str = _setting(
-        "", str, "what the page and /metrics require: a bearer token, or user:password; unset: nothing")
+        "", "what the page and /metrics require: a bearer token, or user:password; unset: nothing")
     admin_token: str = _setting(
-        "", str, "bearer token with which the page may cancel, retry and pause; unset: the page is read-only")
+        "", "bearer token with which the page may cancel, retry and pause; unset: the page is read-only")
     shutdown_grace: float = _setting(
-        30.0, _duration, "how long running tasks may continue after SIGTERM before they are given back", 0, 86400)
+        30.0, "how long running tasks may continue after SIGTERM before they are given back", 0, 86400)
     retention_completed: float = _setting(
-        604800.0, _duration, "how long completed and cancelled tasks are kept; 0: forever", 0, LONGEST_DELAY)
-    retention_dead_letter: float = _setting(
-        2592000.0, _duration, "how long dead letters are kept; 0: forever", 0, LONGEST_DELAY)
-    handlers: str = _setting("", str, "module with a HANDLERS dict, or a .py file; unset: handlers.py, if it exists")
+        604800.0, "how long completed and cancelled tasks are kept; 0: forever", 0, LONGEST_DELAY)
+    retention_dead_letter: float = _setting(2592000.0, "how long dead letters are kept; 0: forever", 0, LONGEST_DELAY)
+    handlers: str = _setting("", "module with a HANDLERS dict, or a .py file; unset: handlers.py, if it exists")
     prepared_statements: bool = _setting(
-        True, _boolean, "false: never prepare statements; behind a pooler this is detected automatically")
-    log_format: str = _setting("text", str, "text or json")
-    debug: bool = _setting(False, _boolean, "log everything")
+        True, "false: never prepare statements; behind a pooler this is detected automatically")
+    log_format: str = _setting("text", "text or json")
+    debug: bool = _setting(False, "log everything")
 
     @classmethod
     def load(cls, given: Mapping[str, Any] | None = None, environ: Mapping[str, str] = os.environ) -> Config:
@@ -334,59 +337,52 @@ class Config:
         Raises ConfigError.
         """
         given = {name: value for name, value in (given or {}).items() if value is not None}
-        unknown = sorted(given.keys() - {f.name for f in dataclasses.fields(cls)})
-        if unknown:
-            raise ConfigError(f"{unknown[0].upper()}: there is no such setting")
-        values = {}
-        for field in dataclasses.fields(cls):
-            raw = given.get(field.name, environ.get(field.name.upper()) or None)
-            if raw is not None:
-                values[field.name] = _parse_setting(field, raw)
-        config = cls(**values)
-        config._check()
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        for name in sorted(given.keys() - fields):
+            raise ConfigError(f"{name.upper()}: there is no such setting")
+        found = {name: given.get(name, environ.get(name.upper()) or None) for name in fields}
+        try:
+            config = cls(**{name: _value(fields[name], raw) for name, raw in found.items() if raw is not None})
+            config._check()
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
         return config
 
     def _check(self) -> None:
         if self.log_format not in ("text", "json"):
-            raise ConfigError("LOG_FORMAT: must be text or json")
+            raise ValueError("LOG_FORMAT: must be text or json")
         if self.worker_timeout < 2 * self.heartbeat_interval:
-            raise ConfigError("WORKER_TIMEOUT: must be at least twice HEARTBEAT_INTERVAL, "
-                              "or living workers are declared dead")
+            raise ValueError("WORKER_TIMEOUT: must be at least twice HEARTBEAT_INTERVAL, "
+                             "or living workers are declared dead")
         try:
-            ports = str(conninfo_to_dict(self.database_url).get("port") or "")
-            # libpq would echo a malformed port, which may be the rest of a password with a / or : in it
-            if not re.fullmatch(r"[\d,]*", ports):
-                raise ValueError
-        except (psycopg.Error, ValueError):
-            raise ConfigError("DATABASE_URL: is not a postgresql:// URL or connection string, such as "
-                              "postgresql://user@host:5432/database") from None
+            port = str(conninfo_to_dict(self.database_url).get("port") or "")
+        except psycopg.Error:
+            port = "?"
+        # libpq would echo a malformed port, which may be the rest of a password with a / or : in it
+        if not re.fullmatch(r"[\d,]*", port):
+            raise ValueError("DATABASE_URL: is not a postgresql:// URL or connection string, such as "
+                             "postgresql://user@host:5432/database")
 
 
-KINDS: dict[Any, tuple[Any, str]] = {
-    int: (int, "a whole number"), _port: (int, "a port from 0 to 65535, or off"), str: (str, "text"),
-    _url: (str, "text"), _duration: ((int, float), "a number of seconds, or a duration such as 1m"),
-    _boolean: (bool, "true or false")}
-
-
-def _parse_setting(field: dataclasses.Field[Any], raw: Any) -> Any:
-    name, parse, low, high = field.name.upper(), *(field.metadata[key] for key in ("parse", "low", "high"))
+def _value(field: dataclasses.Field[Any], raw: Any) -> Any:
+    """A setting's value, of the type of its default, from text or from a value that a program gave."""
+    name, kind, low, high = field.name.upper(), type(field.default), field.metadata["low"], field.metadata["high"]
     try:
-        value = parse(raw) if isinstance(raw, str) else raw
+        value = field.metadata["parse"](raw) if isinstance(raw, str) else raw
     except ValueError as error:
-        raise ConfigError(f"{name}: {error if parse is not int else 'must be a whole number'}") from None
-    if isinstance(value, timedelta):
-        value = value.total_seconds()
-    right, kind = KINDS[parse]
-    if not isinstance(value, right) or (isinstance(value, bool) and parse is not _boolean):
-        raise ConfigError(f"{name}: must be {kind}")
-    if parse in (int, _duration, _port) and not low <= value <= high:
-        unit = " seconds" if parse is _duration else ""
-        raise ConfigError(f"{name}: must be from {max(low, 0):g} to {high:g}{unit}")
+        raise ValueError(f"{name}: {error}") from None
+    if kind is float:
+        return check_seconds(name, value, low, high)
+    if kind is int:
+        return check_whole(name, value, low, high)
+    if not isinstance(value, kind):
+        raise ValueError(f"{name}: must be {'text' if kind is str else 'true or false'}")
     return value
 
 
 # The task whose handler logs, for the lines of handlers' own loggers.
 _current_task: contextvars.ContextVar[Task | None] = contextvars.ContextVar("current_task", default=None)
+FIELDS_OF_EVERY_RECORD = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"}
 
 
 class _LogFormat(logging.Formatter):
@@ -395,22 +391,20 @@ class _LogFormat(logging.Formatter):
     def __init__(self, as_json: bool) -> None:
         super().__init__()
         self.as_json = as_json
-        self.usual = set(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
 
     def format(self, record: logging.LogRecord) -> str:
-        fields = {name: value for name, value in record.__dict__.items() if name not in self.usual}
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
-        message = record.getMessage()
-        task = _current_task.get()
-        if task is not None and record.name != "orchestrator":
-            fields.setdefault("task_id", task.id)
-            message = message if self.as_json else f"[{task.id}] {message}"
+        message, fields = record.getMessage(), {}
+        task = None if record.name == "orchestrator" else _current_task.get()
+        if task is not None:
+            fields["task_id"] = task.id
+        fields |= {name: value for name, value in vars(record).items() if name not in FIELDS_OF_EVERY_RECORD}
         if record.exc_info:
             fields["traceback"] = self.formatException(record.exc_info)
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
         if self.as_json:
-            line = {"time": stamp, "level": record.levelname, "message": message, **fields}
-            return json.dumps(line, default=str)
-        text = " ".join([stamp, record.levelname, message, *([fields["traceback"]] if record.exc_info else [])])
+            return json.dumps({"time": stamp, "level": record.levelname, "message": message, **fields}, default=str)
+        text = " ".join([stamp, record.levelname, *([f"[{task.id}]"] if task is not None else []), message,
+                         *([fields["traceback"]] if record.exc_info else [])])
         # Whatever an error text holds, one event stays one line and cannot control the terminal.
         return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]",
                       lambda c: f"\\u{ord(c[0]):04x}", text)
@@ -420,10 +414,10 @@ def setup_logging(config: Config, name: str = "orchestrator") -> None:
     """Log to standard error. name "": for all loggers of the process, handlers' own included."""
     handler = logging.StreamHandler()
     handler.setFormatter(_LogFormat(config.log_format == "json"))
-    logger = logging.getLogger(name)
+    logger, level = logging.getLogger(name), logging.DEBUG if config.debug else logging.INFO
     logger.handlers[:] = [handler]
-    logger.setLevel(logging.DEBUG if config.debug and name else logging.INFO)
-    log.setLevel(logging.DEBUG if config.debug else logging.INFO)
+    logger.setLevel(level if name else logging.INFO)
+    log.setLevel(level)
     logger.propagate = not name
 
 
