@@ -425,7 +425,6 @@ def setup_logging(config: Config, name: str = "orchestrator") -> None:
 Row = tuple[Any, ...]
 # A call may take this long in the database; the client gives up 5 seconds later, should the server be silent.
 STATEMENT_TIMEOUT = 15.0
-LOCK_TIMEOUT = 10.0
 NOT_INSTALLED = ("3F000", "42P01", "42883")   # no such schema, table, function
 DECLARED_DEAD = "OR003"
 # What our connections rely on, whatever `alter database` or `alter role` say. search_path comes first, so that no
@@ -436,18 +435,21 @@ SESSION = {
     "datestyle": "ISO, YMD", "intervalstyle": "postgres", "timezone": "UTC", "standard_conforming_strings": "on",
     "array_nulls": "on", "transform_null_equals": "off", "client_min_messages": "warning", "jit": "off",
     "extra_float_digits": "1", "bytea_output": "hex", "row_security": "on", "check_function_bodies": "on",
-    "statement_timeout": f"{STATEMENT_TIMEOUT:.0f}s", "lock_timeout": f"{LOCK_TIMEOUT:.0f}s",
+    "statement_timeout": f"{STATEMENT_TIMEOUT:.0f}s", "lock_timeout": "10s",
     "idle_in_transaction_session_timeout": "60s", "idle_session_timeout": "0"}
 # Behind a pooler nothing can be set for a session; these must be right as they are.
 REQUIRED = ("default_transaction_isolation", "default_transaction_read_only", "array_nulls", "transform_null_equals")
-# psycopg's internal parts that Link uses to send a prepared statement without a cursor. tests/test_psycopg.py checks
-# each of them, and requirements.txt, pyproject.toml and the head of this file pin the minor versions that were tested.
+# psycopg's internal parts that Link uses to send a prepared statement without a cursor. tests/test_dependencies.py
+# checks each, and requirements.txt, pyproject.toml and the head of this file pin the tested minor versions.
 PSYCOPG_PARTS = (generators.execute, Transformer.dump_sequence, Transformer.set_pgresult, Transformer.load_rows,
                  psycopg.Connection.wait, psycopg.errors.error_from_result)
 
 
-class After(float):
+class After(str):
     """An argument of a call: the database's clock plus so many seconds."""
+
+    def __new__(cls, seconds: float) -> After:
+        return super().__new__(cls, _interval(seconds))
 
 
 class BoundedConnection(psycopg.Connection[Row]):
@@ -457,17 +459,28 @@ class BoundedConnection(psycopg.Connection[Row]):
         return super().wait(_before(time.monotonic() + STATEMENT_TIMEOUT + 5, gen), *args, **kwargs)
 
 
+def _before(until: float, generator: Any) -> Any:
+    """psycopg's generator, ended by an error if it still waits at a time (monotonic). It hears 0 every 0.1 seconds."""
+    state = next(generator)
+    while True:
+        ready = yield state
+        if not ready and time.monotonic() > until:
+            raise psycopg.OperationalError(f"the database has not answered for {STATEMENT_TIMEOUT + 5:.0f} s")
+        try:
+            state = generator.send(ready)
+        except StopIteration as end:
+            return end.value
+
+
 def connect(config: Config, name: str = "orchestrator",
             kind: type[psycopg.Connection[Row]] = psycopg.Connection) -> psycopg.Connection[Row]:
     """Open a connection in autocommit with bounded waits: connecting 10 s, a dead peer 15 s."""
-    known = conninfo_to_dict(config.database_url)
+    given = conninfo_to_dict(config.database_url)
     settings: dict[str, Any] = {
         "connect_timeout": 10, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3,
-        "tcp_user_timeout": 15000, "client_encoding": "UTF8"}
-    if "," in str(known.get("host", "")):
-        settings["target_session_attrs"] = "read-write"
-    settings = {key: known.get(key, value) for key, value in settings.items()}
-    return kind.connect(config.database_url, autocommit=True, application_name=name, **settings)
+        "tcp_user_timeout": 15000, "client_encoding": "UTF8",
+        **({"target_session_attrs": "read-write"} if "," in str(given.get("host", "")) else {}), **given}
+    return kind.connect(autocommit=True, **{**settings, "application_name": name})
 
 
 def is_pooled(connection: psycopg.Connection[Row]) -> bool:
@@ -479,7 +492,7 @@ def is_pooled(connection: psycopg.Connection[Row]) -> bool:
 def prepare_session(connection: psycopg.Connection[Row], config: Config, more: Mapping[str, str] = {}) -> bool:
     """Set all that this module relies on in a connection of its own. Returns whether a pooler is in between.
 
-    Raises ConfigError where a pooler keeps it from being set and the database has it otherwise.
+    Raises ConfigError where the database has it otherwise and a pooler keeps it from being set.
     """
     encoding = connection.info.parameter_status("server_encoding")
     if encoding != "UTF8":
@@ -491,15 +504,15 @@ def prepare_session(connection: psycopg.Connection[Row], config: Config, more: M
     pooled = is_pooled(connection)
     if pooled or not config.prepared_statements:
         connection.prepare_threshold = None
-    if pooled:
-        shown = connection.execute("select " + ", ".join(f"pg_catalog.current_setting('{n}')" for n in REQUIRED)).fetchone()
-        for name, value in zip(REQUIRED, shown or (), strict=True):
-            if value != SESSION[name]:
-                raise ConfigError(f"DATABASE_URL: behind a pooler, {name} must be '{SESSION[name]}': "
-                                  f"alter database … set {name} = '{SESSION[name]}'")
-    else:
+    if not pooled:
         configure(connection, {**SESSION, **more})
-    return pooled
+        return False
+    for name in REQUIRED:
+        row = connection.execute(f"select pg_catalog.current_setting('{name}')", prepare=False).fetchone()
+        if row != (SESSION[name],):
+            raise ConfigError(f"DATABASE_URL: behind a pooler, {name} must be '{SESSION[name]}': "
+                              f"alter database … set {name} = '{SESSION[name]}'")
+    return True
 
 
 def configure(connection: psycopg.Connection[Any], settings: Mapping[str, str], local: bool = False) -> None:
@@ -519,8 +532,7 @@ class Link:
         self.settings = settings   # of the session, beside SESSION
         self.connection: psycopg.Connection[Row] | None = None
         self.pooled = False
-        # monotonic; when the call under way began, or None
-        self.began: float | None = None
+        self.began: float | None = None   # monotonic, while a call is under way
 
     def open(self) -> psycopg.Connection[Row]:
         if self.connection is None or self.connection.closed:
@@ -553,18 +565,15 @@ class Link:
         PostgreSQL infers the arguments' types from the function. meanwhile: called while the server works, if it
         gets that far. After an error that breaks the connection, the next call opens a new one.
         """
-        kinds = tuple(isinstance(arg, After) for arg in args)
-        return self._run(("select * from", function, kinds, tuple(named)), [*args, *named.values()], meanwhile)
+        return self._run("*", function, args, named, meanwhile)
 
     def json(self, function: str, *args: Any, **named: Any) -> list[dict[str, Any]]:
         """Call a function and return each of its rows as a dict of JSON values."""
-        kinds = tuple(isinstance(arg, After) for arg in args)
-        form = ("select pg_catalog.to_jsonb(r) from", function, kinds, tuple(named))
-        return [json.loads(row[0]) for row in self._run(form, [*args, *named.values()], None)]
+        return [json.loads(row[0]) for row in self._run("pg_catalog.to_jsonb(r)", function, args, named)]
 
     def view(self, name: str) -> list[dict[str, Any]]:
         """Each row of a view as a dict of JSON values."""
-        return [json.loads(row[0]) for row in self._run(("select pg_catalog.to_jsonb(r) from", name, None, ()), [], None)]
+        return [json.loads(row[0]) for row in self._run("pg_catalog.to_jsonb(r)", name, None, {})]
 
     def listen(self, heard: Callable[[str], None], *channels: str) -> None:
         """Have heard(channel) called for each notification. The payload goes unread: anyone may send one."""
@@ -574,13 +583,17 @@ class Link:
             with self:
                 connection.execute(f"listen {channel}", prepare=False)
 
-    def _run(self, form: tuple[Any, ...], args: list[Any], meanwhile: Callable[[], None] | None) -> list[Row]:
+    def _run(self, columns: str, source: str, args: Sequence[Any] | None, named: Mapping[str, Any],
+             meanwhile: Callable[[], None] | None = None) -> list[Row]:
         # What psycopg's cursor does, at less cost: enqueue 8% faster, 0.17 ms less from enqueue to start, 10% less
         # CPU in a drain.
         connection, adapter = self.open(), self._adapter
         server = connection.pgconn
+        afters = None if args is None else tuple([isinstance(arg, After) for arg in args])
+        form = (columns, source, afters, tuple(named))
         with self:
-            values = adapter.dump_sequence(args, [PyFormat.TEXT] * len(args))
+            given = [*(args or ()), *named.values()]
+            values = adapter.dump_sequence(given, [PyFormat.TEXT] * len(given))
             if connection.prepare_threshold is None:
                 server.send_query_params(_statement(*form), values)
             else:
@@ -614,9 +627,9 @@ class Link:
         if error is not None and self.connection is not None:
             state = getattr(error, "sqlstate", None) or ""
             idle = self.connection.pgconn.transaction_status == pq.TransactionStatus.IDLE
-            halfway = not isinstance(error, psycopg.Error) or not idle
-            # gone, shutting down, a server that became a standby, or statements that no longer fit what was prepared
-            if halfway or state[:2] in ("08", "57") or state in ("25006", "26000", "0A000"):
+            # halfway; or it is gone, shutting down, a standby by now, or no longer has what was prepared
+            if (not isinstance(error, psycopg.Error) or not idle
+                    or state[:2] in ("08", "57") or state in ("25006", "26000", "0A000")):
                 self.close()
 
     def close(self) -> None:
@@ -627,28 +640,16 @@ class Link:
 
 
 @functools.lru_cache(maxsize=1000)
-def _statement(verb: str, name: str, kinds: tuple[bool, ...] | None, named: tuple[str, ...]) -> bytes:
-    """The statement that calls a function by its name, or reads a view (kinds None). Raises ValueError."""
-    for word in (name, *named):
+def _statement(columns: str, source: str, afters: tuple[bool, ...] | None, named: tuple[str, ...]) -> bytes:
+    """The statement that calls a function, or reads a view (afters None). Raises ValueError."""
+    for word in (source, *named):
         if not re.fullmatch(r"[a-z_]{1,63}", word):
             raise ValueError(f"{word[:63]!r}: is not a name")
     marks = [f"pg_catalog.clock_timestamp() operator(pg_catalog.+) ${i}::pg_catalog.interval" if after else f"${i}"
-             for i, after in enumerate(kinds or (), 1)]
+             for i, after in enumerate(afters or (), 1)]
     marks += [f"{word} => ${i}" for i, word in enumerate(named, len(marks) + 1)]
-    return f"{verb} orchestrator.{name}{'' if kinds is None else '(' + ', '.join(marks) + ')'} r".encode()
-
-
-def _before(until: float, generator: Any) -> Any:
-    """psycopg's generator, ended by an error if it still waits at a time (monotonic). It hears 0 every 0.1 seconds."""
-    state = next(generator)
-    while True:
-        ready = yield state
-        if not ready and time.monotonic() > until:
-            raise psycopg.OperationalError(f"the database has not answered for {STATEMENT_TIMEOUT + 5:.0f} s")
-        try:
-            state = generator.send(ready)
-        except StopIteration as end:
-            return end.value
+    call = "" if afters is None else f"({', '.join(marks)})"
+    return f"select {columns} from orchestrator.{source}{call} r".encode()
 
 
 def call_in(connection: psycopg.Connection[Any], function: str, *args: Any) -> list[Row]:
@@ -656,87 +657,83 @@ def call_in(connection: psycopg.Connection[Any], function: str, *args: Any) -> l
     if not isinstance(connection, psycopg.Connection):
         raise ValueError(f"connection: must be a psycopg.Connection, not {type(connection).__name__}; "
                          "examples/other_drivers.py shows how to enqueue with SQLAlchemy, asyncio and asyncpg")
-    kinds = tuple(isinstance(arg, After) for arg in args)
-    query = re.sub(r"\$\d+", "%s", _statement("select * from", function, kinds, ()).decode())
+    statement = _statement("*", function, tuple([isinstance(arg, After) for arg in args]), ())
     # not the connection's own kind of cursor, which may take other placeholders
-    cursor = psycopg.Cursor(connection, row_factory=psycopg.rows.tuple_row)
-    return cursor.execute(query, [_interval(arg) if isinstance(arg, After) else arg for arg in args]).fetchall()
+    cursor = psycopg.RawCursor(connection, row_factory=psycopg.rows.tuple_row)
+    return cursor.execute(statement, args).fetchall()
 
 
 def _interval(seconds: float | None) -> str | None:
     return None if seconds is None else f"{seconds:.6f} seconds"
 
 
+# Array literals, which psycopg writes slowly: ids and numbers (1.9 → 0.1 µs each), and any texts (4.8 → 0.4 µs each).
 def array(items: Iterable[Any]) -> str:
-    """An array literal of numbers or ids; psycopg writes lists slowly (1.9 → 0.1 µs each)."""
     return "{" + ",".join(map(str, items)) + "}"
 
 
 def texts(items: Iterable[str | None]) -> str:
-    """An array literal of any texts (4.8 → 0.4 µs each)."""
-    return "{" + ",".join(["NULL" if text is None else '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
-                           for text in items]) + "}"
+    return array(["NULL" if text is None else '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"' for text in items])
 
 
 def error_line(error: BaseException) -> str:
     """The first line of a database error, which holds no parameter values."""
     diag = getattr(error, "diag", None)
-    text = (diag.message_primary if diag is not None else None) or str(error).strip().split("\n")[0]
-    return redact_url(text)
+    return redact_url((diag and diag.message_primary) or str(error).strip().split("\n")[0])
 
 
 def database_problem(error: psycopg.Error) -> str:
     """A database error in one line, with the way out where there is one."""
-    line = error_line(error)
     if error.sqlstate in NOT_INSTALLED:
         return "the schema orchestrator is missing or incomplete: run `python orchestrator.py install`"
-    if error.sqlstate == "42501":
-        return f"{line}: this role lacks a right; see Security in docs/operations.md"
+    way_out = {"42501": ": this role lacks a right; see Security in docs/operations.md"}.get(error.sqlstate or "", "")
     if error.sqlstate is None and wont_mend(error):
-        return f"{line}: check the user, the host and the name of the database"
-    return line
+        way_out = ": check the user, the host and the name of the database"
+    return error_line(error) + way_out
 
 
 def wont_mend(error: psycopg.Error) -> bool:
     """Whether waiting is unlikely to help: a refused connection attempt has no SQLSTATE, only libpq's words."""
-    return any(words in str(error) for words in (
-        "does not exist", "authentication failed", "could not translate host name", "no pg_hba.conf entry",
-        "failed to resolve host"))
+    return re.search("does not exist|authentication failed|could not translate host name|no pg_hba.conf entry|"
+                     "failed to resolve host", str(error)) is not None
 
 
 def sql_files() -> dict[str, str]:
     """The schema's SQL by file name, in order: bundled, else from sql/ beside this file; `migrations/…` come last."""
-    if BUNDLED_SQL:
-        return BUNDLED_SQL
     folder = Path(_FILE).parent / "sql"
-    files = {str(path.relative_to(folder)): path.read_text("utf-8") for path in sorted(folder.rglob("*.sql"))}
+    files = BUNDLED_SQL or {path.relative_to(folder).as_posix(): path.read_text("utf-8")
+                            for path in sorted(folder.rglob("*.sql"))}
     if not files:
         raise ConfigError(f"{Path(_FILE).name} is a copy of the source, which needs the folder sql/ beside it: "
                           "copy dist/orchestrator.py instead, which has the SQL inside")
     return files
 
 
+# migrations/NNN_what.sql brings a schema from the version before to version NNN, and is skipped elsewhere.
+MIGRATION = """do $install$
+begin
+  if to_regprocedure('orchestrator.schema_version()') is not null then
+    if orchestrator.schema_version() < {} then
+      execute $migration$\n{}$migration$;
+    end if;
+  end if;
+end $install$;
+"""
+
+
 def install_sql() -> list[str]:
     """What installing runs, in one transaction: the migrations that an older schema still needs, then the files."""
     files = sql_files()
-    migrations = [_migration(name, text) for name, text in files.items() if name.startswith("migrations/")]
     return ["select pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true), "
             "pg_catalog.set_config('standard_conforming_strings', 'on', true);\n"
-            "select pg_advisory_xact_lock(hashtext('orchestrator.install'));\n", *migrations,
-            *(text for name, text in files.items() if not name.startswith("migrations/"))]
+            "select pg_advisory_xact_lock(hashtext('orchestrator.install'));\n",
+            *(MIGRATION.format(int(Path(name).name.split("_")[0]), text) for name, text in files.items() if "/" in name),
+            *(text for name, text in files.items() if "/" not in name)]
 
 
 def install_script() -> str:
     """The same, to be run by psql."""
     return "\n".join(["begin;", *install_sql(), "commit;", ""])
-
-
-def _migration(name: str, text: str) -> str:
-    """migrations/NNN_what.sql brings a schema from the version before to version NNN, and is skipped elsewhere."""
-    version = int(name.removeprefix("migrations/").split("_")[0])
-    return ("do $install$\nbegin\n  if to_regprocedure('orchestrator.schema_version()') is not null then\n"
-            f"    if orchestrator.schema_version() < {version} then\n      execute $migration$\n{text}$migration$;\n"
-            "    end if;\n  end if;\nend $install$;\n")
 
 
 def install(connection: psycopg.Connection[Row]) -> None:
@@ -785,13 +782,11 @@ class Outcome:
     """How an attempt ended, if not by returning None."""
 
     kind: Literal["completed", "failed", "snoozed", "released"]
-    # the result as JSON, or the error
-    text: str | None = None
+    text: str | None = None   # the result as JSON, or the error
     after: float | None = None
     permanent: bool = False
     traceback: str = ""
-    # completed: why its result could not be kept
-    lost: str = ""
+    lost: str = ""            # completed: why its result could not be kept
 
 
 # Until a handler's end is known: what is reported if its thread ends with it.
@@ -813,13 +808,13 @@ class Task:
     # Defaults are on the class, and the row is kept as it came: making a task costs the drain 0.3 µs instead of 1.2.
     # _lock guards the making of an Event, which most tasks never need (1 µs each).
     _lock = threading.Lock()
-    _payload: Any = None
-    _parsed = False
+    _payload: Any = ...   # until it is asked for
     _cancelled: threading.Event | None = None
     _in_transaction = False
     _result: str | None = None
     cancel_reason: str | None = None
     on_cancel: Callable[[], object] | None = None
+    calls: queue.SimpleQueue[Callable[[], None]] | None = None   # what its thread does while it waits for the event loop
     deadline: float | None = None
     outcome: Outcome | None = INTERRUPTED
     # monotonic, monotonic (0: not started), how long its handler ran
@@ -859,20 +854,9 @@ class Task:
         return len(self._row[3])
 
     @property
-    def timeout_text(self) -> str:
-        return f"timed out after {self.handler.timeout:g} s{self.timeout_note}"
-
-    def stand_in(self, outcome: Outcome) -> Task:
-        """A task that reports for this one, whose handler did not return."""
-        twin = Task(self._worker, self._row, self.handler)
-        twin.claimed, twin.started, twin.outcome = self.claimed, self.started, outcome
-        return twin
-
-    @property
     def payload(self) -> Any:
-        if not self._parsed:
+        if self._payload is ...:
             self._payload = _decode(self._row[3])[0]
-            self._parsed = True
         return self._payload
 
     @property
@@ -884,11 +868,9 @@ class Task:
     def cancelled(self) -> threading.Event:
         if self._cancelled is None:
             with Task._lock:
-                if self._cancelled is None:
-                    event = threading.Event()
-                    if self.cancel_reason is not None:
-                        event.set()
-                    self._cancelled = event
+                event = self._cancelled = self._cancelled or threading.Event()
+                if self.cancel_reason is not None:
+                    event.set()
         return self._cancelled
 
     def cancel(self, reason: str) -> None:
@@ -951,6 +933,16 @@ class Task:
             raise RuntimeError("task.complete() belongs inside `with task.transaction()`; elsewhere, return the result")
         self._result = self._worker.router.result_json(result)
 
+    @property
+    def timeout_text(self) -> str:
+        return f"timed out after {self.handler.timeout:g} s{self.timeout_note}"
+
+    def stand_in(self, outcome: Outcome) -> Task:
+        """A task that reports for this one, whose handler did not return."""
+        twin = Task(self._worker, self._row, self.handler)
+        twin.claimed, twin.started, twin.outcome = self.claimed, self.started, outcome
+        return twin
+
     def __repr__(self) -> str:
         return f"Task({self.id}, {self.type!r}, attempt={self.attempt})"
 
@@ -970,15 +962,13 @@ class Handler:
             raise ValueError("function: must be callable with the task")
         check_whole("max_retries", self.max_retries, 0, 1000)
         for name in ("base_delay", "max_delay", "timeout"):
-            value = getattr(self, name)
-            if value is not None or name != "timeout":
-                object.__setattr__(self, name, check_seconds(name, value))
+            if name != "timeout" or self.timeout is not None:
+                object.__setattr__(self, name, check_seconds(name, getattr(self, name)))
         if self.timeout == 0:
             raise ValueError("timeout: must be more than 0 seconds, or None")
 
     def policy(self) -> dict[str, Any]:
-        return {"max_retries": self.max_retries, "base_delay": self.base_delay, "max_delay": self.max_delay,
-                "timeout": self.timeout}
+        return {name: value for name, value in vars(self).items() if name != "function"}
 
 
 # Without json.loads' search for white space, of which PostgreSQL's text has none (1.0 → 0.3 µs).
@@ -988,18 +978,18 @@ _decode = json.JSONDecoder().raw_decode
 def json_default(value: Any) -> Any:
     """The JSON form of what JSON has none for: dates and times (ISO 8601), UUID and Decimal (text), Enum (its value),
     dataclasses and pydantic models (objects), sets (arrays). Raises TypeError for the rest."""
-    if isinstance(value, (datetime, date, time_of_day)):
+    if isinstance(value, (date, time_of_day)):   # a datetime is a date, too
         return value.isoformat()
     if isinstance(value, (UUID, Decimal)):
         return str(value)
     if isinstance(value, enum.Enum):
         return value.value
+    if isinstance(value, (set, frozenset)):
+        return list(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if callable(getattr(value, "model_dump", None)):
         return value.model_dump()
-    if isinstance(value, (set, frozenset)):
-        return list(value)
     raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
 
 
@@ -1016,24 +1006,22 @@ def json_encoder(default: Callable[[Any], Any] | None = None) -> Callable[[Any],
 
 def to_json(value: Any, encode: Callable[[Any], str]) -> str:
     """JSON that PostgreSQL can hold. Raises ValueError or TypeError, whose messages hold no values."""
+    problem = "not JSON that PostgreSQL can hold:"
     try:
         text = encode(value)
+        if "\\ud" in text:   # half of a surrogate pair can't be encoded
+            json.dumps(json.loads(text), ensure_ascii=False).encode()
     except TypeError as error:
         raise TypeError(f"not JSON: {error}") from None
+    except UnicodeEncodeError:
+        raise ValueError(f"{problem} a string has half of a surrogate pair") from None
     except ValueError:
         raise ValueError("not JSON: NaN, Infinity, a number of thousands of digits or a circular reference") from None
     except RecursionError:
-        raise ValueError("not JSON that PostgreSQL can hold: it is nested too deeply") from None
-    if "\\u" not in text:
-        return text
+        raise ValueError(f"{problem} it is nested too deeply") from None
     # an escape, not a backslash before u0000
-    if re.search(r"(?<!\\)(?:\\\\)*\\u0000", text):
-        raise ValueError("not JSON that PostgreSQL can hold: a string has the character U+0000")
-    if re.search(r"\\ud[89a-f]", text):
-        try:
-            json.dumps(json.loads(text), ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise ValueError("not JSON that PostgreSQL can hold: a string has half of a surrogate pair") from None
+    if "\\u0000" in text and re.search(r"(?<!\\)(?:\\\\)*\\u0000", text):
+        raise ValueError(f"{problem} a string has the character U+0000")
     return text
 
 
@@ -1055,8 +1043,8 @@ class Router:
         self._loop_lock = threading.Lock()   # guards the start of the event loop's thread
 
     def add(self, pattern: str, handler: Handler | Callable[[Task], Any]) -> None:
-        if (not isinstance(pattern, str) or not 1 <= len(pattern.encode()) <= 255 or "*" in pattern[:-1]
-                or re.search(r"[\x00-\x1f\x7f]", pattern)):
+        if (not isinstance(pattern, str) or not 1 <= len(pattern.encode()) <= 255
+                or re.search(r"[\x00-\x1f\x7f]|\*.", pattern)):
             raise ConfigError(f"handler {pattern!r}: must be a type of 1 to 255 bytes, or a prefix that ends in ':' or '*'")
         if pattern in self.patterns():
             raise ConfigError(f"handler {pattern!r}: is registered already")
@@ -1077,7 +1065,7 @@ class Router:
 
     def find(self, kind: str) -> Handler | None:
         pattern = self.pattern(kind)
-        return None if pattern is None else self.exact.get(pattern) or self.prefixes[pattern]
+        return None if pattern is None else self.patterns()[pattern]
 
     def label(self, kind: str) -> str:
         """The type as a metric's label, of which there must be few."""
@@ -1097,24 +1085,22 @@ class Router:
 
     def finish(self, task: Task, result: Any) -> Any:
         """What a handler's result comes to: an awaitable runs on the event loop's thread while this thread waits."""
-        if inspect.isawaitable(result):
-            result = self._wait_for(task, result)
-        return _no_generator(result)
+        return _no_generator(self._wait_for(task, result) if inspect.isawaitable(result) else result)
 
     def _wait_for(self, task: Task, awaitable: Awaitable[Any]) -> Any:
         with self._loop_lock:
             if self.loop is None:
                 self.loop = asyncio.new_event_loop()
                 threading.Thread(target=_run_loop, args=(self.loop,), name="asyncio", daemon=True).start()
-        calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        calls = task.calls = task.calls or queue.SimpleQueue()
         try:
-            future = asyncio.run_coroutine_threadsafe(_await(task, awaitable, self.loop, calls), self.loop)
-            future.add_done_callback(lambda _: calls.put(None))
-            while (call := calls.get()) is not None:
-                call()
-            result = future.result()
-            if isinstance(result, _Raised):
-                raise result.error
+            future = asyncio.run_coroutine_threadsafe(_await(task, awaitable), self.loop)
+            future.add_done_callback(lambda _: calls.put(lambda: None))
+            while not future.done():
+                calls.get()()
+            result, error = future.result()
+            if error is not None:
+                raise error
             return result
         except (asyncio.CancelledError, concurrent.futures.CancelledError) as error:
             raise Cancelled(task.cancel_reason or "cancelled") from error
@@ -1155,27 +1141,20 @@ def _exit_if_forked(pid: int) -> None:
         os._exit(0)
 
 
-@dataclasses.dataclass
-class _Raised:
-    """What an awaitable raised, as a value: asyncio passes a TimeoutError on without its traceback, and ends by a SystemExit."""
-
-    error: BaseException
-
-
-async def _await(task: Task, awaitable: Awaitable[Any], loop: asyncio.AbstractEventLoop, calls: Any) -> Any:
-    """Cancelled from inside the loop, so that whoever waits for the handler sees it end, not only asked to end."""
-    running, pid = asyncio.current_task(), os.getpid()
+async def _await(task: Task, awaitable: Awaitable[Any]) -> tuple[Any, BaseException | None]:
+    """Its value, or what it raised: asyncio would strip a TimeoutError of its traceback, and end by a SystemExit."""
+    loop, running, pid = asyncio.get_running_loop(), asyncio.current_task(), os.getpid()
     assert running is not None
     running.set_name(f"{task.type} {task.id}")
     _current_task.set(task)
-    _calls.set(calls)
+    # from inside the loop, so that whoever waits for the handler sees it end, not only asked to end
     task.on_cancel = lambda: loop.call_soon_threadsafe(running.cancel)
     if task.cancel_reason not in (None, "shutdown"):
         running.cancel()
     try:
-        return await awaitable
+        return await awaitable, None
     except BaseException as error:
-        return _Raised(error)
+        return None, error
     finally:
         _exit_if_forked(pid)
 
@@ -1183,10 +1162,6 @@ async def _await(task: Task, awaitable: Awaitable[Any], loop: asyncio.AbstractEv
 def _is_async(function: Any) -> bool:
     plain = inspect.unwrap(function)
     return inspect.iscoroutinefunction(plain) or inspect.iscoroutinefunction(getattr(plain, "__call__", None))   # noqa: B004
-
-
-# Where code on the event loop hands over what is to run in the pool's thread that waits for it.
-_calls: contextvars.ContextVar[queue.SimpleQueue[Callable[[], None] | None]] = contextvars.ContextVar("calls")
 
 
 async def _call_in_pool(run: Callable[[Task], Any], task: Task) -> Any:
@@ -1200,7 +1175,8 @@ async def _call_in_pool(run: Callable[[Task], Any], task: Task) -> Any:
         except BaseException as error:
             outcome.set_exception(error)
         loop.call_soon_threadsafe(ended.set)
-    _calls.get().put(call)
+    assert task.calls is not None
+    task.calls.put(call)
     while not ended.is_set():
         with contextlib.suppress(asyncio.CancelledError):
             await ended.wait()
@@ -1242,10 +1218,8 @@ def _outcome_of(task: Task, error: BaseException) -> Outcome:
         return Outcome("failed", clean_text(message_of(error) or "discarded"), permanent=True)
     if isinstance(error, Retry):
         return Outcome("failed", clean_text(message_of(error)), after=error.after)
-    if isinstance(error, Cancelled) and task.cancel_reason == "timeout":
-        return Outcome("failed", task.timeout_text)
     if isinstance(error, Cancelled) and task.cancel_reason is not None:
-        return Outcome("released")
+        return Outcome("failed", task.timeout_text) if task.cancel_reason == "timeout" else Outcome("released")
     return Outcome("failed", describe_error(error), traceback=describe_traceback(error))
 
 
