@@ -79,8 +79,7 @@ from urllib.parse import parse_qsl, quote, urlsplit
 from uuid import UUID
 
 import psycopg
-from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily, Metric
+from prometheus_client import CollectorRegistry, ProcessCollector, core, generate_latest
 from psycopg import generators, pq
 from psycopg.adapt import PyFormat, Transformer
 from psycopg.conninfo import conninfo_to_dict
@@ -2303,7 +2302,8 @@ class HeartbeatLoop(Loop):
         self.chores = {chore.run: chore for chore in (
             Chore(self._beat, beat), Chore(self._lead, min(beat, config.leader_term / 3)),
             Chore(self._recover, beat, True), Chore(self._raise_floors, slow, True),
-            Chore(self._rescan_lanes, 10.0, True), Chore(self._prune, config.cleanup_interval, True), Chore(self._sample_stats, 60.0, True))}
+            Chore(self._rescan_lanes, 10.0, True), Chore(self._prune, config.cleanup_interval, True),
+            Chore(self._sample_stats, 60.0, True))}
         self.seen: dict[str, tuple[str, float]] = {}     # worker: its last heartbeat, and since when it was seen (monotonic)
         self.looked_at = 0.0                             # monotonic: when that was
         self.schema_checked = self.stop_announced = False
@@ -2986,29 +2986,46 @@ def _run_at(run_at: datetime | None, delay: Seconds | None) -> datetime | After 
 
 
 # ================================================================================================== metrics
-COUNTERS = (
-    ("tasks_completed", "Attempts that ended here: completed, failed (one attempt) or cancelled",
-     "type status", "completed"),
-    ("task_retries", "Retries scheduled here, by the attempt that failed", "type attempt", "retries"),
-    ("tasks_dead_letter", "Tasks that became dead letters: failed here, or recovered by this worker",
-     "type", "dead_letters"),
-    ("task_outcomes_rejected", "Late outcomes that the fence refused", "type", "rejected"),
-    ("tasks_recovered", "Tasks that this worker, leading, took from dead workers: released "
-     "uncharged, retried, dead (letters), cancelled, or failed to be recovered", "outcome", "recovered"),
-    ("database_errors", "Database errors by SQLSTATE class", "class", "errors"))
-HISTOGRAMS = (("task_duration_seconds", "How long handlers ran", "seconds"),
-              ("task_wait_seconds", "From enqueued (or due) to the handler's start", "waits"))
-WORKER_GAUGES = (
-    ("worker_pool_capacity", "Places of the pool", "pool_size"),
-    ("worker_prefetch_size", "How many tasks beyond the running ones this worker would hold", "prefetch"),
-    ("worker_loop_lag_seconds", "How long ago the slower loop last made progress", "loop_lag"),
-    ("worker_database_silence_seconds", "How long ago the database last answered", "database_silence"))
-QUEUE_GAUGES = (
-    ("tasks_pending", "Ready to be claimed", "waiting"),
-    ("tasks_scheduled", "Retries and delayed tasks", "scheduled"),
-    ("tasks_in_flight", "Claimed or running, on all workers", "in_flight"),
-    ("tasks_dead_letters", "Dead letters kept", "dead_letters"),
-    ("tasks_oldest_pending_seconds", "Age of the oldest ready task", "oldest_seconds"))
+# kind name{labels} value: what it is. The kind is one of prometheus_client.core's families.
+WORKER_METRICS = """
+Counter tasks_completed{type,status} completed: Attempts that ended here: completed, failed (one attempt) or
+  cancelled
+Counter task_retries{type,attempt} retries: Retries scheduled here, by the attempt that failed
+Counter tasks_dead_letter{type} dead_letters: Tasks that became dead letters: failed here, or recovered by
+  this worker
+Counter task_outcomes_rejected{type} rejected: Late outcomes that the fence refused
+Counter tasks_recovered{outcome} recovered: Tasks that this worker, leading, took from dead workers: released
+  uncharged, retried, dead (letters), cancelled, or failed to be recovered
+Counter database_errors{class} errors: Database errors by SQLSTATE class
+Counter pool_threads_replaced replaced_threads: Pool threads that ended and were replaced
+Histogram task_duration_seconds{type} seconds: How long handlers ran
+Histogram task_wait_seconds{type} waits: From enqueued (or due) to the handler's start
+Histogram task_claim_duration_seconds claim_seconds: How long a claim took in the database
+Gauge tasks_running{type} running: Handlers running here
+Gauge tasks_overdue{type} overdue: Handlers running here past their timeout
+Gauge tasks_longest_running_seconds{type} longest: How long the oldest handler here has run
+Gauge worker_pool_active active: Busy places of the pool
+Gauge worker_pool_capacity pool_size: Places of the pool
+Gauge worker_prefetch_size prefetch: How many tasks beyond the running ones this worker would hold
+Gauge worker_loop_lag_seconds loop_lag: How long ago the slower loop last made progress
+Gauge worker_database_silence_seconds database_silence: How long ago the database last answered
+Gauge leader_status{worker_id} leader: 1 on the leader
+Info orchestrator_build build: Versions
+"""
+# What is true of the whole queue comes from the leader alone, so that a sum over workers is right. It was
+# counted a while ago: a scrape never asks the database.
+LEADER_METRICS = """
+Gauge tasks_pending{type} waiting: Ready to be claimed
+Gauge tasks_scheduled{type} scheduled: Retries and delayed tasks
+Gauge tasks_in_flight{type} in_flight: Claimed or running, on all workers
+Gauge tasks_dead_letters{type} dead_letters: Dead letters kept
+Gauge tasks_oldest_pending_seconds{type} oldest_seconds: Age of the oldest ready task
+Counter tasks_enqueued{type} enqueued_total: Tasks enqueued by anyone, psql too
+Gauge workers_total workers: Live workers
+Gauge workers_dead dead_workers: Workers declared dead whose tasks are still to be recovered
+Gauge recovery_age_seconds recovery_age: How long ago the leader last looked for tasks to recover
+Gauge queue_stats_age_seconds age: How old the counts of tasks are
+"""
 
 
 class Collector:
@@ -3017,79 +3034,56 @@ class Collector:
     def __init__(self, status: Callable[[], WorkerStatus]) -> None:
         self.status = status
 
-    def collect(self) -> Iterator[Metric]:
+    def collect(self) -> Iterator[core.Metric]:
         status = self.status()
-        yield from self._counters(status.counters)
-        yield from self._running(status)
-        for name, text, attribute in WORKER_GAUGES:
-            yield GaugeMetricFamily(name, text, getattr(status, attribute))
-        yield _family(GaugeMetricFamily, "leader_status", "1 on the leader", "worker_id",
-                      {status.worker_id: int(status.leads)})
-        python = ".".join(map(str, sys.version_info[:3]))
-        yield InfoMetricFamily("orchestrator_build", "Versions",
-                               {"version": VERSION, "schema": str(SCHEMA_VERSION), "python": python})
+        yield from _families(WORKER_METRICS, {
+            **vars(status.counters), **vars(status), **_running(status),
+            "leader": {status.worker_id: int(status.leads)},
+            "build": {"version": VERSION, "schema": str(SCHEMA_VERSION), "python": sys.version.split()[0]}})
         if status.leads and status.stats is not None:
-            yield from self._queue(status.stats, status.recovery_age)
-
-    def _counters(self, counters: Counters) -> Iterator[Metric]:
-        for name, text, labels, attribute in COUNTERS:
-            yield _family(CounterMetricFamily, name, text, labels, getattr(counters, attribute))
-        yield CounterMetricFamily("pool_threads_replaced", "Pool threads that ended and were replaced",
-                                  counters.replaced_threads)
-        for name, text, attribute in HISTOGRAMS:
-            family = HistogramMetricFamily(name, text, labels=["type"])
-            for label, tally in getattr(counters, attribute).items():
-                family.add_metric([label], tally.buckets(), tally.sum)
-            yield family
-        yield HistogramMetricFamily("task_claim_duration_seconds", "How long a claim took in the database",
-                                    counters.claim_seconds.buckets(), counters.claim_seconds.sum)
-
-    def _running(self, status: WorkerStatus) -> Iterator[Metric]:
-        zeros = dict.fromkeys(status.counters.seconds, 0.0)
-        running, overdue, longest = (collections.defaultdict(float, zeros) for _ in range(3))
-        for kind, seconds, left in status.running:
-            label = status.counters.label(kind)
-            running[label] += 1
-            overdue[label] += left is not None and left < 0
-            longest[label] = max(longest[label], seconds)
-        for name, text, values in (
-                ("tasks_running", "Handlers running here", running),
-                ("tasks_overdue", "Handlers running here past their timeout", overdue),
-                ("tasks_longest_running_seconds", "How long the oldest handler here has run", longest)):
-            yield _family(GaugeMetricFamily, name, text, "type", values)
-        yield GaugeMetricFamily("worker_pool_active", "Busy places of the pool", len(status.running))
-
-    def _queue(self, stats: Mapping[str, Any], recovery_age: float) -> Iterator[Metric]:
-        """What is true of the whole queue, from the leader alone, so that a sum over workers is right.
-
-        It was counted a while ago: a scrape never asks the database.
-        """
-        types = stats["types"]
-        for name, text, column in QUEUE_GAUGES:
-            yield _family(GaugeMetricFamily, name, text, "type", {t["type"]: t[column] for t in types})
-        yield _family(CounterMetricFamily, "tasks_enqueued", "Tasks enqueued by anyone, psql too", "type",
-                      {t["type"]: t["enqueued_total"] for t in types})
-        yield GaugeMetricFamily("workers_total", "Live workers", stats["workers"])
-        yield GaugeMetricFamily("workers_dead", "Workers declared dead whose tasks are still to be recovered",
-                                stats["dead_workers"])
-        yield GaugeMetricFamily("recovery_age_seconds",
-                                "How long ago the leader last looked for tasks to recover", recovery_age)
-        yield GaugeMetricFamily("queue_stats_age_seconds", "How old the counts of tasks are",
-                                time.monotonic() - stats["at"])
+            types, age = status.stats["types"], time.monotonic() - status.stats["at"]
+            yield from _families(LEADER_METRICS, {
+                **{column: {row["type"]: row[column] for row in types} for column in next(iter(types), ())},
+                **status.stats, "recovery_age": status.recovery_age, "age": age})
 
 
-def _family(family: Callable[..., Any], name: str, text: str, labels: str,
-            values: Mapping[Any, float]) -> Metric:
-    result: Metric = family(name, text, labels=labels.split())
-    for key, value in values.items():
-        result.add_metric([key] if isinstance(key, str) else list(key), value)   # type: ignore[attr-defined]
-    return result
+def _running(status: WorkerStatus) -> dict[str, Any]:
+    zeros = dict.fromkeys(status.counters.seconds, 0.0)
+    running, overdue, longest = (collections.defaultdict(float, zeros) for _ in range(3))
+    for kind, seconds, left in status.running:
+        label = status.counters.label(kind)
+        running[label] += 1
+        overdue[label] += left is not None and left < 0
+        longest[label] = max(longest[label], seconds)
+    return {"running": running, "overdue": overdue, "longest": longest, "active": len(status.running)}
+
+
+def _families(table: str, values: Mapping[str, Any]) -> Iterator[core.Metric]:
+    def parts(value: Any) -> tuple[Any, ...]:
+        return (value.buckets(), value.sum) if isinstance(value, Tally) else (value,)
+    rows = re.findall(r"^(\w+) (\w+)(?:{(.*)})? (\w+): (.*)$", table.replace("\n  ", " "), re.MULTILINE)
+    for kind, name, labels, key, text in rows:
+        make = getattr(core, f"{kind}MetricFamily")
+        if not labels:
+            yield make(name, text, *parts(values[key]))
+            continue
+        family = make(name, text, labels=labels.split(","))
+        for label, value in values.get(key, {}).items():   # there may be no types
+            family.add_metric([label] if isinstance(label, str) else label, *parts(value))
+        yield family
 
 
 # ===================================================================================================== HTTP
-API_GET = ("overview", "history", "tasks", "failures", "task")
-API_POST = {"cancel": "cancel_task", "retry": "retry_task", "retry_dead_letters": "retry_dead_letters",
-            "pause": "pause_type", "resume": "resume_type"}
+# The paths that there are, and the SQL function that answers.
+ROUTES = {
+    "GET": {"/": "", "/metrics": "", "/health": "", "/ready": "",
+            "/api/overview": "api_overview", "/api/history": "api_history", "/api/tasks": "api_tasks",
+            "/api/failures": "api_failures", "/api/task": "api_task"},
+    "POST": {"/api/cancel": "cancel_task", "/api/retry": "retry_task", "/api/pause": "pause_type",
+             "/api/resume": "resume_type", "/api/retry_dead_letters": "retry_dead_letters"}}
+HEADERS = {"Content-Type": "application/json", "Cache-Control": "no-store", "Referrer-Policy": "no-referrer",
+           "X-Content-Type-Options": "nosniff", "Cross-Origin-Resource-Policy": "same-origin",
+           "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'"}
 MAX_CLIENTS = 100        # beyond it, the connection that has been open longest is closed
 CLIENT_SECONDS = 30.0    # no connection is open longer than this, however busy it is
 MAX_WAITING = 8          # requests that use the database or wait for it; one more gets a 503
@@ -3097,17 +3091,21 @@ WAIT_SECONDS = 10.0      # how long one of them waits for its turn; the page giv
 MAX_BODY = 65536
 
 
-class Busy(Exception):
-    """Too many requests wait for the database."""
+class Refused(Exception):
+    """Ends a request with an error."""
+
+    def __init__(self, status: int, error: str, headers: Mapping[str, str] = {}) -> None:
+        self.status, self.error, self.headers = status, error, headers
 
 
-class HttpServer(http.server.ThreadingHTTPServer):
+class HttpServer(socketserver.ThreadingTCPServer):   # http.server's asks the DNS for our name, which may hang
     """The page, its data, /metrics, /health and /ready.
 
     Clients that say nothing are dropped after 5 seconds, sooner if there are more than MAX_CLIENTS: a flood
     of half-open connections must not block a health check.
     """
 
+    daemon_threads = allow_reuse_address = True
     request_queue_size = 1024
 
     def __init__(self, config: Config, status: Callable[[], WorkerStatus]) -> None:
@@ -3120,9 +3118,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.link = Link(config)
         self.link_lock = threading.Lock()   # guards link: one request at a time asks the database
         self.waiting = threading.BoundedSemaphore(MAX_WAITING)
-        # open connections and since when, the oldest first
-        self.clients: collections.OrderedDict[int, tuple[socket.socket, float]] = collections.OrderedDict()
-        self.clients_lock = threading.Lock()   # guards clients
+        self.clients: list[tuple[socket.socket, float]] = []   # and since when; for the thread "http" alone
         self.thread = threading.Thread(target=self.serve_forever, args=(0.1,), name="http", daemon=True)
         self.address_family = socket.AF_INET6 if ":" in config.metrics_host else socket.AF_INET
         self._listen(config.metrics_host, config.metrics_port)
@@ -3141,9 +3137,6 @@ class HttpServer(http.server.ThreadingHTTPServer):
         if number != port:
             log.info("port %d is in use: the page and the metrics are on port %d", port, number)
 
-    def server_bind(self) -> None:
-        socketserver.TCPServer.server_bind(self)   # http.server's asks the DNS for our name, which may hang
-
     def start(self) -> None:
         self.thread.start()
 
@@ -3154,192 +3147,146 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.link.close()
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        with self.clients_lock:
-            self.clients[id(request)] = request, time.monotonic()
+        self.clients.append((request, time.monotonic()))
         super().process_request(request, client_address)
 
     def service_actions(self) -> None:
         """Drop clients. serve_forever calls this after each connection and ten times per second."""
-        with self.clients_lock:
-            while self.clients:
-                request, since = next(iter(self.clients.values()))
-                if len(self.clients) <= MAX_CLIENTS and time.monotonic() - since < CLIENT_SECONDS:
-                    return
-                self.clients.popitem(last=False)
+        self.clients = [client for client in self.clients if client[0].fileno() != -1]
+        expired = time.monotonic() - CLIENT_SECONDS
+        for place, (request, since) in enumerate(self.clients, MAX_CLIENTS - len(self.clients)):
+            if place < 0 or since < expired:
                 with contextlib.suppress(OSError):
                     request.shutdown(socket.SHUT_RDWR)   # its thread reads the end of the stream
 
-    def shutdown_request(self, request: Any) -> None:
-        with self.clients_lock:
-            self.clients.pop(id(request), None)
-        super().shutdown_request(request)
-
     def handle_error(self, request: Any, client_address: Any) -> None:
-        if isinstance(sys.exc_info()[1], OSError):
-            log.debug("http: a client went away", exc_info=True)
-        else:
-            log.error("http: a request failed", exc_info=True)
+        gone = isinstance(sys.exc_info()[1], OSError)
+        log.log(logging.DEBUG if gone else logging.ERROR, "http: a request failed", exc_info=True)
 
-    def ask(self, function: str, arguments: Mapping[str, Any], as_json: bool = False) -> Any:
-        """Call an SQL function by name, and return its rows. Raises Busy and psycopg.Error."""
-        if not self.waiting.acquire(blocking=False):
-            raise Busy
-        try:
-            if not self.link_lock.acquire(timeout=WAIT_SECONDS):
-                raise Busy
-            try:
-                self.link.reopen_if_closed()
-                return (self.link.json if as_json else self.link.call)(function, **arguments)
-            finally:
-                self.link_lock.release()
-        finally:
-            self.waiting.release()
+    def ask(self, function: str, fields: Mapping[str, str], posted: bool) -> Any:
+        """Call an SQL function with named arguments, and return its first row."""
+        named: Any = {"p_" + field: check_text(field, value) for field, value in fields.items()}
+        with _turn(self.waiting, 0), _turn(self.link_lock, WAIT_SECONDS):
+            self.link.reopen_if_closed()
+            return self.link.json(function, **named)[0] if posted else self.link.call(function, **named)[0]
+
+
+@contextlib.contextmanager
+def _turn(lock: Any, seconds: float) -> Iterator[None]:
+    if not lock.acquire(timeout=seconds):
+        raise Refused(503, "too many requests wait for the database", {"Retry-After": "5"})
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class HttpRequest(http.server.BaseHTTPRequestHandler):
     server: HttpServer
     timeout = 5
-    server_version = "orchestrator"
-    sys_version = ""
-    protocol_version = "HTTP/1.0"   # one connection a request: nothing is kept open
+    server_version, sys_version = "orchestrator", ""
     default_request_version = "HTTP/1.0"
 
     def do_GET(self) -> None:
-        self._answer(self._get)
-
-    do_HEAD = do_GET
-
-    def do_POST(self) -> None:
-        self._answer(self._post)
-
-    def _answer(self, answer: Callable[[str, dict[str, str]], None]) -> None:
         try:
-            url = urlsplit(self.path)
-            query = dict(parse_qsl(url.query, max_num_fields=20))   # without the empty values
-        except ValueError:
-            self._send(400, {"error": "the address is malformed"})
-            return
-        try:
-            answer(url.path, query)
+            self._answer()
+        except Refused as refused:
+            self._send(refused.status, {"error": refused.error}, refused.headers)
         except OSError:   # the client went away
             raise
         except Exception:
-            log.exception("http: %s %s failed", self.command, url.path[:200])
+            log.exception("http: %s %s failed", self.command, self.path.partition("?")[0][:200])
             self._send(500, {"error": "this is a bug; the worker's log has more"})
 
-    def _get(self, path: str, query: dict[str, str]) -> None:
-        folder, _, name = path.rpartition("/")
-        if path in ("/health", "/ready"):
-            self._health(path)
-        elif not self._authorized():
-            self._send(401, {"error": "METRICS_AUTH is set: send it as Bearer token, or user and password"},
-                       {"WWW-Authenticate": 'Basic realm="orchestrator", charset="UTF-8"'})
-        elif not self._host_allowed():
-            self._send(403, {"error": "METRICS_HOST is a loopback address: ask for localhost or an address, "
-                                      "or set METRICS_AUTH"})
-        elif path == "/metrics":
-            self._send(200, generate_latest(self.server.registry),
-                       {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
-        elif path == "/":
-            self._send(200, self.server.page, {"Content-Type": "text/html; charset=utf-8",
-                                               "Content-Security-Policy": self.server.policy})
-        elif folder == "/api" and name in API_GET:
-            self._api(name, "api_" + name, query)
-        else:
-            paths = ["/", "/metrics", "/health", "/ready", *("/api/" + name for name in API_GET)]
-            self._send(404, {"error": f"there is {', '.join(paths)}"})
+    do_HEAD = do_POST = do_GET
 
-    def _post(self, path: str, query: dict[str, str]) -> None:
-        """No other site's page can send this: a browser asks before it sends an Authorization header
-        to another site, and gets a 405."""
-        folder, _, name = path.rpartition("/")
-        token = self.server.config.admin_token
-        if not token:
-            self._send(403, {"error": "this server is read-only: ADMIN_TOKEN is not set"})
-        elif not self._bearer(token):
-            self._send(401, {"error": "the admin token is missing or wrong"}, {"WWW-Authenticate": "Bearer"})
-        elif folder != "/api" or name not in API_POST:
-            self._send(404, {"error": "there is no such action"})
-        elif (body := self._body()) is not None:
-            log.info("%s by HTTP: %s", name, json.dumps(body)[:500])
-            self._api(name, API_POST[name], body)
-
-    def _api(self, name: str, function: str, fields: Mapping[str, str]) -> None:
-        posted = self.command == "POST"
+    def _answer(self) -> None:
         try:
-            named = {"p_" + field: check_text(field, value) for field, value in fields.items()}
-            row = self.server.ask(function, named, posted)[0]
-        except Busy:
-            self._send(503, {"error": "too many requests wait for the database"}, {"Retry-After": "5"})
+            url = urlsplit(self.path)
+            fields = dict(parse_qsl(url.query, max_num_fields=20))   # without the empty values
+        except ValueError:
+            raise Refused(400, "the address is malformed") from None
+        path, posted = url.path, self.command == "POST"
+        routes = ROUTES["POST" if posted else "GET"]
+        if posted:
+            self._authorize_post()
+        elif path in ("/health", "/ready"):
+            return self._health(path)
+        else:
+            self._authorize_get()
+        if path not in routes:
+            raise Refused(404, f"there is {', '.join(routes)}")
+        if path == "/":
+            return self._send(200, self.server.page, {"Content-Type": "text/html; charset=utf-8",
+                                                      "Content-Security-Policy": self.server.policy})
+        if path == "/metrics":
+            return self._send(200, generate_latest(self.server.registry),
+                              {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+        if posted:
+            fields = self._body()
+            log.info("%s by HTTP: %s", path, json.dumps(fields)[:500])
+        try:
+            row = self.server.ask(routes[path], fields, posted)
         except (ValueError, psycopg.Error) as error:
-            status, text = _refusal(error, name, list(fields))
-            if status == 503:
-                log.warning("/api/%s: %s", name, error_line(error))
-            self._send(status, {"error": text})
-        else:
-            if row in ((None,), "not_found"):
-                self._send(404, {"error": "there is no such task"})
-            else:
-                self._send(200, {"result": row} if posted else row[0].encode())
+            raise _refusal(error, path, list(fields)) from None
+        if row in ((None,), "not_found"):
+            raise Refused(404, "there is no such task")
+        return self._send(200, {"result": row} if posted else row[0].encode())
 
-    def _body(self) -> dict[str, str] | None:
-        """The fields that were posted, without those that are null; None: it was refused, and answered."""
-        lengths = self.headers.get_all("Content-Length") or []
-        if "Transfer-Encoding" in self.headers or not lengths:
-            self._send(411, {"error": "send a JSON object, and its Content-Length"})
-        elif len(lengths) != 1 or not re.fullmatch(r"[0-9]{1,18}", lengths[0]):
-            self._send(400, {"error": "the Content-Length is not a number of bytes"})
-        elif int(lengths[0]) > MAX_BODY:
-            self._send(413, {"error": f"send at most {MAX_BODY} bytes"})
-        else:
-            return self._fields(int(lengths[0]))
-        return None
-
-    def _fields(self, length: int) -> dict[str, str] | None:
+    def _body(self) -> dict[str, str]:
+        """The fields that were posted, without those that are null."""
+        length = ",".join(self.headers.get_all("Content-Length", []))
+        if not length or "Transfer-Encoding" in self.headers:
+            raise Refused(411, "send a JSON object, and its Content-Length")
+        if not re.fullmatch(r"[0-9]{1,18}", length):
+            raise Refused(400, "the Content-Length is not a number of bytes")
+        if int(length) > MAX_BODY:
+            raise Refused(413, f"send at most {MAX_BODY} bytes")
         try:
-            body = json.loads(self.rfile.read(length) or "{}", parse_int=str)
+            body = json.loads(self.rfile.read(int(length)) or "{}", parse_int=str)
             bad = [name[:50] for name, value in body.items() if not isinstance(value, str | None)]
         except TimeoutError:
-            self._send(408, {"error": "the body did not come"})
-            return None
+            raise Refused(408, "the body did not come") from None
         except (ValueError, RecursionError, AttributeError):   # the last: not an object
             bad = ["body"]
         if bad:
-            self._send(400, {"error": f"{bad[0]}: send a JSON object of strings and whole numbers"})
-            return None
+            raise Refused(400, f"{bad[0]}: send a JSON object of strings and whole numbers")
         return {name: value for name, value in body.items() if value is not None}
 
-    def _authorized(self) -> bool:
+    def _authorize_post(self) -> None:
+        """No other site's page can send this: a browser asks before it sends an Authorization header
+        to another site, and gets a 405."""
+        token = self.server.config.admin_token
+        if not token:
+            raise Refused(403, "this server is read-only: ADMIN_TOKEN is not set")
+        if not self._has("bearer", token):
+            raise Refused(401, "the admin token is missing or wrong", {"WWW-Authenticate": "Bearer"})
+
+    def _authorize_get(self) -> None:
         wanted, admin = self.server.config.metrics_auth, self.server.config.admin_token
-        if not wanted or self._bearer(wanted) or (admin and self._bearer(admin)):
-            return True
-        kind, _, given = self.headers.get("Authorization", "").partition(" ")
-        try:
-            plain = base64.b64decode(given, validate=True) if kind.lower() == "basic" else b""
-        except ValueError:
-            return False
-        if ":" not in wanted:   # a token, which a browser can send only as a password
-            plain = plain.partition(b":")[2]
-        return hmac.compare_digest(plain, wanted.encode())
+        if wanted and not self._has("bearer", wanted, admin) and not self._has("basic", wanted):
+            raise Refused(401, "METRICS_AUTH is set: send it as Bearer token, or user and password",
+                          {"WWW-Authenticate": 'Basic realm="orchestrator", charset="UTF-8"'})
+        # a name that a website's owner points at 127.0.0.1 (DNS rebinding) must not read what only we may
+        host = self.headers.get("Host", "localhost").lower()
+        named = not re.fullmatch(r"(localhost|[0-9.]+|\[.+\])(:[0-9]*)?", host)
+        if not wanted and named and ipaddress.ip_address(str(self.server.server_address[0])).is_loopback:
+            raise Refused(403, "METRICS_HOST is a loopback address: ask for localhost or an address, "
+                               "or set METRICS_AUTH")
 
-    def _bearer(self, token: str) -> bool:
-        kind, _, given = self.headers.get("Authorization", "").partition(" ")
-        given_bytes = given.encode("latin-1", "replace")
-        return kind.lower() == "bearer" and hmac.compare_digest(given_bytes, token.encode())
-
-    def _host_allowed(self) -> bool:
-        """A name that a website's owner points at 127.0.0.1 (DNS rebinding) must not read what only this
-        machine may."""
-        loopback = ipaddress.ip_address(str(self.server.server_address[0])).is_loopback
-        if self.server.config.metrics_auth or not loopback:
-            return True
-        try:
-            name = urlsplit("//" + self.headers.get("Host", "localhost")).hostname or ""
-            if name != "localhost":
-                ipaddress.ip_address(name.partition("%")[0])
-        except ValueError:   # another name
-            return False
-        return True
+    def _has(self, kind: str, *secrets: str) -> bool:
+        """Whether the Authorization header is of this kind, and has one of the secrets."""
+        found, _, text = self.headers.get("Authorization", "").partition(" ")
+        given = [text.encode("latin-1", "replace")]
+        if kind == "basic":
+            try:
+                login = base64.b64decode(text, validate=True)
+            except ValueError:
+                return False
+            # user:password; or what is wanted is a token, which a browser can send only as a password
+            given = [login, login.partition(b":")[2]] if b":" in login else []
+        return found.lower() == kind and any(
+            hmac.compare_digest(one, secret.encode()) for one in given for secret in secrets if secret)
 
     def _health(self, path: str) -> None:
         status = self.server.status()
@@ -3347,15 +3294,11 @@ class HttpRequest(http.server.BaseHTTPRequestHandler):
         self._send(503 if problems else 200, {"status": "failing" if problems else "ok", "problems": problems,
                                               "worker_id": status.worker_id, "version": VERSION})
 
-    def _send(self, status: int, body: Any, headers: Mapping[str, str] | None = None) -> None:
+    def _send(self, status: int, body: Any, headers: Mapping[str, str] = {}) -> None:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
-        sent = {"Content-Type": "application/json", "Content-Length": str(len(data)),
-                "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
-                "Referrer-Policy": "no-referrer", "Cross-Origin-Resource-Policy": "same-origin",
-                "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
-                "X-Admin": "yes" if self.server.config.admin_token else "no", **(headers or {})}
-        for name, value in sent.items():
+        for name, value in {**HEADERS, "X-Admin": "yes" if self.server.config.admin_token else "no",
+                            "Content-Length": str(len(data)), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
@@ -3374,27 +3317,27 @@ class HttpRequest(http.server.BaseHTTPRequestHandler):
         log.debug("http " + format, *args)
 
 
-def _refusal(error: Exception, name: str, fields: Sequence[str]) -> tuple[int, str]:
-    """The status and the text of an answer to a call that failed; bad input is named by its field."""
-    state = getattr(error, "sqlstate", None) or ""
+def _refusal(error: Exception, path: str, fields: Sequence[str]) -> Refused:
+    """The answer to a call that failed; bad input is named by its field."""
+    state, text = getattr(error, "sqlstate", None) or "", error_line(error)
     if state == "42883":   # no function with arguments of these names
-        return 400, f"{name} takes other fields than these: {', '.join(fields) or 'none'}"
+        return Refused(400, f"{path} takes other fields than these: {', '.join(fields) or 'none'}")
     if isinstance(error, (ValueError, psycopg.DataError)) or state == "OR001":
-        diag = getattr(error, "diag", None)
-        place = re.search(r"\$(\d+)", (diag.context or "") if diag else "")   # "unnamed portal parameter $1"
+        context = getattr(getattr(error, "diag", None), "context", None) or ""
+        place = re.search(r"\$(\d+)", context)   # "unnamed portal parameter $1"
         field = f"{fields[int(place[1]) - 1]}: " if place and int(place[1]) <= len(fields) else ""
-        return 400, field + error_line(error)
+        return Refused(400, field + text)
     if state == "42501":
-        return 403, f"{error_line(error)}: the worker's role may not; grant orchestrator_operator to it"
-    return 503, "the database does not answer: " + type(error).__name__
+        return Refused(403, f"{text}: the worker's role may not; grant orchestrator_operator to it")
+    log.warning("%s: %s", path, text)
+    return Refused(503, f"the database does not answer: {type(error).__name__}")
 
 
 def page_html() -> str:
-    path = Path(__file__).resolve().parent / "page.html"
+    path = Path(_FILE).parent / "page.html"
     if BUNDLED_PAGE or path.exists():
         return BUNDLED_PAGE or path.read_text("utf-8")
-    return ("<!doctype html><title>orchestrator</title><p>page.html is not beside orchestrator.py. "
-            "There is /metrics and /health.</p>")
+    return "<!doctype html><title>orchestrator</title>page.html is not beside orchestrator.py"
 
 
 def content_security_policy(page: str) -> str:
@@ -3415,6 +3358,7 @@ SOCKET_NAME = ".s.PGSQL.5432"
 SOCKET_PATH_LIMIT = 107   # bytes, in the kernel's sockaddr_un
 SHARED_FOLDER = Path("/var/lib/orchestrator")   # used by root alone, for what another user couldn't reach
 OUR_FILES = {"pgdata", "pgdata.new", "start.lock"}
+STOP = ("stop", "-D", "pgdata", "-m", "fast", "-w")
 # A process that stops the server when its last user is gone, by kill -9 too. It waits for watch.lock, which
 # every user holds, and decides under start.lock, as everybody does. Arguments: the postmaster's pid, the
 # server's user and group (or empty), and the command that stops it.
@@ -3423,9 +3367,6 @@ import fcntl, os, subprocess, sys
 pid, uid, gid, *stop = sys.argv[1:]
 if os.fork():
     os._exit(0)
-null = os.open(os.devnull, os.O_RDWR)
-for stream in range(3):
-    os.dup2(null, stream)
 def lock(name, how):
     file = open(name)
     fcntl.flock(file, how)
@@ -3433,17 +3374,15 @@ def lock(name, how):
 while True:
     lock("watch.lock", fcntl.LOCK_EX).close()
     with lock("start.lock", fcntl.LOCK_EX):
-        with open("pgdata/postmaster.pid") as file:
-            if file.readline().strip() != pid:
-                break
+        if open("pgdata/postmaster.pid").readline().strip() != pid:
+            break
         if os.path.exists("/proc/self/cwd") and not os.path.samefile(f"/proc/{pid}/cwd", "pgdata"):
             break
         try:
             users = lock("users.lock", fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             continue
-        who = {"user": int(uid), "group": int(gid), "extra_groups": []} if uid else {}
-        subprocess.run(stop, **who)
+        subprocess.run(stop, **({"user": int(uid), "group": int(gid), "extra_groups": []} if uid else {}))
         break
 """
 
@@ -3459,29 +3398,25 @@ class Embedded:
     def __init__(self, data: Path) -> None:
         self.data = data.absolute()
         self.bin = _wheel() / "pginstall" / "bin"
+        self.url = ""
         self._owner: tuple[int, int] | None = None   # user and group of the server, if not this process's
         self._short: tempfile.TemporaryDirectory[str] | None = None
-        self._users: list[int] = []   # users.lock and watch.lock, held shared by each process in use of it
+        self._users: list[Any] = []   # users.lock and watch.lock, held shared by each process in use of it
         self._pid = 0                 # of the process that called start()
-
-    @property
-    def url(self) -> str:
-        folder = f"{self._short.name}/data" if self._short else str(self.data)
-        return f"postgresql://postgres@/postgres?host={quote(folder, safe='')}&port=5432"
 
     def start(self) -> str:
         """Make sure the server runs, and return its URL. Called again, start one that was killed."""
         try:
             self._prepare_folder()
-            with self._starting() as lock:
+            with self._lock("start.lock", "LOCK_EX") as lock:
+                if not self._users:
+                    # hardly waits: others decide under start.lock
+                    self._users = [self._lock(name, "LOCK_SH") for name in ("users.lock", "watch.lock")]
+                    self._pid = os.getpid()
+                    atexit.register(self.close)
                 if not (self.data / "pgdata").exists():
                     self._create(lock)
                 self._ensure_running()
-                if not self._users:
-                    self._users, self._pid = [self._open("users.lock"), self._open("watch.lock")], os.getpid()
-                    for file in self._users:
-                        _flock(file, "LOCK_SH")   # hardly waits: others decide under start.lock
-                    atexit.register(self.close)
         except OSError as error:
             raise ConfigError(f"DATABASE_URL is unset and embedded PostgreSQL can't run: {error}") from error
         user = f" as user {self._owner[0]}" if self._owner else ""
@@ -3492,12 +3427,13 @@ class Embedded:
         """Give the server up, and stop it if no other process uses it."""
         if not self._users or self._pid != os.getpid():   # a forked child has its parent's lock, not its own
             return
+        import fcntl
         users, self._users = self._users, []
-        with contextlib.suppress(BlockingIOError, FileNotFoundError), self._starting():
-            _flock(users[0], "LOCK_EX", "LOCK_NB")   # refused while others hold it shared
-            self._run("pg_ctl", "stop", "-D", "pgdata", "-m", "fast", "-w")
+        with contextlib.suppress(BlockingIOError, FileNotFoundError), self._lock("start.lock", "LOCK_EX"):
+            fcntl.flock(users[0], fcntl.LOCK_EX | fcntl.LOCK_NB)   # refused while others hold it shared
+            self._run(self.bin / "pg_ctl", *STOP)
         for file in users:
-            os.close(file)
+            file.close()
         if self._short:
             self._short.cleanup()
 
@@ -3509,24 +3445,25 @@ class Embedded:
         self.data = self.data.resolve()
         folder = os.open(self.data, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
-            self._refuse_foreign(os.listdir(folder), linked)
+            # the owner and the mode of a folder that isn't ours must stay, as those of a link's target
+            files = set(os.listdir(folder))
+            if files and not OUR_FILES & files:
+                raise OSError(f"{self.data} holds other files; EMBEDDED_DIR must name an empty or new folder")
+            if linked and self._owner and self.data.parent != SHARED_FOLDER.resolve():
+                raise OSError(f"root does not follow a link to {self.data}; EMBEDDED_DIR may name it")
             if self._owner:
                 os.fchown(folder, *self._owner)
             os.fchmod(folder, 0o700)
         finally:
             os.close(folder)
-        too_long = len(os.fsencode(self.data / SOCKET_NAME)) > SOCKET_PATH_LIMIT
+        reached = str(self.data)
         # libpq takes a comma for a list of hosts
-        if not self._short and (too_long or "," in str(self.data)):
-            self._short = tempfile.TemporaryDirectory(prefix="orchestrator-", dir="/tmp")
-            os.symlink(self.data, f"{self._short.name}/data")
-
-    def _refuse_foreign(self, files: Sequence[str], linked: bool) -> None:
-        """The owner and the mode of a folder that isn't ours must stay, as those of a link's target."""
-        if files and not OUR_FILES & set(files):
-            raise OSError(f"{self.data} holds other files; EMBEDDED_DIR must name an empty or a new folder")
-        if linked and self._owner and self.data.parent != SHARED_FOLDER.resolve():
-            raise OSError(f"root does not follow a link to {self.data}; EMBEDDED_DIR may name it")
+        if "," in reached or len(os.fsencode(self.data / SOCKET_NAME)) > SOCKET_PATH_LIMIT:
+            if not self._short:
+                self._short = tempfile.TemporaryDirectory(prefix="orchestrator-", dir="/tmp")
+                os.symlink(self.data, f"{self._short.name}/data")
+            reached = f"{self._short.name}/data"
+        self.url = f"postgresql://postgres@/postgres?host={quote(reached, safe='')}&port=5432"
 
     def _choose_owner(self) -> None:
         """PostgreSQL refuses to run as root: take the data's owner, else an existing user, and stay in reach.
@@ -3536,53 +3473,41 @@ class Embedded:
         """
         import pwd  # not on Windows
 
-        if self.data.exists() and self.data.stat().st_uid != 0:
-            found = self.data.stat()
+        if self.data.exists() and (found := self.data.stat()).st_uid != 0:
             self._owner = found.st_uid, found.st_gid
         else:
-            names = {user.pw_name: user for user in pwd.getpwall()}
-            user = next(names[name] for name in ("orchestrator", "postgres", "nobody") if name in names)
-            self._owner = user.pw_uid, user.pw_gid
+            ids = {user.pw_name: (user.pw_uid, user.pw_gid) for user in pwd.getpwall()}
+            self._owner = next(ids[name] for name in ("orchestrator", "postgres", "nobody") if name in ids)
             if not os.path.lexists(self.data) and not self._reaches(self.data.parent):
-                self._link_shared_folder()
+                SHARED_FOLDER.mkdir(mode=0o755, parents=True, exist_ok=True)
+                folder = tempfile.mkdtemp(prefix=f"{self.data.parent.name}-", dir=SHARED_FOLDER)
+                try:
+                    self.data.symlink_to(folder)
+                except FileExistsError:   # another process starts at the same moment, and was first
+                    os.rmdir(folder)
         if not self._reaches(self.bin / "postgres"):
             self.bin = _copy_of_wheel() / "pginstall" / "bin"
 
     def _reaches(self, path: Path) -> bool:
-        uid, gid = self._owner or (os.geteuid(), os.getegid())
-        return subprocess.run(["test", "-x", path], check=False, cwd="/", user=uid, group=gid,
-                              extra_groups=[]).returncode == 0
+        return self._run("test", "-x", path, folder="/").returncode == 0
 
-    def _link_shared_folder(self) -> None:
-        SHARED_FOLDER.mkdir(mode=0o755, parents=True, exist_ok=True)
-        folder = tempfile.mkdtemp(prefix=f"{self.data.parent.name}-", dir=SHARED_FOLDER)
-        try:
-            self.data.symlink_to(folder)
-        except FileExistsError:   # another process starts at the same moment, and was first
-            os.rmdir(folder)
+    def _lock(self, name: str, how: str) -> Any:
+        """A file of the folder, locked for as long as it is open."""
+        import fcntl  # not on Windows, where a program can enqueue all the same
 
-    def _open(self, name: str) -> int:
         file = os.open(self.data / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         if self._owner:
             os.fchown(file, *self._owner)
-        return file
+        fcntl.flock(file, getattr(fcntl, how))
+        return os.fdopen(file)
 
-    @contextlib.contextmanager
-    def _starting(self) -> Iterator[int]:
-        """Hold start.lock: one process at a time creates, starts or stops the server."""
-        lock = self._open("start.lock")
-        try:
-            _flock(lock, "LOCK_EX")
-            yield lock
-        finally:
-            os.close(lock)
-
-    def _create(self, lock: int) -> None:
+    def _create(self, lock: Any) -> None:
         """Run initdb under another name, so that a half-made database is never taken for a whole one."""
         new = self.data / "pgdata.new"
         shutil.rmtree(new, ignore_errors=True)
-        made = self._run("initdb", "-D", "pgdata.new", "-U", "postgres", "-A", "trust", "-E", "UTF8",
-                         "--no-locale", lock=lock)
+        # the lock stays held until initdb ends, even if this process is killed before
+        made = self._run(self.bin / "initdb", "-D", new.name, "-U", "postgres", "-A", "trust", "-E", "UTF8",
+                         "--no-locale", keep=[lock.fileno()])
         if made.returncode != 0:
             raise OSError(f"initdb: {made.stderr.strip()}")
         new.rename(self.data / "pgdata")
@@ -3597,26 +3522,25 @@ class Embedded:
                 give_up = time.monotonic() + 5
             else:
                 self._remove_stale_locks()
-                if self._run("pg_ctl", "start", "-D", "pgdata", "-l", "postgres.log", "-w", "-t", "86400",
-                             "-o", options).returncode == 0:
-                    self._watch()
-                    return
+                started = self._run(self.bin / "pg_ctl", "start", "-D", "pgdata", "-l", "postgres.log", "-w",
+                                    "-t", "86400", "-o", options)
+                if started.returncode == 0:
+                    return self._watch()
             if time.monotonic() > give_up:
                 lines = (self.data / "postgres.log").read_text(errors="replace").splitlines()
                 raise OSError(f"the last lines of {self.data}/postgres.log are: " + " | ".join(lines[-3:]))
             threading.Event().wait(0.1)
+        return None
 
     def _watch(self) -> None:
-        for name in ("users.lock", "watch.lock"):
-            os.close(self._open(name))
         pid = (self.data / "pgdata" / "postmaster.pid").read_text().split("\n")[0]
-        owner = map(str, self._owner) if self._owner else ("", "")
-        stop = str(self.bin / "pg_ctl"), "stop", "-D", "pgdata", "-m", "fast", "-w"
+        owner = map(str, self._owner or ("", ""))
         # where there is no interpreter to start, the next user adopts the server
         with contextlib.suppress(OSError):
-            subprocess.run([sys.executable, "-I", "-S", "-c", WATCHER, pid, *owner, *stop], check=False,
-                           cwd=self.data, start_new_session=True,
-                           stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            subprocess.run(
+                [sys.executable, "-IS", "-c", WATCHER, pid, *owner, self.bin / "pg_ctl", *STOP], check=False,
+                cwd=self.data, start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL)
 
     def _remove_stale_locks(self) -> None:
         """Forget a server that was killed. PostgreSQL refuses to start while the old pid exists, even as a
@@ -3631,24 +3555,14 @@ class Embedded:
         (pgdata / "postmaster.pid").unlink(missing_ok=True)
         (self.data / f"{SOCKET_NAME}.lock").unlink(missing_ok=True)
 
-    def _run(self, program: str, *args: str, lock: int | None = None) -> subprocess.CompletedProcess[str]:
-        """Run a PostgreSQL program in the folder, in a session of its own: Ctrl-C must not reach the server.
-
-        A lock that is passed on stays held until the program ends, even if this process is killed before.
-        """
+    def _run(self, *command: Any, folder: Any = None, keep: Any = ()) -> subprocess.CompletedProcess[str]:
+        """Run a program as the server's user, in a session of its own: Ctrl-C must not reach the server."""
         uid, gid = self._owner or (None, None)
         return subprocess.run(
-            [self.bin / program, *args], check=False, cwd=self.data,
+            command, check=False, cwd=folder or self.data, pass_fds=keep, umask=0o077, start_new_session=True,
             user=uid, group=gid, extra_groups=[] if self._owner else None,
-            env={name: value for name, value in os.environ.items() if not name.startswith("PG")}, umask=0o077,
-            pass_fds=() if lock is None else (lock,), start_new_session=True,
+            env={name: value for name, value in os.environ.items() if not name.startswith("PG")},
             stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
-
-
-def _flock(file: int, *flags: str) -> None:
-    import fcntl  # not on Windows, where a program can enqueue all the same
-
-    fcntl.flock(file, sum(getattr(fcntl, flag) for flag in flags))
 
 
 def _wheel() -> Path:
@@ -3668,8 +3582,7 @@ def _copy_of_wheel() -> Path:
         for part in (_wheel(), _wheel().with_suffix(".libs")):   # the second holds libpq and what it needs
             if part.exists():
                 shutil.copytree(part, new / part.name)
-        for path in (new, *new.rglob("*")):
-            path.chmod(0o755 if path.is_dir() or os.access(path, os.X_OK) else 0o644)
+        subprocess.run(["chmod", "-R", "a+rX,go-w", new], check=True)
         with contextlib.suppress(OSError):   # another process was first
             new.rename(copy)
         shutil.rmtree(new, ignore_errors=True)
@@ -3684,188 +3597,135 @@ BATCH_LINES = 1000       # of a file, in one call
 BATCH_BYTES = 2 ** 22
 LINE_BYTES = 2 ** 20     # a longer line can't be a task
 RETRY_BATCH = 500        # dead letters retried in one call
+Command = Callable[["Args"], int]
+ARGUMENTS: dict[Command, list[Any]] = collections.defaultdict(list)
 
 
-def load_handlers(name: str) -> dict[str, Handler | Callable[[Task], Any]]:
-    """The HANDLERS dict of a module, a .py file, or handlers.py in the working directory or beside this file.
-    Raises ConfigError."""
-    if not name:
-        found = [path for folder in (Path.cwd(), Path(__file__).resolve().parent)
-                 if (path := folder / "handlers.py").exists()]
-        if not found:
-            return {}
-        name = str(found[0])
-    try:
-        if name.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(name).stem, name)
-            if spec is None or spec.loader is None or not Path(name).exists():
-                raise ModuleNotFoundError(f"there is no file {name}")
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[Path(name).stem] = module
-            sys.path.insert(0, str(Path(name).resolve().parent))
-            spec.loader.exec_module(module)
-        else:
-            sys.path.insert(0, os.getcwd())
-            module = importlib.import_module(name)
-    except (Exception, SystemExit) as error:
-        raise ConfigError(f"HANDLERS: cannot load {name}: {describe_error(error)}") from error
-    handlers = getattr(module, "HANDLERS", None)
-    if not isinstance(handlers, dict):
-        raise ConfigError(f"HANDLERS: the module {name} has no dict HANDLERS = {{'type': function}}")
-    return handlers
+class Args(argparse.Namespace):
+    """What the command line says: do_NAME runs the command NAME, whose help is its docstring."""
+
+    app: Orchestrator
 
 
-def command_run(app: Orchestrator, args: argparse.Namespace) -> int:
-    for pattern, handler in load_handlers(args.set_handlers or app.config.handlers).items():
-        app.router.add(pattern, handler)
-    app.run()
+def arg(*names: str, **options: Any) -> Callable[[Command], Command]:
+    """Give a command an argument."""
+    def add(command: Command) -> Command:
+        ARGUMENTS[command].insert(0, (names, options))   # decorators are applied from below
+        return command
+    return add
+
+
+def do_run(args: Args) -> int:
+    """run a worker (the default)"""
+    for pattern, handler in load_handlers(args.set_handlers or args.app.config.handlers).items():
+        args.app.router.add(pattern, handler)
+    args.app.run()
     return 0
 
 
-def command_install(app: Orchestrator, args: argparse.Namespace) -> int:
+@arg("--print", action="store_true", help="only print the SQL")
+def do_install(args: Args) -> int:
+    """install or upgrade the schema"""
     if args.print:
         sys.stdout.write(install_script())
         return 0
-    app._open()
-    with connect(app.config) as connection:
-        prepare_session(connection, app.config)
+    args.app._open()
+    with connect(args.app.config) as connection:
+        prepare_session(connection, args.app.config)
         install(connection)
-    return _print(args, {"schema_version": SCHEMA_VERSION},
-                  f"the schema orchestrator is installed, version {SCHEMA_VERSION}")
+    return _say(args, {"schema_version": SCHEMA_VERSION},
+                f"the schema orchestrator is installed, version {SCHEMA_VERSION}")
 
 
-def command_enqueue(app: Orchestrator, args: argparse.Namespace) -> int:
-    args.run_at = args.run_at and _moment(args.run_at)
+@arg("type", nargs="?", help="such as task:backup")
+@arg("payload", nargs="?", help="JSON; default {}")
+@arg("--priority", type=int, default=0, help="higher is claimed first; default 0")
+@arg("--key", help="idempotency key")
+@arg("--max-retries", type=int, help="default: the policy of the type")
+@arg("--delay", help="such as 10m, or a number of seconds")
+@arg("--run-at", help="such as 2030-01-31T12:00:00+00:00")
+@arg("--file", help="JSON lines {type, payload, priority, idempotency_key, max_retries, run_at}, with the "
+                    "other flags for what they leave out; - is standard input")
+@arg("--on-error", choices=("continue", "stop"), help="what to do at a bad line; default continue")
+def do_enqueue(args: Args) -> int:
+    """add a task, or many from a file"""
+    delay = None if args.delay is None else check_seconds("--delay", args.delay)
+    run_at = None if args.run_at is None else _moment(args.run_at)
+    if delay is not None and run_at is not None:
+        raise ConfigError("--delay: give either --run-at or --delay")
     if args.file:
-        return _enqueue_file(app, args)
+        due = datetime.now().astimezone() + timedelta(seconds=delay) if delay else run_at
+        return _enqueue_file(args, due)
     if not args.type:
         raise ConfigError("TYPE: say which type to enqueue, or --file tasks.jsonl")
     if args.on_error:
         raise ConfigError("--on-error: goes with --file only")
     try:
-        payload = json.loads(args.payload or "{}", parse_constant=_no_constant)
+        payload = json.loads(args.payload or "{}", parse_constant=int)   # which refuses NaN and Infinity
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"payload: is not JSON: {getattr(error, 'msg', error)}") from None
-    task_id = app.enqueue(args.type, payload, priority=args.priority, idempotency_key=args.key,
-                          max_retries=args.max_retries, delay=args.delay, run_at=args.run_at)
+    task_id = args.app.enqueue(args.type, payload, priority=args.priority, idempotency_key=args.key,
+                               max_retries=args.max_retries, delay=delay, run_at=run_at)
     if not task_id.created:
         print(f"the key {_cell(args.key)} is known: this is the id of the first task", file=sys.stderr)
-    return _print(args, {"id": task_id, "created": task_id.created}, task_id)
+    return _say(args, {"id": task_id, "created": task_id.created}, task_id)
 
 
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _moment(text: str) -> datetime:
-    """A local time is refused: it may come twice a year, or not at all."""
-    with contextlib.suppress(ValueError):
-        if (moment := datetime.fromisoformat(text)).tzinfo is not None:
-            return moment
-    raise ConfigError("--run-at: must be a moment with its time zone, such as 2030-01-31T12:00:00+00:00")
-
-
-def _enqueue_file(app: Orchestrator, args: argparse.Namespace) -> int:
+def _enqueue_file(args: Args, run_at: datetime | None) -> int:
     """Enqueue each line of a file, which may be of any size: it is read and sent in batches."""
     if args.key is not None or args.payload is not None:
         raise ConfigError(f"{'PAYLOAD' if args.key is None else '--key'}: belongs in the lines of the file")
-    if args.delay is not None:
-        if args.run_at is not None:
-            raise ConfigError("--delay: give either --run-at or --delay")
-        args.run_at = datetime.now().astimezone() + timedelta(seconds=check_seconds("--delay", args.delay))
     defaults = {"type": args.type, "priority": _priority(args.priority),
-                "max_retries": _retries(args.max_retries), "run_at": args.run_at and args.run_at.isoformat()}
-    defaults = {name: value for name, value in defaults.items() if value is not None}
-    stop = args.on_error == "stop"
-    counts = collections.Counter(created=0, known=0, bad=0)
+                "max_retries": _retries(args.max_retries), "run_at": run_at and run_at.isoformat()}
+    given = json.dumps({name: value for name, value in defaults.items() if value is not None})
+    counts, stop, before = collections.Counter(created=0, known=0, bad=0), args.on_error == "stop", 0
     try:
         with contextlib.nullcontext(sys.stdin.buffer) if args.file == "-" else open(args.file, "rb") as file:
-            for batch in _batches_of_lines(file):
-                for number, problem in _enqueue_lines(app, batch, defaults, stop, counts):
-                    print(f"line {number}: {problem}", file=sys.stderr)
+            for lines in _batches_of_lines(file):
+                rows = args.app.call("enqueue_lines", texts([line for line, _ in lines]), given, stop)
+                for number, _, created, problem in sorted(rows):
+                    counts["bad" if problem else "created" if created else "known"] += 1
+                    if problem:
+                        print(f"line {before + number}: {lines[number - 1][1] or problem}", file=sys.stderr)
                 if stop and counts["bad"]:
                     break
-                _progress(f"{batch[-1][0]} lines")
+                before += len(lines)
+                _progress(f"{before} lines")
     except psycopg.Error:
         print(f"{counts['created']} enqueued before the database failed", file=sys.stderr)
         raise
     except OSError as error:
         raise ConfigError(f"--file: cannot read {args.file}: {error.strerror}") from None
-    _print(args, dict(counts), f"{counts['created']} enqueued, {counts['known']} known already, "
-                               f"{_many(counts['bad'], 'bad line')}")
-    return 2 if counts["bad"] else 0
+    text = "{created} enqueued, {known} known already, ".format(**counts) + _many(counts["bad"], "bad line")
+    return _say(args, dict(counts), text, 2 if counts["bad"] else 0)
 
 
-Line = tuple[int, str, str | None]   # number, text, what is wrong with it
-
-
-def _batches_of_lines(file: Any) -> Iterator[list[Line]]:
-    batch: list[Line] = []
-    size = 0
-    for line in _lines(file):
-        batch.append(line)
-        size += len(line[1])
-        if len(batch) >= BATCH_LINES or size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _lines(file: Any) -> Iterator[Line]:
-    """The lines that aren't empty."""
-    for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES), b""), 1):
-        rest = line
-        while len(rest) == LINE_BYTES and not rest.endswith(b"\n"):
-            rest = file.readline(LINE_BYTES)
-        if rest is not line:
-            yield number, "", f"is longer than {LINE_BYTES} bytes"
-        elif line.strip():
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                yield number, text, "is not JSON: it has a NUL character" if "\0" in text else None
-            except UnicodeDecodeError:
-                yield number, "", "is not UTF-8"
-
-
-def _enqueue_lines(app: Orchestrator, batch: list[Line], defaults: Mapping[str, Any], stop: bool,
-                   counts: collections.Counter[str]) -> list[tuple[int, str]]:
-    """Enqueue a batch, count its lines, and return those that were refused with what is wrong with them.
-
-    stop: nothing after the first of those is enqueued, nor said.
-    """
-    bad = [(number, problem) for number, _, problem in batch if problem is not None]
-    sent = [line for line in batch if line[2] is None and not (stop and bad and line[0] > bad[0][0])]
-    arguments = texts([text for _, text, _ in sent]), json.dumps(defaults), stop
-    for line, _, created, problem in app.call("enqueue_lines", *arguments):
-        if problem is not None:
-            bad.append((sent[line - 1][0], problem))
-        else:
-            counts["created" if created else "known"] += 1
-    bad = sorted(bad)[:1 if stop else None]
-    counts["bad"] += len(bad)
-    return bad
-
-
-def command_list(app: Orchestrator, args: argparse.Namespace) -> int:
+@arg("--status", help="such as ready, running or dead_letter")
+@arg("--type")
+@arg("--limit", type=int, default=50, help="from 1 to 1000; default 50")
+@arg("--before", help="go on after a page: what it said is next, or an id")
+def do_list(args: Args) -> int:
+    """list tasks, the newest first; those of a type or status in that state's order"""
     tasks: list[dict[str, Any]] = []
-    before = args.before
+    more = True
     check_whole("--limit", args.limit, 1, 1000)
-    while len(tasks) < args.limit:   # a page looks at a bounded number of tasks, and may be empty
-        page = json.loads(app.call("api_tasks", p_type=args.type, p_status=args.status, p_before=before,
-                                   p_limit=min(200, args.limit - len(tasks)))[0][0])
+    while more and len(tasks) < args.limit:   # a page looks at a bounded number of tasks, and may be empty
+        page = json.loads(args.app.call(
+            "api_tasks", p_type=args.type, p_status=args.status, p_before=args.before,
+            p_limit=min(200, args.limit - len(tasks)))[0][0])
         tasks += page["tasks"]
-        before = page["next"]
-        if before is None:
-            break
-    _table(args, tasks, ["id", "type", "status", "priority", "attempts", "created_at", "last_error"])
-    if before is not None and not args.json:
-        print(f"more: --before {before}", file=sys.stderr)
+        args.before = page["next"]
+        more = args.before is not None
+    _table(args, tasks, "id type status priority attempts created_at last_error")
+    if more and not args.json:
+        print(f"more: --before {args.before}", file=sys.stderr)
     return 0
 
 
-def command_show(app: Orchestrator, args: argparse.Namespace) -> int:
-    text = app.call("show_task", check_id(args.id))[0][0]
+@arg("id")
+def do_show(args: Args) -> int:
+    """what a task went through, and why it is not running"""
+    text = args.app.call("show_task", check_id(args.id))[0][0]
     if text is None:
         print(f"there is no task {args.id}", file=sys.stderr)
         return 1
@@ -3885,71 +3745,91 @@ def command_show(app: Orchestrator, args: argparse.Namespace) -> int:
     return 0
 
 
-def command_cancel(app: Orchestrator, args: argparse.Namespace) -> int:
-    return _outcome(args, app.cancel(args.id), "cancelled", "cancelling")
+@arg("id")
+def do_cancel(args: Args) -> int:
+    """cancel a task"""
+    return _outcome(args, args.app.cancel(args.id), "cancelled", "cancelling")
 
 
-def command_retry(app: Orchestrator, args: argparse.Namespace) -> int:
-    if args.dead_letters and args.id:
-        raise ConfigError("ID: goes without --dead-letters")
+@arg("id", nargs="?")
+@arg("--dead-letters", action="store_true", help="all of them, the oldest first")
+@arg("--type", help="only dead letters of this type")
+@arg("--limit", type=int, help="only so many dead letters")
+def do_retry(args: Args) -> int:
+    """retry a dead letter or a cancelled task"""
     if args.dead_letters:
-        return _retry_dead_letters(app, args)
+        if args.id:
+            raise ConfigError("ID: goes without --dead-letters")
+        return _retry_dead_letters(args)
     if not args.id:
         raise ConfigError("ID: say which task to retry, or --dead-letters")
     if args.type is not None or args.limit is not None:
         raise ConfigError("--type, --limit: go with --dead-letters only")
-    return _outcome(args, app.retry(args.id), "pending")
+    return _outcome(args, args.app.retry(args.id), "pending")
 
 
-def _retry_dead_letters(app: Orchestrator, args: argparse.Namespace) -> int:
+def _outcome(args: Args, status: str, *good: str) -> int:
+    return _say(args, {"id": args.id, "status": status}, status, 0 if status in good else 1)
+
+
+def _retry_dead_letters(args: Args) -> int:
     """Retry in batches, the oldest first, and so many: what fails again meanwhile is left alone."""
     def dead_letters() -> int:
-        return sum(row["dead_letters"] for row in app.view("queue_stats") if args.type in (None, row["type"]))
+        rows = args.app.view("queue_stats")
+        return sum(row["dead_letters"] for row in rows if args.type in (None, row["type"]))
     wanted = dead_letters()
     if args.limit is not None:
         wanted = min(wanted, check_whole("--limit", args.limit, 1, 10 ** 9))
-    retried = 0
-    while retried < wanted:
-        count = app.call("retry_dead_letters", args.type, min(RETRY_BATCH, wanted - retried))[0][0]
-        if count == 0:
-            break
+    retried, count = 0, 1
+    while count and retried < wanted:
+        count = args.app.call("retry_dead_letters", args.type, min(RETRY_BATCH, wanted - retried))[0][0]
         retried += count
         _progress(f"{retried} of {wanted}")
     remain = dead_letters()
-    text = f"{_many(retried, 'dead letter')} retried, {remain} {'remains' if remain == 1 else 'remain'}"
-    return _print(args, {"retried": retried, "remaining": remain}, text)
+    return _say(args, {"retried": retried, "remaining": remain},
+                f"{_many(retried, 'dead letter')} retried, {remain} {'remains' if remain == 1 else 'remain'}")
 
 
-def _pause(function: str, state: str, app: Orchestrator, args: argparse.Namespace) -> int:
-    changed, matching = app.call(function, args.type)[0]
+@arg("type")
+def do_pause(args: Args) -> int:
+    """keep a type, or those of a pattern such as mail:, from being claimed"""
+    return _pause(args, "pause_type", "paused", "paused already")
+
+
+@arg("type")
+def do_resume(args: Args) -> int:
+    """undo pause"""
+    return _pause(args, "resume_type", "resumed", "not paused")
+
+
+def _pause(args: Args, function: str, state: str, unchanged: str) -> int:
+    changed, matching = args.app.call(function, args.type)[0]
     if matching == 0:
         print(f"no known type matches {_cell(args.type)}", file=sys.stderr)
-    told = state if changed else "paused already" if state == "paused" else "not paused"
-    data = {state: args.type, "changed": changed, "matching": matching}
-    return _print(args, data, f"{_cell(args.type)} is {told}")
+    return _say(args, {state: args.type, "changed": changed, "matching": matching},
+                f"{_cell(args.type)} is {state if changed else unchanged}")
 
 
-command_pause = functools.partial(_pause, "pause_type", "paused")
-command_resume = functools.partial(_pause, "resume_type", "resumed")
+def do_stats(args: Args) -> int:
+    """what waits, runs and failed, by type"""
+    return _table(args, args.app.view("queue_stats"),
+                  "type waiting scheduled in_flight dead_letters oldest_waiting_age paused")
 
 
-def command_stats(app: Orchestrator, args: argparse.Namespace) -> int:
-    columns = ["type", "waiting", "scheduled", "in_flight", "dead_letters", "oldest_waiting_age", "paused"]
-    return _table(args, app.view("queue_stats"), columns)
+def do_audit(args: Args) -> int:
+    """look for violated invariants; exit code 1 if there are any"""
+    rows = args.app.json("audit")
+    return _table(args, rows, "invariant task_id worker_id detail", 1 if rows else 0)
 
 
-def command_audit(app: Orchestrator, args: argparse.Namespace) -> int:
-    rows = app.json("audit")
-    _table(args, rows, ["invariant", "task_id", "worker_id", "detail"])
-    return 1 if rows else 0
-
-
-def command_psql(app: Orchestrator, args: argparse.Namespace) -> int:
-    app._open()
-    psql = str(app._embedded.bin / "psql") if app._embedded else shutil.which("psql")
+@arg("psql_args", nargs=argparse.REMAINDER)
+def do_psql(args: Args) -> int:
+    """open psql on the database in use"""
+    args.app._open()
+    psql = str(args.app._embedded.bin / "psql") if args.app._embedded else shutil.which("psql")
     if psql is None:
         raise ConfigError("psql: is not on the PATH; install PostgreSQL's client")
-    known: dict[str, Any] = conninfo_to_dict(app.config.database_url)
+    known: dict[str, Any] = conninfo_to_dict(args.app.config.database_url)
     password = known.pop("password", None)   # by the environment: everyone can read an argument list
     environment = {**os.environ, **({"PGPASSWORD": password} if password else {})}
     signal.signal(signal.SIGINT, signal.SIG_IGN)   # Ctrl-C is psql's
@@ -3957,9 +3837,70 @@ def command_psql(app: Orchestrator, args: argparse.Namespace) -> int:
     return subprocess.run([psql, target, *args.psql_args], env=environment, check=False).returncode
 
 
-def _outcome(args: argparse.Namespace, status: str, *good: str) -> int:
-    _print(args, {"id": args.id, "status": status}, status)
-    return 0 if status in good else 1
+def _say(args: Args, data: Any, text: str, code: int = 0) -> int:
+    print(json.dumps(data) if args.json else text)
+    return code
+
+
+def _table(args: Args, rows: list[dict[str, Any]], names: str, code: int = 0) -> int:
+    lines = [names.split()]
+    lines += [[_cell("" if row[name] is None else row[name])[:80] for name in lines[0]] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = ("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+    return _say(args, rows, "\n".join(padded), code)
+
+
+def load_handlers(name: str) -> dict[str, Handler | Callable[[Task], Any]]:
+    """The HANDLERS of a module, a .py file, or handlers.py in the working directory or beside this file."""
+    files = [folder / "handlers.py" for folder in (Path.cwd(), Path(_FILE).parent)]
+    name = name or next((str(file) for file in files if file.exists()), "")
+    if not name:
+        return {}
+    try:
+        if name.endswith(".py"):
+            sys.path.insert(0, str(Path(name).resolve().parent))
+            spec = importlib.util.spec_from_file_location(Path(name).stem, name)
+            assert spec is not None and spec.loader is not None
+            module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            sys.path.insert(0, os.getcwd())
+            module = importlib.import_module(name)
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"HANDLERS: cannot load {name}: {describe_error(error)}") from error
+    handlers = getattr(module, "HANDLERS", None)
+    if not isinstance(handlers, dict):
+        raise ConfigError(f"HANDLERS: the module {name} has no dict HANDLERS = {{'type': function}}")
+    return handlers
+
+
+def _moment(text: str) -> datetime:
+    """A local time is refused: it may come twice a year, or not at all."""
+    with contextlib.suppress(ValueError):
+        if (moment := datetime.fromisoformat(text)).tzinfo is not None:
+            return moment
+    raise ConfigError("--run-at: must be a moment with its time zone, such as 2030-01-31T12:00:00+00:00")
+
+
+def _batches_of_lines(file: Any) -> Iterator[list[tuple[str, str]]]:
+    """Each line, and what is wrong with it where it can't be sent; then "-" is sent, which is refused."""
+    batch: list[tuple[str, str]] = []
+    size = 0
+    for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES), b""), 1):
+        text, problem = "-", ""
+        while not line.endswith(b"\n") and (rest := file.readline(LINE_BYTES)):
+            line, problem = rest, f"is longer than {LINE_BYTES} bytes"
+        if not problem:
+            try:
+                text = check_text("", line.decode("utf-8-sig" if number == 1 else "utf-8").strip())
+            except ValueError:
+                problem = "is not UTF-8, or has a NUL character"
+        batch.append((text, problem))
+        size += len(line)
+        if len(batch) == BATCH_LINES or size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    yield batch
 
 
 def _many(count: int, what: str) -> str:
@@ -3976,23 +3917,6 @@ def _cell(value: Any) -> str:
     return re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text)   # what a task says must not steer the terminal
 
 
-def _print(args: argparse.Namespace, data: Any, text: str) -> int:
-    print(json.dumps(data) if args.json else text)
-    return 0
-
-
-def _table(args: argparse.Namespace, rows: list[dict[str, Any]], columns: list[str]) -> int:
-    if args.json:
-        return _print(args, rows, "")
-    shown = [[_cell("" if row[name] is None else row[name])[:80] for name in columns] for row in rows]
-    cells = [columns, *shown]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    for line in cells:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-    return 0
-
-
-# ----------------------------------------------------------------------------------------- the command line
 class _Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)   # psql has options of its own
@@ -4020,79 +3944,47 @@ def _parser() -> _Parser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     # after a command the same flags again, which leave alone what came before it
     settings = _settings(argument_default=argparse.SUPPRESS)
-
-    def command(name: str, text: str) -> Callable[..., Any]:
-        return commands.add_parser(name, help=text, description=text, parents=[settings]).add_argument
-    command("run", "run a worker (the default)")
-    add = command("install", "install or upgrade the schema")
-    add("--print", action="store_true", help="only print the SQL")
-    _add_enqueue(command("enqueue", "add a task, or many from a file"))
-    add = command("list", "list tasks, the newest first; those of a type or status in that state's order")
-    add("--status", help="such as ready, running or dead_letter")
-    add("--type")
-    add("--limit", type=int, default=50, help="from 1 to 1000; default 50")
-    add("--before", help="go on after a page: what it said is next, or an id")
-    command("show", "what a task went through, and why it is not running")("id")
-    command("cancel", "cancel a task")("id")
-    add = command("retry", "retry a dead letter or a cancelled task")
-    add("id", nargs="?")
-    add("--dead-letters", action="store_true", help="all of them, the oldest first")
-    add("--type", help="only dead letters of this type")
-    add("--limit", type=int, help="only so many dead letters")
-    command("pause", "keep a type, or those of a pattern such as mail:, from being claimed")("type")
-    command("resume", "undo pause")("type")
-    command("stats", "what waits, runs and failed, by type")
-    command("audit", "look for violated invariants; exit code 1 if there are any")
-    command("psql", "open psql on the database in use")("psql_args", nargs=argparse.REMAINDER)
+    for name, function in list(globals().items()):
+        if name.startswith("do_"):
+            text = function.__doc__
+            subparser = commands.add_parser(name[3:], help=text, description=text, parents=[settings])
+            for names, options in ARGUMENTS[function]:
+                subparser.add_argument(*names, **options)
+    parser.set_defaults(command="run")
     return parser
-
-
-def _add_enqueue(add: Callable[..., Any]) -> None:
-    add("type", nargs="?", help="such as task:backup")
-    add("payload", nargs="?", help="JSON; default {}")
-    add("--priority", type=int, default=0, help="higher is claimed first; default 0")
-    add("--key", help="idempotency key")
-    add("--max-retries", type=int, help="default: the policy of the type")
-    add("--delay", help="such as 10m, or a number of seconds")
-    add("--run-at", help="such as 2030-01-31T12:00:00+00:00")
-    add("--file", help="JSON lines {type, payload, priority, idempotency_key, max_retries, run_at}, with the "
-                       "other flags for what they leave out; - is standard input")
-    add("--on-error", choices=("continue", "stop"), help="what to do at a bad line; default continue")
 
 
 def _spell_out(words: Sequence[str]) -> list[str]:
     """`--debug` alone means `--debug=true`; argparse would take a command that follows for the value."""
     switches = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(Config)
                 if field.metadata["parse"] is _boolean}
-
-    def alone(word: str, following: str) -> bool:
-        try:
-            return word in switches and _boolean(following) is None
-        except ValueError:
-            return True
-    pairs = zip(words, [*words, ""][1:], strict=True)
-    return [f"{word}=true" if alone(word, following) else word for word, following in pairs]
+    spelled = []
+    for word, following in zip(words, [*words, ""][1:], strict=True):
+        if word in switches:
+            try:
+                _boolean(following)
+            except ValueError:
+                word += "=true"
+        spelled.append(word)
+    return spelled
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns 0: done, 1: not found or refused, 2: bad input."""
-    parser = _parser()
-    args, unknown = parser.parse_known_args(_spell_out(sys.argv[1:] if argv is None else argv))
+    parser, args = _parser(), Args(app=None)
+    _, unknown = parser.parse_known_args(_spell_out(sys.argv[1:] if argv is None else argv), args)
     if args.command == "psql":
         args.psql_args = unknown + args.psql_args   # REMAINDER lacks the options that come first
     elif unknown:
         parser.error("unrecognized arguments: " + " ".join(unknown))
-    app = None
     try:
         # HANDLERS is a module's name, while Orchestrator takes the handlers themselves
-        app = Orchestrator(**{name.removeprefix("set_"): value for name, value in vars(args).items()
-                              if name.startswith("set_") and name != "set_handlers"})
-        if args.command in (None, "run"):
-            setup_logging(app.config, "")
-        else:
-            setup_logging(app.config)
-            log.setLevel(logging.DEBUG if app.config.debug else logging.WARNING)
-        return int(globals()["command_" + (args.command or "run")](app, args))
+        args.app = Orchestrator(**{name.removeprefix("set_"): value for name, value in vars(args).items()
+                                   if name.startswith("set_") and name != "set_handlers"})
+        setup_logging(args.app.config, "" if args.command == "run" else "orchestrator")
+        if args.command != "run" and not args.app.config.debug:
+            log.setLevel(logging.WARNING)
+        return int(globals()["do_" + args.command](args))
     except (ConfigError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
     except psycopg.Error as error:
@@ -4105,8 +3997,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     finally:
-        if app is not None:
-            app.close()
+        if args.app is not None:
+            args.app.close()
     return 2
 
 

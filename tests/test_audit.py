@@ -190,6 +190,18 @@ def test_a_failure_after_the_completion(conn):
     assert found(conn) == [("what has completed stays so", id, "w")]
 
 
+def test_a_completion_after_the_clock_was_set_back_is_none_before_its_failure(conn):
+    """The task failed, the clock was set back by an hour, and then it completed; what happened to others since says which came first."""
+    id = enqueue(conn)
+    complete(conn, claim_one(conn)[0], id)
+    event = "insert into orchestrator.task_events (task_id, event, at) values (%s, 'failed', clock_timestamp() + %s::interval)"
+    conn.execute(event, [id, "1 hour"])
+    assert found(conn) == [("what has completed stays so", id, "w")]
+    other = enqueue(conn)
+    conn.execute(event, [other, "-1 hour"])
+    assert found(conn) == []
+
+
 def test_ready_tasks_below_the_floor_of_their_lane(conn):
     low, high = enqueue(conn), enqueue(conn)
     conn.execute("insert into orchestrator.lane_floors select 't', 0, 2, queued_at from orchestrator.tasks where id = %s", [high])

@@ -335,7 +335,8 @@ class Queue(RuleBasedStateMachine):
     def prune(self, draw: Random) -> None:
         """Nothing is that old, or all is kept for ever."""
         age = draw.choice(["1 hour", "0"])
-        assert self.conn.execute("select * from orchestrator.prune('leader', %s, %s, %s)", [self.term, age, age]).fetchone() == (0, 0, False)
+        assert self.conn.execute("select * from orchestrator.prune('leader', %s, %s, %s)", [self.term, age, age]).fetchone() == (0, 0,
+        False)
 
     # One rule, and a number for each step: of several rules and drawn arguments hypothesis would repeat some and leave out
     # most in most examples, and little would get anywhere. It still drops the steps that a failure doesn't need.
