@@ -378,28 +378,28 @@ FIELDS_OF_EVERY_RECORD = {*vars(logging.makeLogRecord({})), "message", "asctime"
 
 
 class _LogFormat(logging.Formatter):
-    """One line per event. Text: the message. JSON: the message, and as members the fields that were passed as `extra`."""
+    """One line per event. JSON has the fields that were passed as `extra`, too."""
 
     def __init__(self, as_json: bool) -> None:
         super().__init__()
         self.as_json = as_json
 
     def format(self, record: logging.LogRecord) -> str:
-        message, fields = record.getMessage(), {}
-        task = None if record.name == "orchestrator" else _current_task.get()
-        if task is not None:
-            fields["task_id"] = task.id
-        fields |= {name: value for name, value in vars(record).items() if name not in FIELDS_OF_EVERY_RECORD}
-        if record.exc_info:
-            fields["traceback"] = self.formatException(record.exc_info)
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
+        words = [stamp, record.levelname, record.getMessage()]
+        event = dict(zip(("time", "level", "message"), words, strict=True))
+        event |= {name: value for name, value in vars(record).items() if name not in FIELDS_OF_EVERY_RECORD}
+        if (task := _current_task.get()) is not None and record.name != "orchestrator":
+            event.setdefault("task_id", task.id)
+            words.insert(2, f"[{task.id}]")
+        if record.exc_info:
+            event["traceback"] = self.formatException(record.exc_info)
+            words.append(event["traceback"])
         if self.as_json:
-            return json.dumps({"time": stamp, "level": record.levelname, "message": message, **fields}, default=str)
-        text = " ".join([stamp, record.levelname, *([f"[{task.id}]"] if task is not None else []), message,
-                         *([fields["traceback"]] if record.exc_info else [])])
+            return json.dumps(event, default=str)
         # Whatever an error text holds, one event stays one line and cannot control the terminal.
         return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]",
-                      lambda c: f"\\u{ord(c[0]):04x}", text)
+                      lambda c: f"\\u{ord(c[0]):04x}", " ".join(words))
 
 
 def setup_logging(config: Config, name: str = "orchestrator") -> None:
@@ -469,9 +469,10 @@ def connect(config: Config, name: str = "orchestrator",
     given = conninfo_to_dict(config.database_url)
     settings: dict[str, Any] = {
         "connect_timeout": 10, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3,
-        "tcp_user_timeout": 15000, "client_encoding": "UTF8",
-        **({"target_session_attrs": "read-write"} if "," in str(given.get("host", "")) else {}), **given}
-    return kind.connect(autocommit=True, **{**settings, "application_name": name})
+        "tcp_user_timeout": 15000, "client_encoding": "UTF8"}
+    if "," in str(given.get("host")):
+        settings["target_session_attrs"] = "read-write"
+    return kind.connect(autocommit=True, **{**settings, **given, "application_name": name})
 
 
 def is_pooled(connection: psycopg.Connection[Row]) -> bool:
@@ -508,10 +509,10 @@ def prepare_session(connection: psycopg.Connection[Row], config: Config, more: M
 
 def configure(connection: psycopg.Connection[Any], settings: Mapping[str, str], local: bool = False) -> None:
     """Set these for the session, or for its transaction; and that neither has an end by itself."""
-    newer = {"transaction_timeout": "0", "restrict_nonsystem_relation_kind": ""}
-    settings = {**settings, **(newer if connection.info.server_version >= 170000 else {})}
-    connection.execute("select " + ", ".join(
-        f"pg_catalog.set_config('{name}', '{value}', {local})" for name, value in settings.items()), prepare=False)
+    if connection.info.server_version >= 170000:
+        settings = {**settings, "transaction_timeout": "0", "restrict_nonsystem_relation_kind": ""}
+    calls = [f"pg_catalog.set_config('{name}', '{value}', {local})" for name, value in settings.items()]
+    connection.execute("select " + ", ".join(calls), prepare=False)
 
 
 class Link:
@@ -616,9 +617,9 @@ class Link:
         if error is not None and self.connection is not None:
             state = getattr(error, "sqlstate", None) or ""
             idle = self.connection.pgconn.transaction_status == pq.TransactionStatus.IDLE
-            # halfway; or it is gone, shutting down, a standby by now, or no longer has what was prepared
-            if (not isinstance(error, psycopg.Error) or not idle
-                    or state[:2] in ("08", "57") or state in ("25006", "26000", "0A000")):
+            halfway = not isinstance(error, psycopg.Error) or not idle
+            # gone, shutting down, a server that became a standby, or statements that no longer fit what was prepared
+            if halfway or state[:2] in ("08", "57") or state in ("25006", "26000", "0A000"):
                 self.close()
 
     def close(self) -> None:
@@ -758,14 +759,13 @@ def ensure_schema(connection: psycopg.Connection[Row]) -> None:
 # ============================================================================================================ tasks
 # The four facts about a task in a worker's hands, besides where it is (arrived, ready, careful, in a slot, finished):
 #
-#   fact           values                                    set by                  what follows
-#   marked         False, True                               report loop             its attempt is charged if the worker dies
-#   cancel_reason  None, cancelled, timeout, lost, shutdown  any thread, once        its handler is asked to stop
-#   outcome        INTERRUPTED, None, an Outcome             its pool thread         None: returned nothing; the rest is reported
-#   ended          "", transaction, abandoned, reported      pool, supervisor,       transaction: completed by its handler;
-#                                                            report loop             abandoned: a stand-in reports for it
+#   marked         by the report loop: from now on its attempt is charged if the worker dies
+#   cancel_reason  by any thread, once: its handler is asked to stop (cancelled, timeout, lost or shutdown)
+#   outcome        by its pool thread: None if its handler returned nothing, INTERRUPTED until it has ended
+#   ended          "" until it is settled: transaction (by its handler, which completed it there), abandoned (by the
+#                  supervisor or the report loop: a stand-in reports for it), or reported (by the report loop)
 
-RESULT_LIMIT = 1_048_576    # bytes of JSON that a handler may return, or report as its progress
+RESULT_LIMIT = 1_048_576   # bytes of JSON that a handler may return, or report as its progress
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -788,12 +788,10 @@ class Task:
     """A task as its handler sees it.
 
     id (str, a UUID) · type · payload (parsed JSON) · attempt (1 = first) · max_retries · priority · created_at
-    (datetime) · deadline (time.monotonic(), or None) · cancelled (threading.Event: the task was cancelled, timed out or
-    lost to another worker, or the worker shuts down) · cancel_reason ("cancelled", "timeout", "lost", "shutdown" or
-    None) · worker_id
+    (datetime) · deadline (time.monotonic(), or None) · worker_id · cancelled (threading.Event) and cancel_reason
+    ("cancelled", "timeout", "lost" to another worker, "shutdown" or None)
 
-    A handler that stops half-way because of task.cancelled says so by task.raise_if_cancelled() or task.sleep(): one
-    that returns has completed.
+    A handler that stops half-way says so by task.raise_if_cancelled() or task.sleep(): one that returns has completed.
     """
 
     # Defaults are on the class, and the row is kept as it came: making a task costs the drain 0.3 µs instead of 1.2.
@@ -891,8 +889,8 @@ class Task:
     def transaction(self) -> Iterator[psycopg.Connection[Row]]:
         """A connection whose writes commit together with the completion of this task, or not at all.
 
-        The task's result is what task.complete() was given inside the block: what the handler returns after it comes
-        too late. Raises ClaimLost, and rolls back, if another worker has the task by now; Cancelled if it was cancelled.
+        The result is what task.complete() was given inside the block; what the handler returns comes too late. Rolls
+        back and raises ClaimLost if another worker has the task by now, Cancelled if it was cancelled.
         """
         worker = self._worker
         with connect(worker.config, "orchestrator task") as connection:
@@ -1023,8 +1021,7 @@ class Router:
     """Handlers by type: the exact type first, else the longest registered prefix, which ends in ":" or "*"."""
 
     def __init__(self, default: Callable[[Any], Any] | None = None) -> None:
-        self.exact: dict[str, Handler] = {}
-        self.prefixes: dict[str, Handler] = {}
+        self.handlers: dict[str, Handler] = {}   # by exact type or prefix
         self.middleware: list[Middleware] = []
         self.dead_letter_hooks: list[DeadLetterHook] = []
         self.encode = json_encoder(default)
@@ -1035,26 +1032,24 @@ class Router:
         if (not isinstance(pattern, str) or not 1 <= len(pattern.encode()) <= 255
                 or re.search(r"[\x00-\x1f\x7f]|\*.", pattern)):
             raise ConfigError(f"handler {pattern!r}: must be a type of 1 to 255 bytes, or a prefix that ends in ':' or '*'")
-        if pattern in self.patterns():
+        if pattern in self.handlers:
             raise ConfigError(f"handler {pattern!r}: is registered already")
         if not isinstance(handler, Handler):
             if not callable(handler):
                 raise ConfigError(f"handler {pattern!r}: must be a function of the task, or a Handler")
             handler = Handler(handler)
-        (self.prefixes if pattern[-1] in ":*" else self.exact)[pattern] = handler
-
-    def patterns(self) -> dict[str, Handler]:
-        return {**self.exact, **self.prefixes}
+        self.handlers[pattern] = handler
 
     def pattern(self, kind: str) -> str | None:
         """What this type is registered under: itself, or a prefix."""
-        if kind in self.exact:
+        if kind in self.handlers:
             return kind
-        return max((p for p in self.prefixes if kind.startswith(p.rstrip("*"))), key=len, default=None)
+        prefixes = (p for p in self.handlers if p[-1] in ":*" and kind.startswith(p.rstrip("*")))
+        return max(prefixes, key=len, default=None)
 
     def find(self, kind: str) -> Handler | None:
         pattern = self.pattern(kind)
-        return None if pattern is None else self.patterns()[pattern]
+        return None if pattern is None else self.handlers[pattern]
 
     def label(self, kind: str) -> str:
         """The type as a metric's label, of which there must be few."""
@@ -1305,7 +1300,7 @@ class Counters:
         return twin
 
     def _add_zeros(self) -> None:
-        for label, handler in self.router.patterns().items():
+        for label, handler in self.router.handlers.items():
             for status in ("completed", "failed", "cancelled"):
                 self.completed[label, status] += 0
             for attempt in RETRY_LABELS[:handler.max_retries]:
@@ -1705,7 +1700,7 @@ class ClaimLoop(Loop):
     def __init__(self, worker: Worker) -> None:
         super().__init__(worker, worker.pool.room)
         # All of this is its own thread's.
-        self.types = texts(sorted(worker.router.patterns()))
+        self.types = texts(sorted(worker.router.handlers))
         self.arrived: list[Row] = []                # claimed, handed out while the next claim is made
         self.arrived_at = 0.0                       # monotonic: when their claim was sent
         self.claiming_as = ""                       # the worker id of the last claim
@@ -2363,7 +2358,7 @@ class HeartbeatLoop(Loop):
         if not self.schema_checked:   # only at the start: during a rolling upgrade it goes on, also under a new id
             ensure_schema(link.open())
             self.schema_checked = True
-        policies = {pattern: handler.policy() for pattern, handler in worker.router.patterns().items()}
+        policies = {pattern: handler.policy() for pattern, handler in worker.router.handlers.items()}
         link.call("register_worker", worker.id, socket.gethostname(), worker.config.worker_pool_size, VERSION,
                   json.dumps(policies))
         worker.term = None
@@ -2769,7 +2764,7 @@ class Orchestrator:
         if not log.hasHandlers():   # the program has set up no logging at all
             setup_logging(self.config)
         self._open()
-        if not self.router.patterns():
+        if not self.router.handlers:
             log.warning("no handlers are registered: this worker has nothing to run")
         self.worker = worker = Worker(self.config, self.router, self._embedded.start if self._embedded else None)
         try:
