@@ -8,7 +8,7 @@
   python orchestrator.py enqueue TYPE '{...}'  add a task, as does: select orchestrator.enqueue('TYPE', '{...}')
   python orchestrator.py show ID               what happened to a task, and why it is not running
   python orchestrator.py COMMAND --help        install, enqueue, list, show, cancel, retry, pause, resume, stats,
-                                               audit, psql
+                                               schedule, schedules, unschedule, fire, next, audit, psql
 
 In a program:
 
@@ -86,7 +86,7 @@ from psycopg.conninfo import conninfo_to_dict
 from psycopg.types.string import TextLoader
 
 __all__ = ["Cancelled", "ClaimLost", "Config", "ConfigError", "Discard", "EnqueuedId", "Handler", "Orchestrator",
-           "Retry", "Snooze", "Task"]
+           "Retry", "Schedule", "Snooze", "Task"]
 
 VERSION = "0.1.0"
 SCHEMA_VERSION = 1
@@ -560,7 +560,7 @@ class Link:
 
     def json(self, function: str, *args: Any, **named: Any) -> list[dict[str, Any]]:
         """Like call(), with each row as a dict of JSON values."""
-        return [json.loads(row[0]) for row in self._run("pg_catalog.to_jsonb(r)", function, args, named)]
+        return [json.loads(row[0] or "null") for row in self._run("pg_catalog.to_jsonb(r)", function, args, named)]
 
     def view(self, name: str) -> list[dict[str, Any]]:
         """Each row of a view as a dict of JSON values."""
@@ -959,6 +959,32 @@ class Handler:
         return {name: value for name, value in vars(self).items() if name != "function"}
 
 
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """What Orchestrator.schedule() takes, for SCHEDULES = {"name": Schedule(…)} beside HANDLERS."""
+
+    cron: str
+    type: str
+    payload: Any = None
+    timezone: str = "UTC"
+    priority: int = 0
+    max_retries: int | None = None
+    missed: str = "one"
+    overlap: bool = True
+
+    def arguments(self, name: str, encode: Callable[[Any], str]) -> tuple[Any, ...]:
+        """Those of SQL's schedule(). Raises ValueError."""
+        try:
+            payload = to_json({} if self.payload is None else self.payload, encode)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"payload: {error}") from None
+        retries = None if self.max_retries is None else check_whole("max_retries", self.max_retries, 0, 1000)
+        priority = check_whole("priority", self.priority, -1_000_000, 1_000_000)
+        return (check_text("name", name), check_text("cron", self.cron), check_text("type", self.type),
+                payload, check_text("timezone", self.timezone), priority, retries,
+                check_text("missed", self.missed), bool(self.overlap))
+
+
 # Without json.loads' search for white space, of which PostgreSQL's text has none (1.0 → 0.3 µs).
 _decode = json.JSONDecoder().raw_decode
 
@@ -1022,6 +1048,7 @@ class Router:
 
     def __init__(self, default: Callable[[Any], Any] | None = None) -> None:
         self.handlers: dict[str, Handler] = {}   # by exact type or prefix
+        self.schedules: dict[str, Schedule] = {}   # to be defined by the worker when it has registered
         self.middleware: list[Middleware] = []
         self.dead_letter_hooks: list[DeadLetterHook] = []
         self.encode = json_encoder(default)
@@ -1280,7 +1307,7 @@ class Counters:
         self.rejected: collections.Counter[str] = collections.Counter()
         self.recovered: collections.Counter[str] = collections.Counter()                  # by RECOVERY_OUTCOMES
         self.errors: collections.Counter[str] = collections.Counter()                     # by SQLSTATE class
-        self.replaced_threads = 0
+        self.replaced_threads = self.schedules_fired = 0
         self.seconds: dict[str, Tally] = collections.defaultdict(Tally)
         self.waits: dict[str, Tally] = collections.defaultdict(Tally)
         self.claim_seconds = Tally()
@@ -1294,7 +1321,7 @@ class Counters:
             for name, value in vars(self).items():
                 if isinstance(value, (collections.Counter, Tally)):
                     setattr(twin, name, value.copy())
-            twin.replaced_threads = self.replaced_threads
+            twin.replaced_threads, twin.schedules_fired = self.replaced_threads, self.schedules_fired
             twin.seconds = {label: tally.copy() for label, tally in self.seconds.items()}
             twin.waits = {label: tally.copy() for label, tally in self.waits.items()}
         return twin
@@ -1790,7 +1817,9 @@ class ClaimLoop(Loop):
 
     def _promote_due(self) -> None:
         self.promote_at = time.monotonic() + self.worker.config.claim_interval   # also if it fails
-        next_in = self.link.call("promote_due")[0][1]
+        _, next_in, fired = self.link.call("promote_due")[0]
+        with self.worker.counters.lock:
+            self.worker.counters.schedules_fired += fired
         if next_in is not None:
             self.promote_at = min(self.promote_at, time.monotonic() + max(0.005, float(next_in) + 0.001))
 
@@ -2369,12 +2398,26 @@ class HeartbeatLoop(Loop):
             if living:
                 log.warning("DISTRIBUTED_MODE is false, but %d other worker%s live%s: set it to true on all of them",
                             living, *(("", "s") if living == 1 else ("s", "")))
+        self._define_schedules()
         for chore in self.chores.values():
             chore.due = 0.0
         self._again(self._sample_stats, 1.0)   # not at once: there may be much to claim
         worker.claims.idle = False
         worker.reached_at = time.monotonic()
         worker.registered.set()
+
+    def _define_schedules(self) -> None:
+        """Once: what somebody removes later does not come back while this worker runs. Raises ConfigError."""
+        router = self.worker.router
+        while router.schedules:
+            name, schedule = next(iter(router.schedules.items()))
+            try:
+                self.link.call("schedule", *schedule.arguments(name, router.encode))
+            except (ValueError, psycopg.Error) as error:
+                if isinstance(error, psycopg.Error) and error.sqlstate != "OR001":
+                    raise
+                raise ConfigError(f"SCHEDULES[{name!r}]: {error_line(error)}") from None
+            del router.schedules[name]
 
     def _again(self, run: Callable[[], None], seconds: float = 0.05) -> None:
         self.chores[run].due = time.monotonic() + seconds
@@ -2731,6 +2774,20 @@ class Orchestrator:
                           _retries(max_retries), _run_at(run_at, delay), connection=connection)
         return [EnqueuedId(str(task_id), created) for _, task_id, created in sorted(rows)]
 
+    def schedule(self, name: str, cron: str, type: str, payload: Any = None, *, timezone: str = "UTC",
+                 priority: int = 0, max_retries: int | None = None, missed: str = "one", overlap: bool = True,
+                 connection: psycopg.Connection[Any] | None = None) -> datetime | None:
+        """Enqueue a task at each time of a cron expression; returns the next time (None: it is paused).
+
+        The same definition again changes nothing, so call it at each start. missed: what is made up for of the
+        times at which no worker ran: the last ("one"), "all" or "none". overlap=False leaves a time out while
+        the task of the last one is unfinished. Raises ValueError, which names the field.
+        """
+        made = Schedule(cron, type, payload, timezone, priority, max_retries, missed, overlap)
+        args = made.arguments(name, self.router.encode)
+        next_at = self._call("schedule", *args, connection=connection)[0][0]
+        return None if next_at is None else datetime.fromisoformat(str(next_at))
+
     def cancel(self, task_id: str | UUID) -> str:
         """cancelled, cancelling (asked to stop), not_found, or the status of a task that has ended."""
         return str(self.call("cancel_task", check_id(task_id))[0][0])
@@ -2987,6 +3044,7 @@ Counter tasks_recovered{outcome} recovered: Tasks that this worker, leading, too
   uncharged, retried, dead (letters), cancelled, or failed to be recovered
 Counter database_errors{class} errors: Database errors by SQLSTATE class
 Counter pool_threads_replaced replaced_threads: Pool threads that ended and were replaced
+Counter schedules_fired schedules_fired: Tasks enqueued here for schedules
 Histogram task_duration_seconds{type} seconds: How long handlers ran
 Histogram task_wait_seconds{type} waits: From enqueued (or due) to the handler's start
 Histogram task_claim_duration_seconds claim_seconds: How long a claim took in the database
@@ -3013,6 +3071,8 @@ Counter tasks_enqueued{type} enqueued_total: Tasks enqueued by anyone, psql too
 Gauge workers_total workers: Live workers
 Gauge workers_dead dead_workers: Workers declared dead whose tasks are still to be recovered
 Gauge recovery_age_seconds recovery_age: How long ago the leader last looked for tasks to recover
+Gauge schedule_late_seconds schedule_late: By how much the latest schedule is late, 0 if none is
+Gauge schedules_failed schedules_failed: Schedules that could not fire, and were paused
 Gauge queue_stats_age_seconds age: How old the counts of tasks are
 """
 
@@ -3069,7 +3129,8 @@ ROUTES = {
             "/api/overview": "api_overview", "/api/history": "api_history", "/api/tasks": "api_tasks",
             "/api/failures": "api_failures", "/api/task": "api_task"},
     "POST": {"/api/cancel": "cancel_task", "/api/retry": "retry_task", "/api/pause": "pause_type",
-             "/api/resume": "resume_type", "/api/retry_dead_letters": "retry_dead_letters"}}
+             "/api/resume": "resume_type", "/api/retry_dead_letters": "retry_dead_letters",
+             **{f"/api/{name}_schedule": f"{name}_schedule" for name in ("fire", "pause", "resume")}}}
 HEADERS = {"Content-Type": "application/json", "Cache-Control": "no-store", "Referrer-Policy": "no-referrer",
            "X-Content-Type-Options": "nosniff", "Cross-Origin-Resource-Policy": "same-origin",
            "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'"}
@@ -3218,8 +3279,8 @@ class HttpRequest(http.server.BaseHTTPRequestHandler):
             row = self.server.ask(routes[path], fields, posted)
         except (ValueError, psycopg.Error) as error:
             raise _refusal(error, path, list(fields)) from None
-        if row in ((None,), "not_found"):
-            raise Refused(404, "there is no such task")
+        if row in (None, (None,), "not_found"):
+            raise Refused(404, f"there is no such {'schedule' if 'schedule' in path else 'task'}")
         return self._send(200, {"result": row} if posted else row[0].encode())
 
     def _body(self) -> dict[str, str]:
@@ -3606,8 +3667,7 @@ def arg(*names: str, **options: Any) -> Callable[[Command], Command]:
 
 def do_run(args: Args) -> int:
     """run a worker (the default)"""
-    for pattern, handler in load_handlers(args.set_handlers or args.app.config.handlers).items():
-        args.app.router.add(pattern, handler)
+    load_handlers(args.app.router, args.set_handlers or args.app.config.handlers)
     args.app.run()
     return 0
 
@@ -3649,12 +3709,8 @@ def do_enqueue(args: Args) -> int:
         raise ConfigError("TYPE: say which type to enqueue, or --file tasks.jsonl")
     if args.on_error:
         raise ConfigError("--on-error: goes with --file only")
-    try:
-        payload = json.loads(args.payload or "{}", parse_constant=int)   # which refuses NaN and Infinity
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"payload: is not JSON: {getattr(error, 'msg', error)}") from None
-    task_id = args.app.enqueue(args.type, payload, priority=args.priority, idempotency_key=args.key,
-                               max_retries=args.max_retries, delay=delay, run_at=run_at)
+    task_id = args.app.enqueue(args.type, _payload(args.payload), priority=args.priority, delay=delay,
+                               idempotency_key=args.key, max_retries=args.max_retries, run_at=run_at)
     if not task_id.created:
         print(f"the key {_cell(args.key)} is known: this is the id of the first task", file=sys.stderr)
     return _say(args, {"id": task_id, "created": task_id.created}, task_id)
@@ -3805,6 +3861,60 @@ def do_stats(args: Args) -> int:
                   "type waiting scheduled in_flight dead_letters oldest_waiting_age paused")
 
 
+@arg("name")
+@arg("cron", help="such as '30 3 * * mon-fri', @hourly or '@every 90 seconds'")
+@arg("type", help="such as task:backup")
+@arg("payload", nargs="?", help="JSON; default {}")
+@arg("--timezone", default="UTC", help="such as Europe/Berlin; default UTC")
+@arg("--priority", type=int, default=0)
+@arg("--max-retries", type=int)
+@arg("--missed", choices=("one", "all", "none"), default="one",
+     help="which of the times without a running worker to make up for; default the last one")
+@arg("--no-overlap", action="store_true", help="leave a time out while the last task is unfinished")
+def do_schedule(args: Args) -> int:
+    """enqueue a task at each time of a cron expression"""
+    next_at = args.app.schedule(args.name, args.cron, args.type, _payload(args.payload),
+                                timezone=args.timezone, priority=args.priority, max_retries=args.max_retries,
+                                missed=args.missed, overlap=not args.no_overlap)
+    text = next_at and next_at.isoformat()
+    return _say(args, {"name": args.name, "next_at": text}, f"next at {text}" if text else "it is paused")
+
+
+def do_schedules(args: Args) -> int:
+    """schedules, their next times, and whether they fire"""
+    rows = args.app.view("schedule_states")
+    return _table(args, rows, "name cron timezone type next_at last_fire_at state")
+
+
+@arg("name")
+def do_unschedule(args: Args) -> int:
+    """remove a schedule; its tasks stay"""
+    removed = args.app.call("unschedule", args.name)[0][0]
+    text = "removed; its tasks stay" if removed else "there is no such schedule"
+    return _say(args, {"name": args.name, "removed": removed}, text, 0 if removed else 1)
+
+
+@arg("name")
+def do_fire(args: Args) -> int:
+    """enqueue the task of a schedule now"""
+    task_id = args.app.call("fire_schedule", args.name)[0][0]
+    if task_id is None:
+        print("there is no such schedule", file=sys.stderr)
+        return 1
+    return _say(args, {"id": task_id}, task_id)
+
+
+@arg("cron")
+@arg("--timezone", default="UTC")
+@arg("-n", dest="number", type=int, default=5, help="from 1 to 1000; default 5")
+def do_next(args: Args) -> int:
+    """the next times of a cron expression"""
+    number = check_whole("-n", args.number, 1, 1000)
+    rows = args.app.call("fire_times", p_cron=args.cron, p_timezone=args.timezone, p_n=number)
+    times = [datetime.fromisoformat(moment).isoformat() for (moment,) in rows]
+    return _say(args, times, "\n".join(times) or "never")
+
+
 def do_audit(args: Args) -> int:
     """look for violated invariants; exit code 1 if there are any"""
     rows = args.app.json("audit")
@@ -3839,12 +3949,13 @@ def _table(args: Args, rows: list[dict[str, Any]], names: str, code: int = 0) ->
     return _say(args, rows, "\n".join(padded), code)
 
 
-def load_handlers(name: str) -> dict[str, Handler | Callable[[Task], Any]]:
-    """The HANDLERS of a module, a .py file, or handlers.py in the working directory or beside this file."""
+def load_handlers(router: Router, name: str) -> None:
+    """Add the HANDLERS and SCHEDULES of a module, a .py file, or handlers.py in the working directory or beside
+    this file."""
     files = [folder / "handlers.py" for folder in (Path.cwd(), Path(_FILE).parent)]
     name = name or next((str(file) for file in files if file.exists()), "")
     if not name:
-        return {}
+        return
     try:
         if name.endswith(".py"):
             sys.path.insert(0, str(Path(name).resolve().parent))
@@ -3860,7 +3971,19 @@ def load_handlers(name: str) -> dict[str, Handler | Callable[[Task], Any]]:
     handlers = getattr(module, "HANDLERS", None)
     if not isinstance(handlers, dict):
         raise ConfigError(f"HANDLERS: the module {name} has no dict HANDLERS = {{'type': function}}")
-    return handlers
+    for pattern, handler in handlers.items():
+        router.add(pattern, handler)
+    schedules = getattr(module, "SCHEDULES", {})
+    if not isinstance(schedules, dict) or not all(isinstance(each, Schedule) for each in schedules.values()):
+        raise ConfigError("SCHEDULES: must be a dict such as {'nightly': Schedule('@daily', 'task:backup')}")
+    router.schedules.update(schedules)
+
+
+def _payload(text: str | None) -> Any:
+    try:
+        return json.loads(text or "{}", parse_constant=int)   # which refuses NaN and Infinity
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"payload: is not JSON: {getattr(error, 'msg', error)}") from None
 
 
 def _moment(text: str) -> datetime:

@@ -14,6 +14,7 @@ from postgres import Server
 CHAOS = Path(__file__).parent / "chaos"
 sys.path.append(str(CHAOS))
 
+import schedules  # noqa: E402
 from harness import Lab  # noqa: E402
 
 
@@ -139,6 +140,27 @@ def test_verdict_sees_terms_that_do_not_rise(lab: Lab) -> None:
         lab.execute("update orchestrator.workers set is_leader = true, leader_term = %s, leader_until = now()", term)
         lab.execute("update orchestrator.workers set is_leader = false")
     assert "term 1 follows term 2" in problems(lab)
+
+
+def test_verdict_sees_a_fire_time_that_has_no_task_and_no_reason(lab: Lab) -> None:
+    lab.execute(schedules.DEFINE)
+    lab.execute("update orchestrator.schedules set next_at = date_trunc('second', now() - interval '9 s'), "
+                "active_since = now() - interval '10 s'")
+    lab.execute("select orchestrator.promote_due()")
+    lab.execute("update orchestrator.tasks set status = 'completed', queued_at = null, attempts = 1, started_at = now(), "
+                "completed_at = now()")
+    schedules.check(lab, [(0, 1e12)])   # nobody was there, so 'one' may lack some, and 'apart' waits for its first task
+    assert lab.problems == [] and len(lab.extra_ids) >= 5 * 9 + 2
+    lab.execute("drop view pg_temp.missing, pg_temp.fired")
+    lab.execute("delete from orchestrator.tasks where idempotency_key like 'schedule:all 3:%' "
+                "and right(idempotency_key, 20)::timestamptz between now() - interval '5 s' and now() - interval '2.5 s'")
+    lab.execute("update orchestrator.tasks set completed_at = completed_at - interval '1 hour' "
+                "where idempotency_key like 'schedule:apart:%'")
+    lab.short = False
+    schedules.check(lab, [])
+    found = " | ".join(lab.problems)
+    assert " fire times without a task, such as of all 3 at " in found and " fire times left out although the last task had ended" in found
+    assert "a fire time of 'one', has no task although workers were there" in found
 
 
 def test_a_fault_that_never_bit_fails(lab: Lab) -> None:
