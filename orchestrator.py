@@ -187,6 +187,14 @@ def check_whole(name: str, number: int, low: int, high: int) -> int:
     return number
 
 
+def check_priority(priority: int) -> int:
+    return check_whole("priority", priority, -1_000_000, 1_000_000)
+
+
+def check_retries(max_retries: int | None) -> int | None:
+    return None if max_retries is None else check_whole("max_retries", max_retries, 0, 1000)
+
+
 def check_text(name: str, text: str) -> str:
     # NUL, or half of a surrogate pair
     if not isinstance(text, str) or re.search(r"[\0\ud800-\udfff]", text):
@@ -948,7 +956,7 @@ class Handler:
     def __post_init__(self) -> None:
         if not callable(self.function):
             raise ValueError("function: must be callable with the task")
-        check_whole("max_retries", self.max_retries, 0, 1000)
+        check_whole("max_retries", self.max_retries, 0, 1000)   # not None
         for name in ("base_delay", "max_delay", "timeout"):
             if name != "timeout" or self.timeout is not None:
                 object.__setattr__(self, name, check_seconds(name, getattr(self, name)))
@@ -974,14 +982,9 @@ class Schedule:
 
     def arguments(self, name: str, encode: Callable[[Any], str]) -> tuple[Any, ...]:
         """Those of SQL's schedule(). Raises ValueError."""
-        try:
-            payload = to_json({} if self.payload is None else self.payload, encode)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"payload: {error}") from None
-        retries = None if self.max_retries is None else check_whole("max_retries", self.max_retries, 0, 1000)
-        priority = check_whole("priority", self.priority, -1_000_000, 1_000_000)
         return (check_text("name", name), check_text("cron", self.cron), check_text("type", self.type),
-                payload, check_text("timezone", self.timezone), priority, retries,
+                to_json("payload", {} if self.payload is None else self.payload, encode),
+                check_text("timezone", self.timezone), check_priority(self.priority), check_retries(self.max_retries),
                 check_text("missed", self.missed), bool(self.overlap))
 
 
@@ -1017,24 +1020,23 @@ def json_encoder(default: Callable[[Any], Any] | None = None) -> Callable[[Any],
     return json.JSONEncoder(allow_nan=False, separators=(",", ":"), default=both).encode
 
 
-def to_json(value: Any, encode: Callable[[Any], str]) -> str:
-    """JSON that PostgreSQL can hold. Raises ValueError or TypeError, whose messages hold no values."""
-    problem = "not JSON that PostgreSQL can hold:"
+def to_json(name: str, value: Any, encode: Callable[[Any], str]) -> str:
+    """JSON that PostgreSQL can hold. Raises ValueError, which doesn't show the value."""
     try:
         text = encode(value)
-        if "\\ud" in text:   # half of a surrogate pair can't be encoded
+        if "\\ud" in text:
             json.dumps(json.loads(text), ensure_ascii=False).encode()
     except TypeError as error:
-        raise TypeError(f"not JSON: {error}") from None
+        raise ValueError(f"{name}: not JSON: {error}") from None
     except UnicodeEncodeError:
-        raise ValueError(f"{problem} a string has half of a surrogate pair") from None
+        raise ValueError(f"{name}: not JSON that PostgreSQL can hold: half of a surrogate pair") from None
     except ValueError:
-        raise ValueError("not JSON: NaN, Infinity, a number of thousands of digits or a circular reference") from None
+        raise ValueError(f"{name}: not JSON: NaN, Infinity, a number of thousands of digits or a circle") from None
     except RecursionError:
-        raise ValueError(f"{problem} it is nested too deeply") from None
+        raise ValueError(f"{name}: not JSON that PostgreSQL can hold: nested too deeply") from None
     # an escape, not a backslash before u0000
     if "\\u0000" in text and re.search(r"(?<!\\)(?:\\\\)*\\u0000", text):
-        raise ValueError(f"{problem} a string has the character U+0000")
+        raise ValueError(f"{name}: not JSON that PostgreSQL can hold: the character U+0000")
     return text
 
 
@@ -1109,10 +1111,7 @@ class Router:
             future.add_done_callback(lambda _: calls.put(lambda: None))
             while not future.done():
                 calls.get()()
-            result, error = future.result()
-            if error is not None:
-                raise error
-            return result
+            return _value_or_raise(future.result())
         except (asyncio.CancelledError, concurrent.futures.CancelledError) as error:
             raise Cancelled(task.cancel_reason or "cancelled") from error
 
@@ -1122,7 +1121,7 @@ class Router:
         return None if running is None else running.get_name()
 
     def result_json(self, value: Any) -> str:
-        text = to_json(value, self.encode)
+        text = to_json("result", value, self.encode)
         if len(text) > RESULT_LIMIT:
             raise ValueError(f"over {RESULT_LIMIT} bytes of JSON: store the data elsewhere and return a reference to it")
         return text
@@ -1152,8 +1151,17 @@ def _exit_if_forked(pid: int) -> None:
         os._exit(0)
 
 
-async def _await(task: Task, awaitable: Awaitable[Any]) -> tuple[Any, BaseException | None]:
-    """Its value, or what it raised: asyncio would strip a TimeoutError of its traceback, and end by a SystemExit."""
+# What a call returned, or what it raised: asyncio would strip a TimeoutError of its traceback, and end by a SystemExit.
+End = tuple[Any, BaseException | None]
+
+
+def _value_or_raise(end: End) -> Any:
+    if end[1] is not None:
+        raise end[1]
+    return end[0]
+
+
+async def _await(task: Task, awaitable: Awaitable[Any]) -> End:
     loop, running, pid = asyncio.get_running_loop(), asyncio.current_task(), os.getpid()
     assert running is not None
     running.set_name(f"{task.type} {task.id}")
@@ -1182,9 +1190,8 @@ async def _call_in_pool(run: Callable[[Task], Any], task: Task) -> Any:
     ended = loop.create_future()
 
     def call() -> None:
-        end: tuple[Any, BaseException | None] = None, None
         try:
-            end = run(task), None
+            end: End = run(task), None
         except BaseException as error:
             end = None, error
         loop.call_soon_threadsafe(ended.set_result, end)
@@ -1193,9 +1200,7 @@ async def _call_in_pool(run: Callable[[Task], Any], task: Task) -> Any:
     while not ended.done():
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.wait([ended])
-    result, error = ended.result()
-    if error is not None:
-        raise error
+    result = _value_or_raise(ended.result())
     if inspect.isawaitable(result):
         if task.cancel_reason not in (None, "shutdown") and (running := asyncio.current_task()):
             running.cancel()   # the awaitable is what can be
@@ -2744,8 +2749,9 @@ class Orchestrator:
         seconds, a timedelta or text such as "10m". Raises ValueError, which names the field.
         """
         key = None if idempotency_key is None else _key("idempotency_key", idempotency_key)
-        args = (check_text("type", type), self._json("payload", {} if payload is None else payload),
-                _priority(priority), key, _retries(max_retries), _run_at(run_at, delay))
+        args = (check_text("type", type),
+                to_json("payload", {} if payload is None else payload, self.router.encode),
+                check_priority(priority), key, check_retries(max_retries), _run_at(run_at, delay))
         if key is None:
             return EnqueuedId(self._call("enqueue", *args, connection=connection)[0][0], True)
         args = (args[0], texts([args[1]]), args[2], texts([key]), *args[4:])
@@ -2767,11 +2773,11 @@ class Orchestrator:
         keys = None if idempotency_keys is None else texts(
             [None if key is None else _key(f"idempotency_keys[{n}]", key) for n, key in enumerate(idempotency_keys, 1)])
         # counted from 1, as in SQL
-        text = texts([self._json(f"payloads[{number}]", payload) for number, payload in enumerate(payloads, 1)])
+        text = texts([to_json(f"payloads[{n}]", payload, self.router.encode) for n, payload in enumerate(payloads, 1)])
         if len(text) > 8 * CALL_LIMIT:
             raise ValueError(f"payloads: over {8 * CALL_LIMIT >> 20} MiB in one call; add them in several")
-        rows = self._call("enqueue_many", check_text("type", type), text, _priority(priority), keys,
-                          _retries(max_retries), _run_at(run_at, delay), connection=connection)
+        rows = self._call("enqueue_many", check_text("type", type), text, check_priority(priority), keys,
+                          check_retries(max_retries), _run_at(run_at, delay), connection=connection)
         return [EnqueuedId(str(task_id), created) for _, task_id, created in sorted(rows)]
 
     def schedule(self, name: str, cron: str, type: str, payload: Any = None, *, timezone: str = "UTC",
@@ -2969,12 +2975,6 @@ class Orchestrator:
         with _plain_errors():
             return call_in(connection, function, *args)
 
-    def _json(self, name: str, payload: Any) -> str:
-        try:
-            return to_json(payload, self.router.encode)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{name}: {error}") from None
-
 
 _apps: weakref.WeakSet[Orchestrator] = weakref.WeakSet()
 
@@ -3010,14 +3010,6 @@ def _key(name: str, key: str | UUID) -> str:
     if not 1 <= len(text.encode()) <= 255:
         raise ValueError(f"{name}: must be 1 to 255 bytes")
     return text
-
-
-def _priority(priority: int) -> int:
-    return check_whole("priority", priority, -1_000_000, 1_000_000)
-
-
-def _retries(max_retries: int | None) -> int | None:
-    return None if max_retries is None else check_whole("max_retries", max_retries, 0, 1000)
 
 
 def _run_at(run_at: datetime | None, delay: Seconds | None) -> datetime | After | None:
@@ -3720,8 +3712,8 @@ def _enqueue_file(args: Args, run_at: datetime | None) -> int:
     """Enqueue each line of a file, which may be of any size: it is read and sent in batches."""
     if args.key is not None or args.payload is not None:
         raise ConfigError(f"{'PAYLOAD' if args.key is None else '--key'}: belongs in the lines of the file")
-    defaults = {"type": args.type, "priority": _priority(args.priority),
-                "max_retries": _retries(args.max_retries), "run_at": run_at and run_at.isoformat()}
+    defaults = {"type": args.type, "priority": check_priority(args.priority),
+                "max_retries": check_retries(args.max_retries), "run_at": run_at and run_at.isoformat()}
     given = json.dumps({name: value for name, value in defaults.items() if value is not None})
     counts, stop, before = collections.Counter(created=0, known=0, bad=0), args.on_error == "stop", 0
     try:
