@@ -395,6 +395,26 @@ def test_a_plain_handler_under_async_middleware_is_over_before_its_task_ends(ins
         assert wait_for(app, task_id)["status"] == "cancelled" and ended.is_set()
 
 
+def test_async_middleware_is_cancelled_though_an_awaitable_within_it_has_ended(installed: str) -> None:
+    waiting = threading.Event()
+    app = make_app(installed, {"a": awaited})
+
+    @app.use
+    async def outer(task: Task, call_next: Callable[[Task], Any]) -> None:
+        await call_next(task)
+        waiting.set()
+        await asyncio.sleep(600)
+
+    @app.use
+    def inner(task: Task, call_next: Callable[[Task], Any]) -> Any:
+        return call_next(task)   # the handler is awaited here, by the thread that the outer one waits for
+
+    with running(installed, app):
+        task_id = app.enqueue("a")
+        assert waiting.wait(30) and app.cancel(task_id) == "cancelling"
+        assert wait_for(app, task_id)["status"] == "cancelled"
+
+
 def generator(task: Task) -> Iterator[int]:
     yield 1
 
