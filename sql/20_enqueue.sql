@@ -18,6 +18,16 @@ begin
   end if;
 end $$;
 
+create or replace function orchestrator._check_extras(p_concurrency_key text, p_meta jsonb)
+returns void language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+begin
+  if octet_length(p_concurrency_key) not between 1 and 255 then
+    perform orchestrator._invalid('concurrency_key', 'must be 1 to 255 bytes', 'Leave it out, or hash a longer key.');
+  elsif jsonb_typeof(p_meta) <> 'object' or octet_length(p_meta::text) > 8192 then
+    perform orchestrator._invalid('meta', 'must be a JSON object of at most 8 KiB', 'Such as {"trace": {…}}; larger data belong into the payload.');
+  end if;
+end $$;
+
 -- claim_tasks relies on the bound of 32: an honest 1e-308 takes 27 times its bytes as text.
 create or replace function orchestrator._large_payload_problem(p_payload jsonb) returns text
 language plpgsql stable parallel safe set search_path = pg_catalog, pg_temp as $$
@@ -53,7 +63,7 @@ end $$;
 
 create or replace function orchestrator.enqueue(
   p_type text, p_payload jsonb default '{}', p_priority int default 0, p_idempotency_key text default null,
-  p_max_retries int default null, p_run_at timestamptz default null)
+  p_max_retries int default null, p_run_at timestamptz default null, p_concurrency_key text default null, p_meta jsonb default null)
 returns uuid language plpgsql
 set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
 declare
@@ -65,10 +75,13 @@ begin
   if v_problem is not null then
     perform orchestrator._refuse_payload('payload', v_problem);
   end if;
+  if p_concurrency_key is not null or p_meta is not null then
+    perform orchestrator._check_extras(p_concurrency_key, p_meta);
+  end if;
   loop
-    insert into orchestrator.tasks as t (type, payload, priority, idempotency_key, max_retries, queued_at, next_retry_at)
+    insert into orchestrator.tasks as t (type, payload, priority, idempotency_key, max_retries, queued_at, next_retry_at, concurrency_key, meta)
     values (p_type, coalesce(p_payload, '{}'), p_priority, p_idempotency_key, p_max_retries,
-            case when v_later is null then clock_timestamp() end, v_later)
+            case when v_later is null then clock_timestamp() end, v_later, p_concurrency_key, p_meta)
     on conflict (type, idempotency_key) where idempotency_key is not null do nothing
     returning t.id into v_id;
     exit when found;
@@ -80,13 +93,14 @@ begin
   end if;
   return v_id;
 end $$;
-comment on function orchestrator.enqueue(text, jsonb, int, text, int, timestamptz) is
+comment on function orchestrator.enqueue(text, jsonb, int, text, int, timestamptz, text, jsonb) is
   'Adds a task in the caller''s transaction and returns its id. A repeated (type, idempotency_key) returns the id of the first '
-  'task and changes nothing. p_max_retries null: the policy of the type. p_run_at: not before that moment. Raises OR001.';
+  'task and changes nothing. p_max_retries null: the policy of the type. p_run_at: not before that moment. p_concurrency_key: see '
+  'limit_type. p_meta: a JSON object of at most 8 KiB beside the payload, never redacted. Raises OR001.';
 
 create or replace function orchestrator.enqueue_many(
   p_type text, p_payloads jsonb[], p_priority int default 0, p_idempotency_keys text[] default null,
-  p_max_retries int default null, p_run_at timestamptz default null)
+  p_max_retries int default null, p_run_at timestamptz default null, p_concurrency_keys text[] default null, p_meta jsonb default null)
 returns table (ordinal int, id uuid, created boolean) language plpgsql
 set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan as $$
 #variable_conflict use_column
@@ -108,6 +122,10 @@ begin
   if found then
     perform orchestrator._invalid(format('idempotency_keys[%s]', v_bad), 'must be 1 to 255 bytes', 'Use null for a task without a key.');
   end if;
+  if cardinality(p_concurrency_keys) <> v_n then
+    perform orchestrator._invalid('concurrency_keys', 'must be as many as the payloads', 'Use null for a task without a key.');
+  end if;
+  perform orchestrator._check_extras(k, p_meta) from unnest(coalesce(p_concurrency_keys, array[null])) k where k is not null or p_meta is not null;
   if v_n = 0 then return; end if;
 
   -- takes the lock on tasks before the ids are drawn, so that nothing that reads by id passes them unseen; LOCK TABLE would
@@ -115,24 +133,27 @@ begin
   insert into orchestrator.tasks (type) select '' where false;
   v_ids := orchestrator._uuidv7s(v_n);
   if p_idempotency_keys is null then
-    insert into orchestrator.tasks (id, type, payload, priority, max_retries, queued_at, next_retry_at)
-    select u.id, p_type, coalesce(u.payload, '{}'), p_priority, p_max_retries, case when v_later is null then clock_timestamp() end, v_later
-    from unnest(v_ids, p_payloads) u(id, payload);
+    insert into orchestrator.tasks (id, type, payload, priority, max_retries, queued_at, next_retry_at, concurrency_key, meta)
+    select u.id, p_type, coalesce(u.payload, '{}'), p_priority, p_max_retries, case when v_later is null then clock_timestamp() end, v_later,
+           u.turn, p_meta
+    from unnest(v_ids, p_payloads, p_concurrency_keys) u(id, payload, turn);
     return query select o::int, u.id, true from unnest(v_ids) with ordinality u(id, o);
   else
-    return query select * from orchestrator._enqueue_keyed(p_type, v_ids, p_payloads, p_priority, p_idempotency_keys, p_max_retries, v_later);
+    return query select * from orchestrator._enqueue_keyed(p_type, v_ids, p_payloads, p_priority, p_idempotency_keys, p_max_retries, v_later,
+                                                               p_concurrency_keys, p_meta);
   end if;
   if v_later is null then
     perform orchestrator._notify_idle(p_type);
   end if;
 end $$;
-comment on function orchestrator.enqueue_many(text, jsonb[], int, text[], int, timestamptz) is
+comment on function orchestrator.enqueue_many(text, jsonb[], int, text[], int, timestamptz, text[], jsonb) is
   'Adds a task for each payload, in one statement, and returns (ordinal from 1, id, created). created is false where the '
-  'idempotency key was known, in the table or earlier in the array. Raises OR001, and then adds none.';
+  'idempotency key was known, in the table or earlier in the array. p_meta is that of them all. Raises OR001, and then adds none.';
 
 -- Inserts in the order of the keys, so that two callers with the same keys don't deadlock.
 create or replace function orchestrator._enqueue_keyed(
-  p_type text, p_ids uuid[], p_payloads jsonb[], p_priority int, p_keys text[], p_max_retries int, p_later timestamptz)
+  p_type text, p_ids uuid[], p_payloads jsonb[], p_priority int, p_keys text[], p_max_retries int, p_later timestamptz,
+  p_concurrency_keys text[], p_meta jsonb)
 returns table (ordinal int, id uuid, created boolean) language plpgsql
 set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan
 set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
@@ -141,10 +162,10 @@ declare
   v_ids uuid[];
 begin
   loop
-    insert into orchestrator.tasks (id, type, payload, priority, idempotency_key, max_retries, queued_at, next_retry_at)
+    insert into orchestrator.tasks (id, type, payload, priority, idempotency_key, max_retries, queued_at, next_retry_at, concurrency_key, meta)
     select u.id, p_type, coalesce(u.payload, '{}'), p_priority, u.key, p_max_retries,
-           case when p_later is null then clock_timestamp() end, p_later
-    from unnest(p_ids, p_payloads, p_keys) with ordinality u(id, payload, key, o)
+           case when p_later is null then clock_timestamp() end, p_later, u.turn, p_meta
+    from unnest(p_ids, p_payloads, p_keys, p_concurrency_keys) with ordinality u(id, payload, key, turn, o)
     where not exists (select from orchestrator.tasks t where t.id = u.id)
     order by u.key, u.o
     on conflict (type, idempotency_key) where idempotency_key is not null do nothing;
@@ -160,7 +181,7 @@ end $$;
 -- A line of a file of tasks, with defaults for what it leaves out; problem: why it can't be enqueued.
 create or replace function orchestrator._read_line(
   p_line text, p_defaults jsonb, out problem text, out type text, out payload jsonb, out priority int, out idempotency_key text,
-  out max_retries int, out run_at timestamptz)
+  out max_retries int, out run_at timestamptz, out concurrency_key text, out meta jsonb)
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 #variable_conflict use_column
 declare
@@ -174,28 +195,31 @@ begin
   end if;
   v := p_defaults || (select coalesce(jsonb_object_agg(e.key, e.value), '{}') from jsonb_each(v) e where e.value <> 'null');
   select case
-      when e.key <> all ('{type, payload, priority, idempotency_key, max_retries, run_at}')
-        then format('%s: there is no such field; there are type, payload, priority, idempotency_key, max_retries, run_at', left(e.key, 50))
+      when e.key <> all ('{type, payload, priority, idempotency_key, max_retries, run_at, concurrency_key, meta}')
+        then format('%s: there is no such field; there are type, payload, priority, idempotency_key, max_retries, run_at, concurrency_key, meta',
+                    left(e.key, 50))
       when e.key in ('priority', 'max_retries') then e.key || ': must be a whole number'
       when e.key = 'run_at' then 'run_at: must be a moment such as 2030-01-31T12:00:00+00:00'
       else e.key || ': must be a string' end
   into problem from jsonb_each(v) e
   where case when e.key in ('priority', 'max_retries') then jsonb_typeof(e.value) <> 'number' or e.value::text !~ '^-?[0-9]{1,9}$'
     when e.key = 'run_at' then e.value::text !~ '^"[0-9]{4}-[0-9]{2}-[0-9]{2}[T ][0-9]{2}:[0-9]{2}(:[0-9]{2}([.][0-9]+)?)?(Z|[+-][0-9]{2}(:?[0-9]{2})?)"$'
-    when e.key in ('type', 'idempotency_key') then jsonb_typeof(e.value) <> 'string'
-    else e.key <> 'payload' end limit 1;
+    when e.key in ('type', 'idempotency_key', 'concurrency_key') then jsonb_typeof(e.value) <> 'string'
+    else e.key not in ('payload', 'meta') end limit 1;
   if problem is not null then return; end if;
   v_reading := 'run_at';
   run_at := (v ->> 'run_at')::timestamptz;
   type := v ->> 'type'; payload := v -> 'payload'; idempotency_key := v ->> 'idempotency_key';
   priority := coalesce((v ->> 'priority')::int, 0); max_retries := (v ->> 'max_retries')::int;
+  concurrency_key := v ->> 'concurrency_key'; meta := v -> 'meta';
   perform orchestrator._check_task(type, priority, idempotency_key, max_retries, run_at);
+  perform orchestrator._check_extras(concurrency_key, meta);
   problem := 'payload: ' || orchestrator._payload_problem(payload);
 exception when others then   -- whatever a line holds, the others are read
   problem := case when sqlstate = 'OR001' then sqlerrm else v_reading || ': ' || sqlerrm end;
 end $$;
 
--- Lines that agree in all but payload and key go in together.
+-- Lines that agree in all but payload and keys go in together.
 create or replace function orchestrator.enqueue_lines(p_lines text[], p_defaults jsonb default '{}', p_stop boolean default false)
 returns table (line int, id uuid, created boolean, problem text) language plpgsql set search_path = pg_catalog, pg_temp as $$
 #variable_conflict use_column
@@ -206,12 +230,13 @@ begin
     with read as materialized (
       select l.n, r.* from unnest(p_lines) with ordinality l(line, n)
       cross join lateral orchestrator._read_line(l.line, p_defaults) r where l.line ~ '[^[:space:]]')
-    select r.problem, r.type, r.priority, r.max_retries, r.run_at, array_agg(r.n order by r.n) as lines,
+    select r.problem, r.type, r.priority, r.max_retries, r.run_at, r.meta, array_agg(r.n order by r.n) as lines,
            array_agg(r.payload order by r.n) as payloads,
-           case when count(r.idempotency_key) > 0 then array_agg(r.idempotency_key order by r.n) end as keys
+           case when count(r.idempotency_key) > 0 then array_agg(r.idempotency_key order by r.n) end as keys,
+           case when count(r.concurrency_key) > 0 then array_agg(r.concurrency_key order by r.n) end as turns
     from read r
     where not p_stop or r.n <= coalesce((select min(b.n) from read b where b.problem is not null), r.n)
-    group by r.problem, r.type, r.priority, r.max_retries, r.run_at, case when r.problem is not null then r.n end
+    group by r.problem, r.type, r.priority, r.max_retries, r.run_at, r.meta, case when r.problem is not null then r.n end
     order by min(r.n)
   loop
     if g.problem is not null then
@@ -219,11 +244,11 @@ begin
     else
       return query
         select g.lines[m.ordinal]::int, m.id, m.created, null::text
-        from orchestrator.enqueue_many(g.type, g.payloads, g.priority, g.keys, g.max_retries, g.run_at) m;
+        from orchestrator.enqueue_many(g.type, g.payloads, g.priority, g.keys, g.max_retries, g.run_at, g.turns, g.meta) m;
     end if;
   end loop;
 end $$;
 comment on function orchestrator.enqueue_lines(text[], jsonb, boolean) is
-  'Enqueues lines of JSON {type, payload, priority, idempotency_key, max_retries, run_at}, with p_defaults for fields that a '
+  'Enqueues lines of JSON {type, payload, priority, idempotency_key, max_retries, run_at, concurrency_key, meta}, with p_defaults for fields that a '
   'line leaves out. Returns for each line but blank ones its number from 1 and either the id and whether it was created, or '
   'the problem. p_stop: the first line with a problem ends it, and nothing behind that line is enqueued.';

@@ -23,7 +23,12 @@ create table if not exists orchestrator.schedules (
   constraint missed_is_one_all_or_none check (missed in ('one', 'all', 'none')),
   constraint a_failed_schedule_is_paused check (last_error is null or paused)
 ) with (fillfactor = 50);
-create index if not exists schedules_due on orchestrator.schedules (next_at) where not paused;
+do $$
+begin   -- not "if not exists": see 10_tables.sql
+  if to_regclass('orchestrator.schedules_due') is null then
+    create index schedules_due on orchestrator.schedules (next_at) where not paused;
+  end if;
+end $$;
 comment on table orchestrator.schedules is
   'One row for each recurring task, written by schedule, unschedule, pause_schedule, resume_schedule, fire_schedule and promote_due.';
 comment on column orchestrator.schedules.name is '1 to 200 bytes; part of the idempotency key of its tasks.';

@@ -1,5 +1,5 @@
 -- Claiming. claim_tasks writes tasks, one row of claims and sometimes lanes; start_tasks writes tasks; promote_due writes tasks, and
--- schedules through 22_schedules.sql.
+-- schedules through 22_schedules.sql. Limits: 32_limits.sql.
 -- Locks: claims (start_tasks) → tasks. Claims of tasks skip what others have locked, so no claim waits for another. A large
 -- claim also takes a place in line (an advisory lock), which it only tries.
 -- The planner settings on the hot functions are needed: a plan cached while a table was empty would scan it whole ever after.
@@ -171,7 +171,7 @@ end $$;
 -- payloads allow.
 create or replace function orchestrator.claim_tasks(p_worker_id text, p_types text[], p_limit int, p_bytes bigint default 67108864)
 returns table (claim_id bigint, id uuid, type text, payload jsonb, attempts int, max_retries int, priority int,
-               created_at timestamptz, waited double precision, recoveries int)
+               created_at timestamptz, waited double precision, recoveries int, meta jsonb)
 language plpgsql
 set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan
 set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
@@ -180,6 +180,9 @@ declare
   v_types text[];
   v_priorities int[];
   v_heads timestamptz[];   -- of each lane, where to look from; null: nothing is left there
+  v_asked text[] := p_types;
+  v_limited boolean;
+  v_limits text[];         -- of each lane, the limit that it is under
   v_first int := 1;        -- the lanes of one priority are v_first to v_last
   v_last int;
   v_lanes int;             -- of them with something left
@@ -192,6 +195,7 @@ declare
   v_from timestamptz;
   v_weigh boolean := p_limit > p_bytes / 262144;
   v_most bigint := p_bytes / greatest(p_limit, 1);   -- of one task, on average
+  v_units int;
   v_now timestamptz := clock_timestamp();
 begin
   if p_limit is null or p_limit < 0 or p_bytes is null or p_bytes < 1
@@ -205,8 +209,13 @@ begin
   while p_limit >= 500 and v_place < 7 and not pg_try_advisory_xact_lock(hashtext('orchestrator.claim'), v_place) loop
     v_place := v_place + 1;
   end loop;
-  select array_agg(l.type), array_agg(l.priority), array_agg(l.head) into v_types, v_priorities, v_heads
+  select array_agg(l.type), array_agg(l.priority), array_agg(l.head), exists (select from orchestrator.type_limits)
+  into v_types, v_priorities, v_heads, v_limited
   from (select * from orchestrator._ready_lanes(p_types) l order by l.priority desc, l.head) l;
+  if v_limited then
+    select l.types, l.priorities, l.heads, l.limits into v_types, v_priorities, v_heads, v_limits from orchestrator._limited_lanes(v_asked) l;
+    v_now := clock_timestamp();   -- after the wait for the limits' locks
+  end if;
   while v_left > 0 and v_first <= cardinality(v_types) loop
     v_lanes := cardinality(array_positions(v_priorities, v_priorities[v_first]));
     v_last := v_first + v_lanes - 1;
@@ -214,6 +223,19 @@ begin
       v_share := ceil(v_left::double precision / v_lanes);
       for i in v_first..v_last loop
         continue when v_heads[i] is null;
+        if v_limits[i] is not null then
+          v_units := case when v_weigh then 262144 / greatest(v_most, 1) + 1 else 1 end;   -- each counts as a largest payload
+          return query select * from orchestrator._claim_limited(p_worker_id, v_limits[i], v_types[i], v_priorities[i], v_heads[i],
+                                                                 least(v_share, greatest(v_left / v_units, (v_left = p_limit)::int)), v_now);
+          get diagnostics v_taken = row_count;
+          v_left := v_left - v_taken * v_units;
+          if v_taken < v_share then
+            v_heads[i] := null;
+            v_lanes := v_lanes - 1;
+          end if;
+          exit when v_left <= 0;
+          continue;
+        end if;
         v_from := v_heads[i];
         if v_place > 0 then
           v_from := (
@@ -231,7 +253,7 @@ begin
           set status = 'claimed', worker_id = p_worker_id, claim_id = v_claim_id, claimed_at = v_now, updated_at = v_now, queued_at = null
           from pick p where t.ctid = p.tid and (not v_weigh or (select avg(q.bytes) from pick q) <= v_most)
           returning t.claim_id, t.id, t.type, t.payload, t.attempts, t.max_retries, t.priority, t.created_at,
-                    date_part('epoch', v_now - p.queued_at), t.recoveries;
+                    date_part('epoch', v_now - p.queued_at), t.recoveries, t.meta;
         get diagnostics v_taken = row_count;
         v_claimed := v_claimed + v_taken;
         v_left := v_left - v_taken;
@@ -254,14 +276,14 @@ begin
     v_first := v_last + 1;
   end loop;
   -- If a crash forgets the claim, its tasks are pending again, as after any crash of their worker.
-  if v_claimed > 0 and set_config('synchronous_commit', 'off', true) = 'off' then
+  if v_left < p_limit and set_config('synchronous_commit', 'off', true) = 'off' and v_claimed > 0 then
     insert into orchestrator.claims (id, worker_id, claimed_at, open_tasks) values (v_claim_id, p_worker_id, v_now, v_claimed);
   end if;
 end $$;
 comment on function orchestrator.claim_tasks(text, text[], int, bigint) is
-  'Claims up to p_limit ready tasks for a registered worker, under one claim: of the types and patterns (a:, a:*, *) in p_types, '
+  'Claims up to p_limit ready tasks for a registered worker: of the types and patterns (a:, a:*, *) in p_types, '
   'with p_bytes of payloads at most (or a single task). attempts: started before this one; waited: seconds since it became ready; '
-  'recoveries > 0: call start_tasks before its handler. Its transaction commits without waiting for the flush. Raises OR001, OR003.';
+  'recoveries > 0: call start_tasks before its handler. Tasks under limits come under claims of their own. Its transaction commits without waiting for the flush. Raises OR001, OR003.';
 
 create or replace function orchestrator.start_tasks(p_claim_id bigint, p_ids uuid[]) returns int
 language plpgsql

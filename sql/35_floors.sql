@@ -19,7 +19,8 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
 $$;
 
 -- Called last by whoever puts tasks back at an old queued_at, in the same transaction.
-create or replace function orchestrator._put_back(p_types text[], p_priorities int[], p_heads timestamptz[]) returns void
+create or replace function orchestrator._put_back(p_types text[], p_priorities int[], p_heads timestamptz[], p_notify boolean default true)
+returns void
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   r record;
@@ -30,7 +31,7 @@ begin
   end if;
   lock table orchestrator.lane_floors in row exclusive mode;
   for r in select u.type, u.priority, min(u.head) as head from unnest(p_types, p_priorities, p_heads) u(type, priority, head) group by 1, 2 loop
-    perform orchestrator._notify_idle(r.type);
+    if p_notify then perform orchestrator._notify_idle(r.type); end if;
     insert into orchestrator.lane_floors (type, priority, generation, floor)
     select f.type, f.priority, f.generation, r.head
     from (select * from orchestrator.lane_floors f where f.type = r.type and f.priority = r.priority

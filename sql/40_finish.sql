@@ -51,10 +51,18 @@ end $$;
 create or replace function orchestrator._shrink_claim(p_claim_id bigint, p_ended int) returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+declare
+  v_limit text;
+  v_key text;
 begin
   if p_ended > 0 then
-    update orchestrator.claims c set open_tasks = open_tasks - p_ended where c.id = p_claim_id and c.open_tasks > p_ended;
-    if not found then delete from orchestrator.claims c where c.id = p_claim_id; end if;
+    delete from orchestrator.claims c where c.id = p_claim_id and c.open_tasks <= p_ended returning c.limit_name, c.key into v_limit, v_key;
+    if not found then
+      update orchestrator.claims c set open_tasks = open_tasks - p_ended where c.id = p_claim_id returning c.limit_name, c.key into v_limit, v_key;
+    end if;
+    if v_limit is not null then
+      perform orchestrator._give_back(v_limit, v_key);
+    end if;
   end if;
 end $$;
 

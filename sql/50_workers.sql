@@ -106,7 +106,7 @@ begin
   if not found then return; end if;   -- its last task ended meanwhile
   v_ids := array(select t.id from orchestrator.tasks t where t.claim_id = p_claim_id and t.status in ('claimed', 'running') order by t.id limit p_limit);
   if v_ids = '{}' then
-    delete from orchestrator.claims c where c.id = p_claim_id;
+    perform orchestrator._shrink_claim(p_claim_id, 2147483647);
     return;
   end if;
   begin

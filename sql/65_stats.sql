@@ -6,12 +6,13 @@
 --
 -- Each task ever enqueued is counted once, along the primary key, which is time. Tasks below the cursor are settled: the cursor
 -- stays below the safe floor (35_floors.sql), so nobody can still commit there. Visible tasks above it are counted anew each
--- time, so a long transaction holds back nothing but the cursor. What ended = enqueued - waiting - scheduled - in flight.
+-- time, so a long transaction holds back nothing but the cursor. What ended = enqueued - waiting - parked - scheduled - in flight.
 
 create table if not exists orchestrator.type_stats (
   type            text collate "C" primary key,
   since           uuid not null,
   waiting         bigint not null default 0,
+  parked          bigint not null default 0,
   scheduled       bigint not null default 0,
   in_flight       bigint not null default 0,
   dead_letters    bigint not null default 0,
@@ -33,6 +34,7 @@ comment on table orchestrator.type_stats is
   'stats_state.counted_at; queue_stats counts live.';
 comment on column orchestrator.type_stats.since is 'Tasks with a smaller id were enqueued before the type got its own row: they count as other.';
 comment on column orchestrator.type_stats.waiting is 'Ready to be claimed; counting stops at 5 million of all types.';
+comment on column orchestrator.type_stats.parked is 'Waiting for others of their concurrency key.';
 comment on column orchestrator.type_stats.scheduled is 'Delayed, snoozed or to be retried later.';
 comment on column orchestrator.type_stats.settled is 'Of enqueued_total, those below stats_state.cursor.';
 comment on column orchestrator.type_stats.enqueued_total is 'Tasks ever enqueued, each counted once; a repeated idempotency key is not counted. It never falls.';
@@ -61,7 +63,7 @@ comment on column orchestrator.stats_state.cursor is 'Tasks with a smaller id ar
 comment on column orchestrator.stats_state.took is 'How long the last count took; the next comes 200 times that later, 2 seconds at least and a minute at most.';
 comment on column orchestrator.stats_state.complete is 'Whether the last count reached the newest task; false while it catches up on millions.';
 comment on column orchestrator.stats_state.ended_total is
-  'enqueued less waiting, scheduled and in flight; it falls when an ended task is retried. Null until complete.';
+  'enqueued less waiting, parked, scheduled and in flight; it falls when an ended task is retried. Null until complete.';
 comment on column orchestrator.stats_state.watched is 'Sampled tasks that had not ended at the last count, at most 500.';
 
 create table if not exists orchestrator.stats_samples (
@@ -71,7 +73,8 @@ create table if not exists orchestrator.stats_samples (
   in_flight      bigint not null,
   dead_letters   bigint not null,
   enqueued_total bigint not null,
-  ended_total    bigint
+  ended_total    bigint,
+  parked         bigint not null default 0
 );
 comment on table orchestrator.stats_samples is
   'The counts of all types together, about every 10 seconds, for the last 2 hours. Throughput is the difference of two samples.';
@@ -79,25 +82,29 @@ comment on table orchestrator.stats_samples is
 -- What waits or rests, by type, each along its partial index. At most 5 million of each kind, so that even a huge backlog is
 -- counted within seconds.
 create or replace function orchestrator._count_live()
-returns table (type text, waiting bigint, oldest timestamptz, scheduled bigint, in_flight bigint, dead_letters bigint)
+returns table (type text, waiting bigint, oldest timestamptz, parked bigint, scheduled bigint, in_flight bigint, dead_letters bigint)
 language sql stable
 set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan
 set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
-  select u.type, sum(u.waiting)::bigint, min(u.oldest), sum(u.scheduled)::bigint, sum(u.in_flight)::bigint, sum(u.dead)::bigint
+  select u.type, sum(u.waiting)::bigint, min(u.oldest), sum(u.parked)::bigint, sum(u.scheduled)::bigint, sum(u.in_flight)::bigint, sum(u.dead)::bigint
   from (
-    select r.type, count(*) as waiting, min(r.queued_at) as oldest, 0 as scheduled, 0 as in_flight, 0 as dead
+    select r.type, count(*) as waiting, min(r.queued_at) as oldest, 0 as parked, 0 as scheduled, 0 as in_flight, 0 as dead
     from (select t.type, t.queued_at from orchestrator.tasks t where t.queued_at is not null
           order by t.type, t.priority desc, t.queued_at limit 5000000) r group by 1
     union all
-    select s.type, 0, null, count(*), 0, 0
+    select p.type, 0, null, count(*), 0, 0, 0
+    from (select t.type from orchestrator.tasks t where t.parked_at is not null
+          order by t.parked_by, t.concurrency_key, t.type, t.priority desc, t.parked_at limit 5000000) p group by 1
+    union all
+    select s.type, 0, null, 0, count(*), 0, 0
     from (select t.type from orchestrator.tasks t where t.next_retry_at is not null order by t.next_retry_at limit 5000000) s group by 1
     union all
-    select f.type, 0, null, 0, count(*), 0
+    select f.type, 0, null, 0, 0, count(*), 0
     -- the limit keeps the planner from turning the join around, to walk all tasks that ever had a claim
     from orchestrator.claims c cross join lateral (select t.type from orchestrator.tasks t
           where t.claim_id = c.id and t.status in ('claimed', 'running') limit 5000000) f group by 1
     union all
-    select d.type, 0, null, 0, 0, count(*)
+    select d.type, 0, null, 0, 0, 0, count(*)
     from (select t.type from orchestrator.tasks t where t.dead_at is not null order by t.dead_at limit 5000000) d group by 1
   ) u group by 1
 $$;
@@ -148,7 +155,7 @@ begin
   if v_room <= 0 and v_waiting <> '{}' then
     with idle as (
       delete from orchestrator.type_stats s
-      where s.type <> 'other' and s.waiting + s.scheduled + s.in_flight + s.dead_letters = 0
+      where s.type <> 'other' and s.waiting + s.parked + s.scheduled + s.in_flight + s.dead_letters = 0
         and not exists (select from orchestrator.task_types p where p.type = s.type)
       returning s.settled, s.enqueued_total),
     gone as (select count(*) as n, sum(i.settled) as settled, sum(i.enqueued_total) as enqueued from idle i)
@@ -199,7 +206,7 @@ begin
   set cursor = v_to, counted_at = s.counted_at, took = s.took, next_at = s.next_at, complete = s.complete,
       ended_total = case when s.complete then n.ended else o.ended_total end,
       last_event = v_event, last_claim = s.last_claim, watched = s.watched
-  from (select sum(t.enqueued_total - t.waiting - t.scheduled - t.in_flight) as ended from orchestrator.type_stats t) n;
+  from (select sum(t.enqueued_total - t.waiting - t.parked - t.scheduled - t.in_flight) as ended from orchestrator.type_stats t) n;
   perform orchestrator._keep_sample(s.counted_at);
   return extract(epoch from s.next_at - s.counted_at);
 end $$;
@@ -215,12 +222,12 @@ create or replace function orchestrator._store_counts(p_state orchestrator.stats
 language sql set search_path = pg_catalog, pg_temp as $$
   with enqueued as materialized (select * from orchestrator._count_enqueued(p_state.cursor, p_to, p_limit)),
   live as materialized (
-    select coalesce(s.type, 'other') as type, sum(l.waiting) as waiting, min(l.oldest) as oldest, sum(l.scheduled) as scheduled,
+    select coalesce(s.type, 'other') as type, sum(l.waiting) as waiting, min(l.oldest) as oldest, sum(l.parked) as parked, sum(l.scheduled) as scheduled,
            sum(l.in_flight) as in_flight, sum(l.dead_letters) as dead_letters
     from orchestrator._count_live() l left join orchestrator.type_stats s on s.type = l.type group by 1),
   failures as materialized (select * from orchestrator._count_failures(p_state.last_event)),
   counted as (
-    select k.type, coalesce(l.waiting, 0) as waiting, coalesce(l.scheduled, 0) as scheduled, coalesce(l.in_flight, 0) as in_flight,
+    select k.type, coalesce(l.waiting, 0) as waiting, coalesce(l.parked, 0) as parked, coalesce(l.scheduled, 0) as scheduled, coalesce(l.in_flight, 0) as in_flight,
            coalesce(l.dead_letters, 0) as dead_letters, l.oldest, k.settled + coalesce(e.settled, 0) as settled,
            greatest(k.enqueued_total, k.settled + coalesce(e.settled + e.beyond, 0)) as enqueued_total,
            coalesce(f.failed, 0) as failed, coalesce(f.dead, 0) as dead
@@ -228,13 +235,13 @@ language sql set search_path = pg_catalog, pg_temp as $$
     left join failures f on f.type = k.type),
   changes as (
     select c.*, case when p_state.complete then 1 else 0 end as known, c.enqueued_total - k.enqueued_total as enqueued,
-           greatest(c.enqueued_total - c.waiting - c.scheduled - c.in_flight
-                    - (k.enqueued_total - k.waiting - k.scheduled - k.in_flight), 0) as ended,
+           greatest(c.enqueued_total - c.waiting - c.parked - c.scheduled - c.in_flight
+                    - (k.enqueued_total - k.waiting - k.parked - k.scheduled - k.in_flight), 0) as ended,
            greatest(extract(epoch from p_at - coalesce(k.recent_at, p_state.counted_at, p_at)), 0)::double precision as seconds
     from counted c join orchestrator.type_stats k on k.type = c.type),
   stored as (
     update orchestrator.type_stats s
-    set waiting = c.waiting, scheduled = c.scheduled, in_flight = c.in_flight, dead_letters = c.dead_letters,
+    set waiting = c.waiting, parked = c.parked, scheduled = c.scheduled, in_flight = c.in_flight, dead_letters = c.dead_letters,
         oldest_ready_at = c.oldest, settled = c.settled, enqueued_total = c.enqueued_total, recent_at = p_at,
         recent_seconds = s.recent_seconds * exp(-c.seconds / 900) + c.seconds * c.known,
         recent_enqueued = s.recent_enqueued * exp(-c.seconds / 900) + c.enqueued * c.known,
@@ -243,8 +250,8 @@ language sql set search_path = pg_catalog, pg_temp as $$
         recent_attempts = s.recent_attempts * exp(-c.seconds / 900) + (greatest(c.ended - c.dead, 0) + c.failed) * c.known
     from changes c
     where c.type = s.type
-      and (s.waiting, s.scheduled, s.in_flight, s.dead_letters, s.oldest_ready_at, s.settled, s.enqueued_total, 0)
-          is distinct from (c.waiting, c.scheduled, c.in_flight, c.dead_letters, c.oldest, c.settled, c.enqueued_total, c.failed))
+      and (s.waiting, s.parked, s.scheduled, s.in_flight, s.dead_letters, s.oldest_ready_at, s.settled, s.enqueued_total, 0)
+          is distinct from (c.waiting, c.parked, c.scheduled, c.in_flight, c.dead_letters, c.oldest, c.settled, c.enqueued_total, c.failed))
   select coalesce(sum(e.settled + e.beyond), 0)::bigint from enqueued e
 $$;
 
@@ -282,6 +289,6 @@ begin
   delete from orchestrator.stats_samples s where s.at < p_at - interval '2 hours' or s.at > p_at;
   insert into orchestrator.stats_samples
   select p_at, sum(t.waiting), sum(t.scheduled), sum(t.in_flight), sum(t.dead_letters), sum(t.enqueued_total),
-         (select s.ended_total from orchestrator.stats_state s where s.complete)
+         (select s.ended_total from orchestrator.stats_state s where s.complete), sum(t.parked)
   from orchestrator.type_stats t;
 end $$;

@@ -1,11 +1,11 @@
--- What the leader exports of the whole queue at /metrics. Reads type_stats, stats_state, task_types, workers and schedules; writes
--- nothing.
+-- What the leader exports of the whole queue at /metrics. Reads type_stats, stats_state, task_types, limits, workers and schedules;
+-- writes nothing.
 -- A type counts under the name of its policy, so the number of series follows what is registered, never what is enqueued.
 
 create or replace function orchestrator.metrics() returns jsonb
 language sql stable set search_path = pg_catalog, pg_temp as $$
   with labels as (
-    select n.type, coalesce(sum(t.waiting), 0) as waiting, coalesce(sum(t.scheduled), 0) as scheduled,
+    select n.type, coalesce(sum(t.waiting), 0) as waiting, coalesce(sum(t.parked), 0) as parked, coalesce(sum(t.scheduled), 0) as scheduled,
            coalesce(sum(t.in_flight), 0) as in_flight, coalesce(sum(t.dead_letters), 0) as dead_letters,
            coalesce(extract(epoch from max(s.counted_at - t.oldest_ready_at)), 0) as oldest_seconds,
            coalesce(sum(t.enqueued_total), 0) as enqueued_total
@@ -16,6 +16,8 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
     group by n.type)
   select jsonb_build_object(
     'types', (select coalesce(jsonb_agg(to_jsonb(l) order by l.type), '[]') from labels l),
+    'limits', (select coalesce(jsonb_agg(jsonb_build_object('limit', l.type, 'in_flight', l.in_flight, 'max', l.max_running) order by l.type), '[]')
+               from orchestrator.limits l),
     'age', (select extract(epoch from clock_timestamp() - s.counted_at) from orchestrator.stats_state s),
     'workers', (select count(*) from orchestrator.workers w where w.declared_dead_at is null),
     'dead_workers', (select count(*) from orchestrator.workers w where w.declared_dead_at is not null),
@@ -25,5 +27,5 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
 $$;
 comment on function orchestrator.metrics() is
   'The counts of type_stats by registered type or pattern (the rest is other), how old they are in seconds (null: never '
-  'counted), live workers, workers declared dead whose tasks are still to be recovered, by how many seconds the latest schedule is '
-  'late, and how many schedules could not fire. Its cost doesn''t depend on the backlog.';
+  'counted), limits with what is in flight under them, live workers, workers declared dead whose tasks are still to be recovered, '
+  'by how many seconds the latest schedule is late, and how many schedules could not fire. Its cost doesn''t depend on the backlog.';

@@ -7,14 +7,18 @@ set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan s
 declare
   t record;   -- not the whole row: an operator has no right on payloads
 begin
-  select x.status, x.worker_id, x.cancel_requested_at, x.type, x.priority, x.queued_at into t
+  select x.status, x.worker_id, x.cancel_requested_at, x.type, x.priority, x.queued_at, x.concurrency_key into t
   from orchestrator.tasks x where x.id = p_id for no key update;
   if not found then return 'not_found'; end if;
   if t.status in ('pending', 'retry_scheduled') then
     update orchestrator.tasks x
-    set status = 'cancelled', completed_at = clock_timestamp(), updated_at = clock_timestamp(), queued_at = null, next_retry_at = null
+    set status = 'cancelled', completed_at = clock_timestamp(), updated_at = clock_timestamp(), queued_at = null, next_retry_at = null,
+        parked_at = null, parked_by = null
     where x.id = p_id;
     perform orchestrator._add_event(p_id, 'cancelled', null, null, null);
+    if t.queued_at is not null and t.concurrency_key is not null then
+      perform orchestrator._give_way(t.type, t.concurrency_key);
+    end if;
     if t.queued_at is not null and random() < 0.02 then   -- as a claim does
       perform orchestrator._note_lane(t.type, t.priority);
     end if;

@@ -61,12 +61,12 @@ $$;
 create or replace view orchestrator._bare_tasks as
   select t.id, t.type, t.status, t.priority, t.idempotency_key, t.worker_id, t.claim_id, t.created_at, t.queued_at, t.claimed_at,
          t.started_at, t.completed_at, t.updated_at, t.attempts, t.max_retries, t.last_error, t.next_retry_at, t.dead_at,
-         t.cancel_requested_at, t.recoveries
+         t.cancel_requested_at, t.recoveries, t.concurrency_key, t.parked_at, t.parked_by, t.after, t.blocked_until, t.expires_at
   from orchestrator.tasks t;
 
 create or replace view orchestrator._redacted_tasks as
   select t.id, orchestrator.redact(t.payload) as payload, orchestrator.redact(t.result) as result,
-         orchestrator._in_order(t.progress) as progress, orchestrator._preview(t.payload) as preview
+         orchestrator._in_order(t.progress) as progress, orchestrator._preview(t.payload) as preview, t.meta
   from orchestrator.tasks t;
 
 create or replace view orchestrator.pending_tasks as
@@ -76,8 +76,13 @@ create or replace view orchestrator.pending_tasks as
   union all
   select t.id, t.type, t.priority, t.status, null, t.next_retry_at, t.attempts, orchestrator.redact_text(t.last_error), t.created_at,
          t.idempotency_key, orchestrator.redact(t.payload)
-  from orchestrator.tasks t where t.next_retry_at is not null;
-comment on view orchestrator.pending_tasks is 'Tasks that wait: ready since ready_since, or not before next_retry_at.';
+  from orchestrator.tasks t where t.next_retry_at is not null
+  union all
+  select t.id, t.type, t.priority, t.status, null, null, t.attempts, orchestrator.redact_text(t.last_error), t.created_at, t.idempotency_key,
+         orchestrator.redact(t.payload)
+  from orchestrator.tasks t where t.parked_at is not null;
+comment on view orchestrator.pending_tasks is
+  'Tasks that wait: ready since ready_since, not before next_retry_at, or (with neither) until others of their concurrency key have ended.';
 
 create or replace view orchestrator.running_tasks as
   select t.id, t.type, t.priority, t.status, t.worker_id, t.claimed_at, t.started_at, clock_timestamp() - t.claimed_at as age,
@@ -106,14 +111,24 @@ create or replace view orchestrator.queue_stats as
   types as (
     select c.type from counted c union select p.type from orchestrator.task_types p where right(p.type, 1) not in ('*', ':')
     union select s.type from orchestrator.type_stats s where s.type <> 'other')
-  select y.type, coalesce(c.waiting, 0) as waiting, coalesce(c.scheduled, 0) as scheduled, coalesce(c.in_flight, 0) as in_flight,
+  select y.type, coalesce(c.waiting, 0) as waiting, coalesce(c.parked, 0) as parked, coalesce(c.scheduled, 0) as scheduled, coalesce(c.in_flight, 0) as in_flight,
          coalesce(c.dead_letters, 0) as dead_letters, coalesce(clock_timestamp() - c.oldest, interval '0') as oldest_waiting_age,
          exists (select from orchestrator.task_types p where p.paused and y.type like p.likes) as paused, r.per_second, r.failure_share, r.median, r.p95
   from types y left join counted c using (type) left join orchestrator._recent r using (type)
   order by y.type;
 comment on view orchestrator.queue_stats is
-  'By type, counted live: ready, scheduled for later, in flight, dead letters, the age of the oldest ready one, and whether the type '
+  'By type, counted live: ready, parked (others of their concurrency key are in flight), scheduled for later, in flight, dead letters, the age of the oldest ready one, and whether the type '
   'is paused. From type_stats: tasks ended per second and the share of failed attempts lately, seconds that runs took.';
+
+-- The three tasks that have been in flight longest under a limit, of one key or of all, and their workers.
+create or replace function orchestrator._holders(p_limit text, p_key text) returns text
+language sql stable set search_path = pg_catalog, pg_temp as $$
+  select ' (' || string_agg(format('%s by worker %s%s', h.id, h.worker_id, coalesce(', last heard of ' || extract(epoch from clock_timestamp() - w.last_heartbeat)::int || ' s ago',
+                                                                                    ', which is gone')), ', ' order by h.claimed_at) || ')'
+  from (select t.id, t.worker_id, t.claimed_at from orchestrator.claims c join orchestrator.tasks t on t.claim_id = c.id
+        where c.limit_name = p_limit and (p_key is null or c.key = p_key) and t.status in ('claimed', 'running') order by t.claimed_at limit 3) h
+  left join orchestrator.workers w on w.id = h.worker_id
+$$;
 
 -- The first reason that holds, in words for whoever is on call.
 create or replace function orchestrator.explain_task(p_id uuid) returns text
@@ -123,12 +138,14 @@ declare
   v_workers int;
   v_ahead bigint;
   v_paused text;
+  l orchestrator.limits;
 begin
   select * into t from orchestrator._bare_tasks x where x.id = p_id;
   if not found then return 'no task has this id: it never existed, its transaction rolled back, or retention deleted it'; end if;
   select count(*) into v_workers from orchestrator.workers w where w.declared_dead_at is null and t.type like any (w.handles);
   select p.type into v_paused from orchestrator.task_types p   -- by its own name or by a pattern
   where p.paused and t.type like p.likes order by p.type = t.type desc limit 1;
+  select * into l from orchestrator.limits x where x.type = orchestrator._limit_of(t.type);
   case
     when t.status in ('completed', 'cancelled') then
       return format('%s at %s', t.status, t.completed_at);
@@ -145,6 +162,15 @@ begin
       return format('%s is paused: select orchestrator.resume_type(%L)', v_paused, v_paused);
     when t.next_retry_at is not null then
       return format('not before %s (%s)', t.next_retry_at, case when t.attempts > 0 then 'a retry of attempt ' || t.attempts else 'scheduled' end);
+    when t.parked_at is not null then
+      return format('parked: as many of its concurrency key %L are in flight as the limit %s allows%s; it goes on when one of them ends',
+                    t.concurrency_key, t.parked_by, orchestrator._holders(t.parked_by, t.concurrency_key));
+    when l.max_running <= l.in_flight then
+      return format('ready, but the limit %s is full: %s of %s are in flight%s; limit_type(%L, …) sets it', l.type, l.in_flight, l.max_running,
+                    orchestrator._holders(l.type, null), l.type);
+    when l.next_start_at > clock_timestamp() then
+      return format('ready, but %s have started under the limit %s within %s: the next may at %s; limit_type(%L, …) sets it',
+                    l.started_lately, l.type, l.rate_per, l.next_start_at, l.type);
     else
       select count(*) into v_ahead from (select from orchestrator.tasks x where x.type = t.type and x.priority = t.priority
                                          and x.queued_at < t.queued_at limit 1000) a;
@@ -167,13 +193,13 @@ $$;
 create or replace function orchestrator.show_task(p_id uuid) returns jsonb
 language sql stable set search_path = pg_catalog, pg_temp as $$
   select to_jsonb(t) || jsonb_build_object(
-    'payload', r.payload, 'result', r.result, 'progress', r.progress, 'last_error', orchestrator.redact_text(t.last_error),
+    'payload', r.payload, 'result', r.result, 'progress', r.progress, 'meta', r.meta, 'last_error', orchestrator.redact_text(t.last_error),
     'claim_id', t.claim_id::text, 'max_retries', coalesce(t.max_retries, (orchestrator._policy(t.type)).max_retries),
     'explanation', orchestrator.explain_task(t.id), 'events', orchestrator._events(t.id, true))
   from orchestrator._bare_tasks t join orchestrator._redacted_tasks r on r.id = t.id where t.id = p_id
 $$;
 comment on function orchestrator.show_task(uuid) is
-  'One task''s whole story as JSON: its row (secrets blanked; progress as [[name, value], …] in the handler''s order; claim_id as '
+  'One task''s whole story as JSON: its row (secrets blanked, but for meta; progress as [[name, value], …] in the handler''s order; claim_id as '
   'text), explain_task, and its events. Null if there is none.';
 
 create or replace function orchestrator.get_task(p_id uuid) returns jsonb

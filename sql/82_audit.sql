@@ -10,7 +10,13 @@ language sql immutable parallel safe as $$
     when t.max_retries not between 0 and 1000 then 'max_retries is 0 to 1000'
     when t.status = 'failed' then 'failed is never at rest'
     when t.queued_at is not null and t.status <> 'pending' then 'only pending is queued'
-    when t.status = 'pending' and (t.queued_at is null) = (t.next_retry_at is null) then 'pending is either queued or scheduled'
+    when t.status = 'pending' and (num_nonnulls(t.queued_at, t.next_retry_at, t.parked_at) > 1
+                                   or coalesce(t.queued_at, t.next_retry_at, t.parked_at, t.blocked_until) is null)
+      then 'pending is either queued, scheduled, parked or blocked'
+    when t.blocked_until is not null and (t.status <> 'pending' or num_nonnulls(t.queued_at, t.parked_at) > 0) then 'blocked is neither queued nor parked'
+    when num_nulls(t.parked_at, t.parked_by) = 1 or (t.parked_at is not null and (t.status <> 'pending' or t.concurrency_key is null))
+      then 'parked is pending, with a key and a limit'
+    when t.expires_at is not null and t.status <> 'pending' then 'only the waiting expire'
     when t.status = 'retry_scheduled' and t.next_retry_at is null then 'retry_scheduled has its time'
     when t.next_retry_at is not null and t.status not in ('pending', 'retry_scheduled') then 'only the waiting have a next_retry_at'
     when t.status in ('pending', 'retry_scheduled') and num_nonnulls(t.claim_id, t.worker_id) > 0 then 'waiting has no claim'
@@ -26,7 +32,7 @@ $$;
 create or replace function orchestrator.audit() returns table (invariant text, task_id uuid, worker_id text, detail text)
 language sql stable set search_path = pg_catalog, pg_temp as $$
   with in_flight as materialized (
-    select t.id, t.claim_id, t.worker_id, t.status from orchestrator.tasks t where t.status in ('claimed', 'running')),
+    select t.id, t.claim_id, t.worker_id, t.status, t.concurrency_key from orchestrator.tasks t where t.status in ('claimed', 'running')),
   held as (select f.claim_id, count(*) as n from in_flight f where f.claim_id is not null group by 1),
   ready as materialized (
     select t.type, t.priority, min(t.queued_at) as head from orchestrator.tasks t where t.queued_at is not null group by 1, 2),
@@ -56,6 +62,29 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
   union all
   select 'a task in flight is with the worker of its claim', f.id, f.worker_id, format('claim %s is of worker %s', c.id, c.worker_id)
   from in_flight f join orchestrator.claims c on c.id = f.claim_id where f.worker_id is distinct from c.worker_id
+  union all
+  select 'a claim has the key of its tasks', f.id, f.worker_id, format('claim %s has the key %L, the task %L', c.id, c.key, f.concurrency_key)
+  from in_flight f join orchestrator.claims c on c.id = f.claim_id left join orchestrator.type_limits l on l.type = c.limit_name
+  where f.concurrency_key is distinct from c.key and (c.key is not null or (l.max_per_key is not null and c.id >= l.since))
+  union all
+  -- those claimed before the limit was set as it is may be more
+  select 'no more are in flight than a limit has', null, null,
+         format('%s: %s of %s%s', l.type, sum(c.open_tasks), case when c.key is null then l.max_running else l.max_per_key end, ' of the key ' || c.key)
+  from orchestrator.type_limits l
+  cross join lateral (select null as key, c.open_tasks from orchestrator.claims c where c.limit_name = l.type and c.claimed_at >= l.updated_at
+                      union all
+                      select c.key, c.open_tasks from orchestrator.claims c
+                      where c.limit_name = l.type and c.claimed_at >= l.updated_at and c.key is not null) c
+  group by l.type, l.max_running, l.max_per_key, c.key
+  having sum(c.open_tasks) > case when c.key is null then l.max_running else l.max_per_key end
+  union all
+  select 'a parked task goes on when its key has room', p.id, null, format('the key %L under the limit %s', p.key, p.name)
+  from (select t.parked_by as name, t.concurrency_key as key, t.type, min(t.id::text)::uuid as id from orchestrator.tasks t
+        where t.parked_at is not null group by 1, 2, 3) p
+  left join orchestrator.type_limits l on l.type = p.name
+  where (l.max_per_key <= orchestrator._in_flight(l.type, l.since, p.key) + (
+           select count(*) from orchestrator.tasks t where t.queued_at is not null and t.type = p.type and t.concurrency_key = p.key)) is not true
+    and not exists (select from orchestrator.freed_keys f where f.limit_name = p.name and (f.key is null or f.key = p.key))
   union all
   -- a policy that is younger than the task may have been another at its first attempts
   select 'attempts are at most max_retries + 1', t.id, t.worker_id,

@@ -15,7 +15,7 @@ language sql set search_path = pg_catalog, pg_temp as $$
     from orchestrator.type_stats s full join orchestrator.task_types p on p.type = s.type
     where s.type is not null or right(p.type, 1) not in ('*', ':') order by 1 limit 1000)
   select coalesce(jsonb_agg(jsonb_build_object(
-    'type', y.type, 'others', y.others, 'waiting', coalesce(s.waiting, 0), 'scheduled', coalesce(s.scheduled, 0),
+    'type', y.type, 'others', y.others, 'waiting', coalesce(s.waiting, 0), 'parked', coalesce(s.parked, 0), 'scheduled', coalesce(s.scheduled, 0),
     'in_flight', coalesce(s.in_flight, 0), 'dead_letters', coalesce(s.dead_letters, 0), 'oldest_waiting', orchestrator._age(s.oldest_ready_at),
     'enqueued_total', coalesce(s.enqueued_total, 0), 'paused',
     exists (select from orchestrator.task_types p where p.paused and not y.others and y.type like p.likes),
@@ -50,6 +50,19 @@ language sql set search_path = pg_catalog, pg_temp as $$
   from (select * from orchestrator.schedule_states s order by s.last_error is null, s.paused, s.next_at, s.name limit 100) s
 $$;
 
+-- keys: the ten with the most in flight.
+create or replace function orchestrator._api_limits() returns jsonb
+language sql set search_path = pg_catalog, pg_temp as $$
+  select coalesce(jsonb_agg(jsonb_build_object(
+    'limit', l.type, 'max_running', l.max_running, 'max_per_key', l.max_per_key, 'rate', l.rate, 'per', extract(epoch from l.rate_per),
+    'in_flight', l.in_flight, 'parked', l.parked, 'started_lately', l.started_lately,
+    'next_start_in', case when l.next_start_at is not null then greatest(round(extract(epoch from l.next_start_at - clock_timestamp()), 3), 0) end,
+    'keys', (select coalesce(jsonb_agg(jsonb_build_array(k.key, k.n) order by k.n desc, k.key), '[]')
+             from (select c.key, sum(c.open_tasks) as n from orchestrator.claims c where c.limit_name = l.type and c.key is not null
+                   group by c.key order by n desc, c.key limit 10) k)) order by l.type), '[]')
+  from orchestrator.limits l
+$$;
+
 create or replace function orchestrator.api_overview() returns jsonb
 language sql set search_path = pg_catalog, pg_temp as $$
   select jsonb_build_object(
@@ -58,17 +71,19 @@ language sql set search_path = pg_catalog, pg_temp as $$
     'counts', (select jsonb_build_object('age', orchestrator._age(s.counted_at), 'took', extract(epoch from s.took), 'complete', s.complete)
                from orchestrator.stats_state s),
     'totals', (select jsonb_build_object(
-                 'waiting', coalesce(sum(t.waiting), 0), 'scheduled', coalesce(sum(t.scheduled), 0), 'in_flight', coalesce(sum(t.in_flight), 0),
+                 'waiting', coalesce(sum(t.waiting), 0), 'parked', coalesce(sum(t.parked), 0), 'scheduled', coalesce(sum(t.scheduled), 0), 'in_flight', coalesce(sum(t.in_flight), 0),
                  'dead_letters', coalesce(sum(t.dead_letters), 0), 'oldest_waiting', orchestrator._age(min(t.oldest_ready_at)),
                  'enqueued_total', coalesce(sum(t.enqueued_total), 0), 'ended_total', (select s.ended_total from orchestrator.stats_state s))
                from orchestrator.type_stats t),
     'types', orchestrator._api_types(),
+    'limits', orchestrator._api_limits(),
     'workers', orchestrator._api_workers(),
     'schedules', orchestrator._api_schedules())
 $$;
 comment on function orchestrator.api_overview() is
-  'Totals, types (counts, paused, how many live workers handle them, rate and share of failures of the last 15 minutes or so, p50 '
-  'and p95 of sampled runs) and workers, as the leader counted counts.age seconds ago; up to 100 schedules. Ages and durations in seconds.';
+  'Totals, types (counts, paused, how many live workers handle them, rate and share of failures of the last 15 minutes or so, p50 and '
+  'p95 of sampled runs), limits and workers, as the leader counted counts.age seconds ago; up to 100 schedules. Ages and durations in '
+  'seconds.';
 
 create or replace function orchestrator._check_range(p_field text, p_value int, p_max int) returns int
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
@@ -83,9 +98,9 @@ create or replace function orchestrator.api_history(p_minutes int default 15) re
 language sql stable set search_path = pg_catalog, pg_temp as $$
   select jsonb_build_object(
     'now', extract(epoch from clock_timestamp()),
-    'columns', '["at", "waiting", "scheduled", "in_flight", "dead_letters", "enqueued_total", "ended_total"]'::jsonb,
+    'columns', '["at", "waiting", "scheduled", "in_flight", "dead_letters", "enqueued_total", "ended_total", "parked"]'::jsonb,
     'samples', (select coalesce(jsonb_agg(jsonb_build_array(
-                  round(extract(epoch from s.at), 3), s.waiting, s.scheduled, s.in_flight, s.dead_letters, s.enqueued_total, s.ended_total)
+                  round(extract(epoch from s.at), 3), s.waiting, s.scheduled, s.in_flight, s.dead_letters, s.enqueued_total, s.ended_total, s.parked)
                   order by s.at), '[]')
                 from orchestrator.stats_samples s
                 where s.at > clock_timestamp() - make_interval(mins => orchestrator._check_range('minutes', p_minutes, 120))))
@@ -116,6 +131,9 @@ set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off s
      cross join lateral (select t.id, t.type, t.status, t.priority, t.queued_at from orchestrator.tasks t
        where p_state = 'ready' and t.queued_at is not null and t.type = u.type order by t.priority desc, t.queued_at limit p_skip + p_bound) t
      order by u.o, t.priority desc, t.queued_at offset p_skip limit p_bound)
+    union all
+    (select t.id, t.type, t.status from orchestrator.tasks t
+     where p_state = 'parked' and t.parked_at is not null order by t.parked_by, t.concurrency_key, t.type, t.priority desc, t.parked_at offset p_skip limit p_bound)
     union all
     (select t.id, t.type, t.status from orchestrator.tasks t
      where p_state = 'scheduled' and t.next_retry_at is not null order by t.next_retry_at offset p_skip limit p_bound)
@@ -153,9 +171,9 @@ declare
   v_type text := nullif(p_type, '');
   v_left int := orchestrator._check_range('limit', p_limit, 200);
   v_states text[] := case when v_id is not null then '{newest}'
-    when p_status in ('ready', 'scheduled', 'in_flight', 'dead_letter') then array[p_status]
+    when p_status in ('ready', 'parked', 'scheduled', 'in_flight', 'dead_letter') then array[p_status]
     when p_status in ('claimed', 'running') then '{in_flight}' when p_status = 'retry_scheduled' then '{scheduled}'
-    when p_status is null and v_type is not null then '{in_flight,ready,scheduled,dead_letter,newest}' else '{newest}' end;
+    when p_status is null and v_type is not null then '{in_flight,ready,parked,scheduled,dead_letter,newest}' else '{newest}' end;
   v_statuses text[] := case when p_status in ('claimed', 'running', 'retry_scheduled') or v_states = '{newest}' and p_status is not null then array[p_status] end;
   v_state text := v_states[1];
   v_skip int := 0;
@@ -194,21 +212,21 @@ begin
     'back_to', (select t.created_at from orchestrator._bare_tasks t where t.id = v_before and v_state = 'newest'));
 end $$;
 comment on function orchestrator.api_tasks(text, text, text, text, int) is
-  'Search: an id or its beginning; a type, or types by their beginning (mail: or mail*); a status (also ready, scheduled, in_flight); '
+  'Search: an id or its beginning; a type, or types by their beginning (mail: or mail*); a status (also ready, parked, scheduled, in_flight); '
   'p_limit (1 to 200); p_before: next of the page before. States with an index come in its order, all else by id, the newest first; a '
-  'type alone: in flight, ready, scheduled, dead letters, then what has ended. Each page looks at 10,000 tasks or a few more, so one '
+  'type alone: in flight, ready, parked, scheduled, dead letters, then what has ended. Each page looks at 10,000 tasks or a few more, so one '
   'that is not full may have a next. looked: at how many; back_to: how far back it got; cut: a state''s list ends at 100,000. Raises OR001.';
 
 create or replace function orchestrator._check_search(p_id text, p_status text, p_before text, p_states text[]) returns void
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
-  v_known text[] := '{ready,scheduled,in_flight}' || array_remove(enum_range(null::orchestrator.task_status)::text[], 'failed');   -- none rests in failed
+  v_known text[] := '{ready,parked,scheduled,in_flight}' || array_remove(enum_range(null::orchestrator.task_status)::text[], 'failed');   -- none rests in failed
 begin
   if p_id !~ '^[0-9a-f]{1,32}$' then
     perform orchestrator._invalid('id', 'must be the beginning of a task''s id', 'Digits and a to f.');
   elsif p_status <> all (v_known) then
     perform orchestrator._invalid('status', 'is unknown', 'One of ' || array_to_string(v_known, ', ') || '.');
-  elsif p_id is not null and p_status in ('ready', 'scheduled', 'in_flight') then
+  elsif p_id is not null and p_status in ('ready', 'parked', 'scheduled', 'in_flight') then
     perform orchestrator._invalid('status', 'goes with an id only as tasks have it', 'Such as pending, running or dead_letter.');
   elsif p_before is not null and not (case when p_before ~ '^\w+\+\d{1,5}$' then split_part(p_before, '+', 1) = any (array_remove(p_states, 'newest'))
                  else p_before ~ '^[0-9a-f]{8}-([0-9a-f]{4}-){3}[0-9a-f]{12}$' and 'newest' = any (p_states) end) then
@@ -220,7 +238,7 @@ create or replace function orchestrator._task_summary(t orchestrator._bare_tasks
 language sql set search_path = pg_catalog, pg_temp as $$
   select jsonb_build_object('id', t.id, 'type', t.type, 'status', t.status, 'priority', t.priority, 'attempts', t.attempts,
     'max_retries', coalesce(t.max_retries, (orchestrator._policy(t.type)).max_retries), 'worker_id', t.worker_id,
-    'created_at', t.created_at, 'queued_at', t.queued_at, 'claimed_at', t.claimed_at, 'started_at', t.started_at, 'completed_at', t.completed_at,
+    'created_at', t.created_at, 'queued_at', t.queued_at, 'parked_at', t.parked_at, 'concurrency_key', t.concurrency_key, 'claimed_at', t.claimed_at, 'started_at', t.started_at, 'completed_at', t.completed_at,
     'dead_at', t.dead_at, 'next_retry_at', t.next_retry_at, 'cancel_requested_at', t.cancel_requested_at,
     'last_error', left(orchestrator.redact_text(t.last_error), 500), 'payload', r.preview,
     'due_in', round(extract(epoch from t.next_retry_at - clock_timestamp()), 3))

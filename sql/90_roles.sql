@@ -3,7 +3,7 @@
 -- tables and columns decide; functions are granted by their names. Nobody but the owner has DDL rights.
 --   orchestrator_producer   enqueues; can't read a payload back
 --   orchestrator_worker     runs a worker, which fires schedules and so may enqueue, and serves its page and metrics
---   orchestrator_operator   cancels, retries, pauses, defines and fires schedules, and looks; a worker whose page may act needs it too
+--   orchestrator_operator   cancels, retries, pauses, limits, defines and fires schedules, and looks; a worker whose page may act needs it too
 --   orchestrator_auditor    looks: views, lists, audit. It has no right on payloads and results, and sees them with secrets blanked
 -- Roles belong to the whole server. Where the installing role may not create them, a notice says so and the rest still works.
 
@@ -54,7 +54,7 @@ begin
       when p.proname ~ '^_' or p.provolatile = 'i' then v_all
       when p.proname = 'enqueue' then 'orchestrator_producer, orchestrator_worker, orchestrator_operator'   -- firing a schedule enqueues
       when p.proname ~ '^enqueue' then 'orchestrator_producer, orchestrator_worker'
-      when p.proname = 'schedule' then 'orchestrator_worker, orchestrator_operator'   -- a worker applies its SCHEDULES
+      when p.proname ~ '^(schedule|limit_type)$' then 'orchestrator_worker, orchestrator_operator'   -- a worker applies its SCHEDULES and LIMITS
       when p.proname ~ '^(cancel|retry|pause|resume)_|^(unschedule|fire_schedule)$' then 'orchestrator_operator'
       when p.proname ~ '^(api|show|explain)_|^(audit|metrics|fire_times|schedule_history)$' then v_look
       else 'orchestrator_worker' end as roles
@@ -64,12 +64,13 @@ begin
   end loop;
 
   select string_agg(quote_ident(a.attname), ', ') filter (where a.attname !~ '^(payload|result|progress|meta)$'),
-         string_agg(quote_ident(a.attname), ', ') filter (where a.attname !~ '^(id|type|payload|priority|idempotency_key|created_at|max_retries)$')
+         string_agg(quote_ident(a.attname), ', ') filter (where a.attname !~ '^(id|type|payload|priority|idempotency_key|created_at|max_retries|concurrency_key|meta|after)$')
     into v_shown, v_changed
   from pg_attribute a where a.attrelid = 'orchestrator.tasks'::regclass and a.attnum > 0 and not a.attisdropped;
 
   -- enqueue
-  grant insert (id, type, payload, priority, idempotency_key, max_retries, queued_at, next_retry_at), select (id, type, idempotency_key)
+  grant insert (id, type, payload, priority, idempotency_key, max_retries, queued_at, next_retry_at, concurrency_key, meta),
+        select (id, type, idempotency_key)
     on orchestrator.tasks to orchestrator_producer, orchestrator_worker, orchestrator_operator;
   grant select (idle, handles) on orchestrator.workers to orchestrator_producer;
 
@@ -90,8 +91,9 @@ begin
   grant select, delete on orchestrator.tasks to orchestrator_worker;
   execute format('grant update (%s) on orchestrator.tasks to orchestrator_worker, orchestrator_operator', v_changed);
 
-  -- cancel, retry, pause
-  grant insert, update on orchestrator.task_types to orchestrator_operator;
+  -- cancel, retry, pause, limit
+  grant insert, update on orchestrator.task_types, orchestrator.type_limits to orchestrator_operator;
+  grant insert on orchestrator.freed_keys to orchestrator_operator;
   grant insert, delete on orchestrator.task_events to orchestrator_operator;
   grant insert (type, priority) on orchestrator.lanes to orchestrator_operator;
 

@@ -84,7 +84,7 @@ def test_overview_shows_what_was_counted_and_who_works(conn: Connection) -> None
     claim(conn, limit=2)
     conn.execute("select orchestrator.sample_stats('leader', %s)", [term])
     seen = api(conn, "overview")
-    assert seen["totals"] == {"waiting": 4, "scheduled": 0, "in_flight": 2, "dead_letters": 0, "enqueued_total": 7,
+    assert seen["totals"] == {"waiting": 4, "parked": 0, "scheduled": 0, "in_flight": 2, "dead_letters": 0, "enqueued_total": 7,
                               "ended_total": 1, "oldest_waiting": seen["totals"]["oldest_waiting"]}
     assert 0 <= seen["totals"]["oldest_waiting"] < 60
     assert 0 <= seen["counts"]["age"] < 60 and seen["counts"]["complete"]

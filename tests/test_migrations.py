@@ -66,7 +66,7 @@ def release(folder: Path, version: int) -> Path:
     edit(folder / "sql" / "00_schema.sql", (f"schema_version() > {NOW}", f"schema_version() > {version}"),
          (f"these files ({NOW})", f"these files ({version})"), (f"as $$ select {NOW} $$", f"as $$ select {version} $$"))
     if version >= NEXT:
-        edit(folder / "sql" / "10_tables.sql", ("  progress            json,\n", "  progress            json,\n  note text,\n"), (
+        edit(folder / "sql" / "10_tables.sql", ("  meta                jsonb,\n", "  meta                jsonb,\n  note text,\n"), (
             "create table if not exists orchestrator.claims",
             "create table if not exists orchestrator.notes (task_id uuid primary key, note text not null default 'it''s $1');\n"
             + ("create index if not exists notes_by_text on orchestrator.notes (note);\n" if version >= LAST else "")

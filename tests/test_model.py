@@ -27,7 +27,7 @@ POLICY = {"a": 1, "b:1": 2, "b:2": 2}  # max_retries, from the handlers below
 HANDLERS = {"a": {"max_retries": 1, "base_delay": 3600}, "b:": {"max_retries": 2, "base_delay": 3600}}  # due only when told
 OPERATIONS = """
   enqueue enqueue enqueue_many enqueue_many claim claim claim claim start start complete complete complete fail fail fail release snooze
-  progress cancel cancel retry promote promote pause_or_resume die recover recover maintain prune
+  progress cancel cancel retry promote promote pause_or_resume limit die recover recover maintain prune
   schedule fire fire fire_by_hand pause_or_resume_schedule
 """.split()  # noqa: SIM905
 EXAMPLES, STEPS = int(os.environ.get("MODEL_EXAMPLES", "60")), 100
@@ -46,6 +46,8 @@ class Task:
     claim: int | None = None
     worker: str | None = None
     asked: bool = False
+    turn: str | None = None  # its concurrency key
+    limit: str | None = field(default=None, compare=False)  # that it was claimed under
 
     def leave(self, status: str, scheduled: bool = False) -> None:
         self.status, self.scheduled, self.asked = status, scheduled, False
@@ -88,7 +90,14 @@ class Model:
     keys: dict[tuple[str, str], str] = field(default_factory=dict)
     workers: dict[str, bool] = field(default_factory=dict)  # alive?
     paused: set[str] = field(default_factory=set)
+    limits: dict[str, tuple[int | None, int | None]] = field(default_factory=dict)  # type or pattern: in all, of each key
     claims: list[int] = field(default_factory=list)  # all there ever were: the old ones answer late
+
+    def limit_of(self, type: str) -> str | None:
+        return next((name for name in (type, "b:*") if name in self.limits and type.startswith(name.rstrip("*"))), None)
+
+    def in_flight(self, limit: str, turn: str | None = None) -> int:
+        return sum(task.status in IN_FLIGHT and self.limit_of(task.type) == limit and turn in (None, task.turn) for task in self.tasks.values())
 
     def held(self, claim: int, id: str) -> Task | None:
         task = self.tasks.get(id)
@@ -104,7 +113,8 @@ class Queue(RuleBasedStateMachine):
         self.model, self.names, self.steps = Model(), 0, 0
         self.conn.execute("""
           truncate orchestrator.tasks, orchestrator.claims, orchestrator.workers, orchestrator.task_types, orchestrator.task_events,
-                   orchestrator.schedules, orchestrator.lanes, orchestrator.lane_floors, public.transitions""")
+                   orchestrator.type_limits, orchestrator.starts, orchestrator.freed_keys, orchestrator.schedules,
+                   orchestrator.lanes, orchestrator.lane_floors, public.transitions""")
         self.term = steps.lead(self.conn)
         for _ in range(2):
             self.register()
@@ -132,14 +142,14 @@ class Queue(RuleBasedStateMachine):
     def enqueue(self, draw: Random) -> None:
         type, priority = draw.choice(TYPES), draw.choice(PRIORITIES)
         most, key = draw.choice([None, None, 0, 2]), draw.choice([None, None, "k", "l"])
-        later = draw.choice([False, False, True])
+        later, turn = draw.choice([False, False, True]), draw.choice([None, "x", "y"])
         id = steps.enqueue(self.conn, type, {}, priority=priority, max_retries=most, idempotency_key=key,
-                           run_at="2030-01-01" if later else None)
+                           run_at="2030-01-01" if later else None, concurrency_key=turn)
         if key and (type, key) in self.model.keys:
             assert id == self.model.keys[type, key]
             return
         assert id not in self.model.tasks
-        self.model.tasks[id] = Task(type, priority, most, scheduled=later)
+        self.model.tasks[id] = Task(type, priority, most, scheduled=later, turn=turn)
         if key:
             self.model.keys[type, key] = id
 
@@ -163,25 +173,63 @@ class Queue(RuleBasedStateMachine):
         worker = self.pick(draw, [w for w, alive in self.model.workers.items() if alive])
         if worker is None:
             return
-        ready = rows(self.conn, "select id::text, type, priority from orchestrator.tasks where queued_at is not null "
-                                "and type = any (%s) order by queued_at", list(types - self.model.paused))
+        ready = rows(self.conn, "select id::text, type, priority from orchestrator.tasks where coalesce(queued_at, parked_at) is not null "
+                                "and type = any (%s) order by coalesce(queued_at, parked_at)", list(types - self.model.paused))
+        before = {name: self.model.in_flight(name) for name in self.model.limits}
         got = steps.claim(self.conn, worker, named, limit)
         ids = {t["id"] for t in got}
-        assert len(ids) == len(got) == min(limit, len(ready)) and ids <= {t["id"] for t in ready}
-        left = [t for t in ready if t["id"] not in ids]
+        assert len(ids) == len(got) <= min(limit, len(ready)) and ids <= {t["id"] for t in ready}
+        free = [t for t in ready if not self.model.limit_of(t["type"])]
+        if not self.model.limits:
+            assert len(got) == min(limit, len(ready))
+        if len(got) < limit:   # all that may start has started
+            assert {t["id"] for t in free} <= ids
+            self.check_full([self.model.tasks[t["id"]] for t in ready if t["id"] not in ids], [self.model.tasks[id] for id in ids])
+        left = [t for t in free if t["id"] not in ids]
         if left and got:
             assert max(t["priority"] for t in left) <= min(t["priority"] for t in got)
-        for lane in {(t["type"], t["priority"]) for t in ready}:  # the oldest of each lane
-            taken = [t["id"] in ids for t in ready if (t["type"], t["priority"]) == lane]
+        for lane in {(t["type"], t["priority"]) for t in free}:  # the oldest of each lane
+            taken = [t["id"] in ids for t in free if (t["type"], t["priority"]) == lane]
             assert taken == sorted(taken, reverse=True)
+        for turn in {(t["type"], t["priority"], self.model.tasks[t["id"]].turn) for t in ready}:   # and of each key
+            if turn[2] and self.model.limit_of(turn[0]):
+                taken = [t["id"] in ids for t in ready if (t["type"], t["priority"], self.model.tasks[t["id"]].turn) == turn]
+                assert taken == sorted(taken, reverse=True)
         for claimed in got:
             task = self.model.tasks[claimed["id"]]
             assert (claimed["attempts"], claimed["recoveries"]) == (task.attempts, task.recoveries)
-            task.status, task.claim, task.worker = "claimed", claimed["claim_id"], worker
-        if got:
-            assert got[0]["claim_id"] not in self.model.claims
-            self.model.claims.append(got[0]["claim_id"])
-            self.counts["claimed"] += len(got)
+            task.status, task.claim, task.worker, task.limit = "claimed", claimed["claim_id"], worker, self.model.limit_of(task.type)
+        claims = {t["claim_id"] for t in got}
+        assert not claims & set(self.model.claims)
+        self.model.claims += sorted(claims)
+        self.counts["claimed"] += len(got)
+        for name, (most, each) in self.model.limits.items():
+            assert most is None or self.model.in_flight(name) <= max(most, before[name])
+            for turn in "xy":
+                here = [task for task in self.model.tasks.values() if task.turn == turn and task.claim in claims and self.model.limit_of(task.type) == name]
+                assert each is None or not here or self.model.in_flight(name, turn) <= each
+
+    def check_full(self, waiting: list[Task], taken: list[Task]) -> None:
+        """Each of these waits since its limit is full, or its key (which it counts after those that were just taken)."""
+        def counted(name: str, turn: str | None) -> int:
+            busy = [task for task in self.model.tasks.values() if task.status in IN_FLIGHT and name in (task.limit, self.model.limit_of(task.type))]
+            busy += [task for task in taken if self.model.limit_of(task.type) == name]
+            return sum(turn in (None, task.turn) for task in busy)
+
+        for task in waiting:
+            name = self.model.limit_of(task.type)
+            assert name
+            most, each = self.model.limits[name]
+            assert (most is not None and counted(name, None) >= most) or (each is not None and task.turn and counted(name, task.turn) >= each)
+
+    def limit(self, draw: Random) -> None:
+        name = draw.choice(["a", "b:1", "b:*"])
+        most, each = draw.choice([(None, None), (1, None), (3, None), (None, 1), (2, 1), (None, 2)])
+        changed = value(self.conn, "select changed from orchestrator.limit_type(%s, %s, %s)", name, most, each)
+        assert changed == (self.model.limits.get(name, (None, None)) != (most, each))
+        self.model.limits.pop(name, None)
+        if (most, each) != (None, None):
+            self.model.limits[name] = most, each
 
     def start(self, draw: Random) -> None:
         if pair := self.some_held(draw):
@@ -414,7 +462,7 @@ class Queue(RuleBasedStateMachine):
     @invariant()
     def the_database_is_what_the_model_says(self) -> None:
         query = """select id::text, type, priority, max_retries, status::text, next_retry_at is not null, attempts, recoveries, claim_id,
-                          worker_id, cancel_requested_at is not null from orchestrator.tasks"""
+                          worker_id, cancel_requested_at is not null, concurrency_key from orchestrator.tasks"""
         found = {id: Task(*columns) for id, *columns in self.conn.execute(query)}
         assert found == self.model.tasks
         open_tasks = Counter(task.claim for task in self.model.tasks.values() if task.status in IN_FLIGHT)
