@@ -85,8 +85,8 @@ from psycopg.adapt import PyFormat, Transformer
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.types.string import TextLoader
 
-__all__ = ["Cancelled", "ClaimLost", "Config", "ConfigError", "Discard", "EnqueuedId", "Handler", "Orchestrator",
-           "Retry", "Schedule", "Snooze", "Task"]
+__all__ = ["Cancelled", "ClaimLost", "Config", "ConfigError", "Discard", "EnqueuedId", "Handler", "Limit",
+           "Orchestrator", "Retry", "Schedule", "Snooze", "Task"]
 
 VERSION = "0.1.0"
 SCHEMA_VERSION = 1
@@ -821,7 +821,7 @@ class Task:
     ended: Literal["", "transaction", "abandoned", "reported"] = ""
 
     def __init__(self, worker: Worker, row: Row, handler: Handler) -> None:
-        # claim_id, id, type, payload, attempts, max_retries, priority, created_at, waited, recoveries
+        # claim_id, id, type, payload, attempts, max_retries, priority, created_at, waited, recoveries, meta
         self._row = row
         self._worker = worker
         self.claim_id: int = row[0]
@@ -855,6 +855,11 @@ class Task:
         if self._payload is ...:
             self._payload = _decode(self._row[3])[0]
         return self._payload
+
+    @property
+    def meta(self) -> Any:
+        """What the producer noted beside the payload, or None."""
+        return None if self._row[10] is None else _decode(self._row[10])[0]
 
     @property
     def created_at(self) -> datetime:
@@ -988,6 +993,24 @@ class Schedule:
                 check_text("missed", self.missed), bool(self.overlap))
 
 
+@dataclasses.dataclass(frozen=True)
+class Limit:
+    """What Orchestrator.limit() takes, for LIMITS = {"type": Limit(…)} beside HANDLERS."""
+
+    max_running: int | None = None
+    max_per_key: int | None = None
+    rate: int | None = None
+    per: Seconds | None = None
+
+    def arguments(self, name: str, encode: object = None) -> tuple[Any, ...]:
+        """Those of SQL's limit_type(). Raises ValueError."""
+        per = 1 if self.per is None and self.rate is not None else self.per
+        return (check_text("type", name),
+                *(None if number is None else check_whole(field, number, 1, 2 ** 31 - 1)
+                  for field, number in list(vars(self).items())[:3]),
+                None if per is None else f"{check_seconds('per', per)} s")
+
+
 # Without json.loads' search for white space, of which PostgreSQL's text has none (1.0 → 0.3 µs).
 _decode = json.JSONDecoder().raw_decode
 
@@ -1050,7 +1073,9 @@ class Router:
 
     def __init__(self, default: Callable[[Any], Any] | None = None) -> None:
         self.handlers: dict[str, Handler] = {}   # by exact type or prefix
-        self.schedules: dict[str, Schedule] = {}   # to be defined by the worker when it has registered
+        # to be defined by the worker when it has registered
+        self.schedules: dict[str, Schedule] = {}
+        self.limits: dict[str, Limit] = {}
         self.middleware: list[Middleware] = []
         self.dead_letter_hooks: list[DeadLetterHook] = []
         self.encode = json_encoder(default)
@@ -2403,7 +2428,9 @@ class HeartbeatLoop(Loop):
             if living:
                 log.warning("DISTRIBUTED_MODE is false, but %d other worker%s live%s: set it to true on all of them",
                             living, *(("", "s") if living == 1 else ("s", "")))
-        self._define_schedules()
+        router = worker.router
+        self._define("LIMITS", router.limits, "limit_type")
+        self._define("SCHEDULES", router.schedules, "schedule")
         for chore in self.chores.values():
             chore.due = 0.0
         self._again(self._sample_stats, 1.0)   # not at once: there may be much to claim
@@ -2411,18 +2438,17 @@ class HeartbeatLoop(Loop):
         worker.reached_at = time.monotonic()
         worker.registered.set()
 
-    def _define_schedules(self) -> None:
+    def _define(self, title: str, given: dict[str, Any], function: str) -> None:
         """Once: what somebody removes later does not come back while this worker runs. Raises ConfigError."""
-        router = self.worker.router
-        while router.schedules:
-            name, schedule = next(iter(router.schedules.items()))
+        while given:
+            name, each = next(iter(given.items()))
             try:
-                self.link.call("schedule", *schedule.arguments(name, router.encode))
+                self.link.call(function, *each.arguments(name, self.worker.router.encode))
             except (ValueError, psycopg.Error) as error:
                 if isinstance(error, psycopg.Error) and error.sqlstate != "OR001":
                     raise
-                raise ConfigError(f"SCHEDULES[{name!r}]: {error_line(error)}") from None
-            del router.schedules[name]
+                raise ConfigError(f"{title}[{name!r}]: {error_line(error)}") from None
+            del given[name]
 
     def _again(self, run: Callable[[], None], seconds: float = 0.05) -> None:
         self.chores[run].due = time.monotonic() + seconds
@@ -2742,19 +2768,24 @@ class Orchestrator:
     # ---------------------------------------------------------------------------------------------------- tasks
     def enqueue(self, type: str, payload: Any = None, *, priority: int = 0, idempotency_key: str | UUID | None = None,
                 max_retries: int | None = None, run_at: datetime | None = None, delay: Seconds | None = None,
+                concurrency_key: str | None = None, meta: Mapping[str, Any] | None = None,
                 connection: psycopg.Connection[Any] | None = None) -> EnqueuedId:
         """Add a task and return its id; with `connection`, in the caller's transaction.
 
         A repeated (type, idempotency_key) returns the first task's id, with created False. delay (instead of run_at):
-        seconds, a timedelta or text such as "10m". Raises ValueError, which names the field.
+        seconds, a timedelta or text such as "10m". concurrency_key: whose turn it takes under limit(max_per_key=…).
+        meta: a JSON object of at most 8 KiB beside the payload. Raises ValueError, which names the field.
         """
+        turn = None if concurrency_key is None else _key("concurrency_key", concurrency_key)
         key = None if idempotency_key is None else _key("idempotency_key", idempotency_key)
         args = (check_text("type", type),
                 to_json("payload", {} if payload is None else payload, self.router.encode),
-                check_priority(priority), key, check_retries(max_retries), _run_at(run_at, delay))
+                check_priority(priority), key, check_retries(max_retries), _run_at(run_at, delay), turn,
+                self._meta(meta))
         if key is None:
             return EnqueuedId(self._call("enqueue", *args, connection=connection)[0][0], True)
-        args = (args[0], texts([args[1]]), args[2], texts([key]), *args[4:])
+        turns = None if turn is None else texts([turn])
+        args = (args[0], texts([args[1]]), args[2], texts([key]), *args[4:6], turns, args[7])
         try:
             [(_, task_id, created)] = self._call("enqueue_many", *args, connection=connection)
         except ValueError as error:
@@ -2768,16 +2799,19 @@ class Orchestrator:
     def enqueue_many(self, type: str, payloads: Iterable[Any], *, priority: int = 0,
                      idempotency_keys: Iterable[str | UUID | None] | None = None, max_retries: int | None = None,
                      run_at: datetime | None = None, delay: Seconds | None = None,
+                     concurrency_keys: Iterable[str | None] | None = None, meta: Mapping[str, Any] | None = None,
                      connection: psycopg.Connection[Any] | None = None) -> list[EnqueuedId]:
         """Add a task for each payload, all in one statement, and return their ids in order. Raises ValueError."""
-        keys = None if idempotency_keys is None else texts(
-            [None if key is None else _key(f"idempotency_keys[{n}]", key) for n, key in enumerate(idempotency_keys, 1)])
+        keys, turns = (None if given is None else texts(
+            [None if key is None else _key(f"{name}[{n}]", key) for n, key in enumerate(given, 1)])
+            for name, given in (("idempotency_keys", idempotency_keys), ("concurrency_keys", concurrency_keys)))
         # counted from 1, as in SQL
         text = texts([to_json(f"payloads[{n}]", payload, self.router.encode) for n, payload in enumerate(payloads, 1)])
         if len(text) > 8 * CALL_LIMIT:
             raise ValueError(f"payloads: over {8 * CALL_LIMIT >> 20} MiB in one call; add them in several")
         rows = self._call("enqueue_many", check_text("type", type), text, check_priority(priority), keys,
-                          check_retries(max_retries), _run_at(run_at, delay), connection=connection)
+                          check_retries(max_retries), _run_at(run_at, delay), turns, self._meta(meta),
+                          connection=connection)
         return [EnqueuedId(str(task_id), created) for _, task_id, created in sorted(rows)]
 
     def schedule(self, name: str, cron: str, type: str, payload: Any = None, *, timezone: str = "UTC",
@@ -2793,6 +2827,20 @@ class Orchestrator:
         args = made.arguments(name, self.router.encode)
         next_at = self._call("schedule", *args, connection=connection)[0][0]
         return None if next_at is None else datetime.fromisoformat(str(next_at))
+
+    def _meta(self, meta: Mapping[str, Any] | None) -> str | None:
+        return None if meta is None else to_json("meta", meta, self.router.encode)
+
+    def limit(self, type: str, *, max_running: int | None = None, max_per_key: int | None = None,
+              rate: int | None = None, per: Seconds | None = None,
+              connection: psycopg.Connection[Any] | None = None) -> bool:
+        """Limit a type, or the types of a pattern together; nothing given: no limit. Returns whether that is new.
+
+        max_running: in flight at once. max_per_key: of each concurrency_key; 1 runs them in order. rate: claimed
+        within any `per` seconds (default 1). Raises ValueError, which names the field.
+        """
+        args = Limit(max_running, max_per_key, rate, per).arguments(type)
+        return bool(self._call("limit_type", *args, connection=connection)[0][0])
 
     def cancel(self, task_id: str | UUID) -> str:
         """cancelled, cancelling (asked to stop), not_found, or the status of a task that has ended."""
@@ -3682,6 +3730,7 @@ def do_install(args: Args) -> int:
 @arg("payload", nargs="?", help="JSON; default {}")
 @arg("--priority", type=int, default=0, help="higher is claimed first; default 0")
 @arg("--key", help="idempotency key")
+@arg("--concurrency-key", help="whose turn it takes under a limit for each key")
 @arg("--max-retries", type=int, help="default: the policy of the type")
 @arg("--delay", help="such as 10m, or a number of seconds")
 @arg("--run-at", help="such as 2030-01-31T12:00:00+00:00")
@@ -3702,7 +3751,8 @@ def do_enqueue(args: Args) -> int:
     if args.on_error:
         raise ConfigError("--on-error: goes with --file only")
     task_id = args.app.enqueue(args.type, _payload(args.payload), priority=args.priority, delay=delay,
-                               idempotency_key=args.key, max_retries=args.max_retries, run_at=run_at)
+                               idempotency_key=args.key, max_retries=args.max_retries, run_at=run_at,
+                               concurrency_key=args.concurrency_key)
     if not task_id.created:
         print(f"the key {_cell(args.key)} is known: this is the id of the first task", file=sys.stderr)
     return _say(args, {"id": task_id, "created": task_id.created}, task_id)
@@ -3850,7 +3900,34 @@ def _pause(args: Args, function: str, state: str, unchanged: str) -> int:
 def do_stats(args: Args) -> int:
     """what waits, runs and failed, by type"""
     return _table(args, args.app.view("queue_stats"),
-                  "type waiting scheduled in_flight dead_letters oldest_waiting_age paused")
+                  "type waiting parked scheduled in_flight dead_letters oldest_waiting_age paused")
+
+
+@arg("type")
+@arg("--max-running", type=int, help="in flight at once")
+@arg("--max-per-key", type=int, help="of each concurrency key at once; 1: in order")
+@arg("--rate", help="such as 14/1s: claimed within any second")
+@arg("--none", action="store_true", help="no limit")
+def do_limit(args: Args) -> int:
+    """limit what runs of a type, or of those of a pattern such as api: together"""
+    if args.none == any(each is not None for each in (args.max_running, args.max_per_key, args.rate)):
+        raise ConfigError("limit: say --max-running, --max-per-key or --rate, or --none")
+    rate = re.fullmatch(r"(\d{1,9})/(.+)", args.rate or "1/1s")
+    if rate is None:
+        raise ConfigError("--rate: must be a number and a time, such as 14/1s")
+    limit = Limit(args.max_running, args.max_per_key, *((int(rate[1]), rate[2]) if args.rate else ()))
+    changed, matching = args.app.call("limit_type", *limit.arguments(args.type))[0]
+    if matching == 0:
+        print(f"no known type matches {_cell(args.type)}", file=sys.stderr)
+    state = ("limited already", "limited") if not args.none else ("not limited", "no longer limited")
+    return _say(args, {"limit": args.type, "changed": changed, "matching": matching},
+                f"{_cell(args.type)} is {state[changed]}")
+
+
+def do_limits(args: Args) -> int:
+    """limits, and how full they are"""
+    return _table(args, args.app.view("limits"),
+                  "type in_flight max_running max_per_key parked rate rate_per next_start_at")
 
 
 @arg("name")
@@ -3942,8 +4019,8 @@ def _table(args: Args, rows: list[dict[str, Any]], names: str, code: int = 0) ->
 
 
 def load_handlers(router: Router, name: str) -> None:
-    """Add the HANDLERS and SCHEDULES of a module, a .py file, or handlers.py in the working directory or
-    beside this file."""
+    """Add the HANDLERS, SCHEDULES and LIMITS of a module, a .py file, or handlers.py in the working directory
+    or beside this file."""
     files = [folder / "handlers.py" for folder in (Path.cwd(), Path(_FILE).parent)]
     name = name or next((str(file) for file in files if file.exists()), "")
     if not name:
@@ -3965,10 +4042,14 @@ def load_handlers(router: Router, name: str) -> None:
         raise ConfigError(f"HANDLERS: the module {name} has no dict HANDLERS = {{'type': function}}")
     for pattern, handler in handlers.items():
         router.add(pattern, handler)
-    schedules = getattr(module, "SCHEDULES", {})
-    if not isinstance(schedules, dict) or not all(isinstance(each, Schedule) for each in schedules.values()):
-        raise ConfigError("SCHEDULES: must be a dict such as {'nightly': Schedule('@daily', 'task:backup')}")
-    router.schedules.update(schedules)
+    example = {"SCHEDULES": "'nightly': Schedule('@daily', 'task:backup')", "LIMITS": "'api:*': Limit(max_running=20)"}
+    targets: list[tuple[str, Any, dict[str, Any]]] = [
+        ("SCHEDULES", Schedule, router.schedules), ("LIMITS", Limit, router.limits)]
+    for name, kind, target in targets:
+        given = getattr(module, name, {})
+        if not isinstance(given, dict) or not all(isinstance(each, kind) for each in given.values()):
+            raise ConfigError(f"{name}: must be a dict such as {{{example[name]}}}")
+        target.update(given)
 
 
 def _payload(text: str | None) -> Any:
