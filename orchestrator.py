@@ -2807,9 +2807,9 @@ class Orchestrator:
                  connection: psycopg.Connection[Any] | None = None) -> datetime | None:
         """Enqueue a task at each time of a cron expression; returns the next time (None: it is paused).
 
-        The same definition again changes nothing, so call it at each start. missed: what is made up for of the
-        times at which no worker ran: the last ("one"), "all" or "none". overlap=False leaves a time out while
-        the task of the last one is unfinished. Raises ValueError, which names the field.
+        The same definition again changes nothing, so call it at each start. missed: what is made up for of
+        the times at which no worker ran: the last ("one"), "all" or "none". overlap=False leaves a time out
+        while the task of the last one is unfinished. Raises ValueError, which names the field.
         """
         made = Schedule(cron, type, payload, timezone, priority, max_retries, missed, overlap)
         args = made.arguments(name, self.router.encode)
@@ -3964,8 +3964,8 @@ def _table(args: Args, rows: list[dict[str, Any]], names: str, code: int = 0) ->
 
 
 def load_handlers(router: Router, name: str) -> None:
-    """Add the HANDLERS and SCHEDULES of a module, a .py file, or handlers.py in the working directory or beside
-    this file."""
+    """Add the HANDLERS and SCHEDULES of a module, a .py file, or handlers.py in the working directory or
+    beside this file."""
     files = [folder / "handlers.py" for folder in (Path.cwd(), Path(_FILE).parent)]
     name = name or next((str(file) for file in files if file.exists()), "")
     if not name:
