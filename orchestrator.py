@@ -224,20 +224,18 @@ def describe_error(error: BaseException) -> str:
     return clean_text(f"{type(error).__name__}: {message_of(error)}{where}")
 
 
-# An exception class of the user's may do anything when it is asked for its text, even raise SystemExit.
-def message_of(error: BaseException) -> str:
+def message_of(error: BaseException, tell: Callable[[BaseException], str] = str) -> str:
+    """Its text, though an exception class of the user's may do anything when asked for it, even exit."""
     try:
-        return str(error)
+        return tell(error)
     except BaseException:
         return "(its message cannot be shown)"
 
 
 def describe_traceback(error: BaseException) -> str:
     """The traceback with its causes."""
-    try:
-        return clean_text("".join(traceback.format_exception(error, limit=-20)), ERROR_LIMIT // 2)
-    except BaseException:
-        return "(the traceback cannot be shown)"
+    lines = message_of(error, lambda error: "".join(traceback.format_exception(error, limit=-20)))
+    return clean_text(lines, ERROR_LIMIT // 2)
 
 
 def clean_text(text: str, limit: int = ERROR_LIMIT) -> str:
@@ -493,9 +491,9 @@ def connect(config: Config, name: str = "orchestrator",
 
 
 def is_pooled(connection: psycopg.Connection[Row]) -> bool:
-    """Whether a pooler is in between: another server process answers than the one that was connected to."""
+    """Whether another server process answers than the one that was connected to: a pooler is in between."""
     row = connection.execute("select pg_catalog.pg_backend_pid()", prepare=False).fetchone()
-    return row is not None and row[0] != connection.info.backend_pid
+    return row != (connection.info.backend_pid,)
 
 
 def prepare_session(connection: psycopg.Connection[Row], config: Config,
@@ -1091,15 +1089,14 @@ class Router:
         self.handlers[pattern] = handler
 
     def pattern(self, kind: str) -> str | None:
-        """What this type is registered under: itself, or a prefix."""
+        """What handles this type: itself, or a prefix."""
         if kind in self.handlers:
             return kind
         prefixes = (p for p in self.handlers if p[-1] in ":*" and kind.startswith(p.rstrip("*")))
         return max(prefixes, key=len, default=None)
 
     def find(self, kind: str) -> Handler | None:
-        pattern = self.pattern(kind)
-        return None if pattern is None else self.handlers[pattern]
+        return self.handlers.get(self.pattern(kind) or "")
 
     def label(self, kind: str) -> str:
         """The type as a metric's label, of which there must be few."""
