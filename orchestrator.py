@@ -1256,21 +1256,22 @@ def _outcome_of(task: Task, error: BaseException) -> Outcome:
 
 
 # =========================================================================================================== worker
-# A task's way through a worker: the claim loop gets it (`arrived`), makes a Task of its row and puts it into the
-# pool's `ready`, or into `careful` if it was recovered from a dead worker; a pool thread takes it, runs its handler
-# and puts it into `finished`; the report loop tells the database. Pool threads never touch the database, and what
-# needs no database (timeouts, replacing threads) is done by the supervisor, whether or not the database answers.
+# A task's way through a worker: the claim loop makes a Task of each row it claims and puts it into the pool's `ready`,
+# or into `careful` if it was recovered from a dead worker. A pool thread runs its handler and puts it into `finished`.
+# The report loop tells the database. Pool threads never touch the database, and what needs none (timeouts, replacing
+# threads) is the supervisor's, whether or not the database answers.
 
 HOLD_SECONDS = 0.1          # a worker holds what it will start within this time, at its measured pace
-PREFETCH_MAX = 4000         # and at most so many; 2,000 drain 9% slower, as the next claim is sent too late
-PAYLOAD_LIMIT = 2 ** 26     # and at most 64 MiB of payloads, which the claim itself keeps to
+PREFETCH_MAX = 4000         # tasks, at most; 2,000 drain 9% slower, as the next claim is sent too late
+PAYLOAD_LIMIT = 2 ** 26     # bytes of payloads that a worker holds, at most
 CLAIM_AT = 0.7              # it claims again when this part of the prefetch target is left
-CLAIM_MAX = 2000            # per claim: half of what it holds, so that one can be handed out while the next is made (6%)
-TICKET_MAX = 50             # tasks that a pool thread takes with one ticket
-TICKET_SECONDS = 0.002
+CLAIM_MAX = 2000            # per claim: one half is handed out while the other is claimed (6%)
+TICKET_MAX = 50             # tasks that a pool thread takes with one ticket, at most
+TICKET_SECONDS = 0.002      # how long a ticket should last
 MARK_RUNNING_AFTER = 0.2    # seconds; what ends sooner goes from claimed to completed in one update
-CAREFUL_SECONDS = 0.1       # between the starts of two tasks recovered from dead workers, unless the first has ended
+CAREFUL_SECONDS = 0.1       # between the starts of two recovered tasks, unless the first has ended
 REPORT_PAUSE = 0.005        # seconds between small reports: at 2,000 tasks/s a tenth of the commits, a third of the CPU
+LOCKED_SECONDS = 5.0        # until a task whose row someone has locked is tried again
 TIMEOUT_GRACE = 5.0         # seconds a handler has to return once its timeout has set task.cancelled
 CALL_LIMIT = 2 ** 26        # characters of JSON per call, roughly: PostgreSQL refuses a message of 2^30 bytes
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600)
@@ -1285,6 +1286,13 @@ def is_refusal(error: psycopg.Error) -> bool:
     return (error.sqlstate or "08")[:2] in REFUSED
 
 
+def grouped(tasks: Iterable[Task], key: Callable[[Task], Any]) -> dict[Any, list[Task]]:
+    groups: dict[Any, list[Task]] = collections.defaultdict(list)
+    for task in tasks:
+        groups[key(task)].append(task)
+    return groups
+
+
 class Tally:
     """A histogram that takes many values at once; prometheus_client's own costs more than a whole task does."""
 
@@ -1293,9 +1301,8 @@ class Tally:
         self.sum = 0.0
 
     def add(self, values: Sequence[float]) -> None:
-        counts, find = self.counts, bisect.bisect_left
         for value in values:
-            counts[find(BUCKETS, value)] += 1
+            self.counts[bisect.bisect_left(BUCKETS, value)] += 1
         self.sum += sum(values)
 
     def copy(self) -> Tally:
@@ -1304,76 +1311,60 @@ class Tally:
         return twin
 
     def buckets(self) -> list[tuple[str, float]]:
-        total, rows = 0, []
-        for bound, count in zip([*map(str, BUCKETS), "+Inf"], self.counts, strict=True):
-            total += count
-            rows.append((bound, float(total)))
-        return rows
+        bounds = (*map(str, BUCKETS), "+Inf")
+        return [(bound, float(sum(self.counts[:n]))) for n, bound in enumerate(bounds, 1)]
 
 
 class Counters:
-    """What this worker counted. Labels are registered types and patterns; everything else counts as `other`."""
+    """What this worker counted. Labels are registered types and patterns; everything else counts as `other`.
+
+    Series of registered types are there from the start, at zero, or rate() would miss the first event of each.
+    """
 
     def __init__(self, router: Router) -> None:
-        self.router = router
-        self.label = router.label
-        self.lock = threading.Lock()   # guards all below: loops write, a scrape reads
-        self.completed: collections.Counter[tuple[str, str]] = collections.Counter()      # by (type, status)
-        self.retries: collections.Counter[tuple[str, str]] = collections.Counter()        # by (type, attempt)
-        self.dead_letters: collections.Counter[str] = collections.Counter()
-        self.rejected: collections.Counter[str] = collections.Counter()
-        self.recovered: collections.Counter[str] = collections.Counter()                  # by RECOVERY_OUTCOMES
-        self.errors: collections.Counter[str] = collections.Counter()                     # by SQLSTATE class
+        self.router, self.label = router, router.label
+        handlers, zeros = router.patterns(), collections.Counter[Any]
+        # Guards all below: loops write, a scrape reads.
+        self.lock = threading.Lock()
+        self.completed = zeros({(label, status): 0 for label in handlers for status in ("completed", "failed", "cancelled")})
+        self.retries = zeros({(label, attempt): 0 for label, handler in handlers.items()
+                              for attempt in RETRY_LABELS[:handler.max_retries]})
+        self.dead_letters, self.rejected = zeros(dict.fromkeys(handlers, 0)), zeros(dict.fromkeys(handlers, 0))
+        self.recovered, self.errors = zeros(dict.fromkeys(RECOVERY_OUTCOMES, 0)), zeros(dict.fromkeys(ERROR_CLASSES, 0))
         self.replaced_threads = 0
-        self.seconds: dict[str, Tally] = collections.defaultdict(Tally)
-        self.waits: dict[str, Tally] = collections.defaultdict(Tally)
+        self.seconds = collections.defaultdict(Tally, {label: Tally() for label in handlers})
+        self.waits = collections.defaultdict(Tally, {label: Tally() for label in handlers})
         self.claim_seconds = Tally()
 
     def snapshot(self) -> Counters:
-        """A copy, so that a scrape holds the lock for microseconds. Series of registered types are there from the
-        start, at zero, or rate() would miss the first event of each."""
+        """A copy, so that a scrape holds the lock for microseconds."""
         twin = Counters(self.router)
         with self.lock:
-            self._add_zeros()
             for name, value in vars(self).items():
-                if isinstance(value, (collections.Counter, Tally)):
+                if isinstance(value, collections.defaultdict):
+                    setattr(twin, name, {label: tally.copy() for label, tally in value.items()})
+                elif isinstance(value, (collections.Counter, Tally)):
                     setattr(twin, name, value.copy())
             twin.replaced_threads = self.replaced_threads
-            twin.seconds = {label: tally.copy() for label, tally in self.seconds.items()}
-            twin.waits = {label: tally.copy() for label, tally in self.waits.items()}
         return twin
-
-    def _add_zeros(self) -> None:
-        for label, handler in self.router.patterns().items():
-            for status in ("completed", "failed", "cancelled"):
-                self.completed[label, status] += 0
-            for attempt in RETRY_LABELS[:handler.max_retries]:
-                self.retries[label, attempt] += 0
-            self.dead_letters[label] += 0
-            self.rejected[label] += 0
-            self.seconds[label], self.waits[label] = self.seconds[label], self.waits[label]
-        self.recovered.update(dict.fromkeys(RECOVERY_OUTCOMES, 0))
-        self.errors.update(dict.fromkeys(ERROR_CLASSES, 0))
 
     def ended(self, task: Task, status: str) -> None:
         label = self.label(task.type)
         with self.lock:
-            if status == "rejected":
-                self.rejected[label] += 1
-            elif status == "dead_letter":
+            if status in ("completed", "cancelled"):
+                self.completed[label, status] += 1
+            elif status in ("dead_letter", "retry_scheduled"):
                 self.completed[label, "failed"] += 1
+            if status == "dead_letter":
                 self.dead_letters[label] += 1
             elif status == "retry_scheduled":
-                self.completed[label, "failed"] += 1
                 self.retries[label, RETRY_LABELS[min(task.attempt, len(RETRY_LABELS)) - 1]] += 1
-            elif status in ("completed", "cancelled"):
-                self.completed[label, status] += 1
+            elif status == "rejected":
+                self.rejected[label] += 1
 
     def ran(self, tasks: Sequence[Task]) -> None:
         """Count the durations and waits of a batch, in one pass over each type's values."""
-        by_type: dict[str, list[Task]] = {}
-        for task in tasks:
-            by_type.setdefault(task.type, []).append(task)
+        by_type = grouped(tasks, lambda task: task.type)
         with self.lock:
             for kind, group in by_type.items():
                 label = self.label(kind)
@@ -1392,17 +1383,15 @@ class Counters:
             for kind, count in dead_letters.items():
                 self.dead_letters[self.label(kind)] += count
 
-    def error(self, error: BaseException) -> None:
-        sqlstate = getattr(error, "sqlstate", None)
+    def error(self, error: psycopg.Error) -> None:
         with self.lock:
-            self.errors[sqlstate[:2] if sqlstate else "connection"] += 1
+            self.errors[error.sqlstate[:2] if error.sqlstate else "connection"] += 1
 
 
 class Backoff:
     """Waits between tries, doubling from 50 ms to 2 s, with jitter."""
 
-    def __init__(self) -> None:
-        self.tries = 0
+    tries = 0
 
     def next(self) -> float:
         self.tries += 1
@@ -1434,44 +1423,49 @@ class Bell:
             os.read(self._read, 100)
 
     def clear(self) -> None:
-        # The flag is cleared last: a set() in between is not lost, since the waiting thread looks for work after this.
+        # The flag last: a set() in between is not lost, since the waiting thread looks for work after this.
         self.drain()
         self._set = False
 
     def __del__(self) -> None:
-        os.close(self._read)   # not before: a thread of the pool may set it at any time
+        # Not before: a thread of the pool may set it at any time.
+        os.close(self._read)
         os.close(self._write)
 
 
 class Slot:
-    """One place in the pool: its thread, and what that is doing. Each attribute names the thread that writes it."""
+    """One place in the pool."""
 
-    def __init__(self) -> None:
-        self.thread: threading.Thread              # supervisor
-        self.task: Task | None = None              # its own thread
-        self.ticket = 0                            # its own thread: the ticket it works on; 0: it waits for one
-        self.abandoned = False                     # supervisor: its handler outlived its timeout
+    # Written by the supervisor. abandoned: its handler outlived its timeout.
+    thread: threading.Thread
+    abandoned = False
+    # Written by its own thread: what runs, and the ticket that it works on (0: it waits for one).
+    task: Task | None = None
+    ticket = 0
 
 
 class Pool:
     """Threads that run handlers. A ticket of n lets one thread take up to n tasks from `ready`."""
 
     def __init__(self, size: int, router: Router, counters: Counters) -> None:
-        self.size = size
-        self.router = router
-        self.counters = counters
+        self.size, self.router, self.counters = size, router, counters
         self.pid = os.getpid()
-        self.ready: collections.deque[Task] = collections.deque()       # claim and report loop add, any pool thread takes
-        self.tickets: queue.SimpleQueue[int] = queue.SimpleQueue()      # as ready; 0 ends a thread
-        self.finished: collections.deque[Task] = collections.deque()    # pool threads and supervisor add, report loop takes
-        self.slots: list[Slot] = []                                     # supervisor
-        self.mean: float | None = None                                  # report loop, supervisor: seconds per task, lately
-        self.wanted = False                                             # claim loop: it waits for room
-        self.room = Bell()                                              # set when there is room again
-        self.news = threading.Event()                                   # set when the report loop has something to do
         self.stopped = threading.Event()
         self.supervisor = threading.Thread(target=self._supervise_until_stopped, name="supervisor", daemon=True)
-        self.stuck = 0                                                  # supervisor: abandoned slots at the last look
+        # The claim and the report loop add, any pool thread takes. A ticket of 0 ends a thread.
+        self.ready: collections.deque[Task] = collections.deque()
+        self.tickets: queue.SimpleQueue[int] = queue.SimpleQueue()
+        # Pool threads and the supervisor add, the report loop takes.
+        self.finished: collections.deque[Task] = collections.deque()
+        # Set by any thread: there is room for more tasks, for the claim loop; there is something to report.
+        self.room, self.news = Bell(), threading.Event()
+        # Written by the claim loop: whether it waits for room.
+        self.wanted = False
+        # Written by the report loop and the supervisor: seconds per task, lately.
+        self.mean: float | None = None
+        # Written by the supervisor. stuck: how many of the slots were abandoned when it last looked.
+        self.slots: list[Slot] = []
+        self.stuck = 0
 
     def start(self) -> None:
         for _ in range(self.size):
@@ -1480,7 +1474,8 @@ class Pool:
 
     def stop(self) -> None:
         self.stopped.set()
-        self.take_all()   # what could not be given back must not start
+        # What could not be given back must not start.
+        self.take_all()
         for _ in self.slots:
             self.tickets.put(0)
 
@@ -1496,16 +1491,14 @@ class Pool:
         self.tickets.put(1)
 
     def take(self) -> Task | None:
-        try:   # contextlib.suppress costs 0.4 µs per task
+        # contextlib.suppress costs 0.4 µs per task.
+        try:
             return self.ready.popleft()
         except IndexError:
             return None
 
     def take_all(self) -> list[Task]:
-        tasks = []
-        while (task := self.take()) is not None:
-            tasks.append(task)
-        return tasks
+        return list(iter(self.take, None))
 
     def running(self) -> list[Task]:
         return [task for slot in self.slots if (task := slot.task) is not None]
@@ -1537,16 +1530,18 @@ class Pool:
     # ---------------------------------------------------------------------------------------------- its threads
     def _add_slot(self) -> None:
         slot = Slot()
-        slot.thread = threading.Thread(target=self._thread, args=(slot,), name=f"pool-{len(self.slots) + 1}", daemon=True)
+        name = f"pool-{len(self.slots) + 1}"
+        slot.thread = threading.Thread(target=self._thread, args=(slot,), name=name, daemon=True)
         slot.thread.start()
         self.slots = [*self.slots, slot]
 
     def _thread(self, slot: Slot) -> None:
         try:
             self._run(slot)
-        except BaseException:   # an asynchronous exception that a handler left behind; the supervisor replaces the thread
+        except BaseException:   # an asynchronous exception that a handler left behind
             log.exception("a pool thread was ended from outside")
-            if slot.task is not None:   # perhaps a second time: _collect() sees to that
+            # Perhaps a second time: _collect() sees to that.
+            if slot.task is not None:
                 self.finished.append(slot.task)
             slot.task = None
         self.news.set()
@@ -1587,52 +1582,47 @@ class Pool:
                 log.exception("the pool could not be supervised")
 
     def supervise(self) -> None:
-        """Stop handlers at their timeout, replace lost threads, and let idle threads take what waits behind a slow task."""
-        now = time.monotonic()
-        ages = []
+        """Stop handlers at their timeout, replace lost threads, let idle ones take what waits behind a slow task."""
+        now, ages = time.monotonic(), []
         for slot in self.slots:
-            task = slot.task
-            if task is None:
+            if (task := slot.task) is None:
                 continue
             ages.append(now - task.started)
             if not task.marked and ages[-1] > MARK_RUNNING_AFTER:
                 self.news.set()
             if task.deadline is not None and now > task.deadline:
-                self._time_out(slot, task, now)
+                self._time_out(slot, task, now - task.deadline)
         # All are busy: they are slow, which shows before they end.
         if self.mean is not None and len(ages) >= self.size:
             self.mean = max(self.mean, sum(ages) / len(ages))
         self._keep_size()
         idle = self.idle()
-        if self.ready and idle and self.tickets.empty():
+        if idle and self.tickets.empty():
             for _ in range(min(idle, len(self.ready))):
                 self.tickets.put(max(1, min(TICKET_MAX, len(self.ready) // idle)))
 
-    def _time_out(self, slot: Slot, task: Task, now: float) -> None:
-        if task.cancel_reason is None:
-            holder = self.router.loop_holder()
-            if holder and task.id not in holder:
-                task.timeout_note = f", while {holder} held the event loop"
+    def _time_out(self, slot: Slot, task: Task, late: float) -> None:
+        if task.cancel_reason is None and (holder := self.router.loop_holder()) and task.id not in holder:
+            task.timeout_note = f", while {holder} held the event loop"
         task.cancel("timeout")
-        if task.deadline is None or now < task.deadline + TIMEOUT_GRACE or task.ended:
-            return
-        task.ended = "abandoned"   # its late outcome is not reported; the fence would refuse it too
-        slot.abandoned = True
-        stand_in = task.stand_in(Outcome("failed", f"{task.timeout_text}, and did not stop when asked"))
-        stand_in.seconds = now - task.started
-        self.finished.append(stand_in)
-        self.news.set()
+        if late >= TIMEOUT_GRACE and not task.ended:
+            # Its late outcome is not reported; the fence would refuse it too.
+            task.ended = "abandoned"
+            slot.abandoned = True
+            stand_in = task.stand_in(Outcome("failed", f"{task.timeout_text}, and did not stop when asked"))
+            stand_in.seconds = time.monotonic() - task.started
+            self.finished.append(stand_in)
+            self.news.set()
 
     def _keep_size(self) -> None:
         """Replace threads that ended, and those whose handler outlived its timeout, up to a whole pool of the latter."""
-        living = [slot for slot in self.slots if slot.thread.is_alive()]
+        gone = [slot for slot in self.slots if not slot.thread.is_alive()]
         if self.stopped.is_set():   # which ended them
             return
-        lost = sum(not slot.abandoned for slot in self.slots) - sum(not slot.abandoned for slot in living)
-        with self.counters.lock:
-            self.counters.replaced_threads += lost
-        if len(living) < len(self.slots):
-            self.slots = living
+        if gone:
+            self.slots = [slot for slot in self.slots if slot not in gone]
+            with self.counters.lock:
+                self.counters.replaced_threads += sum(not slot.abandoned for slot in gone)
         stuck = sum(slot.abandoned for slot in self.slots)
         for _ in range(min(self.size - (len(self.slots) - stuck), 2 * self.size - len(self.slots))):
             self._add_slot()
@@ -1654,11 +1644,12 @@ class Loop:
     name: ClassVar[str]
 
     def __init__(self, worker: Worker, bell: Bell | threading.Event) -> None:
-        self.worker = worker
-        self.bell = bell
+        self.worker, self.bell = worker, bell
         self.link = Link(worker.config)
-        self.moved_at = time.monotonic()                   # its thread: when it came round last
-        self.thread: threading.Thread | None = None        # the caller's of start()
+        # Written by the caller of start().
+        self.thread: threading.Thread | None = None
+        # Written by its thread: when it last came round (monotonic); how often it has logged an error lately.
+        self.moved_at = time.monotonic()
         self._said: collections.Counter[str] = collections.Counter()
 
     def poll(self) -> float:
@@ -1677,11 +1668,12 @@ class Loop:
             self.thread.join(max(0.0, until - time.monotonic()))
 
     def _thread(self) -> None:
+        worker = self.worker
         try:
             self.run()
         except BaseException as error:   # no memory, or a bug: a worker that lacks a thread must end, not linger
-            self.worker.fatal = self.worker.fatal or RuntimeError(f"the {self.name} thread ended: {describe_error(error)}")
-            log.critical("%s", self.worker.fatal, exc_info=True)
+            worker.fatal = worker.fatal or RuntimeError(f"the {self.name} thread ended: {describe_error(error)}")
+            log.critical("%s", worker.fatal, exc_info=True)
 
     def run(self) -> None:
         backoff, worker = Backoff(), self.worker
@@ -1696,7 +1688,7 @@ class Loop:
                     self.wait(delay)
             except psycopg.Error as error:
                 self.failed(error)
-                # not for the bell, which tasks set as they end: the next stage of stopping ends it
+                # Not for the bell, which tasks set as they end: the next stage of stopping ends it.
                 stages = (worker.draining, worker.releasing, worker.stopped)
                 next((stage for stage in stages if not stage.is_set()), worker.stopped).wait(backoff.next())
         self.close()
@@ -1712,28 +1704,29 @@ class Loop:
         self.link.close()
 
     def failed(self, error: psycopg.Error) -> None:
-        self.log_error(self.name, error)
+        self.log_error("", error)
 
     def log_error(self, what: str, error: psycopg.Error) -> None:
         """Count an error and log it: a repeated one at its 1st, 2nd, 4th, 8th … time, until a round without any."""
         self.worker.counters.error(error)
-        line = f"{what}: database: {database_problem(error)}"
+        line = f"{self.name}{what}: database: {database_problem(error)}"
         self._said[line] += 1
         times = self._said[line]
         if times & (times - 1) == 0:
             again = f" ({times} times)" if times > 1 else ""
-            log.warning("%s%s", line, again, extra={"sqlstate": error.sqlstate, "worker": self.worker.id})
+            self.worker.log(logging.WARNING, "%s%s", line, again, sqlstate=error.sqlstate)
 
-    def attempt(self, chore: Callable[..., object], *args: Any) -> bool:
-        """Do one chore; what the database refuses of it must not hold up the others. Raises psycopg.Error for the rest."""
+    def pass_over(self, what: str, error: psycopg.Error) -> None:
+        """What the database refuses of one chore or task must not hold up the others. Raises all other errors."""
+        if not is_refusal(error) or error.sqlstate == DECLARED_DEAD:
+            raise error
+        self.log_error(f", {what.strip('_').replace('_', ' ')}", error)
+
+    def attempt(self, chore: Callable[[], object]) -> None:
         try:
-            chore(*args)
-            return True
+            chore()
         except psycopg.Error as error:
-            if not is_refusal(error) or error.sqlstate == DECLARED_DEAD:
-                raise
-            self.log_error(f"{self.name}, {getattr(chore, '__name__', '').strip('_').replace('_', ' ')}", error)
-            return False
+            self.pass_over(getattr(chore, "__name__", ""), error)
 
 
 class ClaimLoop(Loop):
@@ -1743,20 +1736,25 @@ class ClaimLoop(Loop):
 
     def __init__(self, worker: Worker) -> None:
         super().__init__(worker, worker.pool.room)
-        # All of this is its own thread's.
         self.types = texts(sorted(worker.router.patterns()))
-        self.arrived: list[Row] = []                # claimed, handed out while the next claim is made
-        self.arrived_at = 0.0                       # monotonic: when their claim was sent
-        self.claiming_as = ""                       # the worker id of the last claim
-        self.mean_payload = 1.0                     # characters, in the last claim
-        self.largest_payload = 1                    # characters, of all claims since the worker held nothing
-        self.asked_bytes = PAYLOAD_LIMIT            # of the last claim
-        self.idle = False                           # what the database knows: producers notify idle workers
-        self.full_claims = 0                        # in a row
-        self.listening: object = None               # the connection that listens
-        self.heard = False                          # a notification came
-        self.fruitless = 0                          # looks in a row that a notification caused and that found nothing
-        self.promote_at = self.forgotten_at = 0.0   # monotonic
+        # All below is written by its own thread. Claimed, and handed out while the next claim is made; when it was sent.
+        self.arrived: list[Row] = []
+        self.arrived_at = 0.0
+        # Of the last claim: the worker id, the bytes it asked for, the mean length of its payloads; and the largest
+        # payload since the worker held nothing.
+        self.claiming_as = ""
+        self.asked_bytes = PAYLOAD_LIMIT
+        self.mean_payload, self.largest_payload = 1.0, 1
+        # Whether the database knows that this worker is idle: producers notify idle workers. Claims in a row that
+        # brought all they might.
+        self.idle = False
+        self.full_claims = 0
+        # The connection that listens; whether a notification came; how many in a row found nothing.
+        self.listening: object = None
+        self.heard = False
+        self.fruitless = 0
+        # monotonic
+        self.promote_at = self.forgotten_at = 0.0
 
     def ended(self) -> bool:
         return self.worker.draining.is_set()
@@ -1765,31 +1763,31 @@ class ClaimLoop(Loop):
         if error.sqlstate == DECLARED_DEAD:
             self.worker.declared_dead(self.claiming_as)
             return
-        self.idle = False   # unknown: to be said again
+        # Unknown: to be said again.
+        self.idle = False
         self.forgotten_at = 0.0
         super().failed(error)
 
     def poll(self) -> float:
-        worker, pool, config = self.worker, self.worker.pool, self.worker.config
+        worker, pool = self.worker, self.worker.pool
         if not worker.registered.wait(0.5):
             return 0.0
-        self.bell.clear()   # first: whatever sets it from here on is not missed
-        self.heard, heard = False, self.heard
+        # First: whatever sets it from here on is not missed.
+        self.bell.clear()
+        heard, self.heard = self.heard, False
         self._listen()
         self.claiming_as = worker.id
-        now = time.monotonic()
-        if now >= self.promote_at:
-            self.attempt(self._promote_due)
-        if now >= self.forgotten_at:
-            self.attempt(self._release_forgotten)
-        wait = max(0.0, min(config.claim_interval, self.promote_at - now))
-        found = False
+        for chore, due in ((self._promote_due, self.promote_at), (self._release_forgotten, self.forgotten_at)):
+            if time.monotonic() >= due:
+                self.attempt(chore)
+        wait = max(0.0, min(worker.config.claim_interval, self.promote_at - time.monotonic()))
         try:
             while True:
-                pool.wanted = True   # before looking: whoever makes room from here on wakes this loop
+                # Before looking: whoever makes room from here on wakes this loop.
+                pool.wanted = True
                 room = self._room()
                 if room <= 0:
-                    if self.idle and pool.idle() == 0:
+                    if pool.idle() == 0:
                         self._set_idle(False)
                     return wait
                 pool.wanted = False
@@ -1797,20 +1795,18 @@ class ClaimLoop(Loop):
                 # A claim may be cut short by its bytes, and a large one by its types, of which SQL looks at 1,000.
                 if len(self.arrived) < min(room, 500, max(1, self.asked_bytes // 262_144)):
                     break
-                self.full_claims += 1   # there may be more: don't wait, and don't have producers notify
-                if self.idle and self.full_claims > 3:
+                # There may be more: don't wait, and don't have producers notify.
+                self.full_claims += 1
+                if self.full_claims > 3:
                     self._set_idle(False)
                 if worker.draining.is_set() or time.monotonic() >= self.promote_at:
                     return 0.0
         finally:
             self._hand_out()
-        worker.reached_at = time.monotonic()
         self.fruitless = self.fruitless + 1 if heard and not found else 0
         self.full_claims = 0
-        if not self.idle:   # from now on producers notify; look once more for what came before they knew
-            self._set_idle(True)
-            return 0.0
-        return wait
+        # From now on producers notify; look once more for what came before they knew.
+        return 0.0 if self._set_idle(True) else wait
 
     def _claim(self, room: int) -> bool:
         started = time.monotonic()
@@ -1818,8 +1814,9 @@ class ClaimLoop(Loop):
         self.asked_bytes = self._bytes_left()
         rows = self.link.call("claim_tasks", self.claiming_as, self.types, room, self.asked_bytes, meanwhile=hand_out)
         self.arrived, self.arrived_at = rows, started
+        self.worker.reached_at = time.monotonic()
         with self.worker.counters.lock:
-            self.worker.counters.claim_seconds.add([time.monotonic() - started])
+            self.worker.counters.claim_seconds.add([self.worker.reached_at - started])
         return bool(rows)
 
     def _bytes_left(self) -> int:
@@ -1833,74 +1830,77 @@ class ClaimLoop(Loop):
         return max(0, PAYLOAD_LIMIT - held)
 
     def _promote_due(self) -> None:
-        self.promote_at = time.monotonic() + self.worker.config.claim_interval   # also if it fails
+        # Also if it fails.
+        self.promote_at = time.monotonic() + self.worker.config.claim_interval
         next_in = self.link.call("promote_due")[0][1]
         if next_in is not None:
             self.promote_at = min(self.promote_at, time.monotonic() + max(0.005, float(next_in) + 0.001))
 
     def _release_forgotten(self) -> None:
-        """A claim may have been committed although its answer was lost: nobody would run its tasks while this worker
-        lives. Only this thread claims, so it knows of all others. Repeated, since the lost call may still be under way."""
+        """Give back what was claimed although the answer was lost: nobody would run it while this worker lives.
+
+        Only this thread claims, so it knows of all other claims. Repeated, since the lost call may still be under way.
+        """
         self.forgotten_at = time.monotonic() + 10.0
         known = {task.claim_id for task in list(self.worker.tasks.values())} | {row[0] for row in self.arrived}
         released = self.link.call("release_forgotten", self.worker.id, array(known))[0][0]
         if released:
-            log.warning("gave %d tasks back whose claim got no answer", released, extra={"worker": self.worker.id})
+            self.worker.log(logging.WARNING, "gave %d tasks back whose claim got no answer", released)
 
-    def _set_idle(self, idle: bool) -> None:
-        self.link.call("set_idle", self.worker.id, idle)
-        self.idle = idle
+    def _set_idle(self, idle: bool) -> bool:
+        """Tell the database, if it doesn't know; returns whether it didn't."""
+        changed = self.idle != idle
+        if changed:
+            self.link.call("set_idle", self.worker.id, idle)
+            self.idle = idle
+        return changed
 
     def _room(self) -> int:
         pool, arrived = self.worker.pool, len(self.arrived)
-        prefetch, idle = min(pool.prefetch(), self._hold_max()), pool.idle()
-        # unreported tasks count, too
+        prefetch, idle = self.prefetch(), pool.idle()
+        # Unreported tasks count, too.
         limit = int(1.5 * self._hold_max()) + pool.size - len(self.worker.tasks) - arrived
-        if not self._bytes_left():
-            return 0
         in_hand = len(pool.ready) + len(self.worker.reports.careful) + arrived
-        if in_hand > CLAIM_AT * prefetch and in_hand >= idle:
+        if not self._bytes_left() or (in_hand > CLAIM_AT * prefetch and in_hand >= idle):
             return 0
         return min(limit, idle + prefetch - in_hand, CLAIM_MAX)
 
     def _hold_max(self) -> int:
         return int(min(PREFETCH_MAX, max(1.0, PAYLOAD_LIMIT / self.mean_payload)))
 
+    def prefetch(self) -> int:
+        return min(self.worker.pool.prefetch(), self._hold_max())
+
     def _hand_out(self) -> None:
         """Turn the rows that arrived into tasks for the pool; what was recovered from a dead worker starts with care."""
-        worker, rows = self.worker, self.arrived
-        self.arrived = []
+        worker, rows, self.arrived = self.worker, self.arrived, []
         if not rows:
             return
         lengths = [len(row[3]) for row in rows]
-        self.mean_payload, self.largest_payload = max(1.0, sum(lengths) / len(rows)), max(self.largest_payload, *lengths)
-        ready = []
-        handlers: dict[str, Handler | None] = {}
+        self.mean_payload = max(1.0, sum(lengths) / len(rows))
+        self.largest_payload = max(self.largest_payload, *lengths)
+        ready, careful = [], []
+        handlers = {kind: worker.router.find(kind) for kind in {row[2] for row in rows}}
         for row in rows:
-            kind = row[2]
-            if kind not in handlers:
-                handlers[kind] = worker.router.find(kind)
-            handler = handlers[kind]
+            handler = handlers[row[2]]
             if handler is None:
                 continue   # cannot be, since the types are the router's
             task = Task(worker, row, handler)
             task.claimed = self.arrived_at
             worker.tasks[task.id] = task
-            if row[9]:
-                worker.reports.careful.append(task)
-            else:
-                ready.append(task)
+            (careful if row[9] else ready).append(task)
         worker.pool.put(ready)
-        if worker.id != self.claiming_as:   # declared dead meanwhile: these were not yet in hand when it stopped the others
-            for row in rows:
-                if row[1] in worker.tasks:
-                    worker.tasks[row[1]].cancel("lost")
-        if worker.reports.careful:
+        if careful:
+            worker.reports.careful.extend(careful)
             worker.pool.news.set()
+        # Declared dead meanwhile: these were not yet in hand when it stopped the others.
+        if worker.id != self.claiming_as:
+            for task in (*ready, *careful):
+                task.cancel("lost")
 
     # ------------------------------------------------------------------------------------------- notifications
     def _listen(self) -> None:
-        """Receive notifications over the connection that claims; behind a pooler there are none, and polling has to do."""
+        """Receive notifications over the connection that claims; behind a pooler there are none: it polls."""
         connection = self.link.open()
         if connection is self.listening:
             return
@@ -1918,26 +1918,26 @@ class ClaimLoop(Loop):
             self.heard = True
 
     def wait(self, delay: float) -> None:
-        """Wait until someone in this process sets the bell, or a notification comes. Raises psycopg.OperationalError."""
-        until = time.monotonic() + delay
-        connection = self.link.connection
+        """Wait until someone in this process sets the bell, or a notification comes."""
+        until, connection = time.monotonic() + delay, self.link.connection
         # A flood of notifications costs at most some 20 looks a second.
         if self.fruitless > 10:
             self._poll_for(min(delay, 0.05, 0.001 * 2 ** (self.fruitless - 10)), None)
-        self._drain(connection)   # what came along with the last answer
+        # What came along with the last answer.
+        self._drain(connection)
         while not (self.heard or self.bell.is_set() or self.ended()) and (left := until - time.monotonic()) > 0:
             self.moved_at = time.monotonic()
             self._poll_for(min(left, 1.0), connection)
 
     def _poll_for(self, seconds: float, connection: psycopg.Connection[Row] | None) -> None:
-        poll = select.poll()   # not select(), which takes descriptors below 1024 only
-        poll.register(self.bell, select.POLLIN)   # type: ignore[arg-type]
+        bell, poll = self.worker.pool.room, select.poll()   # not select(), which takes descriptors below 1024 only
+        poll.register(bell, select.POLLIN)
         if connection is not None and not connection.closed:
             poll.register(connection, select.POLLIN)
-        ready = [descriptor for descriptor, _ in poll.poll(seconds * 1000)]
-        if self.bell.fileno() in ready and not self.bell.is_set():   # type: ignore[union-attr]
-            self.bell.drain()   # type: ignore[union-attr]  # of two threads that set it at the same moment
-        if connection is not None and not connection.closed and connection.fileno() in ready:
+        ready = {descriptor for descriptor, _ in poll.poll(seconds * 1000)}
+        if bell.fileno() in ready and not bell.is_set():
+            bell.drain()   # of two threads that set it at the same moment
+        if connection is not None and ready - {bell.fileno()}:
             connection.pgconn.consume_input()
             self._drain(connection)
 
@@ -1953,19 +1953,22 @@ class ReportLoop(Loop):
 
     def __init__(self, worker: Worker) -> None:
         super().__init__(worker, worker.pool.news)
-        self.link = Link(worker.config, lock_timeout="1s")   # a row that someone has locked must not hold up the others
-        self.careful: collections.deque[Task] = collections.deque()    # claim loop adds, this thread takes: not yet marked
-        self.progress: dict[str, tuple[Task, str]] = {}                # pool threads add, this thread takes
-        self.cancels_at = 0.0                                          # monotonic; any thread: when to look for them next
-        # All below is its own thread's.
+        # A row that someone has locked must not hold up the others.
+        self.link = Link(worker.config, lock_timeout="1s")
+        # The claim loop adds, this thread takes: recovered tasks that wait for their start.
+        self.careful: collections.deque[Task] = collections.deque()
+        # Pool threads add, this thread takes.
+        self.progress: dict[str, tuple[Task, str]] = {}
+        # Written by any thread: when to look for cancellations (monotonic, as all times here).
+        self.cancels_at = 0.0
+        # All below is written by its own thread. locked: when to try again with a task's row, alone.
         self.unreported: list[Task] = []
-        self.locked: dict[Task, float] = {}                            # monotonic: when to try again with this row, alone
+        self.locked: dict[Task, float] = {}
         self.last_careful: tuple[Task | None, float] = (None, 0.0)
-        self.last_look = self.progress_at = self.net_at = 0.0          # monotonic
-        self.pause_until = 0.0                                         # monotonic
+        self.last_look = self.progress_at = self.net_at = self.pause_until = 0.0
         self.missing: set[Task] = set()
-        self.since_rate_line = 0                                       # tasks completed since then
-        self.rate_line_at = time.monotonic()
+        # Tasks completed since that time.
+        self.completed, self.completed_since = 0, time.monotonic()
         self.done = False
         self.hooks: concurrent.futures.ThreadPoolExecutor | None = None
 
@@ -1974,99 +1977,98 @@ class ReportLoop(Loop):
 
     def wait(self, delay: float) -> None:
         super().wait(delay)
-        # small reports keep their distance, but not while the worker drains
+        # Small reports keep their distance, but not while the worker drains.
         self.worker.draining.wait(max(0.0, self.pause_until - time.monotonic()))
 
     def poll(self) -> float:
         worker = self.worker
-        releasing = worker.releasing.is_set()   # before the work: the last round must have seen it
+        # Before the work: the last round must have seen it.
+        releasing = worker.releasing.is_set()
         self.bell.clear()
         try:
             self._collect()
             if self.unreported or self.locked:
-                # a drain's reports are large: no pause
+                # A drain's reports are large: no pause.
                 self.pause_until = time.monotonic() + REPORT_PAUSE if len(self.unreported) < 100 else 0.0
-                self._report()
+                self._report_all()
                 worker.reached_at = time.monotonic()
-            for chore in (self._give_back, self._mark_running, self._start_with_care, self._send_progress, self._see_cancellations):
+            for chore in (self._give_back, self._mark_running, self._start_with_care, self._send_progress,
+                          self._see_cancellations):
                 self.attempt(chore)
             self._catch_dropped()
         finally:
             self.unreported = [task for task in self.unreported if task.ended != "reported"]
             if worker.pool.wanted:   # what was reported or given back has made room
                 worker.pool.room.set()
-        self._rate_line()
-        if releasing and not worker.pool.finished and not self.unreported:
-            self._rate_line(last=True)
-            self.done = True
+        self.done = releasing and not worker.pool.finished and not self.unreported
+        self._log_rate()
         if any(task not in self.locked for task in self.unreported):
             return 0.0   # refused, and reworded
         return 0.02 if self.careful else 0.1 if worker.pool.running() else 1.0
 
     def _collect(self) -> None:
         pool = self.worker.pool
-        # each once, though a thread that was ended from outside may have put it there twice
-        batch = [task for task in dict.fromkeys([pool.finished.popleft() for _ in range(len(pool.finished))])
-                 if task.ended != "reported"]
-        pool.measure(batch)
-        for task in batch:
+        # Each once, though a thread that was ended from outside may have put it there twice.
+        batch = dict.fromkeys([pool.finished.popleft() for _ in range(len(pool.finished))])
+        tasks = [task for task in batch if task.ended != "reported"]
+        pool.measure(tasks)
+        for task in tasks:
             if task.ended == "transaction":
-                self.worker.counters.ended(task, "completed")
-                self._log_completed([task])
-                self.worker.forget(task)
+                self._settle(task, "completed")
             elif task.ended == "abandoned":   # a stand-in reports for it, and has it forgotten then
                 self.worker.counters.ended(task, "rejected")
             else:
                 self.unreported.append(task)
 
+    # ----------------------------------------------------------------------------- calls for many tasks at once
+    def _together(self, call: Callable[[list[Task]], object], tasks: list[Task],
+                  refused: Callable[[Task, psycopg.Error], None]) -> None:
+        """Make one call for these tasks, or two for each half if it is too large, or refused because of one of them."""
+        if len(tasks) == 1 or sum(len(task.outcome.text or "") for task in tasks if task.outcome) <= CALL_LIMIT:
+            try:
+                call(tasks)
+                return
+            except psycopg.Error as error:
+                if not is_refusal(error):
+                    raise   # not the tasks' doing
+                if len(tasks) == 1:
+                    refused(tasks[0], error)
+                    return
+        middle = len(tasks) // 2
+        self._together(call, tasks[:middle], refused)
+        self._together(call, tasks[middle:], refused)
+
+    def _for_each_claim(self, call: Callable[[list[Task]], object], tasks: Iterable[Task]) -> None:
+        for group in grouped((task for task in tasks if task not in self.locked), claim_of).values():
+            self._together(call, group, self._put_off)
+
+    def _put_off(self, task: Task, error: psycopg.Error) -> None:
+        self.log_error(f", task {task.id}", error)
+        self.locked[task] = time.monotonic() + LOCKED_SECONDS
+
     # ------------------------------------------------------------------------------------------------ reporting
-    def _report(self) -> None:
-        now, by_kind = time.monotonic(), collections.defaultdict[str, list[Task]](list)
-        for task in self.unreported:
-            if task in self.locked:
-                continue
-            by_kind[task.outcome.kind if task.outcome is not None else "plain"].append(task)
-        self._report_each(by_kind)
+    def _report_all(self) -> None:
+        now = time.monotonic()
+        self._report([task for task in self.unreported if task not in self.locked])
         for task in [task for task, at in self.locked.items() if now >= at]:
             del self.locked[task]
             if task in self.unreported:
-                self._report_each({task.outcome.kind if task.outcome is not None else "plain": [task]})
+                self._report([task])
 
-    def _report_each(self, by_kind: Mapping[str, list[Task]]) -> None:
-        for kind, tasks in by_kind.items():
-            if kind in ("plain", "completed"):
-                for batch in _batches(tasks):
-                    self._isolate(self._report_completed, batch, self._refused)
-            elif kind == "failed":
-                self._isolate(self._report_failed, tasks, self._refused)
+    def _report(self, tasks: list[Task]) -> None:
+        single = {"snoozed": self._report_snoozed, "released": self._report_released}
+        for kind, group in grouped(tasks, lambda task: task.outcome.kind if task.outcome else "").items():
+            if kind in single:
+                for task in group:
+                    self._together(single[kind], [task], self._refused)
             else:
-                for task in tasks:
-                    self._isolate(self._report_snoozed if kind == "snoozed" else self._report_released, [task], self._refused)
-
-    def _isolate(self, call: Callable[[list[Task]], None], tasks: list[Task],
-                 refused: Callable[[Task, psycopg.Error], None]) -> None:
-        """Make a call for many tasks; if the database refuses one of them, make it for the others all the same."""
-        try:
-            call(tasks)
-        except psycopg.Error as error:
-            if not is_refusal(error):
-                raise   # not the tasks' doing
-            if len(tasks) > 1:
-                middle = len(tasks) // 2
-                self._isolate(call, tasks[:middle], refused)
-                self._isolate(call, tasks[middle:], refused)
-            else:
-                refused(tasks[0], error)
-
-    def _put_off(self, task: Task, error: psycopg.Error) -> None:
-        self.log_error(f"task {task.id}", error)
-        self.locked[task] = time.monotonic() + 5.0
+                self._together(self._report_failed if kind == "failed" else self._report_completed, group, self._refused)
 
     def _refused(self, task: Task, error: psycopg.Error) -> None:
         if (error.sqlstate or "")[:2] in ("40", "55"):
             self._put_off(task, error)   # someone has locked its row, or was quicker
             return
-        self.log_error(f"report of task {task.id}", error)
+        self.log_error(f", outcome of task {task.id}", error)
         before, text = task.outcome, "its outcome could not be recorded"
         if before is not None and (before.text or "").startswith(text):
             self._settle(task, "rejected")   # nothing more can be said of it: _release_forgotten() gives it back
@@ -2074,129 +2076,123 @@ class ReportLoop(Loop):
             task.outcome = Outcome("failed", ascii(f"{text}: {error_line(error)}"[:ERROR_LIMIT])[1:-1])
 
     def _report_completed(self, tasks: list[Task]) -> None:
-        by_claim: dict[int, list[Task]] = {}
-        for task in tasks:
-            by_claim.setdefault(task.claim_id, []).append(task)
-        ordered = [task for group in by_claim.values() for task in group]
-        results = None if tasks[0].outcome is None else texts([task.outcome.text for task in ordered if task.outcome])
+        """Report tasks that all returned something, or all returned nothing."""
+        by_claim = grouped(tasks, claim_of)
+        tasks = [task for group in by_claim.values() for task in group]
+        results = None if tasks[0].outcome is None else texts([task.outcome.text for task in tasks if task.outcome])
         exceptions: dict[str, str] = dict(self.link.call(
-            "complete_tasks", array(by_claim), array(map(len, by_claim.values())), array([t.id for t in ordered]), results))
+            "complete_tasks", array(by_claim), array(map(len, by_claim.values())), array([t.id for t in tasks]), results))
         if exceptions:
-            for task in ordered:
+            for task in tasks:
                 if task.id in exceptions:
                     self._settle(task, exceptions[task.id])
-            ordered = [task for task in ordered if task.id not in exceptions]
-        counts: collections.Counter[str] = collections.Counter()
+            tasks = [task for task in tasks if task.id not in exceptions]
         forget = self.worker.tasks.pop
-        for task in ordered:
+        for task in tasks:
             task.ended = "reported"
-            counts[task.type] += 1
             forget(task.id, None)
             if task.outcome is not None and task.outcome.lost:
                 self._note_lost_result(task, task.outcome.lost)
-        self.worker.counters.completed_many(counts)
-        self._log_completed(ordered)
+        self.worker.counters.completed_many(collections.Counter([task.type for task in tasks]))
+        self._log_completed(tasks)
 
     def _note_lost_result(self, task: Task, problem: str) -> None:
         log.warning("task %s %s completed, but its result could not be kept: %s", task.type, task.id, problem)
-        self.attempt(self.link.call, "note_lost_result", task.id, problem)
+        self.attempt(functools.partial(self.link.call, "note_lost_result", task.id, problem))
 
     def _report_failed(self, tasks: list[Task]) -> None:
         outcomes = [task.outcome or INTERRUPTED for task in tasks]
-        rows: dict[str, str] = dict(self.link.call(
-            "fail_tasks", array([task.claim_id for task in tasks]), array([task.id for task in tasks]),
+        statuses: dict[str, str] = dict(self.link.call(
+            "fail_tasks", array(map(claim_of, tasks)), array([task.id for task in tasks]),
             texts([o.text for o in outcomes]), texts([o.traceback for o in outcomes]),
             texts([_interval(o.after) for o in outcomes]), array([o.permanent for o in outcomes])))
         for task in tasks:
-            self._settle(task, rows[task.id])
+            self._settle(task, statuses[task.id])
 
     def _report_snoozed(self, tasks: list[Task]) -> None:
-        [task] = tasks
-        delay = _interval(task.outcome.after if task.outcome else 0.0)
-        self._settle(task, str(self.link.call("snooze_task", task.claim_id, task.id, delay)[0][0]))
+        for task in tasks:
+            delay = _interval(task.outcome.after if task.outcome else 0.0)
+            self._settle(task, self.link.call("snooze_task", task.claim_id, task.id, delay)[0][0])
 
     def _report_released(self, tasks: list[Task]) -> None:
-        [task] = tasks
-        released = self.link.call("release_tasks", task.claim_id, array([task.id]))[0][0]
-        self._settle(task, "rejected" if not released else
-                     "cancelled" if task.cancel_reason == "cancelled" else "released")
+        for task in tasks:
+            released = self.link.call("release_tasks", task.claim_id, array([task.id]))[0][0]
+            self._settle(task, "rejected" if not released else
+                         "cancelled" if task.cancel_reason == "cancelled" else "released")
 
     def _settle(self, task: Task, status: str) -> None:
+        hooks = self.worker.router.dead_letter_hooks
         task.ended = "reported"
         self.worker.forget(task)
         self.worker.counters.ended(task, status)
-        self._log_end(task, status)
-        if status == "dead_letter" and self.worker.router.dead_letter_hooks:
-            if self.hooks is None:   # a thread of its own, since a hook may take long
-                self.hooks = concurrent.futures.ThreadPoolExecutor(1, "dead-letter-hooks")
-            self.hooks.submit(_call_hooks, self.worker.router.dead_letter_hooks, task)
+        if status == "completed":
+            self._log_completed([task])
+        else:
+            self._log_end(task, status)
+        if status == "dead_letter" and hooks:
+            # A thread of its own, since a hook may take long.
+            self.hooks = self.hooks or concurrent.futures.ThreadPoolExecutor(1, "dead-letter-hooks")
+            self.hooks.submit(_call_hooks, hooks, task)
 
     def _log_end(self, task: Task, status: str) -> None:
         level = logging.INFO if status in ("completed", "cancelled", "snoozed", "released") else logging.WARNING
-        error = (task.outcome.text or "")[:1000] if task.outcome is not None and task.outcome.kind == "failed" else None
         fields: dict[str, Any] = {"task_id": task.id, "type": task.type, "attempt": task.attempt,
                                   "worker": task.worker_id, "duration": round(task.seconds, 4)}
+        if task.outcome is not None and task.outcome.kind == "failed":
+            fields["error"] = (task.outcome.text or "")[:1000]
         log.log(level, "task %s: %s %s, attempt %d, %.3f s%s", status, task.type, task.id, task.attempt, task.seconds,
-                "" if error is None else f": {error}", extra=fields if error is None else {**fields, "error": error})
+                f": {fields['error']}" if "error" in fields else "", extra=fields)
 
     def _log_completed(self, tasks: list[Task]) -> None:
-        """A line for each task while they are few; a rate line every 10 seconds while they are many."""
-        self.since_rate_line += len(tasks)
-        if self.since_rate_line <= 20 or log.isEnabledFor(logging.DEBUG):
+        """Log each while they are few; while they are many, _log_rate() does every 10 seconds."""
+        self.completed += len(tasks)
+        if self.completed <= 20 or log.isEnabledFor(logging.DEBUG):
             for task in tasks:
                 self._log_end(task, "completed")
 
-    def _rate_line(self, last: bool = False) -> None:
-        now = time.monotonic()
-        if last or now - self.rate_line_at >= 10:
-            count, seconds = self.since_rate_line, now - self.rate_line_at
+    def _log_rate(self) -> None:
+        count, seconds = self.completed, time.monotonic() - self.completed_since
+        if seconds >= 10 or self.done:
             if count > 20:
-                log.info("%d tasks completed in the last %.0f s (%.0f/s)", count, seconds, count / seconds,
-                         extra={"worker": self.worker.id})
-            self.since_rate_line, self.rate_line_at = 0, now
+                self.worker.log(logging.INFO, "%d tasks completed in the last %.0f s (%.0f/s)",
+                                count, seconds, count / seconds)
+            self.completed, self.completed_since = 0, time.monotonic()
 
     # --------------------------------------------------------------------------------------------- tasks in hand
     def _give_back(self) -> None:
         """While draining, or when others could start it sooner: give back what has not started."""
-        worker = self.worker
-        if not (worker.draining.is_set() or worker.pool.overloaded()):
+        worker, draining = self.worker, self.worker.draining.is_set()
+        if not (draining or worker.pool.overloaded()):
             return
         taken = worker.pool.take_all()
-        while worker.draining.is_set() and self.careful:
+        while draining and self.careful:
             taken.append(self.careful.popleft())
         try:
-            self._for_each_claim(self._release, [*taken, *(self._give_up() if worker.releasing.is_set() else [])])
+            self._for_each_claim(self._release, [*taken, *self._give_up()])
         finally:
-            kept = [task for task in taken if task.id in worker.tasks]   # they are still ours
-            if worker.draining.is_set():
-                self.careful.extend(kept)   # to be given back in the next round
+            # They are still ours; in the next round they are given back.
+            kept = [task for task in taken if task.id in worker.tasks]
+            if draining:
+                self.careful.extend(kept)
             else:
                 worker.pool.put(kept)
         if len(taken) > len(kept):
-            log.info("gave %d tasks back that had not started", len(taken) - len(kept), extra={"worker": worker.id})
-
-    def _release(self, tasks: list[Task]) -> None:
-        self.link.call("release_tasks", tasks[0].claim_id, array([task.id for task in tasks]))
-        for task in tasks:
-            self.worker.forget(task)
-
-    def _for_each_claim(self, call: Callable[[list[Task]], None], tasks: Iterable[Task]) -> None:
-        by_claim: dict[int, list[Task]] = {}
-        for task in tasks:
-            if task not in self.locked:
-                by_claim.setdefault(task.claim_id, []).append(task)
-        for group in by_claim.values():
-            self._isolate(call, group, self._put_off)
+            worker.log(logging.INFO, "gave %d tasks back that had not started", len(taken) - len(kept))
 
     def _give_up(self) -> list[Task]:
         """What still runs after the grace period: asked to stop once more, its late outcome is not reported."""
-        running = [task for task in self.worker.pool.running()
-                   if task.ended in ("", "abandoned") and task.id in self.worker.tasks]
+        running = [task for task in self.worker.pool.running() if self.worker.releasing.is_set()
+                   and task.ended in ("", "abandoned") and task.id in self.worker.tasks]
         for task in running:
             task.ended = "abandoned"
             if task.on_cancel is not None:
                 task.on_cancel()
         return running
+
+    def _release(self, tasks: list[Task]) -> None:
+        self.link.call("release_tasks", tasks[0].claim_id, array([task.id for task in tasks]))
+        for task in tasks:
+            self.worker.forget(task)
 
     def _mark_running(self) -> None:
         before = time.monotonic() - MARK_RUNNING_AFTER
@@ -2204,75 +2200,69 @@ class ReportLoop(Loop):
             self._mark, [task for task in self.worker.pool.running() if not task.marked and task.started < before])
 
     def _mark(self, tasks: list[Task]) -> None:
-        self.link.call("start_tasks", tasks[0].claim_id, array([task.id for task in tasks]))
+        started = self.link.call("start_tasks", tasks[0].claim_id, array([task.id for task in tasks]))[0][0]
         for task in tasks:
-            task.marked = True
+            task.marked = bool(task.started or started)
 
     def _start_with_care(self) -> None:
-        """Start one task that was recovered from a dead worker: durably marked first, and not together with another one,
-        so that the task that kills its worker is charged for it, and its neighbours are not."""
-        last, at = self.last_careful
-        pool, now = self.worker.pool, time.monotonic()
-        if not self.careful or pool.idle() == 0 or self.worker.draining.is_set():
+        """Start one recovered task: durably marked first, and not together with another one, so that the task that
+        kills its worker is charged for it, and its neighbours are not."""
+        (last, at), worker, now = self.last_careful, self.worker, time.monotonic()
+        if not self.careful or worker.pool.idle() == 0 or worker.draining.is_set():
             return
-        if last is not None and last.id in self.worker.tasks and (not last.started or now - at < CAREFUL_SECONDS):
+        if last is not None and last.id in worker.tasks and (not last.started or now - at < CAREFUL_SECONDS):
             return
         task = self.careful[0]
-        self.careful.rotate(-1)   # if this one can't be started now, the next one is tried in the next round
+        # If this one can't be started now, the next one is tried in the next round.
+        self.careful.rotate(-1)
+        if task.cancel_reason is None:
+            self._for_each_claim(self._mark, [task])
         if task in self.locked:
             return
-        try:
-            started = (task.cancel_reason is None
-                       and self.link.call("start_tasks", task.claim_id, array([task.id]))[0][0] == 1)
-        except psycopg.Error as error:
-            if not is_refusal(error):
-                raise
-            self._put_off(task, error)
-            return
         self.careful.remove(task)
-        if not started:
+        if task.marked:
+            self.last_careful = (task, now)
+            worker.pool.put_first(task)
+        else:
             task.outcome = Outcome("released")
             self.unreported.append(task)
             self.bell.set()
-            return
-        task.marked = True
-        self.last_careful = (task, now)
-        pool.put_first(task)
 
     def _send_progress(self) -> None:
         now = time.monotonic()
-        if self.progress and now >= self.progress_at:
-            self.progress_at = now + 0.5
-            for task_id in list(self.progress):
-                if self.progress[task_id][0] in self.locked:
-                    continue
-                task, text = self.progress.pop(task_id)
-                if not task.ended and not self.attempt(self.link.call, "record_progress", task.claim_id, task_id, text):
-                    self.locked[task] = now + 5.0
+        if not self.progress or now < self.progress_at:
+            return
+        self.progress_at = now + 0.5
+        for task_id, (task, _) in list(self.progress.items()):
+            if task not in self.locked:
+                text = self.progress.pop(task_id)[1]
+                if not task.ended:
+                    call = functools.partial(self.link.call, "record_progress", task.claim_id, task_id, text)
+                    self._together(lambda tasks, call=call: call(), [task], self._put_off)
 
     def look_for_cancellations(self) -> None:
-        """From any thread: there may be some. However often this is called, they are looked for ten times a second at most."""
+        """From any thread: there may be some. They are looked for at most ten times a second, however often."""
         self.cancels_at = self.last_look + 0.1
         self.bell.set()
 
     def _see_cancellations(self) -> None:
         """Once a second while something runs that lasts, and when a notification hints at one."""
-        now = time.monotonic()
-        if self.worker.tasks and now >= self.cancels_at and self.worker.registered.is_set():
+        now, worker = time.monotonic(), self.worker
+        if worker.tasks and now >= self.cancels_at and worker.registered.is_set():
             self.last_look, self.cancels_at = now, now + 1.0
-            for (task_id,) in self.link.call("cancelling_tasks", self.worker.id):
-                task = self.worker.tasks.get(task_id)
-                if task is not None:
+            for (task_id,) in self.link.call("cancelling_tasks", worker.id):
+                if (task := worker.tasks.get(task_id)) is not None:
                     task.cancel("cancelled")
 
     def _catch_dropped(self) -> None:
-        """A net: what an asynchronous exception made a thread drop is in nobody's hands. Twice in a row, 10 s apart, and
-        it is given back, or reported if it had started."""
+        """A net: what an asynchronous exception made a thread drop is in nobody's hands. Twice in a row, 10 s apart,
+        and it is given back, or reported if it had started."""
         now, worker, pool = time.monotonic(), self.worker, self.worker.pool
         if now < self.net_at:
             return
         self.net_at = now + 10.0
-        held = set(worker.tasks.values())   # first: what moves meanwhile is seen where it goes
+        # First: what moves meanwhile is seen where it goes.
+        held = set(worker.tasks.values())
         seen = {*pool.ready.copy(), *self.careful.copy(), *pool.running(), *pool.finished.copy(), *self.unreported}
         missing = {task for task in held - seen if not task.ended and task.id in worker.tasks}
         for task in missing & self.missing:
@@ -2281,6 +2271,10 @@ class ReportLoop(Loop):
                 task.outcome = Outcome("released")
             self.unreported.append(task)
         self.missing = missing
+
+
+def claim_of(task: Task) -> int:
+    return task.claim_id
 
 
 async def _value_of(awaitable: Awaitable[Any]) -> Any:
@@ -2297,29 +2291,17 @@ def _call_hooks(hooks: Sequence[DeadLetterHook], task: Task) -> None:
             log.error("on_dead_letter: %s", describe_error(error))
 
 
-def _batches(tasks: list[Task]) -> Iterator[list[Task]]:
-    """These tasks, in lists whose results are below CALL_LIMIT together."""
-    batch: list[Task] = []
-    size = 0
-    for task in tasks:
-        length = len(task.outcome.text or "") if task.outcome else 0
-        if batch and size + length > CALL_LIMIT:
-            yield batch
-            batch, size = [], 0
-        batch.append(task)
-        size += length
-    if batch:
-        yield batch
-
-
 @dataclasses.dataclass
 class Chore:
-    """Something that the heartbeat thread does again and again, each time in a transaction of its own."""
+    """What the heartbeat loop does again and again, each time in a transaction of its own."""
 
-    run: Callable[[], None]
+    # returns the seconds until the next time, or None: as usual
+    run: Callable[[], float | None]
     every: float
-    leaders: bool = False     # only while this worker leads
-    due: float = 0.0          # monotonic
+    # only while this worker leads
+    leaders: bool = True
+    # monotonic
+    due: float = 0.0
 
 
 class HeartbeatLoop(Loop):
@@ -2331,13 +2313,14 @@ class HeartbeatLoop(Loop):
         super().__init__(worker, threading.Event())
         config = worker.config
         beat, slow = config.heartbeat_interval, max(1.0, config.claim_interval)
-        # All of this is its own thread's.
+        # All of this is written by its own thread.
         self.chores = {chore.run: chore for chore in (
-            Chore(self._beat, beat), Chore(self._lead, min(beat, config.leader_term / 3)),
-            Chore(self._recover, beat, True), Chore(self._raise_floors, slow, True),
-            Chore(self._rescan_lanes, 10.0, True), Chore(self._prune, config.cleanup_interval, True), Chore(self._sample_stats, 60.0, True))}
-        self.seen: dict[str, tuple[str, float]] = {}     # worker: its last heartbeat, and since when it was seen (monotonic)
-        self.looked_at = 0.0                             # monotonic: when that was
+            Chore(self._beat, beat, leaders=False), Chore(self._lead, min(beat, config.leader_term / 3), leaders=False),
+            Chore(self._recover, beat), Chore(self._raise_floors, slow), Chore(self._rescan_lanes, 10.0),
+            Chore(self._prune, config.cleanup_interval), Chore(self._sample_stats, 60.0))}
+        # Of each other worker: its last heartbeat, and since when it has been that (monotonic); when that was read.
+        self.seen: dict[str, tuple[str, float]] = {}
+        self.looked_at = 0.0
         self.schema_checked = self.stop_announced = False
 
     def poll(self) -> float:
@@ -2347,24 +2330,23 @@ class HeartbeatLoop(Loop):
         if worker.draining.is_set() and not self.stop_announced:
             self.link.call("announce_stop", worker.id)
             self.stop_announced = True
-        problems = worker.health()
-        if problems:
+        if problems := worker.health():
             log.error("no heartbeat: %s", "; ".join(problems))
             return 1.0
         for chore in self.chores.values():
-            if time.monotonic() >= chore.due and (not chore.leaders or worker.leads()):
-                self.moved_at = time.monotonic()
-                chore.due = time.monotonic() + chore.every
-                try:
-                    done = self.attempt(chore.run)
-                except psycopg.Error:
-                    chore.due = time.monotonic() + min(chore.every, 2.0)   # two missed heartbeats may be one too many
-                    raise
-                if not done:
-                    chore.due = max(chore.due, time.monotonic() + min(chore.every, 2.0))
-                worker.reached_at = time.monotonic()
+            if time.monotonic() < chore.due or (chore.leaders and not worker.leads()):
+                continue
+            began = self.moved_at = time.monotonic()
+            try:
+                delay = chore.run()
+                chore.due = began + chore.every if delay is None else time.monotonic() + delay
+            except psycopg.Error as error:
+                # Two missed heartbeats may be one too many.
+                chore.due = time.monotonic() + min(chore.every, 2.0)
+                self.pass_over(chore.run.__name__, error)
+            worker.reached_at = time.monotonic()
         due = min(chore.due for chore in self.chores.values() if not chore.leaders or worker.leads())
-        return max(0.0, min(due - time.monotonic(), 1.0)) or 0.001
+        return max(0.001, min(due - time.monotonic(), 1.0))
 
     def wait(self, delay: float) -> None:
         super().wait(delay)
@@ -2372,8 +2354,9 @@ class HeartbeatLoop(Loop):
 
     def failed(self, error: psycopg.Error) -> None:
         super().failed(error)
+        # The embedded server was killed: nobody else brings it back.
         if self.worker.revive is not None and error.sqlstate is None and not self.ended():
-            with contextlib.suppress(ConfigError):   # the embedded server was killed: nobody else brings it back
+            with contextlib.suppress(ConfigError):
                 self.worker.revive()
 
     def run(self) -> None:
@@ -2386,54 +2369,54 @@ class HeartbeatLoop(Loop):
             self.close()
 
     def close(self) -> None:
+        worker = self.worker
         with contextlib.suppress(psycopg.Error):
-            if self.worker.term is not None:
-                self.link.call("resign_leadership", self.worker.id, self.worker.term)
-            if self.worker.registered.is_set():
-                self.link.call("unregister_worker", self.worker.id)
+            if worker.term is not None:
+                self.link.call("resign_leadership", worker.id, worker.term)
+            if worker.registered.is_set():
+                self.link.call("unregister_worker", worker.id)
         super().close()
 
     def register(self) -> None:
         """Raises ConfigError if the schema has another version."""
-        worker, link = self.worker, self.link
+        worker, link, config = self.worker, self.link, self.worker.config
         link.close()
-        link.name = "orchestrator " + worker.id[-50:]   # SQL's _application_name(): pg_stat_activity shows that it lives
-        if not self.schema_checked:   # only at the start: during a rolling upgrade it goes on, also under a new id
+        # SQL's _application_name(): pg_stat_activity shows that it lives.
+        link.name = "orchestrator " + worker.id[-50:]
+        # Only at the start: during a rolling upgrade it goes on, also under a new id.
+        if not self.schema_checked:
             ensure_schema(link.open())
             self.schema_checked = True
         policies = {pattern: handler.policy() for pattern, handler in worker.router.patterns().items()}
-        link.call("register_worker", worker.id, socket.gethostname(), worker.config.worker_pool_size, VERSION,
+        link.call("register_worker", worker.id, socket.gethostname(), config.worker_pool_size, VERSION,
                   json.dumps(policies))
         worker.term = None
-        if not worker.config.distributed_mode and link.pooled:
+        if not config.distributed_mode and link.pooled:
             log.info("behind a pooler: what an earlier instance left in flight is recovered after WORKER_TIMEOUT")
-        elif not worker.config.distributed_mode:
+        elif not config.distributed_mode:
             _, living = link.call("declare_disconnected_dead", worker.id)[0]
             if living:
-                log.warning("DISTRIBUTED_MODE is false, but %d other worker%s live%s: set it to true on all of them",
-                            living, *(("", "s") if living == 1 else ("s", "")))
+                log.warning("DISTRIBUTED_MODE is false, but %d other worker%s: set it to true on all of them",
+                            living, " lives" if living == 1 else "s live")
         for chore in self.chores.values():
             chore.due = 0.0
-        self._again(self._sample_stats, 1.0)   # not at once: there may be much to claim
+        # Not at once: there may be much to claim.
+        self.chores[self._sample_stats].due = time.monotonic() + 1.0
         worker.claims.idle = False
         worker.reached_at = time.monotonic()
         worker.registered.set()
 
-    def _again(self, run: Callable[[], None], seconds: float = 0.05) -> None:
-        self.chores[run].due = time.monotonic() + seconds
-
     def _beat(self) -> None:
-        """Send a heartbeat, and note which other workers' heartbeats have changed, by this process's own clock: no step of
-        the database's clock can make a living worker look dead."""
-        config, worker_id = self.worker.config, self.worker.id
+        """Send a heartbeat, and note which other workers' heartbeats have changed, by this process's own clock: no step
+        of the database's clock can make a living worker look dead."""
+        config, worker_id, before = self.worker.config, self.worker.id, self.seen
         rows: dict[str, str] = dict(self.link.call("heartbeat", worker_id))
         now = time.monotonic()
         # After a pause (the database was away, this process was stopped) nothing is known: all get their time anew.
         if now - self.looked_at > max(1.25 * config.heartbeat_interval,
                                       config.worker_timeout - 1.5 * config.heartbeat_interval):
-            self.seen = {}
+            before = {}
         self.looked_at = now
-        before = self.seen
         self.seen = {other: before[other] if other in before and before[other][0] == at else (at, now)
                      for other, at in rows.items() if other != worker_id}
         if worker_id not in rows:
@@ -2441,13 +2424,15 @@ class HeartbeatLoop(Loop):
 
     def _lead(self) -> None:
         worker, length = self.worker, self.worker.config.leader_term
-        before = time.monotonic()   # the lease counts from before the call was sent, less a margin for clocks' rates
+        # The lease counts from before the call was sent, less a margin for clocks' rates.
+        before = time.monotonic()
         leads, term, _ = self.link.call("acquire_leadership", worker.id, _interval(length))[0]
         if leads and term != worker.term:
-            worker.stats, worker.recovered_at = None, before   # what an earlier term counted is history
-            log.info("leader, term %d", term, extra={"worker": worker.id})
+            # What an earlier term counted is history.
+            worker.stats, worker.recovered_at = None, before
+            worker.log(logging.INFO, "leader, term %d", term)
         elif not leads and worker.term is not None:
-            log.info("no longer the leader", extra={"worker": worker.id})
+            worker.log(logging.INFO, "no longer the leader")
         worker.term = term if leads else None
         worker.lease_until = before + 0.9 * length if leads else 0.0
 
@@ -2455,97 +2440,105 @@ class HeartbeatLoop(Loop):
         """Call one of the leader's functions, which does nothing under a stale term."""
         return self.link.call(function, self.worker.id, self.worker.term, *args)[0]
 
-    def _recover(self) -> None:
+    def _recover(self) -> float | None:
         config, worker = self.worker.config, self.worker
-        # until the last look, not until now: while the database was away nobody could be heard
+        # Until the last look, not until now: while the database was away nobody could be heard.
         limit = self.looked_at - config.worker_timeout + 0.1 * config.heartbeat_interval
         silent = {other: at for other, (at, since) in self.seen.items() if since <= limit}
         declared = self._as_leader("declare_dead", texts(silent), texts(silent.values()))[0] if silent else 0
-        row = self._as_leader("recover_orphans")
+        released, retried, dead, cancelled, failed, _ = self._as_leader("recover_orphans")
         worker.recovered_at = time.monotonic()
-        if row[0] is None:
-            return   # under a stale term
-        released, retried, dead_letters, cancelled, failed = row[0], row[1], json.loads(row[2]), row[3], row[4]
+        if released is None:
+            return None   # under a stale term
+        dead_letters: dict[str, int] = json.loads(dead)
         counts = dict(zip(RECOVERY_OUTCOMES, (released, retried, sum(dead_letters.values()), cancelled, failed), strict=True))
-        if declared or any(counts.values()):
-            told = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-            log.warning("recovery: %s workers declared dead; tasks: %s", declared, told or "none",
-                        extra={"worker": worker.id, **{what: count for what, count in counts.items() if count}})
         worker.counters.recovery(counts, dead_letters)
-        if sum(counts.values()) >= 900:   # about the limit of a call: there may be more
-            self._again(self._recover)
+        if declared or any(counts.values()):
+            told = {what: count for what, count in counts.items() if count}
+            worker.log(logging.WARNING, "recovery: %s workers declared dead; tasks: %s", declared,
+                       ", ".join(f"{count} {what}" for what, count in told.items()) or "none", **told)
+        # About the limit of a call: there may be more.
+        return 0.05 if sum(counts.values()) >= 900 else None
 
-    def _raise_floors(self) -> None:
+    def _raise_floors(self) -> float | None:
         """Again sooner where that helped: then an old snapshot is held, and claims walk what was claimed since."""
         started = time.monotonic()
-        if self._as_leader("raise_floors")[0]:
-            self._again(self._raise_floors, min(1.0, max(0.2, 10 * (time.monotonic() - started))))
+        raised = self._as_leader("raise_floors")[0]
+        return min(1.0, max(0.2, 10 * (time.monotonic() - started))) if raised else None
 
-    def _rescan_lanes(self) -> None:
+    def _rescan_lanes(self) -> float:
         """At most a 200th of the time: it walks all that an old snapshot keeps, while others claim."""
         started = time.monotonic()
         self._as_leader("rescan_lanes")
-        self._again(self._rescan_lanes, max(10.0, 200 * (time.monotonic() - started)))
+        return max(10.0, 200 * (time.monotonic() - started))
 
-    def _prune(self) -> None:
+    def _prune(self) -> float | None:
         config = self.worker.config
         completed, dead_letters, more = self._as_leader(
             "prune", _interval(config.retention_completed), _interval(config.retention_dead_letter))
         if completed or dead_letters:
             log.debug("deleted %s completed tasks, %s dead letters", completed, dead_letters)
-        if more:
-            self._again(self._prune)
+        return 0.05 if more else None
 
-    def _sample_stats(self) -> None:
+    def _sample_stats(self) -> float | None:
         """Have the queue counted, if that is due, and keep what /metrics tells of it."""
         due = self._as_leader("sample_stats")[0]
         if due is None:
-            return
+            return None   # under a stale term
         stats = json.loads(self.link.call("metrics")[0][0])
         self.worker.stats = {**stats, "at": time.monotonic() - stats["age"]} if stats["age"] is not None else None
-        self._again(self._sample_stats, min(max(float(due), 0.5), 5.0))
+        return min(max(float(due), 0.5), 5.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class WorkerStatus:
-    """What a worker tells of itself, without asking the database."""
+    """What a worker tells of itself, without asking the database. Times are in seconds."""
 
     worker_id: str
     leads: bool
-    problems: list[str]           # health: what is wrong with this process
-    not_ready: list[str]          # readiness: that, and why it can't take work just now
+    # Health: what is wrong with this process. Readiness: that, and why it can't take work just now.
+    problems: list[str]
+    not_ready: list[str]
     pool_size: int
     prefetch: int
-    loop_lag: float               # seconds
-    database_silence: float       # seconds
-    running: list[tuple[str, float, float | None]]   # type, seconds so far, seconds until its timeout
-    counters: Counters            # a snapshot
-    stats: dict[str, Any] | None  # the leader's counts of the whole queue; `at` is when, monotonic
-    recovery_age: float           # seconds
+    loop_lag: float
+    database_silence: float
+    # type, seconds so far, seconds until its timeout
+    running: list[tuple[str, float, float | None]]
+    counters: Counters
+    # The leader's counts of the whole queue; `at` is when, monotonic.
+    stats: dict[str, Any] | None
+    recovery_age: float
 
 
 class Worker:
-    """Claims tasks, runs them in a pool of threads, reports how they ended: five loops around one pool."""
+    """Claims tasks, runs them in a pool of threads, reports how they ended: three loops around one pool."""
 
     def __init__(self, config: Config, router: Router, revive: Callable[[], object] | None = None) -> None:
-        self.config = config
-        self.router = router
-        self.revive = revive                             # starts the embedded server again, if that is the one in use
+        self.config, self.router = config, router
+        # Starts the embedded server again, if that is the one in use.
+        self.revive = revive
         self.counters = Counters(router)
-        self.id = _new_worker_id()                       # any loop, under identity_lock
-        self.identity_lock = threading.Lock()            # guards id and registered when it is declared dead
-        self.tasks: dict[str, Task] = {}                 # claim loop adds, report loop takes: all it holds, by id
+        # Written by any loop, under the lock, with `registered`, when it was declared dead.
+        self.id = _new_worker_id()
+        self.identity_lock = threading.Lock()
+        # The claim loop adds, the report loop takes: all it holds, by id.
+        self.tasks: dict[str, Task] = {}
+        # The stages of stopping are set by the caller of stop(), one after the other.
         self.registered, self.draining, self.releasing, self.stopped = (threading.Event() for _ in range(4))
-        self.fatal: Exception | None = None              # any loop: why this worker can't go on
-        self.reached_at = time.monotonic()               # any loop: when the database last answered
-        self.term: int | None = None                     # heartbeat loop, as the next four
-        self.lease_until = 0.0                           # monotonic
+        # Written by any loop: why this worker can't go on; when the database last answered (monotonic, as all times).
+        self.fatal: Exception | None = None
+        self.reached_at = time.monotonic()
+        # Written by the heartbeat loop. recovered_at: when this leader last looked for what dead workers held.
+        self.term: int | None = None
+        self.lease_until = 0.0
         self.stats: dict[str, Any] | None = None
-        self.recovered_at = time.monotonic()             # when this leader last looked for what dead workers held
+        self.recovered_at = time.monotonic()
         self.pool = Pool(config.worker_pool_size, router, self.counters)
-        self.reports = ReportLoop(self)
-        self.claims = ClaimLoop(self)
-        self.heartbeat = HeartbeatLoop(self)
+        self.reports, self.claims, self.heartbeat = ReportLoop(self), ClaimLoop(self), HeartbeatLoop(self)
+
+    def log(self, level: int, message: str, *args: object, **fields: object) -> None:
+        log.log(level, message, *args, extra={"worker": self.id, **fields})
 
     def start(self) -> None:
         """Register and start the threads. A database that is away is waited for; raises ConfigError for the rest."""
@@ -2561,15 +2554,16 @@ class Worker:
         log.info("worker %s started, pool size %d", self.id, self.config.worker_pool_size)
 
     def stop(self, grace: float, hurry: Callable[[], bool] = lambda: False) -> None:
-        """Claim no more, give back what has not started, let the rest finish for `grace` seconds, give back what is left."""
-        log.info("worker %s stops: %d task%s in hand, grace %g s", self.id, len(self.tasks),
-                 "" if len(self.tasks) == 1 else "s", grace)
+        """Claim no more, give back what has not started, let the rest finish for `grace` seconds, give back the rest."""
+        log.info("worker %s stops: %d tasks in hand, grace %g s", self.id, len(self.tasks), grace)
         until = time.monotonic() + grace
         self.draining.set()
         self._wake()
-        self.claims.join(time.monotonic() + min(max(grace, 0.3), 2.0))   # what it is just claiming is in hand then
+        # What it is just claiming is in hand then.
+        self.claims.join(time.monotonic() + min(max(grace, 0.3), 2.0))
         while time.monotonic() < until and not hurry():
-            for task in self.pool.running():   # each time: a pool thread may just have taken one that is to be given back
+            # Each time: a pool thread may just have taken one that is to be given back.
+            for task in self.pool.running():
                 task.cancel("shutdown")
             if not self.tasks or self.reports.thread is None or not self.reports.thread.is_alive():
                 break
@@ -2577,7 +2571,8 @@ class Worker:
             self.stopped.wait(0.02)
         self.releasing.set()
         self.pool.news.set()
-        last = time.monotonic() + 1.5   # a database that does not answer must not keep the process: it exits within 2 s
+        # A database that does not answer must not keep the process: it exits within 2 s.
+        last = time.monotonic() + 1.5
         self.reports.join(last - 0.5)
         self.stopped.set()
         self._wake()
@@ -2592,7 +2587,7 @@ class Worker:
 
     def forget(self, task: Task) -> None:
         held = self.tasks.get(task.id)
-        # else it ended late, and this worker has claimed it again since
+        # Else it ended late, and this worker has claimed it again since.
         if held is not None and held.claim_id == task.claim_id:
             del self.tasks[task.id]
 
@@ -2612,15 +2607,15 @@ class Worker:
         return self.term is not None and time.monotonic() < self.lease_until
 
     def health(self) -> list[str]:
-        """What is wrong with this process; never asks the database. A call to it may last STATEMENT_TIMEOUT + 5 s, and
-        connecting before it 10 s for each host."""
+        """What is wrong with this process; never asks the database."""
         if self.fatal is not None:
             return [str(self.fatal)]
+        # A call may last STATEMENT_TIMEOUT + 5 s, and connecting before it 10 s for each host.
         hosts = str(conninfo_to_dict(self.config.database_url).get("host", "")).split(",")
         now, limit = time.monotonic(), STATEMENT_TIMEOUT + 5 + 10 * len(hosts)
         loops = [self.reports] if self.draining.is_set() else [self.claims, self.reports, self.heartbeat]
         # From the call under way, if there is one: many slow answers are the database's fault, not the loop's.
-        still = {loop.name: now - max(loop.moved_at, loop.link.began or 0.0) for loop in loops if loop.thread is not None}
+        still = {loop.name: now - max(loop.moved_at, loop.link.began or 0.0) for loop in loops if loop.thread}
         return [*(f"the {name} loop has not moved for {seconds:.0f} s" for name, seconds in still.items()
                   if seconds > limit), *self.pool.problems()]
 
@@ -2638,7 +2633,7 @@ class Worker:
         now = time.monotonic()
         return WorkerStatus(
             worker_id=self.id, leads=self.leads(), problems=self.health(), not_ready=self.readiness(),
-            pool_size=self.pool.size, prefetch=int(min(self.pool.prefetch(), self.claims._hold_max())),
+            pool_size=self.pool.size, prefetch=self.claims.prefetch(),
             loop_lag=now - min(self.claims.moved_at, self.reports.moved_at), database_silence=now - self.reached_at,
             running=[(task.type, now - task.started, None if task.deadline is None else task.deadline - now)
                      for task in self.pool.running()],
