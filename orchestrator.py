@@ -1256,34 +1256,39 @@ def _outcome_of(task: Task, error: BaseException) -> Outcome:
 
 
 # =========================================================================================================== worker
-# A task's way through a worker: the claim loop makes a Task of each row it claims and puts it into the pool's `ready`,
-# or into `careful` if it was recovered from a dead worker. A pool thread runs its handler and puts it into `finished`.
-# The report loop tells the database. Pool threads never touch the database, and what needs none (timeouts, replacing
-# threads) is the supervisor's, whether or not the database answers.
+# A task's way through a worker: the claim loop makes a Task of each row it claims and puts it into the pool's
+# `ready`, or into `careful` if it was recovered from a dead worker. A pool thread runs its handler and puts it into
+# `finished`. The report loop tells the database. Pool threads never touch the database, and what needs none
+# (timeouts, replacing threads) is the supervisor's, whether or not the database answers.
 
 HOLD_SECONDS = 0.1          # a worker holds what it will start within this time, at its measured pace
 PREFETCH_MAX = 4000         # tasks, at most; 2,000 drain 9% slower, as the next claim is sent too late
-PAYLOAD_LIMIT = 2 ** 26     # bytes of payloads that a worker holds, at most
+PAYLOAD_LIMIT = 2 ** 26     # bytes of payloads, at most
 CLAIM_AT = 0.7              # it claims again when this part of the prefetch target is left
 CLAIM_MAX = 2000            # per claim: one half is handed out while the other is claimed (6%)
 TICKET_MAX = 50             # tasks that a pool thread takes with one ticket, at most
 TICKET_SECONDS = 0.002      # how long a ticket should last
 MARK_RUNNING_AFTER = 0.2    # seconds; what ends sooner goes from claimed to completed in one update
 CAREFUL_SECONDS = 0.1       # between the starts of two recovered tasks, unless the first has ended
-REPORT_PAUSE = 0.005        # seconds between small reports: at 2,000 tasks/s a tenth of the commits, a third of the CPU
-LOCKED_SECONDS = 5.0        # until a task whose row someone has locked is tried again
-TIMEOUT_GRACE = 5.0         # seconds a handler has to return once its timeout has set task.cancelled
+REPORT_PAUSE = 0.005        # between small reports: at 2,000 tasks/s a tenth of the commits, a third of the CPU
+LOCKED_SECONDS = 5.0        # until a task is tried again whose row someone has locked
+TIMEOUT_GRACE = 5.0         # for a handler to return once its timeout has set task.cancelled
 CALL_LIMIT = 2 ** 26        # characters of JSON per call, roughly: PostgreSQL refuses a message of 2^30 bytes
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600)
 RECOVERY_OUTCOMES = ("released", "retried", "dead", "cancelled", "failed")
 RETRY_LABELS = (*map(str, range(1, 10)), "10+")
 ERROR_CLASSES = ("connection", "08", "40", "53", "57")   # there from the start; others join as they are met
-# SQLSTATE classes that are about one row or one call; all others say that the database as a whole has a problem.
+# SQLSTATE classes that are about one row or one call; all others are a problem of the whole database.
 REFUSED = ("22", "23", "40", "42", "54", "55", "OR", "P0", "XX")
 
 
 def is_refusal(error: psycopg.Error) -> bool:
     return (error.sqlstate or "08")[:2] in REFUSED
+
+
+def clock() -> float:
+    """Monotonic seconds: all times in a worker are."""
+    return time.monotonic()
 
 
 def grouped(tasks: Iterable[Task], key: Callable[[Task], Any]) -> dict[Any, list[Task]]:
@@ -1296,9 +1301,8 @@ def grouped(tasks: Iterable[Task], key: Callable[[Task], Any]) -> dict[Any, list
 class Tally:
     """A histogram that takes many values at once; prometheus_client's own costs more than a whole task does."""
 
-    def __init__(self) -> None:
-        self.counts = [0] * (len(BUCKETS) + 1)
-        self.sum = 0.0
+    def __init__(self, counts: Iterable[int] = (0,) * (len(BUCKETS) + 1), total: float = 0.0) -> None:
+        self.counts, self.sum = list(counts), total
 
     def add(self, values: Sequence[float]) -> None:
         for value in values:
@@ -1306,9 +1310,7 @@ class Tally:
         self.sum += sum(values)
 
     def copy(self) -> Tally:
-        twin = Tally()
-        twin.counts, twin.sum = self.counts[:], self.sum
-        return twin
+        return Tally(self.counts, self.sum)
 
     def buckets(self) -> list[tuple[str, float]]:
         bounds = (*map(str, BUCKETS), "+Inf")
@@ -1322,45 +1324,58 @@ class Counters:
     """
 
     def __init__(self, router: Router) -> None:
-        self.router, self.label = router, router.label
-        handlers, zeros = router.patterns(), collections.Counter[Any]
+        def zeros(keys: Iterable[Any]) -> collections.Counter[Any]:
+            return collections.Counter(dict.fromkeys(keys, 0))
+        self.router, self.label, types = router, router.label, router.patterns()
         # Guards all below: loops write, a scrape reads.
         self.lock = threading.Lock()
-        self.completed = zeros({(label, status): 0 for label in handlers for status in ("completed", "failed", "cancelled")})
-        self.retries = zeros({(label, attempt): 0 for label, handler in handlers.items()
-                              for attempt in RETRY_LABELS[:handler.max_retries]})
-        self.dead_letters, self.rejected = zeros(dict.fromkeys(handlers, 0)), zeros(dict.fromkeys(handlers, 0))
-        self.recovered, self.errors = zeros(dict.fromkeys(RECOVERY_OUTCOMES, 0)), zeros(dict.fromkeys(ERROR_CLASSES, 0))
+        self.completed = zeros((kind, status) for kind in types for status in ("completed", "failed", "cancelled"))
+        self.retries = zeros((kind, attempt) for kind in types for attempt in RETRY_LABELS[:types[kind].max_retries])
+        self.dead_letters, self.rejected = zeros(types), zeros(types)
+        self.recovered, self.errors = zeros(RECOVERY_OUTCOMES), zeros(ERROR_CLASSES)
         self.replaced_threads = 0
-        self.seconds = collections.defaultdict(Tally, {label: Tally() for label in handlers})
-        self.waits = collections.defaultdict(Tally, {label: Tally() for label in handlers})
+        self.seconds = collections.defaultdict(Tally, {kind: Tally() for kind in types})
+        self.waits = collections.defaultdict(Tally, {kind: Tally() for kind in types})
         self.claim_seconds = Tally()
 
     def snapshot(self) -> Counters:
         """A copy, so that a scrape holds the lock for microseconds."""
         twin = Counters(self.router)
         with self.lock:
+            twin.replaced_threads = self.replaced_threads
             for name, value in vars(self).items():
                 if isinstance(value, collections.defaultdict):
                     setattr(twin, name, {label: tally.copy() for label, tally in value.items()})
                 elif isinstance(value, (collections.Counter, Tally)):
                     setattr(twin, name, value.copy())
-            twin.replaced_threads = self.replaced_threads
         return twin
+
+    def count(self, **counts: Mapping[Any, int]) -> None:
+        """Add to counters, by their names."""
+        with self.lock:
+            for name, more in counts.items():
+                getattr(self, name).update(more)
+
+    def by_label(self, counts: Mapping[str, int]) -> collections.Counter[str]:
+        found: collections.Counter[str] = collections.Counter()
+        for kind, count in counts.items():
+            found[self.label(kind)] += count
+        return found
 
     def ended(self, task: Task, status: str) -> None:
         label = self.label(task.type)
-        with self.lock:
-            if status in ("completed", "cancelled"):
-                self.completed[label, status] += 1
-            elif status in ("dead_letter", "retry_scheduled"):
-                self.completed[label, "failed"] += 1
-            if status == "dead_letter":
-                self.dead_letters[label] += 1
-            elif status == "retry_scheduled":
-                self.retries[label, RETRY_LABELS[min(task.attempt, len(RETRY_LABELS)) - 1]] += 1
-            elif status == "rejected":
-                self.rejected[label] += 1
+        if status == "rejected":
+            self.count(rejected={label: 1})
+        elif status == "dead_letter":
+            self.count(completed={(label, "failed"): 1}, dead_letters={label: 1})
+        elif status == "retry_scheduled":
+            attempt = RETRY_LABELS[min(task.attempt, len(RETRY_LABELS)) - 1]
+            self.count(completed={(label, "failed"): 1}, retries={(label, attempt): 1})
+        elif status in ("completed", "cancelled"):
+            self.count(completed={(label, status): 1})
+
+    def completed_many(self, counts: Mapping[str, int]) -> None:
+        self.count(completed={(label, "completed"): count for label, count in self.by_label(counts).items()})
 
     def ran(self, tasks: Sequence[Task]) -> None:
         """Count the durations and waits of a batch, in one pass over each type's values."""
@@ -1371,21 +1386,8 @@ class Counters:
                 self.seconds[label].add([task.seconds for task in group])
                 self.waits[label].add([max(0.0, task.waited + task.started - task.claimed) for task in group])
 
-    def completed_many(self, counts: Mapping[str, int]) -> None:
-        with self.lock:
-            for kind, count in counts.items():
-                self.completed[self.label(kind), "completed"] += count
-
-    def recovery(self, outcomes: Mapping[str, int], dead_letters: Mapping[str, int]) -> None:
-        """Count what became of dead workers' tasks; dead letters by type, which may be other workers'."""
-        with self.lock:
-            self.recovered.update(outcomes)
-            for kind, count in dead_letters.items():
-                self.dead_letters[self.label(kind)] += count
-
     def error(self, error: psycopg.Error) -> None:
-        with self.lock:
-            self.errors[error.sqlstate[:2] if error.sqlstate else "connection"] += 1
+        self.count(errors={error.sqlstate[:2] if error.sqlstate else "connection": 1})
 
 
 class Backoff:
@@ -1439,7 +1441,7 @@ class Slot:
     # Written by the supervisor. abandoned: its handler outlived its timeout.
     thread: threading.Thread
     abandoned = False
-    # Written by its own thread: what runs, and the ticket that it works on (0: it waits for one).
+    # Written by its thread. ticket: what it works on; 0 while it waits for one.
     task: Task | None = None
     ticket = 0
 
@@ -1448,24 +1450,23 @@ class Pool:
     """Threads that run handlers. A ticket of n lets one thread take up to n tasks from `ready`."""
 
     def __init__(self, size: int, router: Router, counters: Counters) -> None:
-        self.size, self.router, self.counters = size, router, counters
-        self.pid = os.getpid()
-        self.stopped = threading.Event()
-        self.supervisor = threading.Thread(target=self._supervise_until_stopped, name="supervisor", daemon=True)
+        self.size, self.router, self.counters, self.pid = size, router, counters, os.getpid()
         # The claim and the report loop add, any pool thread takes. A ticket of 0 ends a thread.
         self.ready: collections.deque[Task] = collections.deque()
         self.tickets: queue.SimpleQueue[int] = queue.SimpleQueue()
         # Pool threads and the supervisor add, the report loop takes.
         self.finished: collections.deque[Task] = collections.deque()
-        # Set by any thread: there is room for more tasks, for the claim loop; there is something to report.
+        # Set by any thread: the claim loop has room; the report loop has something to do.
         self.room, self.news = Bell(), threading.Event()
         # Written by the claim loop: whether it waits for room.
         self.wanted = False
         # Written by the report loop and the supervisor: seconds per task, lately.
         self.mean: float | None = None
-        # Written by the supervisor. stuck: how many of the slots were abandoned when it last looked.
+        # Written by the supervisor. stuck: how many were abandoned when it last looked.
         self.slots: list[Slot] = []
         self.stuck = 0
+        self.stopped = threading.Event()
+        self.supervisor = threading.Thread(target=self._supervise_until_stopped, name="supervisor", daemon=True)
 
     def start(self) -> None:
         for _ in range(self.size):
@@ -1474,8 +1475,7 @@ class Pool:
 
     def stop(self) -> None:
         self.stopped.set()
-        # What could not be given back must not start.
-        self.take_all()
+        self.take_all()   # what could not be given back must not start
         for _ in self.slots:
             self.tickets.put(0)
 
@@ -1491,8 +1491,7 @@ class Pool:
         self.tickets.put(1)
 
     def take(self) -> Task | None:
-        # contextlib.suppress costs 0.4 µs per task.
-        try:
+        try:   # contextlib.suppress costs 0.4 µs per task
             return self.ready.popleft()
         except IndexError:
             return None
@@ -1513,7 +1512,7 @@ class Pool:
         return max(1, min(TICKET_MAX, int(TICKET_SECONDS / max(self.mean, 1e-6)), math.ceil(count / self.size)))
 
     def prefetch(self) -> int:
-        """How many tasks to hold beyond the running ones: what starts within HOLD_SECONDS, at the measured pace."""
+        """How many tasks to hold beyond the running ones: what starts within HOLD_SECONDS."""
         return 0 if self.mean is None else int(min(PREFETCH_MAX, self.size * HOLD_SECONDS / max(self.mean, 1e-6)))
 
     def measure(self, batch: list[Task]) -> None:
@@ -1527,10 +1526,16 @@ class Pool:
         """Whether what is ready would take over a second to start: others could start it sooner."""
         return self.mean is not None and len(self.ready) * self.mean / self.size > 1.0
 
+    def problems(self) -> list[str]:
+        if self.stopped.is_set() or self.supervisor.ident is None:
+            return []
+        usable = any(slot.thread.is_alive() and not slot.abandoned for slot in self.slots)
+        return [*([] if usable else ["no thread of the pool can run a task"]),
+                *([] if self.supervisor.is_alive() else ["the pool's supervisor has ended"])]
+
     # ---------------------------------------------------------------------------------------------- its threads
     def _add_slot(self) -> None:
-        slot = Slot()
-        name = f"pool-{len(self.slots) + 1}"
+        slot, name = Slot(), f"pool-{len(self.slots) + 1}"
         slot.thread = threading.Thread(target=self._thread, args=(slot,), name=name, daemon=True)
         slot.thread.start()
         self.slots = [*self.slots, slot]
@@ -1540,8 +1545,7 @@ class Pool:
             self._run(slot)
         except BaseException:   # an asynchronous exception that a handler left behind
             log.exception("a pool thread was ended from outside")
-            # Perhaps a second time: _collect() sees to that.
-            if slot.task is not None:
+            if slot.task is not None:   # perhaps a second time: _collect() sees to that
                 self.finished.append(slot.task)
             slot.task = None
         self.news.set()
@@ -1575,7 +1579,7 @@ class Pool:
 
     # ----------------------------------------------------------------------------------------------- supervisor
     def _supervise_until_stopped(self) -> None:
-        while not self.stopped.wait(0.02 if self.ready or any(not task.marked for task in self.running()) else 0.1):
+        while not self.stopped.wait(0.02 if self.ready or not all(task.marked for task in self.running()) else 0.1):
             try:
                 self.supervise()
             except Exception:   # such as no memory for another thread: again in the next round
@@ -1583,7 +1587,7 @@ class Pool:
 
     def supervise(self) -> None:
         """Stop handlers at their timeout, replace lost threads, let idle ones take what waits behind a slow task."""
-        now, ages = time.monotonic(), []
+        now, ages = clock(), []
         for slot in self.slots:
             if (task := slot.task) is None:
                 continue
@@ -1596,8 +1600,7 @@ class Pool:
         if self.mean is not None and len(ages) >= self.size:
             self.mean = max(self.mean, sum(ages) / len(ages))
         self._keep_size()
-        idle = self.idle()
-        if idle and self.tickets.empty():
+        if (idle := self.idle()) and self.tickets.empty():
             for _ in range(min(idle, len(self.ready))):
                 self.tickets.put(max(1, min(TICKET_MAX, len(self.ready) // idle)))
 
@@ -1607,22 +1610,20 @@ class Pool:
         task.cancel("timeout")
         if late >= TIMEOUT_GRACE and not task.ended:
             # Its late outcome is not reported; the fence would refuse it too.
-            task.ended = "abandoned"
-            slot.abandoned = True
+            task.ended, slot.abandoned = "abandoned", True
             stand_in = task.stand_in(Outcome("failed", f"{task.timeout_text}, and did not stop when asked"))
-            stand_in.seconds = time.monotonic() - task.started
+            stand_in.seconds = clock() - task.started
             self.finished.append(stand_in)
             self.news.set()
 
     def _keep_size(self) -> None:
-        """Replace threads that ended, and those whose handler outlived its timeout, up to a whole pool of the latter."""
+        """Replace threads that ended, and abandoned ones, up to a whole pool of the latter."""
         gone = [slot for slot in self.slots if not slot.thread.is_alive()]
         if self.stopped.is_set():   # which ended them
             return
         if gone:
             self.slots = [slot for slot in self.slots if slot not in gone]
-            with self.counters.lock:
-                self.counters.replaced_threads += sum(not slot.abandoned for slot in gone)
+            self.counters.replaced_threads += sum(not slot.abandoned for slot in gone)
         stuck = sum(slot.abandoned for slot in self.slots)
         for _ in range(min(self.size - (len(self.slots) - stuck), 2 * self.size - len(self.slots))):
             self._add_slot()
@@ -1630,26 +1631,19 @@ class Pool:
             log.error("%d handlers did not stop after their timeout: the pool shrinks", stuck)
         self.stuck = stuck
 
-    def problems(self) -> list[str]:
-        if self.stopped.is_set() or self.supervisor.ident is None:
-            return []
-        usable = any(slot.thread.is_alive() and not slot.abandoned for slot in self.slots)
-        return [*([] if usable else ["no thread of the pool can run a task"]),
-                *([] if self.supervisor.is_alive() else ["the pool's supervisor has ended"])]
-
 
 class Loop:
     """A thread with a connection of its own: delay = poll(), then wait(delay), until ended(). Backs off after errors."""
 
     name: ClassVar[str]
 
-    def __init__(self, worker: Worker, bell: Bell | threading.Event) -> None:
-        self.worker, self.bell = worker, bell
+    def __init__(self, worker: Worker, bell: Any) -> None:
+        self.worker, self.pool, self.config, self.bell = worker, worker.pool, worker.config, bell
         self.link = Link(worker.config)
         # Written by the caller of start().
         self.thread: threading.Thread | None = None
-        # Written by its thread: when it last came round (monotonic); how often it has logged an error lately.
-        self.moved_at = time.monotonic()
+        # Written by its thread: when it last came round, and how often it logged each error lately.
+        self.moved_at = clock()
         self._said: collections.Counter[str] = collections.Counter()
 
     def poll(self) -> float:
@@ -1665,20 +1659,20 @@ class Loop:
 
     def join(self, until: float) -> None:
         if self.thread is not None:
-            self.thread.join(max(0.0, until - time.monotonic()))
+            self.thread.join(max(0.0, until - clock()))
 
     def _thread(self) -> None:
-        worker = self.worker
         try:
             self.run()
         except BaseException as error:   # no memory, or a bug: a worker that lacks a thread must end, not linger
-            worker.fatal = worker.fatal or RuntimeError(f"the {self.name} thread ended: {describe_error(error)}")
-            log.critical("%s", worker.fatal, exc_info=True)
+            fatal = self.worker.fatal or RuntimeError(f"the {self.name} thread ended: {describe_error(error)}")
+            self.worker.fatal = fatal
+            log.critical("%s", fatal, exc_info=True)
 
     def run(self) -> None:
         backoff, worker = Backoff(), self.worker
         while not self.ended():
-            self.moved_at = time.monotonic()
+            self.moved_at = clock()
             try:
                 delay = self.poll()
                 if backoff.tries:
@@ -1695,10 +1689,13 @@ class Loop:
 
     def wait(self, delay: float) -> None:
         """Wait until the bell is set or the delay is over, coming round often enough to be seen alive."""
-        until = time.monotonic() + delay
-        while not self.bell.is_set() and (left := until - time.monotonic()) > 0 and not self.ended():
-            self.moved_at = time.monotonic()
-            self.bell.wait(min(left, 1.0))   # type: ignore[union-attr]
+        until = clock() + delay
+        while not self.bell.is_set() and (left := until - clock()) > 0 and not self.ended():
+            self.moved_at = clock()
+            self.rest(min(left, 1.0))
+
+    def rest(self, seconds: float) -> None:
+        self.bell.wait(seconds)
 
     def close(self) -> None:
         self.link.close()
@@ -1716,17 +1713,15 @@ class Loop:
             again = f" ({times} times)" if times > 1 else ""
             self.worker.log(logging.WARNING, "%s%s", line, again, sqlstate=error.sqlstate)
 
-    def pass_over(self, what: str, error: psycopg.Error) -> None:
-        """What the database refuses of one chore or task must not hold up the others. Raises all other errors."""
-        if not is_refusal(error) or error.sqlstate == DECLARED_DEAD:
-            raise error
-        self.log_error(f", {what.strip('_').replace('_', ' ')}", error)
-
-    def attempt(self, chore: Callable[[], object]) -> None:
+    def attempt(self, chore: Callable[..., Any], *args: Any, refused: Any = None) -> Any:
+        """Do one chore; what the database refuses of it must not hold up the others. Raises all other errors."""
         try:
-            chore()
+            return chore(*args)
         except psycopg.Error as error:
-            self.pass_over(getattr(chore, "__name__", ""), error)
+            if not is_refusal(error) or error.sqlstate == DECLARED_DEAD:
+                raise
+            self.log_error(f", {chore.__name__.strip('_').replace('_', ' ')}", error)
+            return refused
 
 
 class ClaimLoop(Loop):
@@ -1737,23 +1732,18 @@ class ClaimLoop(Loop):
     def __init__(self, worker: Worker) -> None:
         super().__init__(worker, worker.pool.room)
         self.types = texts(sorted(worker.router.patterns()))
-        # All below is written by its own thread. Claimed, and handed out while the next claim is made; when it was sent.
+        # All below is written by its own thread. What was claimed, to be handed out while the next claim is made.
         self.arrived: list[Row] = []
         self.arrived_at = 0.0
-        # Of the last claim: the worker id, the bytes it asked for, the mean length of its payloads; and the largest
-        # payload since the worker held nothing.
-        self.claiming_as = ""
-        self.asked_bytes = PAYLOAD_LIMIT
-        self.mean_payload, self.largest_payload = 1.0, 1
-        # Whether the database knows that this worker is idle: producers notify idle workers. Claims in a row that
-        # brought all they might.
+        # Of the last claim: as whom, bytes asked for, mean length of payloads; the largest since it held nothing.
+        self.claiming_as, self.asked_bytes, self.mean_payload, self.largest_payload = "", PAYLOAD_LIMIT, 1.0, 1
+        # What the database knows: producers notify idle workers.
         self.idle = False
-        self.full_claims = 0
-        # The connection that listens; whether a notification came; how many in a row found nothing.
+        # Claims in a row that brought all they might; looks in a row that a notification caused in vain.
+        self.full_claims = self.fruitless = 0
+        # The connection that listens, and whether a notification came.
         self.listening: object = None
         self.heard = False
-        self.fruitless = 0
-        # monotonic
         self.promote_at = self.forgotten_at = 0.0
 
     def ended(self) -> bool:
@@ -1764,27 +1754,25 @@ class ClaimLoop(Loop):
             self.worker.declared_dead(self.claiming_as)
             return
         # Unknown: to be said again.
-        self.idle = False
-        self.forgotten_at = 0.0
+        self.idle, self.forgotten_at = False, 0.0
         super().failed(error)
 
     def poll(self) -> float:
-        worker, pool = self.worker, self.worker.pool
+        worker, pool = self.worker, self.pool
         if not worker.registered.wait(0.5):
             return 0.0
-        # First: whatever sets it from here on is not missed.
-        self.bell.clear()
+        self.bell.clear()   # first: whatever sets it from here on is not missed
         heard, self.heard = self.heard, False
         self._listen()
         self.claiming_as = worker.id
-        for chore, due in ((self._promote_due, self.promote_at), (self._release_forgotten, self.forgotten_at)):
-            if time.monotonic() >= due:
-                self.attempt(chore)
-        wait = max(0.0, min(worker.config.claim_interval, self.promote_at - time.monotonic()))
+        if clock() >= self.promote_at:
+            self.attempt(self._promote_due)
+        if clock() >= self.forgotten_at:
+            self.attempt(self._release_forgotten)
+        wait = max(0.0, min(self.config.claim_interval, self.promote_at - clock()))
         try:
             while True:
-                # Before looking: whoever makes room from here on wakes this loop.
-                pool.wanted = True
+                pool.wanted = True   # before looking: whoever makes room from here on wakes this loop
                 room = self._room()
                 if room <= 0:
                     if pool.idle() == 0:
@@ -1799,7 +1787,7 @@ class ClaimLoop(Loop):
                 self.full_claims += 1
                 if self.full_claims > 3:
                     self._set_idle(False)
-                if worker.draining.is_set() or time.monotonic() >= self.promote_at:
+                if worker.draining.is_set() or clock() >= self.promote_at:
                     return 0.0
         finally:
             self._hand_out()
@@ -1809,14 +1797,13 @@ class ClaimLoop(Loop):
         return 0.0 if self._set_idle(True) else wait
 
     def _claim(self, room: int) -> bool:
-        started = time.monotonic()
+        started, counters = clock(), self.worker.counters
         hand_out = self._hand_out if self.arrived else None
         self.asked_bytes = self._bytes_left()
         rows = self.link.call("claim_tasks", self.claiming_as, self.types, room, self.asked_bytes, meanwhile=hand_out)
-        self.arrived, self.arrived_at = rows, started
-        self.worker.reached_at = time.monotonic()
-        with self.worker.counters.lock:
-            self.worker.counters.claim_seconds.add([self.worker.reached_at - started])
+        self.arrived, self.arrived_at, self.worker.reached_at = rows, started, clock()
+        with counters.lock:
+            counters.claim_seconds.add([clock() - started])
         return bool(rows)
 
     def _bytes_left(self) -> int:
@@ -1830,82 +1817,81 @@ class ClaimLoop(Loop):
         return max(0, PAYLOAD_LIMIT - held)
 
     def _promote_due(self) -> None:
-        # Also if it fails.
-        self.promote_at = time.monotonic() + self.worker.config.claim_interval
+        self.promote_at = clock() + self.config.claim_interval   # also if it fails
         next_in = self.link.call("promote_due")[0][1]
         if next_in is not None:
-            self.promote_at = min(self.promote_at, time.monotonic() + max(0.005, float(next_in) + 0.001))
+            self.promote_at = min(self.promote_at, clock() + max(0.005, float(next_in) + 0.001))
 
     def _release_forgotten(self) -> None:
         """Give back what was claimed although the answer was lost: nobody would run it while this worker lives.
 
-        Only this thread claims, so it knows of all other claims. Repeated, since the lost call may still be under way.
+        Only this thread claims, so it knows all other claims. Repeated, since the lost call may be under way yet.
         """
-        self.forgotten_at = time.monotonic() + 10.0
+        self.forgotten_at = clock() + 10.0
         known = {task.claim_id for task in list(self.worker.tasks.values())} | {row[0] for row in self.arrived}
-        released = self.link.call("release_forgotten", self.worker.id, array(known))[0][0]
-        if released:
+        if released := self.link.call("release_forgotten", self.worker.id, array(known))[0][0]:
             self.worker.log(logging.WARNING, "gave %d tasks back whose claim got no answer", released)
 
     def _set_idle(self, idle: bool) -> bool:
         """Tell the database, if it doesn't know; returns whether it didn't."""
-        changed = self.idle != idle
-        if changed:
-            self.link.call("set_idle", self.worker.id, idle)
-            self.idle = idle
-        return changed
-
-    def _room(self) -> int:
-        pool, arrived = self.worker.pool, len(self.arrived)
-        prefetch, idle = self.prefetch(), pool.idle()
-        # Unreported tasks count, too.
-        limit = int(1.5 * self._hold_max()) + pool.size - len(self.worker.tasks) - arrived
-        in_hand = len(pool.ready) + len(self.worker.reports.careful) + arrived
-        if not self._bytes_left() or (in_hand > CLAIM_AT * prefetch and in_hand >= idle):
-            return 0
-        return min(limit, idle + prefetch - in_hand, CLAIM_MAX)
+        if self.idle == idle:
+            return False
+        self.link.call("set_idle", self.worker.id, idle)
+        self.idle = idle
+        return True
 
     def _hold_max(self) -> int:
         return int(min(PREFETCH_MAX, max(1.0, PAYLOAD_LIMIT / self.mean_payload)))
 
     def prefetch(self) -> int:
-        return min(self.worker.pool.prefetch(), self._hold_max())
+        return min(self.pool.prefetch(), self._hold_max())
+
+    def _room(self) -> int:
+        prefetch, idle, arrived = self.prefetch(), self.pool.idle(), len(self.arrived)
+        # Unreported tasks count, too.
+        limit = int(1.5 * self._hold_max()) + self.pool.size - len(self.worker.tasks) - arrived
+        in_hand = len(self.pool.ready) + len(self.worker.reports.careful) + arrived
+        if not self._bytes_left() or (in_hand > CLAIM_AT * prefetch and in_hand >= idle):
+            return 0
+        return min(limit, idle + prefetch - in_hand, CLAIM_MAX)
 
     def _hand_out(self) -> None:
-        """Turn the rows that arrived into tasks for the pool; what was recovered from a dead worker starts with care."""
+        """Turn the rows that arrived into tasks for the pool; what was recovered starts with care."""
         worker, rows, self.arrived = self.worker, self.arrived, []
         if not rows:
             return
         lengths = [len(row[3]) for row in rows]
         self.mean_payload = max(1.0, sum(lengths) / len(rows))
         self.largest_payload = max(self.largest_payload, *lengths)
-        ready, careful = [], []
+        ready: list[Task] = []
         handlers = {kind: worker.router.find(kind) for kind in {row[2] for row in rows}}
         for row in rows:
-            handler = handlers[row[2]]
-            if handler is None:
+            if (handler := handlers[row[2]]) is None:
                 continue   # cannot be, since the types are the router's
             task = Task(worker, row, handler)
             task.claimed = self.arrived_at
             worker.tasks[task.id] = task
-            (careful if row[9] else ready).append(task)
-        worker.pool.put(ready)
-        if careful:
-            worker.reports.careful.extend(careful)
-            worker.pool.news.set()
+            if row[9]:
+                worker.reports.careful.append(task)
+            else:
+                ready.append(task)
+        self.pool.put(ready)
+        if worker.reports.careful:
+            self.pool.news.set()
         # Declared dead meanwhile: these were not yet in hand when it stopped the others.
         if worker.id != self.claiming_as:
-            for task in (*ready, *careful):
-                task.cancel("lost")
+            for row in rows:
+                if (late := worker.tasks.get(row[1])) is not None:
+                    late.cancel("lost")
 
     # ------------------------------------------------------------------------------------------- notifications
     def _listen(self) -> None:
-        """Receive notifications over the connection that claims; behind a pooler there are none: it polls."""
+        """Receive notifications over the connection that claims. Behind a pooler there are none: it polls."""
         connection = self.link.open()
         if connection is self.listening:
             return
         if self.link.pooled:
-            log.info("behind a pooler: polling every %g s", self.worker.config.claim_interval)
+            log.info("behind a pooler: polling every %g s", self.config.claim_interval)
         else:
             self.link.listen(self._hear, "orchestrator", "orchestrator_cancel")
         self.listening = connection
@@ -1916,225 +1902,67 @@ class ClaimLoop(Loop):
             self.worker.reports.look_for_cancellations()
         else:
             self.heard = True
+            self.bell.set()
 
     def wait(self, delay: float) -> None:
-        """Wait until someone in this process sets the bell, or a notification comes."""
-        until, connection = time.monotonic() + delay, self.link.connection
         # A flood of notifications costs at most some 20 looks a second.
         if self.fruitless > 10:
-            self._poll_for(min(delay, 0.05, 0.001 * 2 ** (self.fruitless - 10)), None)
-        # What came along with the last answer.
-        self._drain(connection)
-        while not (self.heard or self.bell.is_set() or self.ended()) and (left := until - time.monotonic()) > 0:
-            self.moved_at = time.monotonic()
-            self._poll_for(min(left, 1.0), connection)
+            self.worker.draining.wait(min(delay, 0.05, 0.001 * 2 ** (self.fruitless - 10)))
+        self._drain()   # what came along with the last answer
+        super().wait(delay)
 
-    def _poll_for(self, seconds: float, connection: psycopg.Connection[Row] | None) -> None:
-        bell, poll = self.worker.pool.room, select.poll()   # not select(), which takes descriptors below 1024 only
-        poll.register(bell, select.POLLIN)
-        if connection is not None and not connection.closed:
-            poll.register(connection, select.POLLIN)
+    def rest(self, seconds: float) -> None:
+        """Wait until someone in this process sets the bell, or a notification comes."""
+        connection, poll = self.link.connection, select.poll()   # not select(): it takes descriptors below 1024 only
+        for waited in (self.bell, connection):
+            if waited is not None and not getattr(waited, "closed", False):
+                poll.register(waited, select.POLLIN)
         ready = {descriptor for descriptor, _ in poll.poll(seconds * 1000)}
-        if bell.fileno() in ready and not bell.is_set():
-            bell.drain()   # of two threads that set it at the same moment
-        if connection is not None and ready - {bell.fileno()}:
+        if self.bell.fileno() in ready and not self.bell.is_set():
+            self.bell.drain()   # of two threads that set it at the same moment
+        if connection is not None and ready - {self.bell.fileno()}:
             connection.pgconn.consume_input()
-            self._drain(connection)
+            self._drain()
 
-    def _drain(self, connection: psycopg.Connection[Row] | None) -> None:
+    def _drain(self) -> None:
+        connection = self.link.connection
         while connection is not None and not connection.closed and (n := connection.pgconn.notifies()) is not None:
             self._hear(n.relname.decode())
 
 
-class ReportLoop(Loop):
-    """Tells the database how tasks ended, marks those that last, and sees cancellations."""
-
-    name = "report"
+class Journal:
+    """What is counted, logged and told to hooks of the ends of tasks. All of it is the report loop's."""
 
     def __init__(self, worker: Worker) -> None:
-        super().__init__(worker, worker.pool.news)
-        # A row that someone has locked must not hold up the others.
-        self.link = Link(worker.config, lock_timeout="1s")
-        # The claim loop adds, this thread takes: recovered tasks that wait for their start.
-        self.careful: collections.deque[Task] = collections.deque()
-        # Pool threads add, this thread takes.
-        self.progress: dict[str, tuple[Task, str]] = {}
-        # Written by any thread: when to look for cancellations (monotonic, as all times here).
-        self.cancels_at = 0.0
-        # All below is written by its own thread. locked: when to try again with a task's row, alone.
-        self.unreported: list[Task] = []
-        self.locked: dict[Task, float] = {}
-        self.last_careful: tuple[Task | None, float] = (None, 0.0)
-        self.last_look = self.progress_at = self.net_at = self.pause_until = 0.0
-        self.missing: set[Task] = set()
-        # Tasks completed since that time.
-        self.completed, self.completed_since = 0, time.monotonic()
-        self.done = False
-        self.hooks: concurrent.futures.ThreadPoolExecutor | None = None
+        self.worker, self.counters, self.hooks = worker, worker.counters, worker.router.dead_letter_hooks
+        # A thread of its own, since a hook may take long; it starts with the first call.
+        self.hook_thread = concurrent.futures.ThreadPoolExecutor(1, "dead-letter-hooks")
+        # How many tasks have completed since that time.
+        self.count, self.since = 0, clock()
 
-    def ended(self) -> bool:
-        return self.done or self.worker.stopped.is_set()
+    def ended(self, task: Task, status: str) -> None:
+        self.counters.ended(task, status)
+        self._log(task, status)
+        if status == "dead_letter" and self.hooks:
+            self.hook_thread.submit(_call_hooks, self.hooks, task)
 
-    def wait(self, delay: float) -> None:
-        super().wait(delay)
-        # Small reports keep their distance, but not while the worker drains.
-        self.worker.draining.wait(max(0.0, self.pause_until - time.monotonic()))
-
-    def poll(self) -> float:
-        worker = self.worker
-        # Before the work: the last round must have seen it.
-        releasing = worker.releasing.is_set()
-        self.bell.clear()
-        try:
-            self._collect()
-            if self.unreported or self.locked:
-                # A drain's reports are large: no pause.
-                self.pause_until = time.monotonic() + REPORT_PAUSE if len(self.unreported) < 100 else 0.0
-                self._report_all()
-                worker.reached_at = time.monotonic()
-            for chore in (self._give_back, self._mark_running, self._start_with_care, self._send_progress,
-                          self._see_cancellations):
-                self.attempt(chore)
-            self._catch_dropped()
-        finally:
-            self.unreported = [task for task in self.unreported if task.ended != "reported"]
-            if worker.pool.wanted:   # what was reported or given back has made room
-                worker.pool.room.set()
-        self.done = releasing and not worker.pool.finished and not self.unreported
-        self._log_rate()
-        if any(task not in self.locked for task in self.unreported):
-            return 0.0   # refused, and reworded
-        return 0.02 if self.careful else 0.1 if worker.pool.running() else 1.0
-
-    def _collect(self) -> None:
-        pool = self.worker.pool
-        # Each once, though a thread that was ended from outside may have put it there twice.
-        batch = dict.fromkeys([pool.finished.popleft() for _ in range(len(pool.finished))])
-        tasks = [task for task in batch if task.ended != "reported"]
-        pool.measure(tasks)
-        for task in tasks:
-            if task.ended == "transaction":
-                self._settle(task, "completed")
-            elif task.ended == "abandoned":   # a stand-in reports for it, and has it forgotten then
-                self.worker.counters.ended(task, "rejected")
-            else:
-                self.unreported.append(task)
-
-    # ----------------------------------------------------------------------------- calls for many tasks at once
-    def _together(self, call: Callable[[list[Task]], object], tasks: list[Task],
-                  refused: Callable[[Task, psycopg.Error], None]) -> None:
-        """Make one call for these tasks, or two for each half if it is too large, or refused because of one of them."""
-        if len(tasks) == 1 or sum(len(task.outcome.text or "") for task in tasks if task.outcome) <= CALL_LIMIT:
-            try:
-                call(tasks)
-                return
-            except psycopg.Error as error:
-                if not is_refusal(error):
-                    raise   # not the tasks' doing
-                if len(tasks) == 1:
-                    refused(tasks[0], error)
-                    return
-        middle = len(tasks) // 2
-        self._together(call, tasks[:middle], refused)
-        self._together(call, tasks[middle:], refused)
-
-    def _for_each_claim(self, call: Callable[[list[Task]], object], tasks: Iterable[Task]) -> None:
-        for group in grouped((task for task in tasks if task not in self.locked), claim_of).values():
-            self._together(call, group, self._put_off)
-
-    def _put_off(self, task: Task, error: psycopg.Error) -> None:
-        self.log_error(f", task {task.id}", error)
-        self.locked[task] = time.monotonic() + LOCKED_SECONDS
-
-    # ------------------------------------------------------------------------------------------------ reporting
-    def _report_all(self) -> None:
-        now = time.monotonic()
-        self._report([task for task in self.unreported if task not in self.locked])
-        for task in [task for task, at in self.locked.items() if now >= at]:
-            del self.locked[task]
-            if task in self.unreported:
-                self._report([task])
-
-    def _report(self, tasks: list[Task]) -> None:
-        single = {"snoozed": self._report_snoozed, "released": self._report_released}
-        for kind, group in grouped(tasks, lambda task: task.outcome.kind if task.outcome else "").items():
-            if kind in single:
-                for task in group:
-                    self._together(single[kind], [task], self._refused)
-            else:
-                self._together(self._report_failed if kind == "failed" else self._report_completed, group, self._refused)
-
-    def _refused(self, task: Task, error: psycopg.Error) -> None:
-        if (error.sqlstate or "")[:2] in ("40", "55"):
-            self._put_off(task, error)   # someone has locked its row, or was quicker
-            return
-        self.log_error(f", outcome of task {task.id}", error)
-        before, text = task.outcome, "its outcome could not be recorded"
-        if before is not None and (before.text or "").startswith(text):
-            self._settle(task, "rejected")   # nothing more can be said of it: _release_forgotten() gives it back
-        else:   # plain words, reported in the next round
-            task.outcome = Outcome("failed", ascii(f"{text}: {error_line(error)}"[:ERROR_LIMIT])[1:-1])
-
-    def _report_completed(self, tasks: list[Task]) -> None:
-        """Report tasks that all returned something, or all returned nothing."""
-        by_claim = grouped(tasks, claim_of)
-        tasks = [task for group in by_claim.values() for task in group]
-        results = None if tasks[0].outcome is None else texts([task.outcome.text for task in tasks if task.outcome])
-        exceptions: dict[str, str] = dict(self.link.call(
-            "complete_tasks", array(by_claim), array(map(len, by_claim.values())), array([t.id for t in tasks]), results))
-        if exceptions:
+    def completed(self, tasks: list[Task]) -> None:
+        """Log each while they are few; while they are many, tell_rate() does every 10 seconds."""
+        self.counters.completed_many(collections.Counter([task.type for task in tasks]))
+        self.count += len(tasks)
+        if self.count <= 20 or log.isEnabledFor(logging.DEBUG):
             for task in tasks:
-                if task.id in exceptions:
-                    self._settle(task, exceptions[task.id])
-            tasks = [task for task in tasks if task.id not in exceptions]
-        forget = self.worker.tasks.pop
-        for task in tasks:
-            task.ended = "reported"
-            forget(task.id, None)
-            if task.outcome is not None and task.outcome.lost:
-                self._note_lost_result(task, task.outcome.lost)
-        self.worker.counters.completed_many(collections.Counter([task.type for task in tasks]))
-        self._log_completed(tasks)
+                self._log(task, "completed")
 
-    def _note_lost_result(self, task: Task, problem: str) -> None:
-        log.warning("task %s %s completed, but its result could not be kept: %s", task.type, task.id, problem)
-        self.attempt(functools.partial(self.link.call, "note_lost_result", task.id, problem))
+    def tell_rate(self, last: bool) -> None:
+        count, seconds = self.count, clock() - self.since
+        if last or seconds >= 10:
+            if count > 20:
+                self.worker.log(logging.INFO, "%d tasks completed in the last %.0f s (%.0f/s)",
+                                count, seconds, count / seconds)
+            self.count, self.since = 0, clock()
 
-    def _report_failed(self, tasks: list[Task]) -> None:
-        outcomes = [task.outcome or INTERRUPTED for task in tasks]
-        statuses: dict[str, str] = dict(self.link.call(
-            "fail_tasks", array(map(claim_of, tasks)), array([task.id for task in tasks]),
-            texts([o.text for o in outcomes]), texts([o.traceback for o in outcomes]),
-            texts([_interval(o.after) for o in outcomes]), array([o.permanent for o in outcomes])))
-        for task in tasks:
-            self._settle(task, statuses[task.id])
-
-    def _report_snoozed(self, tasks: list[Task]) -> None:
-        for task in tasks:
-            delay = _interval(task.outcome.after if task.outcome else 0.0)
-            self._settle(task, self.link.call("snooze_task", task.claim_id, task.id, delay)[0][0])
-
-    def _report_released(self, tasks: list[Task]) -> None:
-        for task in tasks:
-            released = self.link.call("release_tasks", task.claim_id, array([task.id]))[0][0]
-            self._settle(task, "rejected" if not released else
-                         "cancelled" if task.cancel_reason == "cancelled" else "released")
-
-    def _settle(self, task: Task, status: str) -> None:
-        hooks = self.worker.router.dead_letter_hooks
-        task.ended = "reported"
-        self.worker.forget(task)
-        self.worker.counters.ended(task, status)
-        if status == "completed":
-            self._log_completed([task])
-        else:
-            self._log_end(task, status)
-        if status == "dead_letter" and hooks:
-            # A thread of its own, since a hook may take long.
-            self.hooks = self.hooks or concurrent.futures.ThreadPoolExecutor(1, "dead-letter-hooks")
-            self.hooks.submit(_call_hooks, hooks, task)
-
-    def _log_end(self, task: Task, status: str) -> None:
+    def _log(self, task: Task, status: str) -> None:
         level = logging.INFO if status in ("completed", "cancelled", "snoozed", "released") else logging.WARNING
         fields: dict[str, Any] = {"task_id": task.id, "type": task.type, "attempt": task.attempt,
                                   "worker": task.worker_id, "duration": round(task.seconds, 4)}
@@ -2142,139 +1970,6 @@ class ReportLoop(Loop):
             fields["error"] = (task.outcome.text or "")[:1000]
         log.log(level, "task %s: %s %s, attempt %d, %.3f s%s", status, task.type, task.id, task.attempt, task.seconds,
                 f": {fields['error']}" if "error" in fields else "", extra=fields)
-
-    def _log_completed(self, tasks: list[Task]) -> None:
-        """Log each while they are few; while they are many, _log_rate() does every 10 seconds."""
-        self.completed += len(tasks)
-        if self.completed <= 20 or log.isEnabledFor(logging.DEBUG):
-            for task in tasks:
-                self._log_end(task, "completed")
-
-    def _log_rate(self) -> None:
-        count, seconds = self.completed, time.monotonic() - self.completed_since
-        if seconds >= 10 or self.done:
-            if count > 20:
-                self.worker.log(logging.INFO, "%d tasks completed in the last %.0f s (%.0f/s)",
-                                count, seconds, count / seconds)
-            self.completed, self.completed_since = 0, time.monotonic()
-
-    # --------------------------------------------------------------------------------------------- tasks in hand
-    def _give_back(self) -> None:
-        """While draining, or when others could start it sooner: give back what has not started."""
-        worker, draining = self.worker, self.worker.draining.is_set()
-        if not (draining or worker.pool.overloaded()):
-            return
-        taken = worker.pool.take_all()
-        while draining and self.careful:
-            taken.append(self.careful.popleft())
-        try:
-            self._for_each_claim(self._release, [*taken, *self._give_up()])
-        finally:
-            # They are still ours; in the next round they are given back.
-            kept = [task for task in taken if task.id in worker.tasks]
-            if draining:
-                self.careful.extend(kept)
-            else:
-                worker.pool.put(kept)
-        if len(taken) > len(kept):
-            worker.log(logging.INFO, "gave %d tasks back that had not started", len(taken) - len(kept))
-
-    def _give_up(self) -> list[Task]:
-        """What still runs after the grace period: asked to stop once more, its late outcome is not reported."""
-        running = [task for task in self.worker.pool.running() if self.worker.releasing.is_set()
-                   and task.ended in ("", "abandoned") and task.id in self.worker.tasks]
-        for task in running:
-            task.ended = "abandoned"
-            if task.on_cancel is not None:
-                task.on_cancel()
-        return running
-
-    def _release(self, tasks: list[Task]) -> None:
-        self.link.call("release_tasks", tasks[0].claim_id, array([task.id for task in tasks]))
-        for task in tasks:
-            self.worker.forget(task)
-
-    def _mark_running(self) -> None:
-        before = time.monotonic() - MARK_RUNNING_AFTER
-        self._for_each_claim(
-            self._mark, [task for task in self.worker.pool.running() if not task.marked and task.started < before])
-
-    def _mark(self, tasks: list[Task]) -> None:
-        started = self.link.call("start_tasks", tasks[0].claim_id, array([task.id for task in tasks]))[0][0]
-        for task in tasks:
-            task.marked = bool(task.started or started)
-
-    def _start_with_care(self) -> None:
-        """Start one recovered task: durably marked first, and not together with another one, so that the task that
-        kills its worker is charged for it, and its neighbours are not."""
-        (last, at), worker, now = self.last_careful, self.worker, time.monotonic()
-        if not self.careful or worker.pool.idle() == 0 or worker.draining.is_set():
-            return
-        if last is not None and last.id in worker.tasks and (not last.started or now - at < CAREFUL_SECONDS):
-            return
-        task = self.careful[0]
-        # If this one can't be started now, the next one is tried in the next round.
-        self.careful.rotate(-1)
-        if task.cancel_reason is None:
-            self._for_each_claim(self._mark, [task])
-        if task in self.locked:
-            return
-        self.careful.remove(task)
-        if task.marked:
-            self.last_careful = (task, now)
-            worker.pool.put_first(task)
-        else:
-            task.outcome = Outcome("released")
-            self.unreported.append(task)
-            self.bell.set()
-
-    def _send_progress(self) -> None:
-        now = time.monotonic()
-        if not self.progress or now < self.progress_at:
-            return
-        self.progress_at = now + 0.5
-        for task_id, (task, _) in list(self.progress.items()):
-            if task not in self.locked:
-                text = self.progress.pop(task_id)[1]
-                if not task.ended:
-                    call = functools.partial(self.link.call, "record_progress", task.claim_id, task_id, text)
-                    self._together(lambda tasks, call=call: call(), [task], self._put_off)
-
-    def look_for_cancellations(self) -> None:
-        """From any thread: there may be some. They are looked for at most ten times a second, however often."""
-        self.cancels_at = self.last_look + 0.1
-        self.bell.set()
-
-    def _see_cancellations(self) -> None:
-        """Once a second while something runs that lasts, and when a notification hints at one."""
-        now, worker = time.monotonic(), self.worker
-        if worker.tasks and now >= self.cancels_at and worker.registered.is_set():
-            self.last_look, self.cancels_at = now, now + 1.0
-            for (task_id,) in self.link.call("cancelling_tasks", worker.id):
-                if (task := worker.tasks.get(task_id)) is not None:
-                    task.cancel("cancelled")
-
-    def _catch_dropped(self) -> None:
-        """A net: what an asynchronous exception made a thread drop is in nobody's hands. Twice in a row, 10 s apart,
-        and it is given back, or reported if it had started."""
-        now, worker, pool = time.monotonic(), self.worker, self.worker.pool
-        if now < self.net_at:
-            return
-        self.net_at = now + 10.0
-        # First: what moves meanwhile is seen where it goes.
-        held = set(worker.tasks.values())
-        seen = {*pool.ready.copy(), *self.careful.copy(), *pool.running(), *pool.finished.copy(), *self.unreported}
-        missing = {task for task in held - seen if not task.ended and task.id in worker.tasks}
-        for task in missing & self.missing:
-            log.error("task %s %s was dropped by its thread", task.type, task.id)
-            if not task.started:
-                task.outcome = Outcome("released")
-            self.unreported.append(task)
-        self.missing = missing
-
-
-def claim_of(task: Task) -> int:
-    return task.claim_id
 
 
 async def _value_of(awaitable: Awaitable[Any]) -> Any:
@@ -2291,16 +1986,299 @@ def _call_hooks(hooks: Sequence[DeadLetterHook], task: Task) -> None:
             log.error("on_dead_letter: %s", describe_error(error))
 
 
+class ReportLoop(Loop):
+    """Tells the database how tasks ended, marks those that last, and sees cancellations."""
+
+    name = "report"
+
+    def __init__(self, worker: Worker) -> None:
+        super().__init__(worker, worker.pool.news)
+        # A row that someone has locked must not hold up the others.
+        self.link = Link(worker.config, lock_timeout="1s")
+        self.journal = Journal(worker)
+        # The claim loop adds, this thread takes: recovered tasks that wait for their start.
+        self.careful: collections.deque[Task] = collections.deque()
+        # Pool threads add, this thread takes.
+        self.progress: dict[str, tuple[Task, str]] = {}
+        # Written by any thread: when to look for cancellations.
+        self.cancels_at = 0.0
+        # All below is written by its own thread. locked: when to try again with a task's row, alone.
+        self.unreported: list[Task] = []
+        self.locked: dict[Task, float] = {}
+        self.last_careful: tuple[Task | None, float] = (None, 0.0)
+        self.last_look = self.progress_at = self.net_at = self.pause_until = 0.0
+        self.missing: set[Task] = set()
+        self.done = False
+
+    def ended(self) -> bool:
+        return self.done or self.worker.stopped.is_set()
+
+    def wait(self, delay: float) -> None:
+        super().wait(delay)
+        # Small reports keep their distance, but not while the worker drains.
+        self.worker.draining.wait(max(0.0, self.pause_until - clock()))
+
+    def poll(self) -> float:
+        releasing = self.worker.releasing.is_set()   # before the work: the last round must have seen it
+        self.bell.clear()
+        try:
+            self._collect()
+            if self.unreported or self.locked:
+                # A drain's reports are large: no pause.
+                self.pause_until = clock() + REPORT_PAUSE if len(self.unreported) < 100 else 0.0
+                self._report_all()
+                self.worker.reached_at = clock()
+            for chore in (self._give_back, self._mark_running, self._start_with_care, self._send_progress,
+                          self._see_cancellations):
+                self.attempt(chore)
+            self._catch_dropped()
+        finally:
+            self.unreported = [task for task in self.unreported if task.ended != "reported"]
+            if self.pool.wanted:   # what was reported or given back has made room
+                self.pool.room.set()
+        self.done = releasing and not self.pool.finished and not self.unreported
+        self.journal.tell_rate(last=self.done)
+        if any(task not in self.locked for task in self.unreported):
+            return 0.0   # refused, and reworded
+        return 0.02 if self.careful else 0.1 if self.pool.running() else 1.0
+
+    def _collect(self) -> None:
+        finished = self.pool.finished
+        # Each once, though a thread that was ended from outside may have put it there twice.
+        batch = dict.fromkeys([finished.popleft() for _ in range(len(finished))])
+        tasks = [task for task in batch if task.ended != "reported"]
+        self.pool.measure(tasks)
+        for task in tasks:
+            if task.ended == "transaction":
+                self.worker.forget(task)
+                self.journal.completed([task])
+            elif task.ended == "abandoned":   # a stand-in reports for it, and has it forgotten then
+                self.worker.counters.ended(task, "rejected")
+            else:
+                self.unreported.append(task)
+
+    # ----------------------------------------------------------------------------- calls for many tasks at once
+    def _together(self, call: Callable[[list[Task]], object], tasks: list[Task],
+                  refused: Callable[[Task, psycopg.Error], None]) -> None:
+        """Make one call for these tasks; one for each half if it is too large, or refused because of one of them."""
+        if len(tasks) == 1 or sum(len(task.outcome.text or "") for task in tasks if task.outcome) <= CALL_LIMIT:
+            try:
+                call(tasks)
+                return
+            except psycopg.Error as error:
+                if not is_refusal(error):
+                    raise   # not the tasks' doing
+                if len(tasks) == 1:
+                    refused(tasks[0], error)
+                    return
+        middle = len(tasks) // 2
+        self._together(call, tasks[:middle], refused)
+        self._together(call, tasks[middle:], refused)
+
+    def _for_each_claim(self, call: Callable[[list[Task]], object], tasks: Iterable[Task]) -> None:
+        free = [task for task in tasks if task not in self.locked]
+        for group in grouped(free, lambda task: task.claim_id).values():
+            self._together(call, group, self._put_off)
+
+    def _put_off(self, task: Task, error: psycopg.Error) -> None:
+        self.log_error(f", task {task.id}", error)
+        self.locked[task] = clock() + LOCKED_SECONDS
+
+    # ------------------------------------------------------------------------------------------------ reporting
+    def _report_all(self) -> None:
+        now = clock()
+        self._report([task for task in self.unreported if task not in self.locked])
+        for task in [task for task, at in self.locked.items() if now >= at]:
+            del self.locked[task]
+            if task in self.unreported:
+                self._report([task])
+
+    def _report(self, tasks: list[Task]) -> None:
+        calls = {"failed": self._report_failed, "snoozed": self._report_one, "released": self._report_one}
+        for kind, group in grouped(tasks, lambda task: task.outcome.kind if task.outcome else "").items():
+            call = calls.get(kind, self._report_completed)
+            for part in [[task] for task in group] if call == self._report_one else [group]:
+                self._together(call, part, self._refused)
+
+    def _refused(self, task: Task, error: psycopg.Error) -> None:
+        if (error.sqlstate or "")[:2] in ("40", "55"):
+            self._put_off(task, error)   # someone has locked its row, or was quicker
+            return
+        self.log_error(f", outcome of task {task.id}", error)
+        before, text = task.outcome, "its outcome could not be recorded"
+        if before is not None and (before.text or "").startswith(text):
+            self._settle(task, "rejected")   # nothing more can be said of it: _release_forgotten() gives it back
+        else:   # plain words, reported in the next round
+            task.outcome = Outcome("failed", ascii(f"{text}: {error_line(error)}"[:ERROR_LIMIT])[1:-1])
+
+    def _report_completed(self, tasks: list[Task]) -> None:
+        """Report tasks that all returned something, or all returned nothing."""
+        by_claim = grouped(tasks, lambda task: task.claim_id)
+        tasks = [task for group in by_claim.values() for task in group]
+        results = None if tasks[0].outcome is None else texts([task.outcome.text for task in tasks if task.outcome])
+        exceptions: dict[str, str] = dict(self.link.call(
+            "complete_tasks", array(by_claim), array(map(len, by_claim.values())), array([t.id for t in tasks]), results))
+        if exceptions:
+            for task in tasks:
+                if task.id in exceptions:
+                    self._settle(task, exceptions[task.id])
+            tasks = [task for task in tasks if task.id not in exceptions]
+        forget = self.worker.tasks.pop
+        for task in tasks:
+            task.ended = "reported"
+            forget(task.id, None)
+            if task.outcome is not None and task.outcome.lost:
+                log.warning("task %s %s completed, but its result could not be kept: %s",
+                            task.type, task.id, task.outcome.lost)
+                self.attempt(self.link.call, "note_lost_result", task.id, task.outcome.lost)
+        self.journal.completed(tasks)
+
+    def _report_failed(self, tasks: list[Task]) -> None:
+        outcomes = [task.outcome or INTERRUPTED for task in tasks]
+        statuses: dict[str, str] = dict(self.link.call(
+            "fail_tasks", array([task.claim_id for task in tasks]), array([task.id for task in tasks]),
+            texts([o.text for o in outcomes]), texts([o.traceback for o in outcomes]),
+            texts([_interval(o.after) for o in outcomes]), array([o.permanent for o in outcomes])))
+        for task in tasks:
+            self._settle(task, statuses[task.id])
+
+    def _report_one(self, tasks: list[Task]) -> None:
+        """Report a task that was snoozed or released."""
+        [task], call = tasks, self.link.call
+        if task.outcome is not None and task.outcome.kind == "snoozed":
+            status = call("snooze_task", task.claim_id, task.id, _interval(task.outcome.after))[0][0]
+        elif not call("release_tasks", task.claim_id, array([task.id]))[0][0]:
+            status = "rejected"
+        else:
+            status = "cancelled" if task.cancel_reason == "cancelled" else "released"
+        self._settle(task, status)
+
+    def _settle(self, task: Task, status: str) -> None:
+        task.ended = "reported"
+        self.worker.forget(task)
+        self.journal.ended(task, status)
+
+    # --------------------------------------------------------------------------------------------- tasks in hand
+    def _give_back(self) -> None:
+        """While draining, or when others could start it sooner: give back what has not started."""
+        worker, draining = self.worker, self.worker.draining.is_set()
+        if not (draining or self.pool.overloaded()):
+            return
+        taken = self.pool.take_all()
+        while draining and self.careful:
+            taken.append(self.careful.popleft())
+        try:
+            self._for_each_claim(self._release, [*taken, *(self._give_up() if worker.releasing.is_set() else ())])
+        finally:
+            kept = [task for task in taken if task.id in worker.tasks]
+            if draining:
+                self.careful.extend(kept)   # to be given back in the next round
+            else:
+                self.pool.put(kept)
+        if len(taken) > len(kept):
+            worker.log(logging.INFO, "gave %d tasks back that had not started", len(taken) - len(kept))
+
+    def _give_up(self) -> list[Task]:
+        """What still runs after the grace period: asked to stop once more, its late outcome is not reported."""
+        running = [task for task in self.pool.running()
+                   if task.ended in ("", "abandoned") and task.id in self.worker.tasks]
+        for task in running:
+            task.ended = "abandoned"
+            if task.on_cancel is not None:
+                task.on_cancel()
+        return running
+
+    def _release(self, tasks: list[Task]) -> None:
+        self.link.call("release_tasks", tasks[0].claim_id, array([task.id for task in tasks]))
+        for task in tasks:
+            self.worker.forget(task)
+
+    def _mark_running(self) -> None:
+        before = clock() - MARK_RUNNING_AFTER
+        self._for_each_claim(
+            self._mark, [task for task in self.pool.running() if not task.marked and task.started < before])
+
+    def _mark(self, tasks: list[Task]) -> None:
+        marked = self.link.call("start_tasks", tasks[0].claim_id, array([task.id for task in tasks]))[0][0]
+        for task in tasks:
+            # One that runs already is not marked again, whatever became of it.
+            task.marked = bool(task.started or marked)
+
+    def _start_with_care(self) -> None:
+        """Start one recovered task: durably marked first, and not together with another one, so that the task that
+        kills its worker is charged for it, and its neighbours are not."""
+        (last, at), worker, now = self.last_careful, self.worker, clock()
+        if not self.careful or self.pool.idle() == 0 or worker.draining.is_set():
+            return
+        if last is not None and last.id in worker.tasks and (not last.started or now - at < CAREFUL_SECONDS):
+            return
+        task = self.careful[0]
+        self.careful.rotate(-1)   # if this one can't be started now, the next one is tried in the next round
+        if task.cancel_reason is None:
+            self._for_each_claim(self._mark, [task])
+        if task in self.locked:
+            return
+        self.careful.remove(task)
+        if task.marked:
+            self.last_careful = (task, now)
+            self.pool.put_first(task)
+        else:
+            task.outcome = Outcome("released")
+            self.unreported.append(task)
+            self.bell.set()
+
+    def _send_progress(self) -> None:
+        if not self.progress or clock() < self.progress_at:
+            return
+        self.progress_at = clock() + 0.5
+        for task, _ in list(self.progress.values()):
+            if task not in self.locked:
+                self._together(self._record_progress, [task], self._put_off)
+
+    def _record_progress(self, tasks: list[Task]) -> None:
+        task, text = self.progress.pop(tasks[0].id)
+        if not task.ended:
+            self.link.call("record_progress", task.claim_id, task.id, text)
+
+    def look_for_cancellations(self) -> None:
+        """From any thread: there may be some. However often it is called, they are looked for ten times a second."""
+        self.cancels_at = self.last_look + 0.1
+        self.bell.set()
+
+    def _see_cancellations(self) -> None:
+        """Once a second while something runs that lasts, and when a notification hints at one."""
+        now, worker = clock(), self.worker
+        if worker.tasks and now >= self.cancels_at and worker.registered.is_set():
+            self.last_look, self.cancels_at = now, now + 1.0
+            for (task_id,) in self.link.call("cancelling_tasks", worker.id):
+                if (task := worker.tasks.get(task_id)) is not None:
+                    task.cancel("cancelled")
+
+    def _catch_dropped(self) -> None:
+        """A net: what an asynchronous exception made a thread drop is in nobody's hands. Twice in a row, 10 s apart,
+        and it is given back, or reported if it had started."""
+        now, tasks, pool = clock(), self.worker.tasks, self.pool
+        if now < self.net_at:
+            return
+        self.net_at = now + 10.0
+        held = set(tasks.values())   # first: what moves meanwhile is seen where it goes
+        seen = {*pool.ready.copy(), *self.careful.copy(), *pool.running(), *pool.finished.copy(), *self.unreported}
+        missing = {task for task in held - seen if not task.ended and task.id in tasks}
+        for task in missing & self.missing:
+            log.error("task %s %s was dropped by its thread", task.type, task.id)
+            if not task.started:
+                task.outcome = Outcome("released")
+            self.unreported.append(task)
+        self.missing = missing
+
+
 @dataclasses.dataclass
 class Chore:
-    """What the heartbeat loop does again and again, each time in a transaction of its own."""
+    """What the heartbeat loop does again and again. run returns the seconds until the next time; None: `every`."""
 
-    # returns the seconds until the next time, or None: as usual
     run: Callable[[], float | None]
     every: float
-    # only while this worker leads
     leaders: bool = True
-    # monotonic
     due: float = 0.0
 
 
@@ -2318,7 +2296,7 @@ class HeartbeatLoop(Loop):
             Chore(self._beat, beat, leaders=False), Chore(self._lead, min(beat, config.leader_term / 3), leaders=False),
             Chore(self._recover, beat), Chore(self._raise_floors, slow), Chore(self._rescan_lanes, 10.0),
             Chore(self._prune, config.cleanup_interval), Chore(self._sample_stats, 60.0))}
-        # Of each other worker: its last heartbeat, and since when it has been that (monotonic); when that was read.
+        # Each other worker's last heartbeat, and since when it has been that; when they were read.
         self.seen: dict[str, tuple[str, float]] = {}
         self.looked_at = 0.0
         self.schema_checked = self.stop_announced = False
@@ -2334,19 +2312,18 @@ class HeartbeatLoop(Loop):
             log.error("no heartbeat: %s", "; ".join(problems))
             return 1.0
         for chore in self.chores.values():
-            if time.monotonic() < chore.due or (chore.leaders and not worker.leads()):
+            if clock() < chore.due or (chore.leaders and not worker.leads()):
                 continue
-            began = self.moved_at = time.monotonic()
+            began = self.moved_at = clock()
+            # If it fails: two missed heartbeats may be one too many.
+            delay: float | None = min(chore.every, 2.0)
             try:
-                delay = chore.run()
-                chore.due = began + chore.every if delay is None else time.monotonic() + delay
-            except psycopg.Error as error:
-                # Two missed heartbeats may be one too many.
-                chore.due = time.monotonic() + min(chore.every, 2.0)
-                self.pass_over(chore.run.__name__, error)
-            worker.reached_at = time.monotonic()
+                delay = self.attempt(chore.run, refused=delay)
+            finally:
+                chore.due = began + chore.every if delay is None else clock() + delay
+            worker.reached_at = clock()
         due = min(chore.due for chore in self.chores.values() if not chore.leaders or worker.leads())
-        return max(0.001, min(due - time.monotonic(), 1.0))
+        return max(0.001, min(due - clock(), 1.0))
 
     def wait(self, delay: float) -> None:
         super().wait(delay)
@@ -2354,9 +2331,8 @@ class HeartbeatLoop(Loop):
 
     def failed(self, error: psycopg.Error) -> None:
         super().failed(error)
-        # The embedded server was killed: nobody else brings it back.
         if self.worker.revive is not None and error.sqlstate is None and not self.ended():
-            with contextlib.suppress(ConfigError):
+            with contextlib.suppress(ConfigError):   # the embedded server was killed: nobody else brings it back
                 self.worker.revive()
 
     def run(self) -> None:
@@ -2379,7 +2355,7 @@ class HeartbeatLoop(Loop):
 
     def register(self) -> None:
         """Raises ConfigError if the schema has another version."""
-        worker, link, config = self.worker, self.link, self.worker.config
+        worker, link, config = self.worker, self.link, self.config
         link.close()
         # SQL's _application_name(): pg_stat_activity shows that it lives.
         link.name = "orchestrator " + worker.id[-50:]
@@ -2393,28 +2369,24 @@ class HeartbeatLoop(Loop):
         worker.term = None
         if not config.distributed_mode and link.pooled:
             log.info("behind a pooler: what an earlier instance left in flight is recovered after WORKER_TIMEOUT")
-        elif not config.distributed_mode:
-            _, living = link.call("declare_disconnected_dead", worker.id)[0]
-            if living:
-                log.warning("DISTRIBUTED_MODE is false, but %d other worker%s: set it to true on all of them",
-                            living, " lives" if living == 1 else "s live")
+        elif not config.distributed_mode and (living := link.call("declare_disconnected_dead", worker.id)[0][1]):
+            log.warning("DISTRIBUTED_MODE is false, but %d other worker%s: set it to true on all of them",
+                        living, " lives" if living == 1 else "s live")
         for chore in self.chores.values():
             chore.due = 0.0
         # Not at once: there may be much to claim.
-        self.chores[self._sample_stats].due = time.monotonic() + 1.0
-        worker.claims.idle = False
-        worker.reached_at = time.monotonic()
+        self.chores[self._sample_stats].due = clock() + 1.0
+        worker.claims.idle, worker.reached_at = False, clock()
         worker.registered.set()
 
     def _beat(self) -> None:
-        """Send a heartbeat, and note which other workers' heartbeats have changed, by this process's own clock: no step
-        of the database's clock can make a living worker look dead."""
-        config, worker_id, before = self.worker.config, self.worker.id, self.seen
+        """Send a heartbeat, and note which other workers' heartbeats have changed, by this process's own clock: no
+        step of the database's clock can make a living worker look dead."""
+        worker_id, before, interval = self.worker.id, self.seen, self.config.heartbeat_interval
         rows: dict[str, str] = dict(self.link.call("heartbeat", worker_id))
-        now = time.monotonic()
+        now = clock()
         # After a pause (the database was away, this process was stopped) nothing is known: all get their time anew.
-        if now - self.looked_at > max(1.25 * config.heartbeat_interval,
-                                      config.worker_timeout - 1.5 * config.heartbeat_interval):
+        if now - self.looked_at > max(1.25 * interval, self.config.worker_timeout - 1.5 * interval):
             before = {}
         self.looked_at = now
         self.seen = {other: before[other] if other in before and before[other][0] == at else (at, now)
@@ -2423,9 +2395,9 @@ class HeartbeatLoop(Loop):
             self.worker.declared_dead(worker_id)
 
     def _lead(self) -> None:
-        worker, length = self.worker, self.worker.config.leader_term
+        worker, length = self.worker, self.config.leader_term
         # The lease counts from before the call was sent, less a margin for clocks' rates.
-        before = time.monotonic()
+        before = clock()
         leads, term, _ = self.link.call("acquire_leadership", worker.id, _interval(length))[0]
         if leads and term != worker.term:
             # What an earlier term counted is history.
@@ -2433,28 +2405,27 @@ class HeartbeatLoop(Loop):
             worker.log(logging.INFO, "leader, term %d", term)
         elif not leads and worker.term is not None:
             worker.log(logging.INFO, "no longer the leader")
-        worker.term = term if leads else None
-        worker.lease_until = before + 0.9 * length if leads else 0.0
+        worker.term, worker.lease_until = (term, before + 0.9 * length) if leads else (None, 0.0)
 
     def _as_leader(self, function: str, *args: Any) -> Row:
         """Call one of the leader's functions, which does nothing under a stale term."""
         return self.link.call(function, self.worker.id, self.worker.term, *args)[0]
 
     def _recover(self) -> float | None:
-        config, worker = self.worker.config, self.worker
+        worker = self.worker
         # Until the last look, not until now: while the database was away nobody could be heard.
-        limit = self.looked_at - config.worker_timeout + 0.1 * config.heartbeat_interval
+        limit = self.looked_at - self.config.worker_timeout + 0.1 * self.config.heartbeat_interval
         silent = {other: at for other, (at, since) in self.seen.items() if since <= limit}
         declared = self._as_leader("declare_dead", texts(silent), texts(silent.values()))[0] if silent else 0
         released, retried, dead, cancelled, failed, _ = self._as_leader("recover_orphans")
-        worker.recovered_at = time.monotonic()
+        worker.recovered_at = clock()
         if released is None:
             return None   # under a stale term
-        dead_letters: dict[str, int] = json.loads(dead)
-        counts = dict(zip(RECOVERY_OUTCOMES, (released, retried, sum(dead_letters.values()), cancelled, failed), strict=True))
-        worker.counters.recovery(counts, dead_letters)
-        if declared or any(counts.values()):
-            told = {what: count for what, count in counts.items() if count}
+        dead_letters = worker.counters.by_label(json.loads(dead))
+        counts = dict(zip(RECOVERY_OUTCOMES, (released, retried, dead_letters.total(), cancelled, failed), strict=True))
+        worker.counters.count(recovered=counts, dead_letters=dead_letters)
+        told = {what: count for what, count in counts.items() if count}
+        if declared or told:
             worker.log(logging.WARNING, "recovery: %s workers declared dead; tasks: %s", declared,
                        ", ".join(f"{count} {what}" for what, count in told.items()) or "none", **told)
         # About the limit of a call: there may be more.
@@ -2462,20 +2433,19 @@ class HeartbeatLoop(Loop):
 
     def _raise_floors(self) -> float | None:
         """Again sooner where that helped: then an old snapshot is held, and claims walk what was claimed since."""
-        started = time.monotonic()
+        started = clock()
         raised = self._as_leader("raise_floors")[0]
-        return min(1.0, max(0.2, 10 * (time.monotonic() - started))) if raised else None
+        return min(1.0, max(0.2, 10 * (clock() - started))) if raised else None
 
     def _rescan_lanes(self) -> float:
         """At most a 200th of the time: it walks all that an old snapshot keeps, while others claim."""
-        started = time.monotonic()
+        started = clock()
         self._as_leader("rescan_lanes")
-        return max(10.0, 200 * (time.monotonic() - started))
+        return max(10.0, 200 * (clock() - started))
 
     def _prune(self) -> float | None:
-        config = self.worker.config
         completed, dead_letters, more = self._as_leader(
-            "prune", _interval(config.retention_completed), _interval(config.retention_dead_letter))
+            "prune", _interval(self.config.retention_completed), _interval(self.config.retention_dead_letter))
         if completed or dead_letters:
             log.debug("deleted %s completed tasks, %s dead letters", completed, dead_letters)
         return 0.05 if more else None
@@ -2486,7 +2456,7 @@ class HeartbeatLoop(Loop):
         if due is None:
             return None   # under a stale term
         stats = json.loads(self.link.call("metrics")[0][0])
-        self.worker.stats = {**stats, "at": time.monotonic() - stats["age"]} if stats["age"] is not None else None
+        self.worker.stats = None if stats["age"] is None else {**stats, "at": clock() - stats["age"]}
         return min(max(float(due), 0.5), 5.0)
 
 
@@ -2496,8 +2466,9 @@ class WorkerStatus:
 
     worker_id: str
     leads: bool
-    # Health: what is wrong with this process. Readiness: that, and why it can't take work just now.
+    # health: what is wrong with this process
     problems: list[str]
+    # readiness: that, and why it can't take work just now
     not_ready: list[str]
     pool_size: int
     prefetch: int
@@ -2506,7 +2477,7 @@ class WorkerStatus:
     # type, seconds so far, seconds until its timeout
     running: list[tuple[str, float, float | None]]
     counters: Counters
-    # The leader's counts of the whole queue; `at` is when, monotonic.
+    # the leader's counts of the whole queue; `at` is when
     stats: dict[str, Any] | None
     recovery_age: float
 
@@ -2515,25 +2486,22 @@ class Worker:
     """Claims tasks, runs them in a pool of threads, reports how they ended: three loops around one pool."""
 
     def __init__(self, config: Config, router: Router, revive: Callable[[], object] | None = None) -> None:
-        self.config, self.router = config, router
+        self.config, self.router, self.counters = config, router, Counters(router)
         # Starts the embedded server again, if that is the one in use.
         self.revive = revive
-        self.counters = Counters(router)
-        # Written by any loop, under the lock, with `registered`, when it was declared dead.
-        self.id = _new_worker_id()
-        self.identity_lock = threading.Lock()
+        # Written by any loop, under the lock, along with `registered`, when it was declared dead.
+        self.id, self.identity_lock = _new_worker_id(), threading.Lock()
         # The claim loop adds, the report loop takes: all it holds, by id.
         self.tasks: dict[str, Task] = {}
-        # The stages of stopping are set by the caller of stop(), one after the other.
+        # Set by the heartbeat loop; the others by the caller of stop(), one after the other.
         self.registered, self.draining, self.releasing, self.stopped = (threading.Event() for _ in range(4))
-        # Written by any loop: why this worker can't go on; when the database last answered (monotonic, as all times).
+        # Written by any loop: why this worker can't go on; when the database last answered.
         self.fatal: Exception | None = None
-        self.reached_at = time.monotonic()
-        # Written by the heartbeat loop. recovered_at: when this leader last looked for what dead workers held.
+        self.reached_at = clock()
+        # Written by the heartbeat loop. recovered_at: when it last looked, as leader, for what dead workers held.
         self.term: int | None = None
-        self.lease_until = 0.0
+        self.lease_until, self.recovered_at = 0.0, clock()
         self.stats: dict[str, Any] | None = None
-        self.recovered_at = time.monotonic()
         self.pool = Pool(config.worker_pool_size, router, self.counters)
         self.reports, self.claims, self.heartbeat = ReportLoop(self), ClaimLoop(self), HeartbeatLoop(self)
 
@@ -2554,14 +2522,14 @@ class Worker:
         log.info("worker %s started, pool size %d", self.id, self.config.worker_pool_size)
 
     def stop(self, grace: float, hurry: Callable[[], bool] = lambda: False) -> None:
-        """Claim no more, give back what has not started, let the rest finish for `grace` seconds, give back the rest."""
+        """Claim no more, give back what has not started, let the rest finish for `grace` seconds, give that back."""
         log.info("worker %s stops: %d tasks in hand, grace %g s", self.id, len(self.tasks), grace)
-        until = time.monotonic() + grace
+        until = clock() + grace
         self.draining.set()
         self._wake()
         # What it is just claiming is in hand then.
-        self.claims.join(time.monotonic() + min(max(grace, 0.3), 2.0))
-        while time.monotonic() < until and not hurry():
+        self.claims.join(clock() + min(max(grace, 0.3), 2.0))
+        while clock() < until and not hurry():
             # Each time: a pool thread may just have taken one that is to be given back.
             for task in self.pool.running():
                 task.cancel("shutdown")
@@ -2572,7 +2540,7 @@ class Worker:
         self.releasing.set()
         self.pool.news.set()
         # A database that does not answer must not keep the process: it exits within 2 s.
-        last = time.monotonic() + 1.5
+        last = clock() + 1.5
         self.reports.join(last - 0.5)
         self.stopped.set()
         self._wake()
@@ -2582,8 +2550,8 @@ class Worker:
         log.info("worker %s stopped", self.id)
 
     def _wake(self) -> None:
-        for bell in (self.pool.room, self.pool.news, self.heartbeat.bell):
-            bell.set()
+        for loop in (self.claims, self.reports, self.heartbeat):
+            loop.bell.set()
 
     def forget(self, task: Task) -> None:
         held = self.tasks.get(task.id)
@@ -2604,23 +2572,23 @@ class Worker:
         self.heartbeat.bell.set()
 
     def leads(self) -> bool:
-        return self.term is not None and time.monotonic() < self.lease_until
+        return self.term is not None and clock() < self.lease_until
 
     def health(self) -> list[str]:
         """What is wrong with this process; never asks the database."""
         if self.fatal is not None:
             return [str(self.fatal)]
-        # A call may last STATEMENT_TIMEOUT + 5 s, and connecting before it 10 s for each host.
+        # A call may last STATEMENT_TIMEOUT + 5 s, and connecting before it 10 s for each host. It counts from its
+        # own start: many slow answers are the database's fault, not the loop's.
         hosts = str(conninfo_to_dict(self.config.database_url).get("host", "")).split(",")
-        now, limit = time.monotonic(), STATEMENT_TIMEOUT + 5 + 10 * len(hosts)
+        now, limit = clock(), STATEMENT_TIMEOUT + 5 + 10 * len(hosts)
         loops = [self.reports] if self.draining.is_set() else [self.claims, self.reports, self.heartbeat]
-        # From the call under way, if there is one: many slow answers are the database's fault, not the loop's.
         still = {loop.name: now - max(loop.moved_at, loop.link.began or 0.0) for loop in loops if loop.thread}
         return [*(f"the {name} loop has not moved for {seconds:.0f} s" for name, seconds in still.items()
                   if seconds > limit), *self.pool.problems()]
 
     def readiness(self) -> list[str]:
-        problems, silence = self.health(), time.monotonic() - self.reached_at
+        problems, silence = self.health(), clock() - self.reached_at
         if self.draining.is_set():
             problems.append("shutting down")
         if not self.registered.is_set():
@@ -2630,7 +2598,7 @@ class Worker:
         return problems
 
     def status(self) -> WorkerStatus:
-        now = time.monotonic()
+        now = clock()
         return WorkerStatus(
             worker_id=self.id, leads=self.leads(), problems=self.health(), not_ready=self.readiness(),
             pool_size=self.pool.size, prefetch=self.claims.prefetch(),
@@ -2661,75 +2629,38 @@ class EnqueuedId(str):
         return made
 
 
-class Orchestrator:
-    """Handlers, connections to enqueue with, and a worker: what a program uses. Safe to use from many threads.
+class Client:
+    """What a program enqueues with, from any thread: connections, opened when they are needed."""
 
-    `settings` are Config's, by name: worker_pool_size=4, claim_interval="500ms" …; what is not given comes from the
-    environment. json_default: a function that turns what JSON has no form for into something it has, before the
-    built-in json_default(). Raises ConfigError.
-    """
-
-    # The sections below set these; without them there is no embedded PostgreSQL and no page, and everything else works.
+    # The sections below set these; without them there is no embedded PostgreSQL, no page, and all else works.
     embedded_server: ClassVar[Any] = None   # a function of a Path
     http_server: ClassVar[Any] = None       # a function of a Config and a function that returns a WorkerStatus
 
-    def __init__(self, database_url: str | None = None,
-                 handlers: Mapping[str, Handler | Callable[[Task], Any]] | None = None, *,
-                 json_default: Callable[[Any], Any] | None = None, **settings: Any) -> None:
-        given = {"database_url": database_url, **settings}
+    def __init__(self, json_default: Callable[[Any], Any] | None, settings: dict[str, Any]) -> None:
         self._wrong: ConfigError | None = None
         try:
-            self.config = Config.load(given)
+            self.config = Config.load(settings)
         except ConfigError as error:
-            # The program's own mistake is raised here; one of the environment when it matters, and run() reports it.
-            self.config = Config.load(given, environ={})
+            # The program's own mistake is raised here; one of the environment when it matters.
+            self.config = Config.load(settings, environ={})
             self._wrong = error
         self.router = Router(json_default)
-        self.worker: Worker | None = None
         self._embedded: Any = None
-        self._http: Any = None
-        self._lock = threading.RLock()   # guards opening and closing
-        self._reset_links()
-        _apps.add(self)
-        for pattern, handler in (handlers or {}).items():
-            self.router.add(pattern, handler)
+        self._reset()
+        _clients.add(self)
 
-    # ------------------------------------------------------------------------------------------------- handlers
-    @overload
-    def handler(self, pattern: str, function: None = None, **policy: Any) -> Callable[[Function], Function]: ...
+    def _reset(self) -> None:
+        """Hold no connection; also in a forked child, since the parent's are its own.
 
-    @overload
-    def handler(self, pattern: str, function: Function, **policy: Any) -> Function: ...
-
-    def handler(self, pattern: str, function: Function | None = None, **policy: Any) -> Any:
-        """Register a handler for a type, or for a prefix that ends in ":" or "*"; as a decorator or with the function.
-
-        policy: max_retries=3, base_delay=1, max_delay=3600, timeout=None; seconds, timedelta or text such as "10m".
-        Raises ConfigError.
+        psycopg frees a connection without a word to the server where another process made it.
         """
-        def register(function: Function) -> Function:
-            if self.worker is not None:
-                raise ConfigError(f"handler {pattern!r}: must be registered before the worker starts")
-            try:
-                self.router.add(pattern, Handler(function, **policy))
-            except (ValueError, TypeError) as error:
-                raise ConfigError(f"handler {pattern!r}: {error}") from None
-            return function
-        return register if function is None else register(function)
+        # Guards opening and closing.
+        self._lock = threading.RLock()
+        # Those that no thread uses just now.
+        self._links: list[Link] = []
+        self._places = threading.BoundedSemaphore(LINKS)
+        self.router.loop, self.router._loop_lock = None, threading.Lock()
 
-    def use(self, middleware: Middleware) -> Middleware:
-        """Wrap every handler: middleware(task, call_next) returns call_next(task), or something else. The first is
-        outermost. An async one awaits call_next(task)."""
-        self.router.middleware.append(middleware)
-        return middleware
-
-    def on_dead_letter(self, hook: DeadLetterHook) -> DeadLetterHook:
-        """Have hook(task, error) called for each task that this worker made a dead letter of, timeouts included. Those of
-        workers that died are made by the leader: look into the view dead_letters for all."""
-        self.router.dead_letter_hooks.append(hook)
-        return hook
-
-    # ---------------------------------------------------------------------------------------------------- tasks
     def enqueue(self, type: str, payload: Any = None, *, priority: int = 0, idempotency_key: str | UUID | None = None,
                 max_retries: int | None = None, run_at: datetime | None = None, delay: Seconds | None = None,
                 connection: psycopg.Connection[Any] | None = None) -> EnqueuedId:
@@ -2738,17 +2669,16 @@ class Orchestrator:
         A repeated (type, idempotency_key) returns the first task's id, with created False. delay (instead of run_at):
         seconds, a timedelta or text such as "10m". Raises ValueError, which names the field.
         """
-        key = None if idempotency_key is None else _key("idempotency_key", idempotency_key)
-        args = (check_text("type", type), self._json("payload", {} if payload is None else payload),
-                _priority(priority), key, _retries(max_retries), _run_at(run_at, delay))
-        if key is None:
-            return EnqueuedId(self._call("enqueue", *args, connection=connection)[0][0], True)
-        args = (args[0], texts([args[1]]), args[2], texts([key]), *args[4:])
+        payload = {} if payload is None else payload
+        if idempotency_key is None:
+            return EnqueuedId(self._call(
+                connection, "enqueue", check_text("type", type), self._json("payload", payload), _priority(priority),
+                None, _retries(max_retries), _run_at(run_at, delay))[0][0])
         try:
-            [(_, task_id, created)] = self._call("enqueue_many", *args, connection=connection)
+            return self.enqueue_many(type, [payload], priority=priority, idempotency_keys=[idempotency_key],
+                                     max_retries=max_retries, run_at=run_at, delay=delay, connection=connection)[0]
         except ValueError as error:
-            raise ValueError(str(error).replace("payloads[1]", "payload", 1)) from None
-        return EnqueuedId(str(task_id), created)
+            raise ValueError(re.sub(r"^(payload|idempotency_key)s\[1\]", r"\1", str(error))) from None
 
     async def enqueue_async(self, type: str, payload: Any = None, **options: Any) -> EnqueuedId:
         """enqueue() in a thread, so that the event loop goes on meanwhile."""
@@ -2759,14 +2689,14 @@ class Orchestrator:
                      run_at: datetime | None = None, delay: Seconds | None = None,
                      connection: psycopg.Connection[Any] | None = None) -> list[EnqueuedId]:
         """Add a task for each payload, all in one statement, and return their ids in order. Raises ValueError."""
+        # Counted from 1, as in SQL.
         keys = None if idempotency_keys is None else texts(
             [None if key is None else _key(f"idempotency_keys[{n}]", key) for n, key in enumerate(idempotency_keys, 1)])
-        # counted from 1, as in SQL
-        text = texts([self._json(f"payloads[{number}]", payload) for number, payload in enumerate(payloads, 1)])
+        text = texts([self._json(f"payloads[{n}]", payload) for n, payload in enumerate(payloads, 1)])
         if len(text) > 8 * CALL_LIMIT:
             raise ValueError(f"payloads: over {8 * CALL_LIMIT >> 20} MiB in one call; add them in several")
-        rows = self._call("enqueue_many", check_text("type", type), text, _priority(priority), keys,
-                          _retries(max_retries), _run_at(run_at, delay), connection=connection)
+        rows = self._call(connection, "enqueue_many", check_text("type", type), text, _priority(priority), keys,
+                          _retries(max_retries), _run_at(run_at, delay))
         return [EnqueuedId(str(task_id), created) for _, task_id, created in sorted(rows)]
 
     def cancel(self, task_id: str | UUID) -> str:
@@ -2794,7 +2724,122 @@ class Orchestrator:
         """The rows of a view of the schema as dicts."""
         return self._with_link(lambda link: link.view(name))
 
-    # --------------------------------------------------------------------------------------------------- worker
+    def open(self) -> None:
+        """Start the embedded database, if that is the one in use, and install the schema if there is none.
+
+        Done by whatever needs it, but not by what uses a `connection` of yours. Raises ConfigError.
+        """
+        self._with_link(lambda link: ensure_schema(link.open()))
+
+    def _open(self) -> None:
+        if self._wrong is not None:
+            raise self._wrong
+        with self._lock:
+            if not self.config.database_url:
+                if self.embedded_server is None:
+                    raise ConfigError("DATABASE_URL: is not set")
+                self._embedded = type(self).embedded_server(Path(self.config.embedded_dir))
+                config = dataclasses.replace(self.config, database_url=self._embedded.start())
+                with connect(config) as connection:
+                    prepare_session(connection, config)
+                    ensure_schema(connection)
+                log.info("psql: %s '%s'", self._embedded.bin / "psql", config.database_url)
+                self.config = config
+
+    def close(self) -> None:
+        """Close the connections, and the embedded database if nobody else uses it."""
+        with self._lock:
+            while self._links:
+                self._links.pop().close()
+            if self._embedded is not None:
+                self._embedded.close()
+                self._embedded = None
+                self.config = dataclasses.replace(self.config, database_url="")
+
+    def _with_link(self, use: Callable[[Link], Result]) -> Result:
+        self._open()
+        with self._places, _plain_errors():
+            try:
+                link = self._links.pop()
+            except IndexError:
+                link = Link(self.config)
+            try:
+                link.reopen_if_closed()
+                return use(link)
+            except psycopg.Error as error:
+                if error.sqlstate not in NOT_INSTALLED or schema_version(link.open()) is not None:
+                    raise
+                ensure_schema(link.open())   # a new, empty database
+                return use(link)
+            finally:
+                self._links.append(link)
+
+    def _call(self, connection: psycopg.Connection[Any] | None, function: str, *args: Any) -> list[Row]:
+        if connection is None:
+            return self.call(function, *args)
+        with _plain_errors():
+            return call_in(connection, function, *args)
+
+    def _json(self, name: str, payload: Any) -> str:
+        try:
+            return to_json(payload, self.router.encode)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{name}: {error}") from None
+
+
+class Orchestrator(Client):
+    """Handlers, connections to enqueue with, and a worker: what a program uses. Safe to use from many threads.
+
+    `settings` are Config's, by name: worker_pool_size=4, claim_interval="500ms" …; the rest comes from the
+    environment. json_default: a function that turns what JSON has no form for into something it has, asked before
+    the built-in json_default(). Raises ConfigError.
+    """
+
+    def __init__(self, database_url: str | None = None,
+                 handlers: Mapping[str, Handler | Callable[[Task], Any]] | None = None, *,
+                 json_default: Callable[[Any], Any] | None = None, **settings: Any) -> None:
+        self.worker: Worker | None = None
+        self._http: Any = None
+        super().__init__(json_default, {"database_url": database_url, **settings})
+        for pattern, handler in (handlers or {}).items():
+            self.router.add(pattern, handler)
+
+    @overload
+    def handler(self, pattern: str, function: None = None, **policy: Any) -> Callable[[Function], Function]: ...
+
+    @overload
+    def handler(self, pattern: str, function: Function, **policy: Any) -> Function: ...
+
+    def handler(self, pattern: str, function: Function | None = None, **policy: Any) -> Any:
+        """Register a handler for a type, or for a prefix that ends in ":" or "*"; as a decorator or with the function.
+
+        policy: max_retries=3, base_delay=1, max_delay=3600, timeout=None; seconds, timedelta or text such as "10m".
+        Raises ConfigError.
+        """
+        if function is None:
+            return functools.partial(self.handler, pattern, **policy)
+        if self.worker is not None:
+            raise ConfigError(f"handler {pattern!r}: must be registered before the worker starts")
+        try:
+            self.router.add(pattern, Handler(function, **policy))
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"handler {pattern!r}: {error}") from None
+        return function
+
+    def use(self, middleware: Middleware) -> Middleware:
+        """Wrap every handler: middleware(task, call_next) returns call_next(task), or something else. The first is
+        outermost. An async one awaits call_next(task)."""
+        self.router.middleware.append(middleware)
+        return middleware
+
+    def on_dead_letter(self, hook: DeadLetterHook) -> DeadLetterHook:
+        """Have hook(task, error) called for each task that this worker made a dead letter of, timeouts included.
+
+        Those of workers that died are made by the leader: the view dead_letters has all.
+        """
+        self.router.dead_letter_hooks.append(hook)
+        return hook
+
     def start(self) -> Orchestrator:
         """Run a worker in this process's threads. Raises ConfigError."""
         if self.worker is not None:
@@ -2833,28 +2878,23 @@ class Orchestrator:
 
         A wrong setting ends the process with one line and exit code 2, as on the command line.
         """
-        signals: queue.SimpleQueue[int] = queue.SimpleQueue()   # its put() is safe in a signal handler; an Event's set() is not
-        started = False
-
-        pid = os.getpid()
+        signals: queue.SimpleQueue[int] = queue.SimpleQueue()   # its put() is safe in a signal handler; Event.set() is not
+        starting, pid = True, os.getpid()
 
         def on_signal(number: int, frame: object) -> None:
             if os.getpid() != pid:   # a child that a handler forked ends as any process does
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
-            signals.put(number)
-            if not started:
+            elif number != signal.SIGALRM:
+                signals.put(number)
                 signal.alarm(1)
-
-        def on_alarm(number: int, frame: object) -> None:
-            if not started:   # still: the database does not answer
+            elif starting:   # still: the database does not answer
                 raise _Stopped
-        before = {number: signal.signal(number, handler) for number, handler in (
-            (signal.SIGTERM, on_signal), (signal.SIGINT, on_signal), (signal.SIGALRM, on_alarm))}
+        before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)}
         try:
             worker = self.start().worker
             assert worker is not None
-            started = True
+            starting = False
             while worker.fatal is None:
                 with contextlib.suppress(queue.Empty):
                     signals.get(timeout=0.5)
@@ -2868,35 +2908,11 @@ class Orchestrator:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from None
         finally:
-            self.worker = None
-            signal.alarm(0)
+            starting, self.worker = False, None
             self.close()
+            signal.alarm(0)
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-    def open(self) -> None:
-        """Start the embedded database, if that is the one in use, and install the schema if there is none.
-
-        Done by whatever needs it, but not by what uses a `connection` of yours. Raises ConfigError.
-        """
-        self._with_link(lambda link: ensure_schema(link.open()))
-
-    def _open(self) -> None:
-        if self._wrong is not None:
-            raise self._wrong
-        if self.config.database_url:
-            return
-        with self._lock:
-            if not self.config.database_url:
-                if self.embedded_server is None:
-                    raise ConfigError("DATABASE_URL: is not set")
-                self._embedded = type(self).embedded_server(Path(self.config.embedded_dir))
-                config = dataclasses.replace(self.config, database_url=self._embedded.start())
-                with connect(config) as connection:
-                    prepare_session(connection, config)
-                    ensure_schema(connection)
-                log.info("psql: %s '%s'", self._embedded.bin / "psql", config.database_url)
-                self.config = config
 
     def close(self) -> None:
         """Close the page, the connections, and the embedded database if nobody else uses it."""
@@ -2904,65 +2920,22 @@ class Orchestrator:
             if self._http is not None:
                 self._http.close()
                 self._http = None
-            while self._links:
-                self._links.pop().close()
-            if self._embedded is not None:
-                self._embedded.close()
-                self._embedded = None
-                self.config = dataclasses.replace(self.config, database_url="")
+            super().close()
 
-    # -------------------------------------------------------------------------------------------------- helpers
-    def _reset_links(self) -> None:
-        self._links: list[Link] = []   # those that no thread uses just now
-        self._places = threading.BoundedSemaphore(LINKS)
-
-    def _leave_to_parent(self) -> None:
-        """In a forked child: connections, worker and page are the parent's, who goes on using them."""
-        self._lock, self.worker = threading.RLock(), None
-        self.router.loop, self.router._loop_lock = None, threading.Lock()
-        self._reset_links()   # psycopg frees a connection without a word to the server where another process made it
+    def _reset(self) -> None:
+        super()._reset()
+        self.worker = None
         if self._http is not None:
             self._http.socket.close()   # or the port would stay in use
             self._http = None
 
-    def _with_link(self, use: Callable[[Link], Result]) -> Result:
-        self._open()
-        with self._places, _plain_errors():
-            try:
-                link = self._links.pop()
-                link.reopen_if_closed()
-            except IndexError:
-                link = Link(self.config)
-            try:
-                try:
-                    return use(link)
-                except psycopg.Error as error:
-                    if error.sqlstate not in NOT_INSTALLED or schema_version(link.open()) is not None:
-                        raise
-                    ensure_schema(link.open())   # a new, empty database
-                    return use(link)
-            finally:
-                self._links.append(link)
 
-    def _call(self, function: str, *args: Any, connection: psycopg.Connection[Any] | None) -> list[Row]:
-        if connection is None:
-            return self.call(function, *args)
-        with _plain_errors():
-            return call_in(connection, function, *args)
-
-    def _json(self, name: str, payload: Any) -> str:
-        try:
-            return to_json(payload, self.router.encode)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{name}: {error}") from None
-
-
-_apps: weakref.WeakSet[Orchestrator] = weakref.WeakSet()
+_clients: weakref.WeakSet[Client] = weakref.WeakSet()
 
 
 def _after_fork() -> None:
-    for app in list(_apps):
-        app._leave_to_parent()
+    for client in list(_clients):
+        client._reset()
 
 
 if hasattr(os, "register_at_fork"):   # not on Windows

@@ -112,7 +112,7 @@ def test_recovery_right_after_an_outage_declares_nobody_dead_before_a_heartbeat_
 def test_a_short_worker_timeout_does_not_turn_each_interval_into_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     leader = Leader(monkeypatch)
     config = Config.load({"heartbeat_interval": 10, "worker_timeout": 20}, {})
-    leader.loop.worker.config = config
+    leader.loop.config = config
     assert leader.look(0, a="1") == []
     assert leader.look(10) == []
     assert leader.look(10) == [("a", "1")]
