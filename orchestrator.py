@@ -1255,11 +1255,11 @@ def _outcome_of(task: Task, error: BaseException) -> Outcome:
     return Outcome("failed", describe_error(error), traceback=describe_traceback(error))
 
 
-# =========================================================================================================== worker
-# A task's way through a worker: the claim loop makes a Task of each row it claims and puts it into the pool's
-# `ready`, or into `careful` if it was recovered from a dead worker. A pool thread runs its handler and puts it into
-# `finished`. The report loop tells the database. Pool threads never touch the database, and what needs none
-# (timeouts, replacing threads) is the supervisor's, whether or not the database answers.
+# ===================================================================================================== worker
+# A task's way through a worker: the claim loop makes a Task of a row and puts it into the pool's `ready`, or
+# into `careful` if it was recovered from a dead worker. A pool thread runs its handler and puts it into
+# `finished`. The report loop tells the database. Pool threads never touch the database, and what needs none (timeouts,
+# replacing threads) is done by the supervisor, whether or not the database answers.
 
 HOLD_SECONDS = 0.1          # a worker holds what it will start within this time, at its measured pace
 PREFETCH_MAX = 4000         # tasks, at most; 2,000 drain 9% slower, as the next claim is sent too late
@@ -1270,7 +1270,7 @@ TICKET_MAX = 50             # tasks that a pool thread takes with one ticket, at
 TICKET_SECONDS = 0.002      # how long a ticket should last
 MARK_RUNNING_AFTER = 0.2    # seconds; what ends sooner goes from claimed to completed in one update
 CAREFUL_SECONDS = 0.1       # between the starts of two recovered tasks, unless the first has ended
-REPORT_PAUSE = 0.005        # between small reports: at 2,000 tasks/s a tenth of the commits, a third of the CPU
+REPORT_PAUSE = 0.005        # between small reports: at 2,000 tasks/s 1/10 of the commits, 1/3 of the CPU
 LOCKED_SECONDS = 5.0        # until a task is tried again whose row someone has locked
 TIMEOUT_GRACE = 5.0         # for a handler to return once its timeout has set task.cancelled
 CALL_LIMIT = 2 ** 26        # characters of JSON per call, roughly: PostgreSQL refuses a message of 2^30 bytes
@@ -1299,7 +1299,7 @@ def grouped(tasks: Iterable[Task], key: Callable[[Task], Any]) -> dict[Any, list
 
 
 class Tally:
-    """A histogram that takes many values at once; prometheus_client's own costs more than a whole task does."""
+    """A histogram that takes many values at once; prometheus_client's costs more than a task does."""
 
     def __init__(self, counts: Iterable[int] = (0,) * (len(BUCKETS) + 1), total: float = 0.0) -> None:
         self.counts, self.sum = list(counts), total
@@ -1320,17 +1320,17 @@ class Tally:
 class Counters:
     """What this worker counted. Labels are registered types and patterns; everything else counts as `other`.
 
-    Series of registered types are there from the start, at zero, or rate() would miss the first event of each.
+    Their series are there from the start, at zero, or rate() would miss the first event of each.
     """
 
     def __init__(self, router: Router) -> None:
         def zeros(keys: Iterable[Any]) -> collections.Counter[Any]:
             return collections.Counter(dict.fromkeys(keys, 0))
         self.router, self.label, types = router, router.label, router.patterns()
-        # Guards all below: loops write, a scrape reads.
+        # Guards all below.
         self.lock = threading.Lock()
-        self.completed = zeros((kind, status) for kind in types for status in ("completed", "failed", "cancelled"))
-        self.retries = zeros((kind, attempt) for kind in types for attempt in RETRY_LABELS[:types[kind].max_retries])
+        self.completed = zeros((kind, how) for kind in types for how in ("completed", "failed", "cancelled"))
+        self.retries = zeros((kind, n) for kind in types for n in RETRY_LABELS[:types[kind].max_retries])
         self.dead_letters, self.rejected = zeros(types), zeros(types)
         self.recovered, self.errors = zeros(RECOVERY_OUTCOMES), zeros(ERROR_CLASSES)
         self.replaced_threads = 0
@@ -1344,10 +1344,10 @@ class Counters:
         with self.lock:
             twin.replaced_threads = self.replaced_threads
             for name, value in vars(self).items():
-                if isinstance(value, collections.defaultdict):
-                    setattr(twin, name, {label: tally.copy() for label, tally in value.items()})
-                elif isinstance(value, (collections.Counter, Tally)):
+                if isinstance(value, (collections.Counter, Tally)):
                     setattr(twin, name, value.copy())
+            for name in ("seconds", "waits"):
+                setattr(twin, name, {label: tally.copy() for label, tally in getattr(self, name).items()})
         return twin
 
     def count(self, **counts: Mapping[Any, int]) -> None:
@@ -1425,13 +1425,12 @@ class Bell:
             os.read(self._read, 100)
 
     def clear(self) -> None:
-        # The flag last: a set() in between is not lost, since the waiting thread looks for work after this.
+        # The flag last: a set() in between is not lost, as the waiting thread looks for work after this.
         self.drain()
         self._set = False
 
     def __del__(self) -> None:
-        # Not before: a thread of the pool may set it at any time.
-        os.close(self._read)
+        os.close(self._read)   # not before: a pool thread may set it at any time
         os.close(self._write)
 
 
@@ -1441,7 +1440,7 @@ class Slot:
     # Written by the supervisor. abandoned: its handler outlived its timeout.
     thread: threading.Thread
     abandoned = False
-    # Written by its thread. ticket: what it works on; 0 while it waits for one.
+    # Written by its thread. ticket: 0 while it waits for one.
     task: Task | None = None
     ticket = 0
 
@@ -1466,7 +1465,8 @@ class Pool:
         self.slots: list[Slot] = []
         self.stuck = 0
         self.stopped = threading.Event()
-        self.supervisor = threading.Thread(target=self._supervise_until_stopped, name="supervisor", daemon=True)
+        self.supervisor = threading.Thread(target=self._supervise_until_stopped, name="supervisor")
+        self.supervisor.daemon = True
 
     def start(self) -> None:
         for _ in range(self.size):
@@ -1509,18 +1509,17 @@ class Pool:
     def ticket_size(self, count: int) -> int:
         if self.mean is None:
             return 1
-        return max(1, min(TICKET_MAX, int(TICKET_SECONDS / max(self.mean, 1e-6)), math.ceil(count / self.size)))
+        return max(1, min(TICKET_MAX, int(TICKET_SECONDS / self.mean), math.ceil(count / self.size)))
 
     def prefetch(self) -> int:
         """How many tasks to hold beyond the running ones: what starts within HOLD_SECONDS."""
-        return 0 if self.mean is None else int(min(PREFETCH_MAX, self.size * HOLD_SECONDS / max(self.mean, 1e-6)))
+        return 0 if self.mean is None else int(min(PREFETCH_MAX, self.size * HOLD_SECONDS / self.mean))
 
     def measure(self, batch: list[Task]) -> None:
         if batch:
             self.counters.ran(batch)
-            mean = sum(task.seconds for task in batch) / len(batch)
-            weight = min(0.5, len(batch) / 50)
-            self.mean = mean if self.mean is None else self.mean + (mean - self.mean) * weight
+            mean, before = max(1e-6, sum(task.seconds for task in batch) / len(batch)), self.mean
+            self.mean = mean if before is None else before + (mean - before) * min(0.5, len(batch) / 50)
 
     def overloaded(self) -> bool:
         """Whether what is ready would take over a second to start: others could start it sooner."""
@@ -1529,11 +1528,12 @@ class Pool:
     def problems(self) -> list[str]:
         if self.stopped.is_set() or self.supervisor.ident is None:
             return []
+        if not self.supervisor.is_alive():
+            return ["the pool's supervisor has ended"]
         usable = any(slot.thread.is_alive() and not slot.abandoned for slot in self.slots)
-        return [*([] if usable else ["no thread of the pool can run a task"]),
-                *([] if self.supervisor.is_alive() else ["the pool's supervisor has ended"])]
+        return [] if usable else ["no thread of the pool can run a task"]
 
-    # ---------------------------------------------------------------------------------------------- its threads
+    # ------------------------------ its threads
     def _add_slot(self) -> None:
         slot, name = Slot(), f"pool-{len(self.slots) + 1}"
         slot.thread = threading.Thread(target=self._thread, args=(slot,), name=name, daemon=True)
@@ -1545,8 +1545,8 @@ class Pool:
             self._run(slot)
         except BaseException:   # an asynchronous exception that a handler left behind
             log.exception("a pool thread was ended from outside")
-            if slot.task is not None:   # perhaps a second time: _collect() sees to that
-                self.finished.append(slot.task)
+            if slot.task is not None:
+                self.finished.append(slot.task)   # perhaps a second time: _collect() sees to that
             slot.task = None
         self.news.set()
 
@@ -1567,7 +1567,7 @@ class Pool:
                 now = clock()
                 task.seconds = now - task.started
                 finished.append(task)
-                slot.task = None   # not before, or an asynchronous exception in between would lose its outcome
+                slot.task = None   # not before, or an asynchronous exception could lose its outcome
                 if slot.abandoned:
                     break
             slot.ticket = 0
@@ -1577,16 +1577,18 @@ class Pool:
             if slot.abandoned and left:
                 self.tickets.put(left)
 
-    # ----------------------------------------------------------------------------------------------- supervisor
+    # ------------------------------ supervisor
     def _supervise_until_stopped(self) -> None:
-        while not self.stopped.wait(0.02 if self.ready or not all(task.marked for task in self.running()) else 0.1):
+        pause = 0.02
+        while not self.stopped.wait(pause):
+            pause = 0.02 if self.ready or any(not task.marked for task in self.running()) else 0.1
             try:
                 self.supervise()
             except Exception:   # such as no memory for another thread: again in the next round
                 log.exception("the pool could not be supervised")
 
     def supervise(self) -> None:
-        """Stop handlers at their timeout, replace lost threads, let idle ones take what waits behind a slow task."""
+        """Stop late handlers, replace threads, have idle ones take what waits behind a slow task."""
         now, ages = clock(), []
         for slot in self.slots:
             if (task := slot.task) is None:
@@ -1633,7 +1635,7 @@ class Pool:
 
 
 class Loop:
-    """A thread with a connection of its own: delay = poll(), then wait(delay), until ended(). Backs off after errors."""
+    """A thread with a connection of its own: wait(poll()), again and again. It backs off after errors."""
 
     name: ClassVar[str]
 
@@ -1662,12 +1664,18 @@ class Loop:
             self.thread.join(max(0.0, until - clock()))
 
     def _thread(self) -> None:
+        worker = self.worker
         try:
             self.run()
-        except BaseException as error:   # no memory, or a bug: a worker that lacks a thread must end, not linger
-            fatal = self.worker.fatal or RuntimeError(f"the {self.name} thread ended: {describe_error(error)}")
-            self.worker.fatal = fatal
-            log.critical("%s", fatal, exc_info=True)
+        except ConfigError as error:   # the schema has another version
+            worker.fatal = error
+            log.error("%s", error)
+            worker.stopped.wait()
+            self.close()
+        except BaseException as error:   # no memory, or a bug: a worker that lacks a thread must end
+            said = f"the {self.name} thread ended: {describe_error(error)}"
+            worker.fatal = worker.fatal or RuntimeError(said)
+            log.critical(said, exc_info=True)
 
     def run(self) -> None:
         backoff, worker = Backoff(), self.worker
@@ -1704,7 +1712,7 @@ class Loop:
         self.log_error("", error)
 
     def log_error(self, what: str, error: psycopg.Error) -> None:
-        """Count an error and log it: a repeated one at its 1st, 2nd, 4th, 8th … time, until a round without any."""
+        """Count an error and log it: at its 1st, 2nd, 4th, 8th … time until a round without errors."""
         self.worker.counters.error(error)
         line = f"{self.name}{what}: database: {database_problem(error)}"
         self._said[line] += 1
@@ -1714,7 +1722,7 @@ class Loop:
             self.worker.log(logging.WARNING, "%s%s", line, again, sqlstate=error.sqlstate)
 
     def attempt(self, chore: Callable[..., Any], *args: Any, refused: Any = None) -> Any:
-        """Do one chore; what the database refuses of it must not hold up the others. Raises all other errors."""
+        """Do one chore; one that is refused must not hold up the others. Raises all other errors."""
         try:
             return chore(*args)
         except psycopg.Error as error:
@@ -1732,14 +1740,15 @@ class ClaimLoop(Loop):
     def __init__(self, worker: Worker) -> None:
         super().__init__(worker, worker.pool.room)
         self.types = texts(sorted(worker.router.patterns()))
-        # All below is written by its own thread. What was claimed, to be handed out while the next claim is made.
+        # All below is written by its own thread. What arrived is handed out during the next claim.
         self.arrived: list[Row] = []
         self.arrived_at = 0.0
-        # Of the last claim: as whom, bytes asked for, mean length of payloads; the largest since it held nothing.
-        self.claiming_as, self.asked_bytes, self.mean_payload, self.largest_payload = "", PAYLOAD_LIMIT, 1.0, 1
+        # Of the last claim: as whom, how many bytes. Lengths of payloads: its mean; the largest in hand.
+        self.claiming_as, self.asked_bytes = "", PAYLOAD_LIMIT
+        self.mean_payload, self.largest_payload = 1.0, 1
         # What the database knows: producers notify idle workers.
         self.idle = False
-        # Claims in a row that brought all they might; looks in a row that a notification caused in vain.
+        # In a row: claims that brought all they might; looks that a notification caused in vain.
         self.full_claims = self.fruitless = 0
         # The connection that listens, and whether a notification came.
         self.listening: object = None
@@ -1780,7 +1789,7 @@ class ClaimLoop(Loop):
                     return wait
                 pool.wanted = False
                 found = self._claim(room)
-                # A claim may be cut short by its bytes, and a large one by its types, of which SQL looks at 1,000.
+                # A claim may be cut short by its bytes, a large one by its types, of which SQL takes 1,000.
                 if len(self.arrived) < min(room, 500, max(1, self.asked_bytes // 262_144)):
                     break
                 # There may be more: don't wait, and don't have producers notify.
@@ -1800,11 +1809,12 @@ class ClaimLoop(Loop):
         started, counters = clock(), self.worker.counters
         hand_out = self._hand_out if self.arrived else None
         self.asked_bytes = self._bytes_left()
-        rows = self.link.call("claim_tasks", self.claiming_as, self.types, room, self.asked_bytes, meanwhile=hand_out)
-        self.arrived, self.arrived_at, self.worker.reached_at = rows, started, clock()
+        self.arrived, self.arrived_at = self.link.call(
+            "claim_tasks", self.claiming_as, self.types, room, self.asked_bytes, meanwhile=hand_out), started
+        self.worker.reached_at = clock()
         with counters.lock:
             counters.claim_seconds.add([clock() - started])
-        return bool(rows)
+        return bool(self.arrived)
 
     def _bytes_left(self) -> int:
         """What more payloads may take up; counted exactly only where they are large."""
@@ -1813,8 +1823,8 @@ class ClaimLoop(Loop):
             self.largest_payload = 1
         if self.largest_payload * (len(tasks) + len(self.arrived)) < PAYLOAD_LIMIT // 2:
             return PAYLOAD_LIMIT // 2
-        held = sum(task.payload_length for task in list(tasks.values())) + sum(len(row[3]) for row in self.arrived)
-        return max(0, PAYLOAD_LIMIT - held)
+        held = sum(task.payload_length for task in list(tasks.values()))
+        return max(0, PAYLOAD_LIMIT - held - sum(len(row[3]) for row in self.arrived))
 
     def _promote_due(self) -> None:
         self.promote_at = clock() + self.config.claim_interval   # also if it fails
@@ -1823,17 +1833,18 @@ class ClaimLoop(Loop):
             self.promote_at = min(self.promote_at, clock() + max(0.005, float(next_in) + 0.001))
 
     def _release_forgotten(self) -> None:
-        """Give back what was claimed although the answer was lost: nobody would run it while this worker lives.
+        """Give back what was claimed by a call whose answer was lost: nobody else would run it.
 
-        Only this thread claims, so it knows all other claims. Repeated, since the lost call may be under way yet.
+        Only this thread claims, so it knows all other claims. Repeated, since that call may be under way yet.
         """
         self.forgotten_at = clock() + 10.0
-        known = {task.claim_id for task in list(self.worker.tasks.values())} | {row[0] for row in self.arrived}
+        known = {row[0] for row in self.arrived}
+        known |= {task.claim_id for task in list(self.worker.tasks.values())}
         if released := self.link.call("release_forgotten", self.worker.id, array(known))[0][0]:
             self.worker.log(logging.WARNING, "gave %d tasks back whose claim got no answer", released)
 
     def _set_idle(self, idle: bool) -> bool:
-        """Tell the database, if it doesn't know; returns whether it didn't."""
+        """Tell the database, unless it knows."""
         if self.idle == idle:
             return False
         self.link.call("set_idle", self.worker.id, idle)
@@ -1856,7 +1867,7 @@ class ClaimLoop(Loop):
         return min(limit, idle + prefetch - in_hand, CLAIM_MAX)
 
     def _hand_out(self) -> None:
-        """Turn the rows that arrived into tasks for the pool; what was recovered starts with care."""
+        """Make tasks of the rows that arrived. Those recovered from a dead worker start with care."""
         worker, rows, self.arrived = self.worker, self.arrived, []
         if not rows:
             return
@@ -1884,7 +1895,7 @@ class ClaimLoop(Loop):
                 if (late := worker.tasks.get(row[1])) is not None:
                     late.cancel("lost")
 
-    # ------------------------------------------------------------------------------------------- notifications
+    # ------------------------------ notifications
     def _listen(self) -> None:
         """Receive notifications over the connection that claims. Behind a pooler there are none: it polls."""
         connection = self.link.open()
@@ -1897,7 +1908,7 @@ class ClaimLoop(Loop):
         self.listening = connection
 
     def _hear(self, channel: str) -> None:
-        """A notification is a hint to look, and nothing more: whoever may connect can send one."""
+        """A notification is only a hint to look: whoever may connect can send one."""
         if channel == "orchestrator_cancel":
             self.worker.reports.look_for_cancellations()
         else:
@@ -1913,7 +1924,8 @@ class ClaimLoop(Loop):
 
     def rest(self, seconds: float) -> None:
         """Wait until someone in this process sets the bell, or a notification comes."""
-        connection, poll = self.link.connection, select.poll()   # not select(): it takes descriptors below 1024 only
+        # Not select(), which takes descriptors below 1024 only.
+        connection, poll = self.link.connection, select.poll()
         for waited in (self.bell, connection):
             if waited is not None and not getattr(waited, "closed", False):
                 poll.register(waited, select.POLLIN)
@@ -1926,16 +1938,16 @@ class ClaimLoop(Loop):
 
     def _drain(self) -> None:
         connection = self.link.connection
-        while connection is not None and not connection.closed and (n := connection.pgconn.notifies()) is not None:
-            self._hear(n.relname.decode())
+        while connection is not None and not connection.closed and (heard := connection.pgconn.notifies()):
+            self._hear(heard.relname.decode())
 
 
 class Journal:
-    """What is counted, logged and told to hooks of the ends of tasks. All of it is the report loop's."""
+    """Counts and logs how tasks ended, and tells hooks. All of it is the report loop's."""
 
     def __init__(self, worker: Worker) -> None:
         self.worker, self.counters, self.hooks = worker, worker.counters, worker.router.dead_letter_hooks
-        # A thread of its own, since a hook may take long; it starts with the first call.
+        # Hooks have a thread of their own, since they may take long.
         self.hook_thread = concurrent.futures.ThreadPoolExecutor(1, "dead-letter-hooks")
         # How many tasks have completed since that time.
         self.count, self.since = 0, clock()
@@ -1947,7 +1959,7 @@ class Journal:
             self.hook_thread.submit(_call_hooks, self.hooks, task)
 
     def completed(self, tasks: list[Task]) -> None:
-        """Log each while they are few; while they are many, tell_rate() does every 10 seconds."""
+        """Log each while they are few; of many tell_rate() logs the number."""
         self.counters.completed_many(collections.Counter([task.type for task in tasks]))
         self.count += len(tasks)
         if self.count <= 20 or log.isEnabledFor(logging.DEBUG):
@@ -1963,12 +1975,13 @@ class Journal:
             self.count, self.since = 0, clock()
 
     def _log(self, task: Task, status: str) -> None:
-        level = logging.INFO if status in ("completed", "cancelled", "snoozed", "released") else logging.WARNING
+        good = status in ("completed", "cancelled", "snoozed", "released")
         fields: dict[str, Any] = {"task_id": task.id, "type": task.type, "attempt": task.attempt,
                                   "worker": task.worker_id, "duration": round(task.seconds, 4)}
         if task.outcome is not None and task.outcome.kind == "failed":
             fields["error"] = (task.outcome.text or "")[:1000]
-        log.log(level, "task %s: %s %s, attempt %d, %.3f s%s", status, task.type, task.id, task.attempt, task.seconds,
+        log.log(logging.INFO if good else logging.WARNING, "task %s: %s %s, attempt %d, %.3f s%s",
+                status, task.type, task.id, task.attempt, task.seconds,
                 f": {fields['error']}" if "error" in fields else "", extra=fields)
 
 
@@ -1986,16 +1999,13 @@ def _call_hooks(hooks: Sequence[DeadLetterHook], task: Task) -> None:
             log.error("on_dead_letter: %s", describe_error(error))
 
 
-class ReportLoop(Loop):
-    """Tells the database how tasks ended, marks those that last, and sees cancellations."""
-
-    name = "report"
+class TasksInHand(Loop):
+    """What the report loop does for tasks besides reporting: gives back, marks, starts with care, cancels."""
 
     def __init__(self, worker: Worker) -> None:
         super().__init__(worker, worker.pool.news)
         # A row that someone has locked must not hold up the others.
         self.link = Link(worker.config, lock_timeout="1s")
-        self.journal = Journal(worker)
         # The claim loop adds, this thread takes: recovered tasks that wait for their start.
         self.careful: collections.deque[Task] = collections.deque()
         # Pool threads add, this thread takes.
@@ -2006,8 +2016,162 @@ class ReportLoop(Loop):
         self.unreported: list[Task] = []
         self.locked: dict[Task, float] = {}
         self.last_careful: tuple[Task | None, float] = (None, 0.0)
-        self.last_look = self.progress_at = self.net_at = self.pause_until = 0.0
+        self.last_look = self.progress_at = self.net_at = 0.0
         self.missing: set[Task] = set()
+
+    def _together(self, call: Callable[[list[Task]], object], tasks: list[Task],
+                  refused: Callable[[Task, psycopg.Error], None]) -> None:
+        """Make one call for these tasks; one for each half if it is too large, or refused."""
+        size = sum(len(task.outcome.text or "") for task in tasks if task.outcome)
+        if len(tasks) == 1 or size <= CALL_LIMIT:
+            try:
+                call(tasks)
+                return
+            except psycopg.Error as error:
+                if not is_refusal(error):
+                    raise   # not the tasks' doing
+                if len(tasks) == 1:
+                    refused(tasks[0], error)
+                    return
+        middle = len(tasks) // 2
+        self._together(call, tasks[:middle], refused)
+        self._together(call, tasks[middle:], refused)
+
+    def _for_each_claim(self, call: Callable[[list[Task]], object], tasks: Iterable[Task]) -> None:
+        free = [task for task in tasks if task not in self.locked]
+        for group in grouped(free, lambda task: task.claim_id).values():
+            self._together(call, group, self._put_off)
+
+    def _put_off(self, task: Task, error: psycopg.Error) -> None:
+        self.log_error(f", task {task.id}", error)
+        self.locked[task] = clock() + LOCKED_SECONDS
+
+    def _give_back(self) -> None:
+        """While draining, or when others could start it sooner: give back what has not started."""
+        worker, draining = self.worker, self.worker.draining.is_set()
+        if not (draining or self.pool.overloaded()):
+            return
+        taken = self.pool.take_all()
+        while draining and self.careful:
+            taken.append(self.careful.popleft())
+        try:
+            self._for_each_claim(self._release, [*taken, *self._give_up()])
+        finally:
+            kept = [task for task in taken if task.id in worker.tasks]
+            if draining:
+                self.careful.extend(kept)   # to be given back in the next round
+            else:
+                self.pool.put(kept)
+        if len(taken) > len(kept):
+            worker.log(logging.INFO, "gave %d tasks back that had not started", len(taken) - len(kept))
+
+    def _give_up(self) -> list[Task]:
+        """What still runs after the grace period: asked to stop once more, and not reported."""
+        running = [task for task in self.pool.running() if self.worker.releasing.is_set()
+                   and task.ended in ("", "abandoned") and task.id in self.worker.tasks]
+        for task in running:
+            task.ended = "abandoned"
+            if task.on_cancel is not None:
+                task.on_cancel()
+        return running
+
+    def _release(self, tasks: list[Task]) -> None:
+        self.link.call("release_tasks", tasks[0].claim_id, array([task.id for task in tasks]))
+        for task in tasks:
+            self.worker.forget(task)
+
+    def _mark_running(self) -> None:
+        before = clock() - MARK_RUNNING_AFTER
+        self._for_each_claim(
+            self._mark, [task for task in self.pool.running() if not task.marked and task.started < before])
+
+    def _mark(self, tasks: list[Task]) -> None:
+        marked = self.link.call("start_tasks", tasks[0].claim_id, array([task.id for task in tasks]))[0][0]
+        for task in tasks:
+            # One that runs already is not marked again, whatever became of it.
+            task.marked = bool(task.started or marked)
+
+    def _start_with_care(self) -> None:
+        """Start one recovered task: durably marked first, and not together with another one, so that the task
+        that kills its worker is charged for it, and its neighbours are not."""
+        (last, at), worker, now = self.last_careful, self.worker, clock()
+        if not self.careful or self.pool.idle() == 0 or worker.draining.is_set():
+            return
+        if last is not None and last.id in worker.tasks and (not last.started or now - at < CAREFUL_SECONDS):
+            return
+        task = self.careful[0]
+        self.careful.rotate(-1)   # if this one can't be started now, the next one is tried in the next round
+        if task.cancel_reason is None:
+            self._for_each_claim(self._mark, [task])
+        if task in self.locked:
+            return
+        self.careful.remove(task)
+        if task.marked:
+            self.last_careful = (task, now)
+            self.pool.put_first(task)
+        else:
+            task.outcome = Outcome("released")
+            self.unreported.append(task)
+            self.bell.set()
+
+    def _send_progress(self) -> None:
+        if not self.progress or clock() < self.progress_at:
+            return
+        self.progress_at = clock() + 0.5
+        for task, _ in list(self.progress.values()):
+            if task not in self.locked:
+                self._together(self._record_progress, [task], self._put_off)
+
+    def _record_progress(self, tasks: list[Task]) -> None:
+        task, text = self.progress.pop(tasks[0].id)
+        if not task.ended:
+            self.link.call("record_progress", task.claim_id, task.id, text)
+
+    def look_for_cancellations(self) -> None:
+        """From any thread: there may be some. They are looked for ten times a second at most."""
+        self.cancels_at = self.last_look + 0.1
+        self.bell.set()
+
+    def _see_cancellations(self) -> None:
+        """Once a second while something runs that lasts, and when a notification hints at one."""
+        now, worker = clock(), self.worker
+        if worker.tasks and now >= self.cancels_at and worker.registered.is_set():
+            self.last_look, self.cancels_at = now, now + 1.0
+            for (task_id,) in self.link.call("cancelling_tasks", worker.id):
+                if (task := worker.tasks.get(task_id)) is not None:
+                    task.cancel("cancelled")
+
+    def _catch_dropped(self) -> None:
+        """Find what an asynchronous exception made a thread drop: it is in nobody's hands, twice, 10 s apart.
+
+        It is given back, or reported if it had started.
+        """
+        now, tasks, pool = clock(), self.worker.tasks, self.pool
+        if now < self.net_at:
+            return
+        self.net_at = now + 10.0
+        held = set(tasks.values())   # first: what moves meanwhile is seen where it goes
+        seen = {*pool.ready.copy(), *self.careful.copy(), *pool.running(), *pool.finished.copy()}
+        seen.update(self.unreported)
+        missing = {task for task in held - seen if not task.ended and task.id in tasks}
+        for task in missing & self.missing:
+            log.error("task %s %s was dropped by its thread", task.type, task.id)
+            if not task.started:
+                task.outcome = Outcome("released")
+            self.unreported.append(task)
+        self.missing = missing
+
+
+class ReportLoop(TasksInHand):
+    """Tells the database how tasks ended, and sees to those that have not."""
+
+    name = "report"
+
+    def __init__(self, worker: Worker) -> None:
+        super().__init__(worker)
+        self.journal = Journal(worker)
+        # Written by its own thread: when it may report again; whether nothing is left to report.
+        self.pause_until = 0.0
         self.done = False
 
     def ended(self) -> bool:
@@ -2015,7 +2179,7 @@ class ReportLoop(Loop):
 
     def wait(self, delay: float) -> None:
         super().wait(delay)
-        # Small reports keep their distance, but not while the worker drains.
+        # Small reports keep their distance, but not while draining.
         self.worker.draining.wait(max(0.0, self.pause_until - clock()))
 
     def poll(self) -> float:
@@ -2057,34 +2221,6 @@ class ReportLoop(Loop):
             else:
                 self.unreported.append(task)
 
-    # ----------------------------------------------------------------------------- calls for many tasks at once
-    def _together(self, call: Callable[[list[Task]], object], tasks: list[Task],
-                  refused: Callable[[Task, psycopg.Error], None]) -> None:
-        """Make one call for these tasks; one for each half if it is too large, or refused because of one of them."""
-        if len(tasks) == 1 or sum(len(task.outcome.text or "") for task in tasks if task.outcome) <= CALL_LIMIT:
-            try:
-                call(tasks)
-                return
-            except psycopg.Error as error:
-                if not is_refusal(error):
-                    raise   # not the tasks' doing
-                if len(tasks) == 1:
-                    refused(tasks[0], error)
-                    return
-        middle = len(tasks) // 2
-        self._together(call, tasks[:middle], refused)
-        self._together(call, tasks[middle:], refused)
-
-    def _for_each_claim(self, call: Callable[[list[Task]], object], tasks: Iterable[Task]) -> None:
-        free = [task for task in tasks if task not in self.locked]
-        for group in grouped(free, lambda task: task.claim_id).values():
-            self._together(call, group, self._put_off)
-
-    def _put_off(self, task: Task, error: psycopg.Error) -> None:
-        self.log_error(f", task {task.id}", error)
-        self.locked[task] = clock() + LOCKED_SECONDS
-
-    # ------------------------------------------------------------------------------------------------ reporting
     def _report_all(self) -> None:
         now = clock()
         self._report([task for task in self.unreported if task not in self.locked])
@@ -2107,7 +2243,7 @@ class ReportLoop(Loop):
         self.log_error(f", outcome of task {task.id}", error)
         before, text = task.outcome, "its outcome could not be recorded"
         if before is not None and (before.text or "").startswith(text):
-            self._settle(task, "rejected")   # nothing more can be said of it: _release_forgotten() gives it back
+            self._settle(task, "rejected")   # nothing can be said of it: _release_forgotten() gives it back
         else:   # plain words, reported in the next round
             task.outcome = Outcome("failed", ascii(f"{text}: {error_line(error)}"[:ERROR_LIMIT])[1:-1])
 
@@ -2115,9 +2251,10 @@ class ReportLoop(Loop):
         """Report tasks that all returned something, or all returned nothing."""
         by_claim = grouped(tasks, lambda task: task.claim_id)
         tasks = [task for group in by_claim.values() for task in group]
-        results = None if tasks[0].outcome is None else texts([task.outcome.text for task in tasks if task.outcome])
+        results = None if tasks[0].outcome is None else texts([t.outcome.text for t in tasks if t.outcome])
         exceptions: dict[str, str] = dict(self.link.call(
-            "complete_tasks", array(by_claim), array(map(len, by_claim.values())), array([t.id for t in tasks]), results))
+            "complete_tasks", array(by_claim), array(map(len, by_claim.values())),
+            array([task.id for task in tasks]), results))
         if exceptions:
             for task in tasks:
                 if task.id in exceptions:
@@ -2158,123 +2295,10 @@ class ReportLoop(Loop):
         self.worker.forget(task)
         self.journal.ended(task, status)
 
-    # --------------------------------------------------------------------------------------------- tasks in hand
-    def _give_back(self) -> None:
-        """While draining, or when others could start it sooner: give back what has not started."""
-        worker, draining = self.worker, self.worker.draining.is_set()
-        if not (draining or self.pool.overloaded()):
-            return
-        taken = self.pool.take_all()
-        while draining and self.careful:
-            taken.append(self.careful.popleft())
-        try:
-            self._for_each_claim(self._release, [*taken, *(self._give_up() if worker.releasing.is_set() else ())])
-        finally:
-            kept = [task for task in taken if task.id in worker.tasks]
-            if draining:
-                self.careful.extend(kept)   # to be given back in the next round
-            else:
-                self.pool.put(kept)
-        if len(taken) > len(kept):
-            worker.log(logging.INFO, "gave %d tasks back that had not started", len(taken) - len(kept))
-
-    def _give_up(self) -> list[Task]:
-        """What still runs after the grace period: asked to stop once more, its late outcome is not reported."""
-        running = [task for task in self.pool.running()
-                   if task.ended in ("", "abandoned") and task.id in self.worker.tasks]
-        for task in running:
-            task.ended = "abandoned"
-            if task.on_cancel is not None:
-                task.on_cancel()
-        return running
-
-    def _release(self, tasks: list[Task]) -> None:
-        self.link.call("release_tasks", tasks[0].claim_id, array([task.id for task in tasks]))
-        for task in tasks:
-            self.worker.forget(task)
-
-    def _mark_running(self) -> None:
-        before = clock() - MARK_RUNNING_AFTER
-        self._for_each_claim(
-            self._mark, [task for task in self.pool.running() if not task.marked and task.started < before])
-
-    def _mark(self, tasks: list[Task]) -> None:
-        marked = self.link.call("start_tasks", tasks[0].claim_id, array([task.id for task in tasks]))[0][0]
-        for task in tasks:
-            # One that runs already is not marked again, whatever became of it.
-            task.marked = bool(task.started or marked)
-
-    def _start_with_care(self) -> None:
-        """Start one recovered task: durably marked first, and not together with another one, so that the task that
-        kills its worker is charged for it, and its neighbours are not."""
-        (last, at), worker, now = self.last_careful, self.worker, clock()
-        if not self.careful or self.pool.idle() == 0 or worker.draining.is_set():
-            return
-        if last is not None and last.id in worker.tasks and (not last.started or now - at < CAREFUL_SECONDS):
-            return
-        task = self.careful[0]
-        self.careful.rotate(-1)   # if this one can't be started now, the next one is tried in the next round
-        if task.cancel_reason is None:
-            self._for_each_claim(self._mark, [task])
-        if task in self.locked:
-            return
-        self.careful.remove(task)
-        if task.marked:
-            self.last_careful = (task, now)
-            self.pool.put_first(task)
-        else:
-            task.outcome = Outcome("released")
-            self.unreported.append(task)
-            self.bell.set()
-
-    def _send_progress(self) -> None:
-        if not self.progress or clock() < self.progress_at:
-            return
-        self.progress_at = clock() + 0.5
-        for task, _ in list(self.progress.values()):
-            if task not in self.locked:
-                self._together(self._record_progress, [task], self._put_off)
-
-    def _record_progress(self, tasks: list[Task]) -> None:
-        task, text = self.progress.pop(tasks[0].id)
-        if not task.ended:
-            self.link.call("record_progress", task.claim_id, task.id, text)
-
-    def look_for_cancellations(self) -> None:
-        """From any thread: there may be some. However often it is called, they are looked for ten times a second."""
-        self.cancels_at = self.last_look + 0.1
-        self.bell.set()
-
-    def _see_cancellations(self) -> None:
-        """Once a second while something runs that lasts, and when a notification hints at one."""
-        now, worker = clock(), self.worker
-        if worker.tasks and now >= self.cancels_at and worker.registered.is_set():
-            self.last_look, self.cancels_at = now, now + 1.0
-            for (task_id,) in self.link.call("cancelling_tasks", worker.id):
-                if (task := worker.tasks.get(task_id)) is not None:
-                    task.cancel("cancelled")
-
-    def _catch_dropped(self) -> None:
-        """A net: what an asynchronous exception made a thread drop is in nobody's hands. Twice in a row, 10 s apart,
-        and it is given back, or reported if it had started."""
-        now, tasks, pool = clock(), self.worker.tasks, self.pool
-        if now < self.net_at:
-            return
-        self.net_at = now + 10.0
-        held = set(tasks.values())   # first: what moves meanwhile is seen where it goes
-        seen = {*pool.ready.copy(), *self.careful.copy(), *pool.running(), *pool.finished.copy(), *self.unreported}
-        missing = {task for task in held - seen if not task.ended and task.id in tasks}
-        for task in missing & self.missing:
-            log.error("task %s %s was dropped by its thread", task.type, task.id)
-            if not task.started:
-                task.outcome = Outcome("released")
-            self.unreported.append(task)
-        self.missing = missing
-
 
 @dataclasses.dataclass
 class Chore:
-    """What the heartbeat loop does again and again. run returns the seconds until the next time; None: `every`."""
+    """What the heartbeat loop does every so often, or after the seconds that run() returned."""
 
     run: Callable[[], float | None]
     every: float
@@ -2293,13 +2317,14 @@ class HeartbeatLoop(Loop):
         beat, slow = config.heartbeat_interval, max(1.0, config.claim_interval)
         # All of this is written by its own thread.
         self.chores = {chore.run: chore for chore in (
-            Chore(self._beat, beat, leaders=False), Chore(self._lead, min(beat, config.leader_term / 3), leaders=False),
+            Chore(self._beat, beat, leaders=False),
+            Chore(self._lead, min(beat, config.leader_term / 3), leaders=False),
             Chore(self._recover, beat), Chore(self._raise_floors, slow), Chore(self._rescan_lanes, 10.0),
             Chore(self._prune, config.cleanup_interval), Chore(self._sample_stats, 60.0))}
         # Each other worker's last heartbeat, and since when it has been that; when they were read.
         self.seen: dict[str, tuple[str, float]] = {}
         self.looked_at = 0.0
-        self.schema_checked = self.stop_announced = False
+        self.stop_announced = False
 
     def poll(self) -> float:
         worker = self.worker
@@ -2332,17 +2357,9 @@ class HeartbeatLoop(Loop):
     def failed(self, error: psycopg.Error) -> None:
         super().failed(error)
         if self.worker.revive is not None and error.sqlstate is None and not self.ended():
-            with contextlib.suppress(ConfigError):   # the embedded server was killed: nobody else brings it back
+            # The embedded server was killed: nobody else brings it back.
+            with contextlib.suppress(ConfigError):
                 self.worker.revive()
-
-    def run(self) -> None:
-        try:
-            super().run()
-        except ConfigError as error:   # the schema has another version
-            self.worker.fatal = error
-            log.error("%s", error)
-            self.worker.stopped.wait()
-            self.close()
 
     def close(self) -> None:
         worker = self.worker
@@ -2359,33 +2376,33 @@ class HeartbeatLoop(Loop):
         link.close()
         # SQL's _application_name(): pg_stat_activity shows that it lives.
         link.name = "orchestrator " + worker.id[-50:]
-        # Only at the start: during a rolling upgrade it goes on, also under a new id.
-        if not self.schema_checked:
+        # Only before the first heartbeat: during a rolling upgrade it goes on, also under a new id.
+        if not self.looked_at:
             ensure_schema(link.open())
-            self.schema_checked = True
         policies = {pattern: handler.policy() for pattern, handler in worker.router.patterns().items()}
         link.call("register_worker", worker.id, socket.gethostname(), config.worker_pool_size, VERSION,
                   json.dumps(policies))
-        worker.term = None
         if not config.distributed_mode and link.pooled:
-            log.info("behind a pooler: what an earlier instance left in flight is recovered after WORKER_TIMEOUT")
-        elif not config.distributed_mode and (living := link.call("declare_disconnected_dead", worker.id)[0][1]):
-            log.warning("DISTRIBUTED_MODE is false, but %d other worker%s: set it to true on all of them",
-                        living, " lives" if living == 1 else "s live")
+            log.info("behind a pooler: what an earlier instance left is recovered after WORKER_TIMEOUT")
+        elif not config.distributed_mode:
+            _, living = link.call("declare_disconnected_dead", worker.id)[0]
+            if living:
+                log.warning("DISTRIBUTED_MODE is false, but %d other worker%s: set it to true on all of them",
+                            living, " lives" if living == 1 else "s live")
         for chore in self.chores.values():
             chore.due = 0.0
         # Not at once: there may be much to claim.
         self.chores[self._sample_stats].due = clock() + 1.0
-        worker.claims.idle, worker.reached_at = False, clock()
+        worker.term, worker.claims.idle, worker.reached_at = None, False, clock()
         worker.registered.set()
 
     def _beat(self) -> None:
-        """Send a heartbeat, and note which other workers' heartbeats have changed, by this process's own clock: no
-        step of the database's clock can make a living worker look dead."""
+        """Send a heartbeat, and note which others' have changed, by this process's own clock: no step of the
+        database's clock can make a living worker look dead."""
         worker_id, before, interval = self.worker.id, self.seen, self.config.heartbeat_interval
         rows: dict[str, str] = dict(self.link.call("heartbeat", worker_id))
         now = clock()
-        # After a pause (the database was away, this process was stopped) nothing is known: all get their time anew.
+        # After a pause (the database was away, this process was stopped) all get their time anew.
         if now - self.looked_at > max(1.25 * interval, self.config.worker_timeout - 1.5 * interval):
             before = {}
         self.looked_at = now
@@ -2422,7 +2439,8 @@ class HeartbeatLoop(Loop):
         if released is None:
             return None   # under a stale term
         dead_letters = worker.counters.by_label(json.loads(dead))
-        counts = dict(zip(RECOVERY_OUTCOMES, (released, retried, dead_letters.total(), cancelled, failed), strict=True))
+        numbers = (released, retried, dead_letters.total(), cancelled, failed)
+        counts = dict(zip(RECOVERY_OUTCOMES, numbers, strict=True))
         worker.counters.count(recovered=counts, dead_letters=dead_letters)
         told = {what: count for what, count in counts.items() if count}
         if declared or told:
@@ -2432,7 +2450,7 @@ class HeartbeatLoop(Loop):
         return 0.05 if sum(counts.values()) >= 900 else None
 
     def _raise_floors(self) -> float | None:
-        """Again sooner where that helped: then an old snapshot is held, and claims walk what was claimed since."""
+        """Again sooner where it helped: an old snapshot is held, and claims walk what was claimed since."""
         started = clock()
         raised = self._as_leader("raise_floors")[0]
         return min(1.0, max(0.2, 10 * (clock() - started))) if raised else None
@@ -2498,35 +2516,35 @@ class Worker:
         # Written by any loop: why this worker can't go on; when the database last answered.
         self.fatal: Exception | None = None
         self.reached_at = clock()
-        # Written by the heartbeat loop. recovered_at: when it last looked, as leader, for what dead workers held.
+        # Written by the heartbeat loop. recovered_at: when the leader last looked for dead workers' tasks.
         self.term: int | None = None
         self.lease_until, self.recovered_at = 0.0, clock()
         self.stats: dict[str, Any] | None = None
         self.pool = Pool(config.worker_pool_size, router, self.counters)
         self.reports, self.claims, self.heartbeat = ReportLoop(self), ClaimLoop(self), HeartbeatLoop(self)
+        self.loops = (self.claims, self.reports, self.heartbeat)
 
     def log(self, level: int, message: str, *args: object, **fields: object) -> None:
         log.log(level, message, *args, extra={"worker": self.id, **fields})
 
     def start(self) -> None:
-        """Register and start the threads. A database that is away is waited for; raises ConfigError for the rest."""
+        """Register and start the threads; a database that is away is waited for. Raises ConfigError."""
         try:
             self.heartbeat.register()
         except psycopg.OperationalError as error:
             self.heartbeat.failed(error)
-            log.log(logging.ERROR if wont_mend(error) else logging.INFO, "waiting for the database at DATABASE_URL=%s",
-                    redact_url(self.config.database_url))
+            log.log(logging.ERROR if wont_mend(error) else logging.INFO,
+                    "waiting for the database at DATABASE_URL=%s", redact_url(self.config.database_url))
         self.pool.start()
-        for loop in (self.claims, self.reports, self.heartbeat):
+        for loop in self.loops:
             loop.start()
         log.info("worker %s started, pool size %d", self.id, self.config.worker_pool_size)
 
     def stop(self, grace: float, hurry: Callable[[], bool] = lambda: False) -> None:
-        """Claim no more, give back what has not started, let the rest finish for `grace` seconds, give that back."""
+        """Claim no more, give back what has not started, and after `grace` seconds what has not ended."""
         log.info("worker %s stops: %d tasks in hand, grace %g s", self.id, len(self.tasks), grace)
         until = clock() + grace
-        self.draining.set()
-        self._wake()
+        self._enter(self.draining)
         # What it is just claiming is in hand then.
         self.claims.join(clock() + min(max(grace, 0.3), 2.0))
         while clock() < until and not hurry():
@@ -2537,20 +2555,19 @@ class Worker:
                 break
             self.pool.news.set()
             self.stopped.wait(0.02)
-        self.releasing.set()
-        self.pool.news.set()
+        self._enter(self.releasing)
         # A database that does not answer must not keep the process: it exits within 2 s.
         last = clock() + 1.5
         self.reports.join(last - 0.5)
-        self.stopped.set()
-        self._wake()
+        self._enter(self.stopped)
         self.pool.stop()
-        for loop in (self.heartbeat, self.claims, self.reports):
+        for loop in self.loops:
             loop.join(last)
         log.info("worker %s stopped", self.id)
 
-    def _wake(self) -> None:
-        for loop in (self.claims, self.reports, self.heartbeat):
+    def _enter(self, stage: threading.Event) -> None:
+        stage.set()
+        for loop in self.loops:
             loop.bell.set()
 
     def forget(self, task: Task) -> None:
@@ -2578,12 +2595,12 @@ class Worker:
         """What is wrong with this process; never asks the database."""
         if self.fatal is not None:
             return [str(self.fatal)]
-        # A call may last STATEMENT_TIMEOUT + 5 s, and connecting before it 10 s for each host. It counts from its
-        # own start: many slow answers are the database's fault, not the loop's.
+        # A call may last STATEMENT_TIMEOUT + 5 s, connecting before it 10 s for each host. It counts from its
+        # start: many slow answers are the database's fault, not the loop's.
         hosts = str(conninfo_to_dict(self.config.database_url).get("host", "")).split(",")
         now, limit = clock(), STATEMENT_TIMEOUT + 5 + 10 * len(hosts)
-        loops = [self.reports] if self.draining.is_set() else [self.claims, self.reports, self.heartbeat]
-        still = {loop.name: now - max(loop.moved_at, loop.link.began or 0.0) for loop in loops if loop.thread}
+        still = {loop.name: now - max(loop.moved_at, loop.link.began or 0.0) for loop in self.loops
+                 if loop.thread is not None and (loop is self.reports or not self.draining.is_set())}
         return [*(f"the {name} loop has not moved for {seconds:.0f} s" for name, seconds in still.items()
                   if seconds > limit), *self.pool.problems()]
 
@@ -2602,8 +2619,9 @@ class Worker:
         return WorkerStatus(
             worker_id=self.id, leads=self.leads(), problems=self.health(), not_ready=self.readiness(),
             pool_size=self.pool.size, prefetch=self.claims.prefetch(),
-            loop_lag=now - min(self.claims.moved_at, self.reports.moved_at), database_silence=now - self.reached_at,
-            running=[(task.type, now - task.started, None if task.deadline is None else task.deadline - now)
+            loop_lag=now - min(self.claims.moved_at, self.reports.moved_at),
+            database_silence=now - self.reached_at,
+            running=[(task.type, now - task.started, task.deadline and task.deadline - now)
                      for task in self.pool.running()],
             counters=self.counters.snapshot(), stats=self.stats, recovery_age=now - self.recovered_at)
 
@@ -2612,7 +2630,7 @@ def _new_worker_id() -> str:
     return f"{socket.gethostname()[:180]}:{os.getpid()}:{os.urandom(5).hex()}"
 
 
-# ===================================================================================================== orchestrator
+# =============================================================================================== orchestrator
 Function = TypeVar("Function", bound=Callable[[Task], Any])
 Result = TypeVar("Result")
 LINKS = 4   # connections of a program that enqueues from many threads
@@ -2634,7 +2652,7 @@ class Client:
 
     # The sections below set these; without them there is no embedded PostgreSQL, no page, and all else works.
     embedded_server: ClassVar[Any] = None   # a function of a Path
-    http_server: ClassVar[Any] = None       # a function of a Config and a function that returns a WorkerStatus
+    http_server: ClassVar[Any] = None       # a function of a Config and of Worker.status
 
     def __init__(self, json_default: Callable[[Any], Any] | None, settings: dict[str, Any]) -> None:
         self._wrong: ConfigError | None = None
@@ -2661,22 +2679,24 @@ class Client:
         self._places = threading.BoundedSemaphore(LINKS)
         self.router.loop, self.router._loop_lock = None, threading.Lock()
 
-    def enqueue(self, type: str, payload: Any = None, *, priority: int = 0, idempotency_key: str | UUID | None = None,
-                max_retries: int | None = None, run_at: datetime | None = None, delay: Seconds | None = None,
+    def enqueue(self, type: str, payload: Any = None, *, priority: int = 0,
+                idempotency_key: str | UUID | None = None, max_retries: int | None = None,
+                run_at: datetime | None = None, delay: Seconds | None = None,
                 connection: psycopg.Connection[Any] | None = None) -> EnqueuedId:
         """Add a task and return its id; with `connection`, in the caller's transaction.
 
-        A repeated (type, idempotency_key) returns the first task's id, with created False. delay (instead of run_at):
-        seconds, a timedelta or text such as "10m". Raises ValueError, which names the field.
+        A repeated (type, idempotency_key) returns the first task's id, with created False. delay (instead of
+        run_at): seconds, a timedelta or text such as "10m". Raises ValueError, which names the field.
         """
         payload = {} if payload is None else payload
         if idempotency_key is None:
             return EnqueuedId(self._call(
-                connection, "enqueue", check_text("type", type), self._json("payload", payload), _priority(priority),
-                None, _retries(max_retries), _run_at(run_at, delay))[0][0])
+                connection, "enqueue", check_text("type", type), self._json("payload", payload),
+                _priority(priority), None, _retries(max_retries), _run_at(run_at, delay))[0][0])
         try:
-            return self.enqueue_many(type, [payload], priority=priority, idempotency_keys=[idempotency_key],
-                                     max_retries=max_retries, run_at=run_at, delay=delay, connection=connection)[0]
+            return self.enqueue_many(
+                type, [payload], priority=priority, idempotency_keys=[idempotency_key],
+                max_retries=max_retries, run_at=run_at, delay=delay, connection=connection)[0]
         except ValueError as error:
             raise ValueError(re.sub(r"^(payload|idempotency_key)s\[1\]", r"\1", str(error))) from None
 
@@ -2685,18 +2705,20 @@ class Client:
         return await asyncio.to_thread(self.enqueue, type, payload, **options)
 
     def enqueue_many(self, type: str, payloads: Iterable[Any], *, priority: int = 0,
-                     idempotency_keys: Iterable[str | UUID | None] | None = None, max_retries: int | None = None,
-                     run_at: datetime | None = None, delay: Seconds | None = None,
+                     idempotency_keys: Iterable[str | UUID | None] | None = None,
+                     max_retries: int | None = None, run_at: datetime | None = None,
+                     delay: Seconds | None = None,
                      connection: psycopg.Connection[Any] | None = None) -> list[EnqueuedId]:
-        """Add a task for each payload, all in one statement, and return their ids in order. Raises ValueError."""
+        """Add a task for each payload, in one statement; returns their ids in order. Raises ValueError."""
         # Counted from 1, as in SQL.
-        keys = None if idempotency_keys is None else texts(
-            [None if key is None else _key(f"idempotency_keys[{n}]", key) for n, key in enumerate(idempotency_keys, 1)])
+        keys = None if idempotency_keys is None else texts([
+            None if key is None else _key(f"idempotency_keys[{n}]", key)
+            for n, key in enumerate(idempotency_keys, 1)])
         text = texts([self._json(f"payloads[{n}]", payload) for n, payload in enumerate(payloads, 1)])
         if len(text) > 8 * CALL_LIMIT:
             raise ValueError(f"payloads: over {8 * CALL_LIMIT >> 20} MiB in one call; add them in several")
-        rows = self._call(connection, "enqueue_many", check_text("type", type), text, _priority(priority), keys,
-                          _retries(max_retries), _run_at(run_at, delay))
+        rows = self._call(connection, "enqueue_many", check_text("type", type), text, _priority(priority),
+                          keys, _retries(max_retries), _run_at(run_at, delay))
         return [EnqueuedId(str(task_id), created) for _, task_id, created in sorted(rows)]
 
     def cancel(self, task_id: str | UUID) -> str:
@@ -2788,11 +2810,11 @@ class Client:
 
 
 class Orchestrator(Client):
-    """Handlers, connections to enqueue with, and a worker: what a program uses. Safe to use from many threads.
+    """Handlers, connections to enqueue with, and a worker: what a program uses, from any thread.
 
     `settings` are Config's, by name: worker_pool_size=4, claim_interval="500ms" …; the rest comes from the
-    environment. json_default: a function that turns what JSON has no form for into something it has, asked before
-    the built-in json_default(). Raises ConfigError.
+    environment. json_default: a function that turns what JSON has no form for into something it has, asked
+    before the built-in json_default(). Raises ConfigError.
     """
 
     def __init__(self, database_url: str | None = None,
@@ -2805,16 +2827,17 @@ class Orchestrator(Client):
             self.router.add(pattern, handler)
 
     @overload
-    def handler(self, pattern: str, function: None = None, **policy: Any) -> Callable[[Function], Function]: ...
+    def handler(self, pattern: str, function: None = None,
+                **policy: Any) -> Callable[[Function], Function]: ...
 
     @overload
     def handler(self, pattern: str, function: Function, **policy: Any) -> Function: ...
 
     def handler(self, pattern: str, function: Function | None = None, **policy: Any) -> Any:
-        """Register a handler for a type, or for a prefix that ends in ":" or "*"; as a decorator or with the function.
+        """Register a handler for a type, or for a prefix that ends in ":" or "*"; also as a decorator.
 
-        policy: max_retries=3, base_delay=1, max_delay=3600, timeout=None; seconds, timedelta or text such as "10m".
-        Raises ConfigError.
+        policy: max_retries=3, base_delay=1, max_delay=3600, timeout=None; seconds, a timedelta or text such
+        as "10m". Raises ConfigError.
         """
         if function is None:
             return functools.partial(self.handler, pattern, **policy)
@@ -2827,13 +2850,15 @@ class Orchestrator(Client):
         return function
 
     def use(self, middleware: Middleware) -> Middleware:
-        """Wrap every handler: middleware(task, call_next) returns call_next(task), or something else. The first is
-        outermost. An async one awaits call_next(task)."""
+        """Wrap every handler: middleware(task, call_next) returns call_next(task), or something else.
+
+        The first is outermost. An async one awaits call_next(task).
+        """
         self.router.middleware.append(middleware)
         return middleware
 
     def on_dead_letter(self, hook: DeadLetterHook) -> DeadLetterHook:
-        """Have hook(task, error) called for each task that this worker made a dead letter of, timeouts included.
+        """Have hook(task, error) called for each dead letter that this worker makes, timeouts included.
 
         Those of workers that died are made by the leader: the view dead_letters has all.
         """
@@ -2849,7 +2874,8 @@ class Orchestrator(Client):
         self._open()
         if not self.router.patterns():
             log.warning("no handlers are registered: this worker has nothing to run")
-        self.worker = worker = Worker(self.config, self.router, self._embedded.start if self._embedded else None)
+        revive = self._embedded.start if self._embedded else None
+        self.worker = worker = Worker(self.config, self.router, revive)
         try:
             if self.http_server is not None and self.config.metrics_port != PORT_OFF:
                 self._http = type(self).http_server(self.config, worker.status)
@@ -2864,7 +2890,7 @@ class Orchestrator(Client):
         return self
 
     def stop(self, grace: Seconds | None = None) -> None:
-        """Stop the worker: running tasks may go on for `grace` (default SHUTDOWN_GRACE), the rest is given back."""
+        """Stop the worker: running tasks may go on for `grace` (SHUTDOWN_GRACE), the rest is given back."""
         self._stop(lambda: False, None if grace is None else check_seconds("grace", grace))
 
     def _stop(self, hurry: Callable[[], bool], grace: float | None = None) -> None:
@@ -2878,7 +2904,8 @@ class Orchestrator(Client):
 
         A wrong setting ends the process with one line and exit code 2, as on the command line.
         """
-        signals: queue.SimpleQueue[int] = queue.SimpleQueue()   # its put() is safe in a signal handler; Event.set() is not
+        # Its put() is safe in a signal handler; an Event's set() is not.
+        signals: queue.SimpleQueue[int] = queue.SimpleQueue()
         starting, pid = True, os.getpid()
 
         def on_signal(number: int, frame: object) -> None:
@@ -2890,7 +2917,8 @@ class Orchestrator(Client):
                 signal.alarm(1)
             elif starting:   # still: the database does not answer
                 raise _Stopped
-        before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)}
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)
+        before = {number: signal.signal(number, on_signal) for number in numbers}
         try:
             worker = self.start().worker
             assert worker is not None
