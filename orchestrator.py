@@ -1258,8 +1258,8 @@ def _outcome_of(task: Task, error: BaseException) -> Outcome:
 # ===================================================================================================== worker
 # A task's way through a worker: the claim loop makes a Task of a row and puts it into the pool's `ready`, or
 # into `careful` if it was recovered from a dead worker. A pool thread runs its handler and puts it into
-# `finished`. The report loop tells the database. Pool threads never touch the database, and what needs none (timeouts,
-# replacing threads) is done by the supervisor, whether or not the database answers.
+# `finished`. The report loop tells the database. Pool threads never touch the database, and what needs none
+# (timeouts, replacing threads) is done by the supervisor, whether or not the database answers.
 
 HOLD_SECONDS = 0.1          # a worker holds what it will start within this time, at its measured pace
 PREFETCH_MAX = 4000         # tasks, at most; 2,000 drain 9% slower, as the next claim is sent too late
