@@ -72,7 +72,7 @@ bench-compare: .venv/.dev ## measure against another revision, run by run; BASE=
 chaos: .venv/.dev ## kill, stop and disconnect everything; nothing may be lost (long)
 	$(PY) tests/chaos/chaos.py $(ARGS)
 
-chaos-mutants: .venv/.dev ## break the SQL on purpose; the tests must notice
+chaos-mutants: .venv/.dev ## break a copy of the program on purpose; the tests must notice
 	$(PY) tests/chaos/mutants.py $(ARGS)
 
 sql-docs: .venv/.dev ## write the generated tables of docs/

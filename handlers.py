@@ -12,6 +12,7 @@ A handler is a function of a Task; HANDLERS at the bottom maps task types to the
   task:backup           {database, host="localhost", port=5432, user="postgres", backup_dir=".",
                         retention_days=0 (keep all), and one of password, password_env, password_file}
                         Dumps to backup_dir, verifies the dump, then removes old backups of the same database.
+                        Each night: SCHEDULES = {"nightly-backup": Schedule("30 3 * * *", "task:backup", {…})}
 
 Whoever may enqueue a task chooses its payload, so the operator sets the bounds in the worker's environment:
 

@@ -8,7 +8,7 @@
   python orchestrator.py enqueue TYPE '{...}'  add a task, as does: select orchestrator.enqueue('TYPE', '{...}')
   python orchestrator.py show ID               what happened to a task, and why it is not running
   python orchestrator.py COMMAND --help        install, enqueue, list, show, cancel, retry, pause, resume, stats,
-                                               audit, psql
+                                               schedule, schedules, unschedule, fire, next, audit, psql
 
 In a program:
 
@@ -79,15 +79,14 @@ from urllib.parse import parse_qsl, quote, urlsplit
 from uuid import UUID
 
 import psycopg
-from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily, Metric
+from prometheus_client import CollectorRegistry, ProcessCollector, core, generate_latest
 from psycopg import generators, pq
 from psycopg.adapt import PyFormat, Transformer
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.types.string import TextLoader
 
 __all__ = ["Cancelled", "ClaimLost", "Config", "ConfigError", "Discard", "EnqueuedId", "Handler", "Orchestrator",
-           "Retry", "Snooze", "Task"]
+           "Retry", "Schedule", "Snooze", "Task"]
 
 VERSION = "0.1.0"
 SCHEMA_VERSION = 1
@@ -100,10 +99,9 @@ BUNDLED_PAGE = ""
 
 
 def _share_module() -> None:
-    """Let every import of this file find the module that already runs, whatever its name is.
+    """Let every import of this file find the module that already runs, as __main__ or under another name.
 
-    A program started as `python orchestrator.py` or `python -m myapp.orchestrator` is __main__; its handlers import
-    the module under another name, and must get the same classes, or the worker would not know their exceptions.
+    Handlers that import it must get the same classes, or the worker would not know their exceptions.
     """
     here = sys.modules[__name__]
     for module in list(sys.modules.values()):
@@ -128,7 +126,7 @@ class ConfigError(Exception):
 
 
 class ClaimLost(Exception):
-    """The claim no longer holds the task: another worker has it, or it was cancelled. Its transaction must not commit."""
+    """Another worker has the task, or it was cancelled: its transaction must not commit."""
 
 
 class Retry(Exception):
@@ -157,33 +155,30 @@ class Cancelled(Exception):
 
 # A number of seconds, a timedelta, or text such as "10m".
 Seconds = float | timedelta | str
-# SQL's longest_delay(): 3650 days.
-LONGEST_DELAY = 315_360_000
-# Characters of an error text that are kept, as in SQL.
-ERROR_LIMIT = 8000
-UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
-USER_CODE_EXCLUDES = tuple(map(os.path.realpath, [*map(sysconfig.get_path, ("stdlib", "purelib", "platlib")), _FILE]))
+LONGEST_DELAY = 315_360_000   # seconds; SQL's longest_delay()
+ERROR_LIMIT = 8000            # characters of an error text that are kept, as in SQL
+UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, None: 1}
+NOT_USER_CODE = tuple(map(os.path.realpath, [*map(sysconfig.get_path, ("stdlib", "purelib", "platlib")), _FILE]))
 
 
-def parse_duration(text: str) -> float:
-    """Seconds of a text such as 100ms, 1s, 1m, 1h, 7d, or of a plain number of seconds. Raises ValueError."""
+def parse_duration(text: str, unit_needed: bool = False) -> float:
+    """The seconds of a text such as 100ms, 1s, 1m, 1h or 7d. Without a unit: seconds, or only 0."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)?", text.strip())
-    if not match:
+    if not match or (unit_needed and not match[2] and float(match[1])):
         raise ValueError("must be a duration such as 100ms, 1s, 1m, 1h or 7d")
-    return float(match[1]) * UNITS[match[2] or "s"]
+    return float(match[1]) * UNITS[match[2]]
 
 
-def check_seconds(name: str, value: Seconds) -> float:
-    if isinstance(value, str):
-        try:
-            value = parse_duration(value)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-    if isinstance(value, timedelta):
-        value = value.total_seconds()
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= LONGEST_DELAY:
-        raise ValueError(f"{name}: must be from 0 to {LONGEST_DELAY} seconds (3650 days)")
-    return float(value)
+def check_seconds(name: str, value: Seconds, low: float = 0, high: float = LONGEST_DELAY) -> float:
+    try:
+        seconds = parse_duration(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    if isinstance(seconds, timedelta):
+        seconds = seconds.total_seconds()
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not low <= seconds <= high:
+        raise ValueError(f"{name}: must be from {low:g} to {high} seconds, or a duration such as 1m")
+    return float(seconds)
 
 
 def check_whole(name: str, number: int, low: int, high: int) -> int:
@@ -192,19 +187,24 @@ def check_whole(name: str, number: int, low: int, high: int) -> int:
     return number
 
 
+def check_priority(priority: int) -> int:
+    return check_whole("priority", priority, -1_000_000, 1_000_000)
+
+
+def check_retries(max_retries: int | None) -> int | None:
+    return None if max_retries is None else check_whole("max_retries", max_retries, 0, 1000)
+
+
 def check_text(name: str, text: str) -> str:
-    try:
-        if isinstance(text, str) and "\0" not in text:
-            text.encode()
-            return text
-    except UnicodeEncodeError:
-        pass   # half of a surrogate pair
-    raise ValueError(f"{name}: must be text that PostgreSQL can hold")
+    # NUL, or half of a surrogate pair
+    if not isinstance(text, str) or re.search(r"[\0\ud800-\udfff]", text):
+        raise ValueError(f"{name}: must be text that PostgreSQL can hold")
+    return text
 
 
-def check_id(task_id: str | UUID, name: str = "id") -> str:
+def check_id(task_id: str | UUID) -> str:
     if not re.fullmatch(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", str(task_id)):
-        raise ValueError(f"{name}: must be a task's id, a UUID such as 01890000-0000-7000-8000-000000000000")
+        raise ValueError("id: must be a task's id, a UUID such as 01890000-0000-7000-8000-000000000000")
     return str(task_id).lower()
 
 
@@ -215,30 +215,31 @@ def check_moment(name: str, moment: datetime) -> datetime:
 
 
 def describe_error(error: BaseException) -> str:
-    """One line on an exception and the last frame of the user's own code: what last_error keeps."""
+    """One line on an exception and the last frame of the user's own code."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not os.path.realpath(frame.filename).startswith(USER_CODE_EXCLUDES)] or frames
+    own = [frame for frame in frames if not os.path.realpath(frame.filename).startswith(NOT_USER_CODE)] or frames
     where = f" ({Path(own[-1].filename).name}:{own[-1].lineno} in {own[-1].name})" if own else ""
     return clean_text(f"{type(error).__name__}: {message_of(error)}{where}")
 
 
-def describe_traceback(error: BaseException) -> str:
-    """The traceback with its causes, of bounded length."""
-    try:
-        return clean_text("".join(traceback.format_exception(error, limit=-20)), ERROR_LIMIT // 2)
-    except BaseException:   # an exception class of the handler's may do anything
-        return "(the traceback cannot be shown)"
-
-
+# An exception class of the user's may do anything when it is asked for its text, even raise SystemExit.
 def message_of(error: BaseException) -> str:
     try:
         return str(error)
-    except BaseException:   # even SystemExit
+    except BaseException:
         return "(its message cannot be shown)"
 
 
+def describe_traceback(error: BaseException) -> str:
+    """The traceback with its causes."""
+    try:
+        return clean_text("".join(traceback.format_exception(error, limit=-20)), ERROR_LIMIT // 2)
+    except BaseException:
+        return "(the traceback cannot be shown)"
+
+
 def clean_text(text: str, limit: int = ERROR_LIMIT) -> str:
-    """Text that PostgreSQL can store (no NUL, no lone surrogates), of bounded length, without passwords of URLs."""
+    """Text that PostgreSQL can hold, of bounded length, without the passwords of URLs."""
     text = text if len(text) <= 4 * limit else text[:2 * limit] + text[-2 * limit:]
     text = redact_url(text.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode())
     return text if len(text) <= limit else text[:limit // 2 - 2] + " … " + text[2 - limit // 2:]
@@ -253,19 +254,20 @@ def redact_url(text: str) -> str:
 # ============================================================================================ settings and logging
 PARAMETERS_OF_ORMS = ("schema", "connection_limit", "pool_timeout", "pgbouncer", "statement_cache_size")
 METRICS_PORT, PORT_OFF = 9090, -1
+BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
 
 def _boolean(text: str) -> bool:
-    values = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
-    if text.strip().lower() not in values:
+    if text.strip().lower() not in BOOLEANS:
         raise ValueError("must be true or false")
-    return values[text.strip().lower()]
+    return BOOLEANS[text.strip().lower()]
 
 
-def _duration(text: str) -> float:
-    if re.fullmatch(r"[\d.]*[1-9][\d.]*", text.strip()):
-        raise ValueError("must be a duration such as 100ms, 1s, 1m, 1h or 7d")   # 5 of what?
-    return parse_duration(text)
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError("must be a whole number") from None
 
 
 def _port(text: str) -> int:
@@ -279,151 +281,143 @@ def _port(text: str) -> int:
 def _url(text: str) -> str:
     """The URL as libpq wants it: without the driver in SQLAlchemy's scheme, and without parameters of ORMs."""
     text = re.sub(r"^postgres(?:ql)?\+\w+://", "postgresql://", text.strip())
-    if text.startswith(("postgresql://", "postgres://")) and "?" in text:
+    if text.startswith(("postgresql://", "postgres://")):
         address, _, query = text.partition("?")
-        kept = [pair for pair in query.split("&") if pair.partition("=")[0] not in PARAMETERS_OF_ORMS]
-        text = address + ("?" + "&".join(kept) if kept else "")
+        kept = "&".join(pair for pair in query.split("&") if pair.partition("=")[0] not in PARAMETERS_OF_ORMS)
+        text = f"{address}?{kept}" if kept else address
     return text
 
 
-def _setting(default: Any, parse: Callable[[str], Any], text: str,
-             low: float = -math.inf, high: float = math.inf) -> Any:
-    return dataclasses.field(default=default, metadata={"parse": parse, "help": text, "low": low, "high": high})
+_duration = functools.partial(parse_duration, unit_needed=True)
+PARSERS: dict[type, Callable[[str], Any]] = {bool: _boolean, int: _whole, float: _duration, str: str}
+
+
+def _setting(default: Any, help: str, low: float = 0, high: float = 0, parse: Any = None) -> Any:
+    return dataclasses.field(default=default, metadata={
+        "help": help, "low": low, "high": high, "parse": parse or PARSERS[type(default)]})
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Every setting, by its name in lower case. A flag takes precedence over the environment, and that over the default."""
+    """Every setting. The environment has them in upper case; a flag takes precedence over it."""
 
-    database_url: str = _setting("", _url, "postgresql:// URL, also of several hosts; unset: an embedded PostgreSQL")
-    embedded_dir: str = _setting(".orchestrator", str, "folder of the embedded PostgreSQL")
+    database_url: str = _setting(
+        "", "postgresql:// URL, also of several hosts; unset: an embedded PostgreSQL", parse=_url)
+    embedded_dir: str = _setting(".orchestrator", "folder of the embedded PostgreSQL")
     worker_pool_size: int = _setting(
-        10, int, "how many tasks run at once; a service occupies one slot while it runs", 1, 1000)
-    claim_interval: float = _setting(1.0, _duration, "polling interval when no notification arrives", 0.01, 60)
+        10, "how many tasks run at once; a service occupies one slot while it runs", 1, 1000)
+    claim_interval: float = _setting(1.0, "polling interval when no notification arrives", 0.01, 60)
     distributed_mode: bool = _setting(
-        False, _boolean, "true: many workers share a database; false: one worker, which recovers at its start")
-    heartbeat_interval: float = _setting(10.0, _duration, "heartbeat interval", 0.1, 3600)
+        False, "true: many workers share a database; false: one worker, which recovers at its start")
+    heartbeat_interval: float = _setting(10.0, "heartbeat interval", 0.1, 3600)
     worker_timeout: float = _setting(
-        30.0, _duration, "silence after which a worker is declared dead and its tasks run elsewhere", 0.3, 86400)
-    leader_term: float = _setting(30.0, _duration, "length of a leader's lease unless it is extended", 0.3, 86400)
-    cleanup_interval: float = _setting(60.0, _duration, "how often the leader deletes old tasks", 0.1, 86400)
+        30.0, "silence after which a worker is declared dead and its tasks run elsewhere", 0.3, 86400)
+    leader_term: float = _setting(30.0, "length of a leader's lease unless it is extended", 0.3, 86400)
+    cleanup_interval: float = _setting(60.0, "how often the leader deletes old tasks", 0.1, 86400)
     metrics_port: int = _setting(
-        METRICS_PORT, _port, "port of the page, /metrics, /health and /ready; 0: any free port; off: no server; where "
-        "DISTRIBUTED_MODE is true and 9090 is in use, the next free port", PORT_OFF, 65535)
-    metrics_host: str = _setting("127.0.0.1", str, "address to listen on; 0.0.0.0: all addresses")
+        METRICS_PORT, "port of the page, /metrics, /health and /ready; 0: any free port; off: no server; where "
+        "DISTRIBUTED_MODE is true and 9090 is in use, the next free port", PORT_OFF, 65535, _port)
+    metrics_host: str = _setting("127.0.0.1", "address to listen on; 0.0.0.0: all addresses")
     metrics_auth: str = _setting(
-        "", str, "what the page and /metrics require: a bearer token, or user:password; unset: nothing")
+        "", "what the page and /metrics require: a bearer token, or user:password; unset: nothing")
     admin_token: str = _setting(
-        "", str, "bearer token with which the page may cancel, retry and pause; unset: the page is read-only")
+        "", "bearer token with which the page may cancel, retry and pause; unset: the page is read-only")
     shutdown_grace: float = _setting(
-        30.0, _duration, "how long running tasks may continue after SIGTERM before they are given back", 0, 86400)
+        30.0, "how long running tasks may continue after SIGTERM before they are given back", 0, 86400)
     retention_completed: float = _setting(
-        604800.0, _duration, "how long completed and cancelled tasks are kept; 0: forever", 0, LONGEST_DELAY)
-    retention_dead_letter: float = _setting(
-        2592000.0, _duration, "how long dead letters are kept; 0: forever", 0, LONGEST_DELAY)
-    handlers: str = _setting("", str, "module with a HANDLERS dict, or a .py file; unset: handlers.py, if it exists")
+        604800.0, "how long completed and cancelled tasks are kept; 0: forever", 0, LONGEST_DELAY)
+    retention_dead_letter: float = _setting(2592000.0, "how long dead letters are kept; 0: forever", 0, LONGEST_DELAY)
+    handlers: str = _setting("", "module with a HANDLERS dict, or a .py file; unset: handlers.py, if it exists")
     prepared_statements: bool = _setting(
-        True, _boolean, "false: never prepare statements; behind a pooler this is detected automatically")
-    log_format: str = _setting("text", str, "text or json")
-    debug: bool = _setting(False, _boolean, "log everything")
+        True, "false: never prepare statements; behind a pooler this is detected automatically")
+    log_format: str = _setting("text", "text or json")
+    debug: bool = _setting(False, "log everything")
 
     @classmethod
     def load(cls, given: Mapping[str, Any] | None = None, environ: Mapping[str, str] = os.environ) -> Config:
-        """Settings from `given` (flags or keyword arguments), else the environment, else the defaults.
-
-        Raises ConfigError.
-        """
+        """Settings from `given` (flags or keyword arguments), else the environment. Raises ConfigError."""
         given = {name: value for name, value in (given or {}).items() if value is not None}
-        unknown = sorted(given.keys() - {f.name for f in dataclasses.fields(cls)})
-        if unknown:
-            raise ConfigError(f"{unknown[0].upper()}: there is no such setting")
-        values = {}
-        for field in dataclasses.fields(cls):
-            raw = given.get(field.name, environ.get(field.name.upper()) or None)
-            if raw is not None:
-                values[field.name] = _parse_setting(field, raw)
-        config = cls(**values)
-        config._check()
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        for name in sorted(given.keys() - fields):
+            raise ConfigError(f"{name.upper()}: there is no such setting")
+        found = {name: given.get(name, environ.get(name.upper()) or None) for name in fields}
+        try:
+            config = cls(**{name: _value(fields[name], raw) for name, raw in found.items() if raw is not None})
+            config._check()
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
         return config
 
     def _check(self) -> None:
         if self.log_format not in ("text", "json"):
-            raise ConfigError("LOG_FORMAT: must be text or json")
+            raise ValueError("LOG_FORMAT: must be text or json")
         if self.worker_timeout < 2 * self.heartbeat_interval:
-            raise ConfigError("WORKER_TIMEOUT: must be at least twice HEARTBEAT_INTERVAL, "
-                              "or living workers are declared dead")
+            raise ValueError("WORKER_TIMEOUT: must be at least twice HEARTBEAT_INTERVAL, "
+                             "or living workers are declared dead")
         try:
-            ports = str(conninfo_to_dict(self.database_url).get("port") or "")
-            # libpq would echo a malformed port, which may be the rest of a password with a / or : in it
-            if not re.fullmatch(r"[\d,]*", ports):
-                raise ValueError
-        except (psycopg.Error, ValueError):
-            raise ConfigError("DATABASE_URL: is not a postgresql:// URL or connection string, such as "
-                              "postgresql://user@host:5432/database") from None
+            port = str(conninfo_to_dict(self.database_url).get("port") or "")
+        except psycopg.Error:
+            port = "?"
+        # libpq would echo a malformed port, which may be the rest of a password with a / or : in it
+        if not re.fullmatch(r"[\d,]*", port):
+            raise ValueError("DATABASE_URL: is not a postgresql:// URL or connection string, such as "
+                             "postgresql://user@host:5432/database")
 
 
-KINDS: dict[Any, tuple[Any, str]] = {
-    int: (int, "a whole number"), _port: (int, "a port from 0 to 65535, or off"), str: (str, "text"),
-    _url: (str, "text"), _duration: ((int, float), "a number of seconds, or a duration such as 1m"),
-    _boolean: (bool, "true or false")}
-
-
-def _parse_setting(field: dataclasses.Field[Any], raw: Any) -> Any:
-    name, parse, low, high = field.name.upper(), *(field.metadata[key] for key in ("parse", "low", "high"))
+def _value(field: dataclasses.Field[Any], raw: Any) -> Any:
+    """A setting's value, of the type of its default, from text or from a value that a program gave."""
+    name, kind, low, high = field.name.upper(), type(field.default), field.metadata["low"], field.metadata["high"]
     try:
-        value = parse(raw) if isinstance(raw, str) else raw
+        value = field.metadata["parse"](raw) if isinstance(raw, str) else raw
     except ValueError as error:
-        raise ConfigError(f"{name}: {error if parse is not int else 'must be a whole number'}") from None
-    if isinstance(value, timedelta):
-        value = value.total_seconds()
-    right, kind = KINDS[parse]
-    if not isinstance(value, right) or (isinstance(value, bool) and parse is not _boolean):
-        raise ConfigError(f"{name}: must be {kind}")
-    if parse in (int, _duration, _port) and not low <= value <= high:
-        unit = " seconds" if parse is _duration else ""
-        raise ConfigError(f"{name}: must be from {max(low, 0):g} to {high:g}{unit}")
+        raise ValueError(f"{name}: {error}") from None
+    if kind is float:
+        return check_seconds(name, value, low, high)
+    if kind is int:
+        return check_whole(name, value, low, high)
+    if not isinstance(value, kind):
+        raise ValueError(f"{name}: must be {'text' if kind is str else 'true or false'}")
     return value
 
 
 # The task whose handler logs, for the lines of handlers' own loggers.
 _current_task: contextvars.ContextVar[Task | None] = contextvars.ContextVar("current_task", default=None)
+FIELDS_OF_EVERY_RECORD = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"}
 
 
 class _LogFormat(logging.Formatter):
-    """One line per event. Text: the message. JSON: the message, and as members the fields that were passed as `extra`."""
+    """One line per event. JSON has the fields that were passed as `extra`, too."""
 
     def __init__(self, as_json: bool) -> None:
         super().__init__()
         self.as_json = as_json
-        self.usual = set(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
 
     def format(self, record: logging.LogRecord) -> str:
-        fields = {name: value for name, value in record.__dict__.items() if name not in self.usual}
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
-        message = record.getMessage()
-        task = _current_task.get()
-        if task is not None and record.name != "orchestrator":
-            fields.setdefault("task_id", task.id)
-            message = message if self.as_json else f"[{task.id}] {message}"
+        words = [stamp, record.levelname, record.getMessage()]
+        event = dict(zip(("time", "level", "message"), words, strict=True))
+        event |= {name: value for name, value in vars(record).items() if name not in FIELDS_OF_EVERY_RECORD}
+        if (task := _current_task.get()) is not None and record.name != "orchestrator":
+            event.setdefault("task_id", task.id)
+            words.insert(2, f"[{task.id}]")
         if record.exc_info:
-            fields["traceback"] = self.formatException(record.exc_info)
+            event["traceback"] = self.formatException(record.exc_info)
+            words.append(event["traceback"])
         if self.as_json:
-            line = {"time": stamp, "level": record.levelname, "message": message, **fields}
-            return json.dumps(line, default=str)
-        text = " ".join([stamp, record.levelname, message, *([fields["traceback"]] if record.exc_info else [])])
+            return json.dumps(event, default=str)
         # Whatever an error text holds, one event stays one line and cannot control the terminal.
         return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]",
-                      lambda c: f"\\u{ord(c[0]):04x}", text)
+                      lambda c: f"\\u{ord(c[0]):04x}", " ".join(words))
 
 
 def setup_logging(config: Config, name: str = "orchestrator") -> None:
     """Log to standard error. name "": for all loggers of the process, handlers' own included."""
     handler = logging.StreamHandler()
     handler.setFormatter(_LogFormat(config.log_format == "json"))
-    logger = logging.getLogger(name)
+    logger, level = logging.getLogger(name), logging.DEBUG if config.debug else logging.INFO
     logger.handlers[:] = [handler]
-    logger.setLevel(logging.DEBUG if config.debug and name else logging.INFO)
-    log.setLevel(logging.DEBUG if config.debug else logging.INFO)
+    logger.setLevel(level if name else logging.INFO)
+    log.setLevel(level)
     logger.propagate = not name
 
 
@@ -431,7 +425,6 @@ def setup_logging(config: Config, name: str = "orchestrator") -> None:
 Row = tuple[Any, ...]
 # A call may take this long in the database; the client gives up 5 seconds later, should the server be silent.
 STATEMENT_TIMEOUT = 15.0
-LOCK_TIMEOUT = 10.0
 NOT_INSTALLED = ("3F000", "42P01", "42883")   # no such schema, table, function
 DECLARED_DEAD = "OR003"
 # What our connections rely on, whatever `alter database` or `alter role` say. search_path comes first, so that no
@@ -442,18 +435,20 @@ SESSION = {
     "datestyle": "ISO, YMD", "intervalstyle": "postgres", "timezone": "UTC", "standard_conforming_strings": "on",
     "array_nulls": "on", "transform_null_equals": "off", "client_min_messages": "warning", "jit": "off",
     "extra_float_digits": "1", "bytea_output": "hex", "row_security": "on", "check_function_bodies": "on",
-    "statement_timeout": f"{STATEMENT_TIMEOUT:.0f}s", "lock_timeout": f"{LOCK_TIMEOUT:.0f}s",
+    "statement_timeout": f"{STATEMENT_TIMEOUT:.0f}s", "lock_timeout": "10s",
     "idle_in_transaction_session_timeout": "60s", "idle_session_timeout": "0"}
 # Behind a pooler nothing can be set for a session; these must be right as they are.
 REQUIRED = ("default_transaction_isolation", "default_transaction_read_only", "array_nulls", "transform_null_equals")
-# psycopg's internal parts that Link uses to send a prepared statement without a cursor. tests/test_psycopg.py checks
-# each of them, and requirements.txt, pyproject.toml and the head of this file pin the minor versions that were tested.
+# psycopg's internal parts that Link uses. tests/test_dependencies.py checks them; the pinned minor versions are tested.
 PSYCOPG_PARTS = (generators.execute, Transformer.dump_sequence, Transformer.set_pgresult, Transformer.load_rows,
                  psycopg.Connection.wait, psycopg.errors.error_from_result)
 
 
-class After(float):
+class After(str):
     """An argument of a call: the database's clock plus so many seconds."""
+
+    def __new__(cls, seconds: float) -> After:
+        return super().__new__(cls, _interval(seconds))
 
 
 class BoundedConnection(psycopg.Connection[Row]):
@@ -463,17 +458,29 @@ class BoundedConnection(psycopg.Connection[Row]):
         return super().wait(_before(time.monotonic() + STATEMENT_TIMEOUT + 5, gen), *args, **kwargs)
 
 
+def _before(until: float, generator: Any) -> Any:
+    """psycopg's generator, ended by an error if it still waits at a time (monotonic). It hears 0 every 0.1 seconds."""
+    state = next(generator)
+    while True:
+        ready = yield state
+        if not ready and time.monotonic() > until:
+            raise psycopg.OperationalError(f"the database has not answered for {STATEMENT_TIMEOUT + 5:.0f} s")
+        try:
+            state = generator.send(ready)
+        except StopIteration as end:
+            return end.value
+
+
 def connect(config: Config, name: str = "orchestrator",
             kind: type[psycopg.Connection[Row]] = psycopg.Connection) -> psycopg.Connection[Row]:
     """Open a connection in autocommit with bounded waits: connecting 10 s, a dead peer 15 s."""
-    known = conninfo_to_dict(config.database_url)
+    given = conninfo_to_dict(config.database_url)
     settings: dict[str, Any] = {
         "connect_timeout": 10, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3,
         "tcp_user_timeout": 15000, "client_encoding": "UTF8"}
-    if "," in str(known.get("host", "")):
+    if "," in str(given.get("host")):
         settings["target_session_attrs"] = "read-write"
-    settings = {key: known.get(key, value) for key, value in settings.items()}
-    return kind.connect(config.database_url, autocommit=True, application_name=name, **settings)
+    return kind.connect(autocommit=True, **{**settings, **given, "application_name": name})
 
 
 def is_pooled(connection: psycopg.Connection[Row]) -> bool:
@@ -483,37 +490,37 @@ def is_pooled(connection: psycopg.Connection[Row]) -> bool:
 
 
 def prepare_session(connection: psycopg.Connection[Row], config: Config, more: Mapping[str, str] = {}) -> bool:
-    """Set all that this module relies on in a connection of its own. Returns whether a pooler is in between.
+    """Set what this module relies on in a connection of its own. Returns whether a pooler is in between.
 
-    Raises ConfigError where a pooler keeps it from being set and the database has it otherwise.
+    Raises ConfigError where the database has it otherwise and it can't be set.
     """
     encoding = connection.info.parameter_status("server_encoding")
     if encoding != "UTF8":
         raise ConfigError(f"DATABASE_URL: the database's encoding is {encoding}, which cannot hold every text: "
                           "create one with encoding 'UTF8'")
-    # as text, by psycopg's C loader: 4.0 → 0.4 µs per task
+    # text, by psycopg's C loader: 4.0 → 0.4 µs per task
     for kind in ("jsonb", "json", "uuid", "timestamptz"):
         connection.adapters.register_loader(kind, TextLoader)
     pooled = is_pooled(connection)
     if pooled or not config.prepared_statements:
         connection.prepare_threshold = None
-    if pooled:
-        shown = connection.execute("select " + ", ".join(f"pg_catalog.current_setting('{n}')" for n in REQUIRED)).fetchone()
-        for name, value in zip(REQUIRED, shown or (), strict=True):
-            if value != SESSION[name]:
-                raise ConfigError(f"DATABASE_URL: behind a pooler, {name} must be '{SESSION[name]}': "
-                                  f"alter database … set {name} = '{SESSION[name]}'")
-    else:
+    if not pooled:
         configure(connection, {**SESSION, **more})
-    return pooled
+        return False
+    for name in REQUIRED:
+        row = connection.execute(f"select pg_catalog.current_setting('{name}')", prepare=False).fetchone()
+        if row != (SESSION[name],):
+            raise ConfigError(f"DATABASE_URL: behind a pooler, {name} must be '{SESSION[name]}': "
+                              f"alter database … set {name} = '{SESSION[name]}'")
+    return True
 
 
 def configure(connection: psycopg.Connection[Any], settings: Mapping[str, str], local: bool = False) -> None:
     """Set these for the session, or for its transaction; and that neither has an end by itself."""
-    newer = {"transaction_timeout": "0", "restrict_nonsystem_relation_kind": ""}
-    settings = {**settings, **(newer if connection.info.server_version >= 170000 else {})}
-    connection.execute("select " + ", ".join(
-        f"pg_catalog.set_config('{name}', '{value}', {local})" for name, value in settings.items()), prepare=False)
+    if connection.info.server_version >= 170000:
+        settings = {**settings, "transaction_timeout": "0", "restrict_nonsystem_relation_kind": ""}
+    calls = [f"pg_catalog.set_config('{name}', '{value}', {local})" for name, value in settings.items()]
+    connection.execute("select " + ", ".join(calls), prepare=False)
 
 
 class Link:
@@ -525,8 +532,7 @@ class Link:
         self.settings = settings   # of the session, beside SESSION
         self.connection: psycopg.Connection[Row] | None = None
         self.pooled = False
-        # monotonic; when the call under way began, or None
-        self.began: float | None = None
+        self.began: float | None = None   # monotonic, while a call is under way
 
     def open(self) -> psycopg.Connection[Row]:
         if self.connection is None or self.connection.closed:
@@ -538,7 +544,7 @@ class Link:
         return self.connection
 
     def reopen_if_closed(self) -> None:
-        """Notice that the server or a firewall closed the connection while it was idle: nothing was sent yet.
+        """Notice, before anything is sent, that the connection was closed while it was idle.
 
         All that there can be to read from an idle connection is its end, or the server's last words before it.
         """
@@ -556,21 +562,17 @@ class Link:
     def call(self, function: str, *args: Any, meanwhile: Callable[[], None] | None = None, **named: Any) -> list[Row]:
         """Call orchestrator.FUNCTION in a transaction of its own and return its rows. Raises psycopg.Error.
 
-        PostgreSQL infers the arguments' types from the function. meanwhile: called while the server works, if it
-        gets that far. After an error that breaks the connection, the next call opens a new one.
+        PostgreSQL infers the arguments' types. meanwhile: called while the server works, if it gets that far.
         """
-        kinds = tuple(isinstance(arg, After) for arg in args)
-        return self._run(("select * from", function, kinds, tuple(named)), [*args, *named.values()], meanwhile)
+        return self._run("*", function, args, named, meanwhile)
 
     def json(self, function: str, *args: Any, **named: Any) -> list[dict[str, Any]]:
-        """Call a function and return each of its rows as a dict of JSON values."""
-        kinds = tuple(isinstance(arg, After) for arg in args)
-        form = ("select pg_catalog.to_jsonb(r) from", function, kinds, tuple(named))
-        return [json.loads(row[0]) for row in self._run(form, [*args, *named.values()], None)]
+        """Like call(), with each row as a dict of JSON values."""
+        return [json.loads(row[0] or "null") for row in self._run("pg_catalog.to_jsonb(r)", function, args, named)]
 
     def view(self, name: str) -> list[dict[str, Any]]:
         """Each row of a view as a dict of JSON values."""
-        return [json.loads(row[0]) for row in self._run(("select pg_catalog.to_jsonb(r) from", name, None, ()), [], None)]
+        return [json.loads(row[0]) for row in self._run("pg_catalog.to_jsonb(r)", name, None, {})]
 
     def listen(self, heard: Callable[[str], None], *channels: str) -> None:
         """Have heard(channel) called for each notification. The payload goes unread: anyone may send one."""
@@ -580,13 +582,16 @@ class Link:
             with self:
                 connection.execute(f"listen {channel}", prepare=False)
 
-    def _run(self, form: tuple[Any, ...], args: list[Any], meanwhile: Callable[[], None] | None) -> list[Row]:
-        # What psycopg's cursor does, at less cost: enqueue 8% faster, 0.17 ms less from enqueue to start, 10% less
-        # CPU in a drain.
+    def _run(self, columns: str, source: str, args: Sequence[Any] | None, named: Mapping[str, Any],
+             meanwhile: Callable[[], None] | None = None) -> list[Row]:
+        # What psycopg's cursor does, at less cost: enqueue 8% faster, a drain with 10% less CPU.
         connection, adapter = self.open(), self._adapter
         server = connection.pgconn
+        afters = None if args is None else tuple([isinstance(arg, After) for arg in args])
+        form = (columns, source, afters, tuple(named))
         with self:
-            values = adapter.dump_sequence(args, [PyFormat.TEXT] * len(args))
+            given = [*(args or ()), *named.values()]
+            values = adapter.dump_sequence(given, [PyFormat.TEXT] * len(given))
             if connection.prepare_threshold is None:
                 server.send_query_params(_statement(*form), values)
             else:
@@ -633,28 +638,16 @@ class Link:
 
 
 @functools.lru_cache(maxsize=1000)
-def _statement(verb: str, name: str, kinds: tuple[bool, ...] | None, named: tuple[str, ...]) -> bytes:
-    """The statement that calls a function by its name, or reads a view (kinds None). Raises ValueError."""
-    for word in (name, *named):
+def _statement(columns: str, source: str, afters: tuple[bool, ...] | None, named: tuple[str, ...]) -> bytes:
+    """The statement that calls a function, or reads a view (afters None). Raises ValueError."""
+    for word in (source, *named):
         if not re.fullmatch(r"[a-z_]{1,63}", word):
             raise ValueError(f"{word[:63]!r}: is not a name")
     marks = [f"pg_catalog.clock_timestamp() operator(pg_catalog.+) ${i}::pg_catalog.interval" if after else f"${i}"
-             for i, after in enumerate(kinds or (), 1)]
+             for i, after in enumerate(afters or (), 1)]
     marks += [f"{word} => ${i}" for i, word in enumerate(named, len(marks) + 1)]
-    return f"{verb} orchestrator.{name}{'' if kinds is None else '(' + ', '.join(marks) + ')'} r".encode()
-
-
-def _before(until: float, generator: Any) -> Any:
-    """psycopg's generator, ended by an error if it still waits at a time (monotonic). It hears 0 every 0.1 seconds."""
-    state = next(generator)
-    while True:
-        ready = yield state
-        if not ready and time.monotonic() > until:
-            raise psycopg.OperationalError(f"the database has not answered for {STATEMENT_TIMEOUT + 5:.0f} s")
-        try:
-            state = generator.send(ready)
-        except StopIteration as end:
-            return end.value
+    call = "" if afters is None else f"({', '.join(marks)})"
+    return f"select {columns} from orchestrator.{source}{call} r".encode()
 
 
 def call_in(connection: psycopg.Connection[Any], function: str, *args: Any) -> list[Row]:
@@ -662,40 +655,36 @@ def call_in(connection: psycopg.Connection[Any], function: str, *args: Any) -> l
     if not isinstance(connection, psycopg.Connection):
         raise ValueError(f"connection: must be a psycopg.Connection, not {type(connection).__name__}; "
                          "examples/other_drivers.py shows how to enqueue with SQLAlchemy, asyncio and asyncpg")
-    kinds = tuple(isinstance(arg, After) for arg in args)
-    query = re.sub(r"\$\d+", "%s", _statement("select * from", function, kinds, ()).decode())
+    statement = _statement("*", function, tuple([isinstance(arg, After) for arg in args]), ())
     # not the connection's own kind of cursor, which may take other placeholders
-    cursor = psycopg.Cursor(connection, row_factory=psycopg.rows.tuple_row)
-    return cursor.execute(query, [_interval(arg) if isinstance(arg, After) else arg for arg in args]).fetchall()
+    cursor = psycopg.RawCursor(connection, row_factory=psycopg.rows.tuple_row)
+    return cursor.execute(statement, args).fetchall()
 
 
 def _interval(seconds: float | None) -> str | None:
     return None if seconds is None else f"{seconds:.6f} seconds"
 
 
+# Array literals, which psycopg writes slowly: ids and numbers (1.9 → 0.1 µs each), and any texts (4.8 → 0.4 µs each).
 def array(items: Iterable[Any]) -> str:
-    """An array literal of numbers or ids; psycopg writes lists slowly (1.9 → 0.1 µs each)."""
     return "{" + ",".join(map(str, items)) + "}"
 
 
 def texts(items: Iterable[str | None]) -> str:
-    """An array literal of any texts (4.8 → 0.4 µs each)."""
-    return "{" + ",".join(["NULL" if text is None else '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
-                           for text in items]) + "}"
+    return array(["NULL" if text is None else '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"' for text in items])
 
 
 def error_line(error: BaseException) -> str:
     """The first line of a database error, which holds no parameter values."""
-    diag = getattr(error, "diag", None)
-    text = (diag.message_primary if diag is not None else None) or str(error).strip().split("\n")[0]
-    return redact_url(text)
+    primary = error.diag.message_primary if isinstance(error, psycopg.Error) else None
+    return redact_url(primary or str(error).strip().split("\n")[0])
 
 
 def database_problem(error: psycopg.Error) -> str:
     """A database error in one line, with the way out where there is one."""
-    line = error_line(error)
     if error.sqlstate in NOT_INSTALLED:
         return "the schema orchestrator is missing or incomplete: run `python orchestrator.py install`"
+    line = error_line(error)
     if error.sqlstate == "42501":
         return f"{line}: this role lacks a right; see Security in docs/operations.md"
     if error.sqlstate is None and wont_mend(error):
@@ -705,44 +694,46 @@ def database_problem(error: psycopg.Error) -> str:
 
 def wont_mend(error: psycopg.Error) -> bool:
     """Whether waiting is unlikely to help: a refused connection attempt has no SQLSTATE, only libpq's words."""
-    return any(words in str(error) for words in (
-        "does not exist", "authentication failed", "could not translate host name", "no pg_hba.conf entry",
-        "failed to resolve host"))
+    return re.search("does not exist|authentication failed|could not translate host name|no pg_hba.conf entry|"
+                     "failed to resolve host", str(error)) is not None
 
 
 def sql_files() -> dict[str, str]:
     """The schema's SQL by file name, in order: bundled, else from sql/ beside this file; `migrations/…` come last."""
-    if BUNDLED_SQL:
-        return BUNDLED_SQL
     folder = Path(_FILE).parent / "sql"
-    files = {str(path.relative_to(folder)): path.read_text("utf-8") for path in sorted(folder.rglob("*.sql"))}
+    files = BUNDLED_SQL or {path.relative_to(folder).as_posix(): path.read_text("utf-8")
+                            for path in sorted(folder.rglob("*.sql"))}
     if not files:
         raise ConfigError(f"{Path(_FILE).name} is a copy of the source, which needs the folder sql/ beside it: "
                           "copy dist/orchestrator.py instead, which has the SQL inside")
     return files
 
 
+# migrations/NNN_what.sql brings a schema from the version before to version NNN, and is skipped elsewhere.
+MIGRATION = """do $install$
+begin
+  if to_regprocedure('orchestrator.schema_version()') is not null then
+    if orchestrator.schema_version() < {} then
+      execute $migration$\n{}$migration$;
+    end if;
+  end if;
+end $install$;
+"""
+
+
 def install_sql() -> list[str]:
     """What installing runs, in one transaction: the migrations that an older schema still needs, then the files."""
     files = sql_files()
-    migrations = [_migration(name, text) for name, text in files.items() if name.startswith("migrations/")]
     return ["select pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true), "
             "pg_catalog.set_config('standard_conforming_strings', 'on', true);\n"
-            "select pg_advisory_xact_lock(hashtext('orchestrator.install'));\n", *migrations,
-            *(text for name, text in files.items() if not name.startswith("migrations/"))]
+            "select pg_advisory_xact_lock(hashtext('orchestrator.install'));\n",
+            *(MIGRATION.format(int(Path(name).name.split("_")[0]), text) for name, text in files.items() if "/" in name),
+            *(text for name, text in files.items() if "/" not in name)]
 
 
 def install_script() -> str:
     """The same, to be run by psql."""
     return "\n".join(["begin;", *install_sql(), "commit;", ""])
-
-
-def _migration(name: str, text: str) -> str:
-    """migrations/NNN_what.sql brings a schema from the version before to version NNN, and is skipped elsewhere."""
-    version = int(name.removeprefix("migrations/").split("_")[0])
-    return ("do $install$\nbegin\n  if to_regprocedure('orchestrator.schema_version()') is not null then\n"
-            f"    if orchestrator.schema_version() < {version} then\n      execute $migration$\n{text}$migration$;\n"
-            "    end if;\n  end if;\nend $install$;\n")
 
 
 def install(connection: psycopg.Connection[Row]) -> None:
@@ -776,14 +767,13 @@ def ensure_schema(connection: psycopg.Connection[Row]) -> None:
 # ============================================================================================================ tasks
 # The four facts about a task in a worker's hands, besides where it is (arrived, ready, careful, in a slot, finished):
 #
-#   fact           values                                    set by                  what follows
-#   marked         False, True                               report loop             its attempt is charged if the worker dies
-#   cancel_reason  None, cancelled, timeout, lost, shutdown  any thread, once        its handler is asked to stop
-#   outcome        INTERRUPTED, None, an Outcome             its pool thread         None: returned nothing; the rest is reported
-#   ended          "", transaction, abandoned, reported      pool, supervisor,       transaction: completed by its handler;
-#                                                            report loop             abandoned: a stand-in reports for it
+#   marked         by the report loop: from now on its attempt is charged if the worker dies
+#   cancel_reason  by any thread, once: its handler is asked to stop (cancelled, timeout, lost or shutdown)
+#   outcome        by its pool thread: None if its handler returned nothing, INTERRUPTED until it has ended
+#   ended          "" until it is settled: transaction (by its handler, which completed it there), abandoned (by the
+#                  supervisor or the report loop: a stand-in reports for it), or reported (by the report loop)
 
-RESULT_LIMIT = 1_048_576    # bytes of JSON that a handler may return, or report as its progress
+RESULT_LIMIT = 1_048_576   # bytes of JSON that a handler may return, or report as its progress
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -791,13 +781,11 @@ class Outcome:
     """How an attempt ended, if not by returning None."""
 
     kind: Literal["completed", "failed", "snoozed", "released"]
-    # the result as JSON, or the error
-    text: str | None = None
+    text: str | None = None   # the result as JSON, or the error
     after: float | None = None
     permanent: bool = False
     traceback: str = ""
-    # completed: why its result could not be kept
-    lost: str = ""
+    lost: str = ""            # completed: why its result could not be kept
 
 
 # Until a handler's end is known: what is reported if its thread ends with it.
@@ -808,24 +796,22 @@ class Task:
     """A task as its handler sees it.
 
     id (str, a UUID) · type · payload (parsed JSON) · attempt (1 = first) · max_retries · priority · created_at
-    (datetime) · deadline (time.monotonic(), or None) · cancelled (threading.Event: the task was cancelled, timed out or
-    lost to another worker, or the worker shuts down) · cancel_reason ("cancelled", "timeout", "lost", "shutdown" or
-    None) · worker_id
+    (datetime) · deadline (time.monotonic(), or None) · worker_id · cancelled (threading.Event) and cancel_reason
+    ("cancelled", "timeout", "lost" to another worker, "shutdown" or None)
 
-    A handler that stops half-way because of task.cancelled says so by task.raise_if_cancelled() or task.sleep(): one
-    that returns has completed.
+    A handler that stops half-way says so by task.raise_if_cancelled() or task.sleep(): one that returns has completed.
     """
 
     # Defaults are on the class, and the row is kept as it came: making a task costs the drain 0.3 µs instead of 1.2.
     # _lock guards the making of an Event, which most tasks never need (1 µs each).
     _lock = threading.Lock()
-    _payload: Any = None
-    _parsed = False
+    _payload: Any = ...   # until it is asked for
     _cancelled: threading.Event | None = None
     _in_transaction = False
     _result: str | None = None
     cancel_reason: str | None = None
     on_cancel: Callable[[], object] | None = None
+    calls: queue.SimpleQueue[Callable[[], None]] | None = None   # what its thread does while it waits for the event loop
     deadline: float | None = None
     outcome: Outcome | None = INTERRUPTED
     # monotonic, monotonic (0: not started), how long its handler ran
@@ -865,36 +851,22 @@ class Task:
         return len(self._row[3])
 
     @property
-    def timeout_text(self) -> str:
-        return f"timed out after {self.handler.timeout:g} s{self.timeout_note}"
-
-    def stand_in(self, outcome: Outcome) -> Task:
-        """A task that reports for this one, whose handler did not return."""
-        twin = Task(self._worker, self._row, self.handler)
-        twin.claimed, twin.started, twin.outcome = self.claimed, self.started, outcome
-        return twin
-
-    @property
     def payload(self) -> Any:
-        if not self._parsed:
+        if self._payload is ...:
             self._payload = _decode(self._row[3])[0]
-            self._parsed = True
         return self._payload
 
     @property
     def created_at(self) -> datetime:
-        text: str = self._row[7]
-        return datetime.fromisoformat(text if re.search(r":\d\d$", text) else text + ":00")
+        return datetime.fromisoformat(self._row[7])
 
     @property
     def cancelled(self) -> threading.Event:
         if self._cancelled is None:
             with Task._lock:
-                if self._cancelled is None:
-                    event = threading.Event()
-                    if self.cancel_reason is not None:
-                        event.set()
-                    self._cancelled = event
+                event = self._cancelled = self._cancelled or threading.Event()
+                if self.cancel_reason is not None:
+                    event.set()
         return self._cancelled
 
     def cancel(self, reason: str) -> None:
@@ -925,8 +897,8 @@ class Task:
     def transaction(self) -> Iterator[psycopg.Connection[Row]]:
         """A connection whose writes commit together with the completion of this task, or not at all.
 
-        The task's result is what task.complete() was given inside the block: what the handler returns after it comes
-        too late. Raises ClaimLost, and rolls back, if another worker has the task by now; Cancelled if it was cancelled.
+        The result is what task.complete() was given inside the block; what the handler returns comes too late. Rolls
+        back and raises ClaimLost if another worker has the task by now, Cancelled if it was cancelled.
         """
         worker = self._worker
         with connect(worker.config, "orchestrator task") as connection:
@@ -957,6 +929,16 @@ class Task:
             raise RuntimeError("task.complete() belongs inside `with task.transaction()`; elsewhere, return the result")
         self._result = self._worker.router.result_json(result)
 
+    @property
+    def timeout_text(self) -> str:
+        return f"timed out after {self.handler.timeout:g} s{self.timeout_note}"
+
+    def stand_in(self, outcome: Outcome) -> Task:
+        """A task that reports for this one, whose handler did not return."""
+        twin = Task(self._worker, self._row, self.handler)
+        twin.claimed, twin.started, twin.outcome = self.claimed, self.started, outcome
+        return twin
+
     def __repr__(self) -> str:
         return f"Task({self.id}, {self.type!r}, attempt={self.attempt})"
 
@@ -974,17 +956,36 @@ class Handler:
     def __post_init__(self) -> None:
         if not callable(self.function):
             raise ValueError("function: must be callable with the task")
-        check_whole("max_retries", self.max_retries, 0, 1000)
+        check_whole("max_retries", self.max_retries, 0, 1000)   # not None
         for name in ("base_delay", "max_delay", "timeout"):
-            value = getattr(self, name)
-            if value is not None or name != "timeout":
-                object.__setattr__(self, name, check_seconds(name, value))
+            if name != "timeout" or self.timeout is not None:
+                object.__setattr__(self, name, check_seconds(name, getattr(self, name)))
         if self.timeout == 0:
             raise ValueError("timeout: must be more than 0 seconds, or None")
 
     def policy(self) -> dict[str, Any]:
-        return {"max_retries": self.max_retries, "base_delay": self.base_delay, "max_delay": self.max_delay,
-                "timeout": self.timeout}
+        return {name: value for name, value in vars(self).items() if name != "function"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """What Orchestrator.schedule() takes, for SCHEDULES = {"name": Schedule(…)} beside HANDLERS."""
+
+    cron: str
+    type: str
+    payload: Any = None
+    timezone: str = "UTC"
+    priority: int = 0
+    max_retries: int | None = None
+    missed: str = "one"
+    overlap: bool = True
+
+    def arguments(self, name: str, encode: Callable[[Any], str]) -> tuple[Any, ...]:
+        """Those of SQL's schedule(). Raises ValueError."""
+        return (check_text("name", name), check_text("cron", self.cron), check_text("type", self.type),
+                to_json("payload", {} if self.payload is None else self.payload, encode),
+                check_text("timezone", self.timezone), check_priority(self.priority), check_retries(self.max_retries),
+                check_text("missed", self.missed), bool(self.overlap))
 
 
 # Without json.loads' search for white space, of which PostgreSQL's text has none (1.0 → 0.3 µs).
@@ -992,54 +993,50 @@ _decode = json.JSONDecoder().raw_decode
 
 
 def json_default(value: Any) -> Any:
-    """The JSON form of what JSON has none for: dates and times (ISO 8601), UUID and Decimal (text), Enum (its value),
-    dataclasses and pydantic models (objects), sets (arrays). Raises TypeError for the rest."""
-    if isinstance(value, (datetime, date, time_of_day)):
+    """Dates and times as ISO 8601, UUID and Decimal as text, an Enum's value, dataclasses and pydantic models as
+    objects, sets as arrays. Raises TypeError for the rest."""
+    if isinstance(value, (date, time_of_day)):   # a datetime is a date, too
         return value.isoformat()
     if isinstance(value, (UUID, Decimal)):
         return str(value)
     if isinstance(value, enum.Enum):
         return value.value
+    if isinstance(value, (set, frozenset)):
+        return list(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if callable(getattr(value, "model_dump", None)):
         return value.model_dump()
-    if isinstance(value, (set, frozenset)):
-        return list(value)
     raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
 
 
 def json_encoder(default: Callable[[Any], Any] | None = None) -> Callable[[Any], str]:
-    """An encoder with a default of the program's own, and ours behind it. Made once: json.dumps makes one per call
-    (2.6 → 1.4 µs)."""
+    """An encoder, with the program's default before ours. json.dumps would make one per call (2.6 → 1.4 µs)."""
     def both(value: Any) -> Any:
-        try:
-            return default(value)   # type: ignore[misc]
-        except TypeError:
-            return json_default(value)
-    return json.JSONEncoder(allow_nan=False, separators=(",", ":"), default=both if default else json_default).encode
+        if default is not None:
+            with contextlib.suppress(TypeError):
+                return default(value)
+        return json_default(value)
+    return json.JSONEncoder(allow_nan=False, separators=(",", ":"), default=both).encode
 
 
-def to_json(value: Any, encode: Callable[[Any], str]) -> str:
-    """JSON that PostgreSQL can hold. Raises ValueError or TypeError, whose messages hold no values."""
+def to_json(name: str, value: Any, encode: Callable[[Any], str]) -> str:
+    """JSON that PostgreSQL can hold. Raises ValueError, which doesn't show the value."""
     try:
         text = encode(value)
-    except TypeError as error:
-        raise TypeError(f"not JSON: {error}") from None
-    except ValueError:
-        raise ValueError("not JSON: NaN, Infinity, a number of thousands of digits or a circular reference") from None
-    except RecursionError:
-        raise ValueError("not JSON that PostgreSQL can hold: it is nested too deeply") from None
-    if "\\u" not in text:
-        return text
-    # an escape, not a backslash before u0000
-    if re.search(r"(?<!\\)(?:\\\\)*\\u0000", text):
-        raise ValueError("not JSON that PostgreSQL can hold: a string has the character U+0000")
-    if re.search(r"\\ud[89a-f]", text):
-        try:
+        if "\\ud" in text:
             json.dumps(json.loads(text), ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise ValueError("not JSON that PostgreSQL can hold: a string has half of a surrogate pair") from None
+    except TypeError as error:
+        raise ValueError(f"{name}: not JSON: {error}") from None
+    except UnicodeEncodeError:
+        raise ValueError(f"{name}: not JSON that PostgreSQL can hold: half of a surrogate pair") from None
+    except ValueError:
+        raise ValueError(f"{name}: not JSON: NaN, Infinity, a number of thousands of digits or a circle") from None
+    except RecursionError:
+        raise ValueError(f"{name}: not JSON that PostgreSQL can hold: nested too deeply") from None
+    # an escape, not a backslash before u0000
+    if "\\u0000" in text and re.search(r"(?<!\\)(?:\\\\)*\\u0000", text):
+        raise ValueError(f"{name}: not JSON that PostgreSQL can hold: the character U+0000")
     return text
 
 
@@ -1052,8 +1049,8 @@ class Router:
     """Handlers by type: the exact type first, else the longest registered prefix, which ends in ":" or "*"."""
 
     def __init__(self, default: Callable[[Any], Any] | None = None) -> None:
-        self.exact: dict[str, Handler] = {}
-        self.prefixes: dict[str, Handler] = {}
+        self.handlers: dict[str, Handler] = {}   # by exact type or prefix
+        self.schedules: dict[str, Schedule] = {}   # to be defined by the worker when it has registered
         self.middleware: list[Middleware] = []
         self.dead_letter_hooks: list[DeadLetterHook] = []
         self.encode = json_encoder(default)
@@ -1061,29 +1058,27 @@ class Router:
         self._loop_lock = threading.Lock()   # guards the start of the event loop's thread
 
     def add(self, pattern: str, handler: Handler | Callable[[Task], Any]) -> None:
-        if (not isinstance(pattern, str) or not 1 <= len(pattern.encode()) <= 255 or "*" in pattern[:-1]
-                or re.search(r"[\x00-\x1f\x7f]", pattern)):
+        if (not isinstance(pattern, str) or not 1 <= len(pattern.encode()) <= 255
+                or re.search(r"[\x00-\x1f\x7f]|\*.", pattern)):
             raise ConfigError(f"handler {pattern!r}: must be a type of 1 to 255 bytes, or a prefix that ends in ':' or '*'")
-        if pattern in self.patterns():
+        if pattern in self.handlers:
             raise ConfigError(f"handler {pattern!r}: is registered already")
         if not isinstance(handler, Handler):
             if not callable(handler):
                 raise ConfigError(f"handler {pattern!r}: must be a function of the task, or a Handler")
             handler = Handler(handler)
-        (self.prefixes if pattern[-1] in ":*" else self.exact)[pattern] = handler
-
-    def patterns(self) -> dict[str, Handler]:
-        return {**self.exact, **self.prefixes}
+        self.handlers[pattern] = handler
 
     def pattern(self, kind: str) -> str | None:
         """What this type is registered under: itself, or a prefix."""
-        if kind in self.exact:
+        if kind in self.handlers:
             return kind
-        return max((p for p in self.prefixes if kind.startswith(p.rstrip("*"))), key=len, default=None)
+        prefixes = (p for p in self.handlers if p[-1] in ":*" and kind.startswith(p.rstrip("*")))
+        return max(prefixes, key=len, default=None)
 
     def find(self, kind: str) -> Handler | None:
         pattern = self.pattern(kind)
-        return None if pattern is None else self.exact.get(pattern) or self.prefixes[pattern]
+        return None if pattern is None else self.handlers[pattern]
 
     def label(self, kind: str) -> str:
         """The type as a metric's label, of which there must be few."""
@@ -1103,25 +1098,20 @@ class Router:
 
     def finish(self, task: Task, result: Any) -> Any:
         """What a handler's result comes to: an awaitable runs on the event loop's thread while this thread waits."""
-        if inspect.isawaitable(result):
-            result = self._wait_for(task, result)
-        return _no_generator(result)
+        return _no_generator(self._wait_for(task, result) if inspect.isawaitable(result) else result)
 
     def _wait_for(self, task: Task, awaitable: Awaitable[Any]) -> Any:
         with self._loop_lock:
             if self.loop is None:
                 self.loop = asyncio.new_event_loop()
                 threading.Thread(target=_run_loop, args=(self.loop,), name="asyncio", daemon=True).start()
-        calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        calls = task.calls = task.calls or queue.SimpleQueue()
         try:
-            future = asyncio.run_coroutine_threadsafe(_await(task, awaitable, self.loop, calls), self.loop)
-            future.add_done_callback(lambda _: calls.put(None))
-            while (call := calls.get()) is not None:
-                call()
-            result = future.result()
-            if isinstance(result, _Raised):
-                raise result.error
-            return result
+            future = asyncio.run_coroutine_threadsafe(_await(task, awaitable), self.loop)
+            future.add_done_callback(lambda _: calls.put(lambda: None))
+            while not future.done():
+                calls.get()()
+            return _value_or_raise(future.result())
         except (asyncio.CancelledError, concurrent.futures.CancelledError) as error:
             raise Cancelled(task.cancel_reason or "cancelled") from error
 
@@ -1131,7 +1121,7 @@ class Router:
         return None if running is None else running.get_name()
 
     def result_json(self, value: Any) -> str:
-        text = to_json(value, self.encode)
+        text = to_json("result", value, self.encode)
         if len(text) > RESULT_LIMIT:
             raise ValueError(f"over {RESULT_LIMIT} bytes of JSON: store the data elsewhere and return a reference to it")
         return text
@@ -1161,28 +1151,31 @@ def _exit_if_forked(pid: int) -> None:
         os._exit(0)
 
 
-@dataclasses.dataclass
-class _Raised:
-    """What an awaitable raised, as a value: asyncio passes a TimeoutError on without its traceback, and ends by a SystemExit."""
-
-    error: BaseException
+# What a call returned, or what it raised: asyncio would strip a TimeoutError of its traceback, and end by a SystemExit.
+End = tuple[Any, BaseException | None]
 
 
-async def _await(task: Task, awaitable: Awaitable[Any], loop: asyncio.AbstractEventLoop, calls: Any) -> Any:
-    """Cancelled from inside the loop, so that whoever waits for the handler sees it end, not only asked to end."""
-    running, pid = asyncio.current_task(), os.getpid()
+def _value_or_raise(end: End) -> Any:
+    if end[1] is not None:
+        raise end[1]
+    return end[0]
+
+
+async def _await(task: Task, awaitable: Awaitable[Any]) -> End:
+    loop, running, pid = asyncio.get_running_loop(), asyncio.current_task(), os.getpid()
     assert running is not None
     running.set_name(f"{task.type} {task.id}")
     _current_task.set(task)
-    _calls.set(calls)
-    task.on_cancel = lambda: loop.call_soon_threadsafe(running.cancel)
+    # from inside the loop, so that whoever waits for the handler sees it end, not only asked to end
+    outer, task.on_cancel = task.on_cancel, lambda: loop.call_soon_threadsafe(running.cancel)
     if task.cancel_reason not in (None, "shutdown"):
         running.cancel()
     try:
-        return await awaitable
+        return await awaitable, None
     except BaseException as error:
-        return _Raised(error)
+        return None, error
     finally:
+        task.on_cancel = outer or task.on_cancel   # of async middleware around this one
         _exit_if_forked(pid)
 
 
@@ -1191,28 +1184,25 @@ def _is_async(function: Any) -> bool:
     return inspect.iscoroutinefunction(plain) or inspect.iscoroutinefunction(getattr(plain, "__call__", None))   # noqa: B004
 
 
-# Where code on the event loop hands over what is to run in the pool's thread that waits for it.
-_calls: contextvars.ContextVar[queue.SimpleQueue[Callable[[], None] | None]] = contextvars.ContextVar("calls")
-
-
 async def _call_in_pool(run: Callable[[Task], Any], task: Task) -> Any:
     """What async middleware awaits: any handler's value. A thread can't be interrupted, so nobody stops to wait for it."""
-    loop, ended = asyncio.get_running_loop(), asyncio.Event()
-    outcome: concurrent.futures.Future[Any] = concurrent.futures.Future()
+    loop = asyncio.get_running_loop()
+    ended = loop.create_future()
 
     def call() -> None:
         try:
-            outcome.set_result(run(task))
+            end: End = run(task), None
         except BaseException as error:
-            outcome.set_exception(error)
-        loop.call_soon_threadsafe(ended.set)
-    _calls.get().put(call)
-    while not ended.is_set():
+            end = None, error
+        loop.call_soon_threadsafe(ended.set_result, end)
+    assert task.calls is not None
+    task.calls.put(call)
+    while not ended.done():
         with contextlib.suppress(asyncio.CancelledError):
-            await ended.wait()
-    result = outcome.result()
+            await asyncio.wait([ended])
+    result = _value_or_raise(ended.result())
     if inspect.isawaitable(result):
-        if task.cancel_reason not in (None, "shutdown") and (running := asyncio.current_task()) is not None:
+        if task.cancel_reason not in (None, "shutdown") and (running := asyncio.current_task()):
             running.cancel()   # the awaitable is what can be
         result = await result
     return _no_generator(result)
@@ -1248,10 +1238,8 @@ def _outcome_of(task: Task, error: BaseException) -> Outcome:
         return Outcome("failed", clean_text(message_of(error) or "discarded"), permanent=True)
     if isinstance(error, Retry):
         return Outcome("failed", clean_text(message_of(error)), after=error.after)
-    if isinstance(error, Cancelled) and task.cancel_reason == "timeout":
-        return Outcome("failed", task.timeout_text)
     if isinstance(error, Cancelled) and task.cancel_reason is not None:
-        return Outcome("released")
+        return Outcome("failed", task.timeout_text) if task.cancel_reason == "timeout" else Outcome("released")
     return Outcome("failed", describe_error(error), traceback=describe_traceback(error))
 
 
@@ -1326,14 +1314,14 @@ class Counters:
     def __init__(self, router: Router) -> None:
         def zeros(keys: Iterable[Any]) -> collections.Counter[Any]:
             return collections.Counter(dict.fromkeys(keys, 0))
-        self.router, self.label, types = router, router.label, router.patterns()
+        self.router, self.label, types = router, router.label, router.handlers
         # Guards all below.
         self.lock = threading.Lock()
         self.completed = zeros((kind, how) for kind in types for how in ("completed", "failed", "cancelled"))
         self.retries = zeros((kind, n) for kind in types for n in RETRY_LABELS[:types[kind].max_retries])
         self.dead_letters, self.rejected = zeros(types), zeros(types)
         self.recovered, self.errors = zeros(RECOVERY_OUTCOMES), zeros(ERROR_CLASSES)
-        self.replaced_threads = 0
+        self.replaced_threads = self.schedules_fired = 0
         self.seconds = collections.defaultdict(Tally, {kind: Tally() for kind in types})
         self.waits = collections.defaultdict(Tally, {kind: Tally() for kind in types})
         self.claim_seconds = Tally()
@@ -1342,7 +1330,7 @@ class Counters:
         """A copy, so that a scrape holds the lock for microseconds."""
         twin = Counters(self.router)
         with self.lock:
-            twin.replaced_threads = self.replaced_threads
+            twin.replaced_threads, twin.schedules_fired = self.replaced_threads, self.schedules_fired
             for name, value in vars(self).items():
                 if isinstance(value, (collections.Counter, Tally)):
                     setattr(twin, name, value.copy())
@@ -1739,7 +1727,7 @@ class ClaimLoop(Loop):
 
     def __init__(self, worker: Worker) -> None:
         super().__init__(worker, worker.pool.room)
-        self.types = texts(sorted(worker.router.patterns()))
+        self.types = texts(sorted(worker.router.handlers))
         # All below is written by its own thread. What arrived is handed out during the next claim.
         self.arrived: list[Row] = []
         self.arrived_at = 0.0
@@ -1828,7 +1816,8 @@ class ClaimLoop(Loop):
 
     def _promote_due(self) -> None:
         self.promote_at = clock() + self.config.claim_interval   # also if it fails
-        next_in = self.link.call("promote_due")[0][1]
+        _, next_in, fired = self.link.call("promote_due")[0]
+        self.worker.counters.schedules_fired += fired
         if next_in is not None:
             self.promote_at = min(self.promote_at, clock() + max(0.005, float(next_in) + 0.001))
 
@@ -2379,7 +2368,7 @@ class HeartbeatLoop(Loop):
         # Only before the first heartbeat: during a rolling upgrade it goes on, also under a new id.
         if not self.looked_at:
             ensure_schema(link.open())
-        policies = {pattern: handler.policy() for pattern, handler in worker.router.patterns().items()}
+        policies = {pattern: handler.policy() for pattern, handler in worker.router.handlers.items()}
         link.call("register_worker", worker.id, socket.gethostname(), config.worker_pool_size, VERSION,
                   json.dumps(policies))
         if not config.distributed_mode and link.pooled:
@@ -2389,12 +2378,26 @@ class HeartbeatLoop(Loop):
             if living:
                 log.warning("DISTRIBUTED_MODE is false, but %d other worker%s: set it to true on all of them",
                             living, " lives" if living == 1 else "s live")
+        self._define_schedules()
         for chore in self.chores.values():
             chore.due = 0.0
         # Not at once: there may be much to claim.
         self.chores[self._sample_stats].due = clock() + 1.0
         worker.term, worker.claims.idle, worker.reached_at = None, False, clock()
         worker.registered.set()
+
+    def _define_schedules(self) -> None:
+        """Once: what somebody removes later does not come back while this worker runs. Raises ConfigError."""
+        router = self.worker.router
+        while router.schedules:
+            name, schedule = next(iter(router.schedules.items()))
+            try:
+                self.link.call("schedule", *schedule.arguments(name, router.encode))
+            except (ValueError, psycopg.Error) as error:
+                if isinstance(error, psycopg.Error) and error.sqlstate != "OR001":
+                    raise
+                raise ConfigError(f"SCHEDULES[{name!r}]: {error_line(error)}") from None
+            del router.schedules[name]
 
     def _beat(self) -> None:
         """Send a heartbeat, and note which others' have changed, by this process's own clock: no step of the
@@ -2691,8 +2694,8 @@ class Client:
         payload = {} if payload is None else payload
         if idempotency_key is None:
             return EnqueuedId(self._call(
-                connection, "enqueue", check_text("type", type), self._json("payload", payload),
-                _priority(priority), None, _retries(max_retries), _run_at(run_at, delay))[0][0])
+                connection, "enqueue", check_text("type", type), to_json("payload", payload, self.router.encode),
+                check_priority(priority), None, check_retries(max_retries), _run_at(run_at, delay))[0][0])
         try:
             return self.enqueue_many(
                 type, [payload], priority=priority, idempotency_keys=[idempotency_key],
@@ -2714,12 +2717,26 @@ class Client:
         keys = None if idempotency_keys is None else texts([
             None if key is None else _key(f"idempotency_keys[{n}]", key)
             for n, key in enumerate(idempotency_keys, 1)])
-        text = texts([self._json(f"payloads[{n}]", payload) for n, payload in enumerate(payloads, 1)])
+        text = texts([to_json(f"payloads[{n}]", payload, self.router.encode) for n, payload in enumerate(payloads, 1)])
         if len(text) > 8 * CALL_LIMIT:
             raise ValueError(f"payloads: over {8 * CALL_LIMIT >> 20} MiB in one call; add them in several")
-        rows = self._call(connection, "enqueue_many", check_text("type", type), text, _priority(priority),
-                          keys, _retries(max_retries), _run_at(run_at, delay))
+        rows = self._call(connection, "enqueue_many", check_text("type", type), text, check_priority(priority),
+                          keys, check_retries(max_retries), _run_at(run_at, delay))
         return [EnqueuedId(str(task_id), created) for _, task_id, created in sorted(rows)]
+
+    def schedule(self, name: str, cron: str, type: str, payload: Any = None, *, timezone: str = "UTC",
+                 priority: int = 0, max_retries: int | None = None, missed: str = "one", overlap: bool = True,
+                 connection: psycopg.Connection[Any] | None = None) -> datetime | None:
+        """Enqueue a task at each time of a cron expression; returns the next time (None: it is paused).
+
+        The same definition again changes nothing, so call it at each start. missed: what is made up for of
+        the times at which no worker ran: the last ("one"), "all" or "none". overlap=False leaves a time out
+        while the task of the last one is unfinished. Raises ValueError, which names the field.
+        """
+        made = Schedule(cron, type, payload, timezone, priority, max_retries, missed, overlap)
+        args = made.arguments(name, self.router.encode)
+        next_at = self._call(connection, "schedule", *args)[0][0]
+        return None if next_at is None else datetime.fromisoformat(str(next_at))
 
     def cancel(self, task_id: str | UUID) -> str:
         """cancelled, cancelling (asked to stop), not_found, or the status of a task that has ended."""
@@ -2802,12 +2819,6 @@ class Client:
         with _plain_errors():
             return call_in(connection, function, *args)
 
-    def _json(self, name: str, payload: Any) -> str:
-        try:
-            return to_json(payload, self.router.encode)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{name}: {error}") from None
-
 
 class Orchestrator(Client):
     """Handlers, connections to enqueue with, and a worker: what a program uses, from any thread.
@@ -2872,7 +2883,7 @@ class Orchestrator(Client):
         if not log.hasHandlers():   # the program has set up no logging at all
             setup_logging(self.config)
         self._open()
-        if not self.router.patterns():
+        if not self.router.handlers:
             log.warning("no handlers are registered: this worker has nothing to run")
         revive = self._embedded.start if self._embedded else None
         self.worker = worker = Worker(self.config, self.router, revive)
@@ -2994,14 +3005,6 @@ def _key(name: str, key: str | UUID) -> str:
     return text
 
 
-def _priority(priority: int) -> int:
-    return check_whole("priority", priority, -1_000_000, 1_000_000)
-
-
-def _retries(max_retries: int | None) -> int | None:
-    return None if max_retries is None else check_whole("max_retries", max_retries, 0, 1000)
-
-
 def _run_at(run_at: datetime | None, delay: Seconds | None) -> datetime | After | None:
     if run_at is not None and delay is not None:
         raise ValueError("delay: give either run_at or delay")
@@ -3014,29 +3017,49 @@ def _run_at(run_at: datetime | None, delay: Seconds | None) -> datetime | After 
 
 
 # ================================================================================================== metrics
-COUNTERS = (
-    ("tasks_completed", "Attempts that ended here: completed, failed (one attempt) or cancelled",
-     "type status", "completed"),
-    ("task_retries", "Retries scheduled here, by the attempt that failed", "type attempt", "retries"),
-    ("tasks_dead_letter", "Tasks that became dead letters: failed here, or recovered by this worker",
-     "type", "dead_letters"),
-    ("task_outcomes_rejected", "Late outcomes that the fence refused", "type", "rejected"),
-    ("tasks_recovered", "Tasks that this worker, leading, took from dead workers: released "
-     "uncharged, retried, dead (letters), cancelled, or failed to be recovered", "outcome", "recovered"),
-    ("database_errors", "Database errors by SQLSTATE class", "class", "errors"))
-HISTOGRAMS = (("task_duration_seconds", "How long handlers ran", "seconds"),
-              ("task_wait_seconds", "From enqueued (or due) to the handler's start", "waits"))
-WORKER_GAUGES = (
-    ("worker_pool_capacity", "Places of the pool", "pool_size"),
-    ("worker_prefetch_size", "How many tasks beyond the running ones this worker would hold", "prefetch"),
-    ("worker_loop_lag_seconds", "How long ago the slower loop last made progress", "loop_lag"),
-    ("worker_database_silence_seconds", "How long ago the database last answered", "database_silence"))
-QUEUE_GAUGES = (
-    ("tasks_pending", "Ready to be claimed", "waiting"),
-    ("tasks_scheduled", "Retries and delayed tasks", "scheduled"),
-    ("tasks_in_flight", "Claimed or running, on all workers", "in_flight"),
-    ("tasks_dead_letters", "Dead letters kept", "dead_letters"),
-    ("tasks_oldest_pending_seconds", "Age of the oldest ready task", "oldest_seconds"))
+# kind name{labels} value: what it is. The kind is one of prometheus_client.core's families.
+WORKER_METRICS = """
+Counter tasks_completed{type,status} completed: Attempts that ended here: completed, failed (one attempt) or
+  cancelled
+Counter task_retries{type,attempt} retries: Retries scheduled here, by the attempt that failed
+Counter tasks_dead_letter{type} dead_letters: Tasks that became dead letters: failed here, or recovered by
+  this worker
+Counter task_outcomes_rejected{type} rejected: Late outcomes that the fence refused
+Counter tasks_recovered{outcome} recovered: Tasks that this worker, leading, took from dead workers: released
+  uncharged, retried, dead (letters), cancelled, or failed to be recovered
+Counter database_errors{class} errors: Database errors by SQLSTATE class
+Counter pool_threads_replaced replaced_threads: Pool threads that ended and were replaced
+Counter schedules_fired schedules_fired: Tasks enqueued here for schedules
+Histogram task_duration_seconds{type} seconds: How long handlers ran
+Histogram task_wait_seconds{type} waits: From enqueued (or due) to the handler's start
+Histogram task_claim_duration_seconds claim_seconds: How long a claim took in the database
+Gauge tasks_running{type} running: Handlers running here
+Gauge tasks_overdue{type} overdue: Handlers running here past their timeout
+Gauge tasks_longest_running_seconds{type} longest: How long the oldest handler here has run
+Gauge worker_pool_active active: Busy places of the pool
+Gauge worker_pool_capacity pool_size: Places of the pool
+Gauge worker_prefetch_size prefetch: How many tasks beyond the running ones this worker would hold
+Gauge worker_loop_lag_seconds loop_lag: How long ago the slower loop last made progress
+Gauge worker_database_silence_seconds database_silence: How long ago the database last answered
+Gauge leader_status{worker_id} leader: 1 on the leader
+Info orchestrator_build build: Versions
+"""
+# What is true of the whole queue comes from the leader alone, so that a sum over workers is right. It was
+# counted a while ago: a scrape never asks the database.
+LEADER_METRICS = """
+Gauge tasks_pending{type} waiting: Ready to be claimed
+Gauge tasks_scheduled{type} scheduled: Retries and delayed tasks
+Gauge tasks_in_flight{type} in_flight: Claimed or running, on all workers
+Gauge tasks_dead_letters{type} dead_letters: Dead letters kept
+Gauge tasks_oldest_pending_seconds{type} oldest_seconds: Age of the oldest ready task
+Counter tasks_enqueued{type} enqueued_total: Tasks enqueued by anyone, psql too
+Gauge workers_total workers: Live workers
+Gauge workers_dead dead_workers: Workers declared dead whose tasks are still to be recovered
+Gauge recovery_age_seconds recovery_age: How long ago the leader last looked for tasks to recover
+Gauge schedule_late_seconds schedule_late: By how much the latest schedule is late, 0 if none is
+Gauge schedules_failed schedules_failed: Schedules that could not fire, and were paused
+Gauge queue_stats_age_seconds age: How old the counts of tasks are
+"""
 
 
 class Collector:
@@ -3045,79 +3068,57 @@ class Collector:
     def __init__(self, status: Callable[[], WorkerStatus]) -> None:
         self.status = status
 
-    def collect(self) -> Iterator[Metric]:
+    def collect(self) -> Iterator[core.Metric]:
         status = self.status()
-        yield from self._counters(status.counters)
-        yield from self._running(status)
-        for name, text, attribute in WORKER_GAUGES:
-            yield GaugeMetricFamily(name, text, getattr(status, attribute))
-        yield _family(GaugeMetricFamily, "leader_status", "1 on the leader", "worker_id",
-                      {status.worker_id: int(status.leads)})
-        python = ".".join(map(str, sys.version_info[:3]))
-        yield InfoMetricFamily("orchestrator_build", "Versions",
-                               {"version": VERSION, "schema": str(SCHEMA_VERSION), "python": python})
+        yield from _families(WORKER_METRICS, {
+            **vars(status.counters), **vars(status), **_running(status),
+            "leader": {status.worker_id: int(status.leads)},
+            "build": {"version": VERSION, "schema": str(SCHEMA_VERSION), "python": sys.version.split()[0]}})
         if status.leads and status.stats is not None:
-            yield from self._queue(status.stats, status.recovery_age)
-
-    def _counters(self, counters: Counters) -> Iterator[Metric]:
-        for name, text, labels, attribute in COUNTERS:
-            yield _family(CounterMetricFamily, name, text, labels, getattr(counters, attribute))
-        yield CounterMetricFamily("pool_threads_replaced", "Pool threads that ended and were replaced",
-                                  counters.replaced_threads)
-        for name, text, attribute in HISTOGRAMS:
-            family = HistogramMetricFamily(name, text, labels=["type"])
-            for label, tally in getattr(counters, attribute).items():
-                family.add_metric([label], tally.buckets(), tally.sum)
-            yield family
-        yield HistogramMetricFamily("task_claim_duration_seconds", "How long a claim took in the database",
-                                    counters.claim_seconds.buckets(), counters.claim_seconds.sum)
-
-    def _running(self, status: WorkerStatus) -> Iterator[Metric]:
-        zeros = dict.fromkeys(status.counters.seconds, 0.0)
-        running, overdue, longest = (collections.defaultdict(float, zeros) for _ in range(3))
-        for kind, seconds, left in status.running:
-            label = status.counters.label(kind)
-            running[label] += 1
-            overdue[label] += left is not None and left < 0
-            longest[label] = max(longest[label], seconds)
-        for name, text, values in (
-                ("tasks_running", "Handlers running here", running),
-                ("tasks_overdue", "Handlers running here past their timeout", overdue),
-                ("tasks_longest_running_seconds", "How long the oldest handler here has run", longest)):
-            yield _family(GaugeMetricFamily, name, text, "type", values)
-        yield GaugeMetricFamily("worker_pool_active", "Busy places of the pool", len(status.running))
-
-    def _queue(self, stats: Mapping[str, Any], recovery_age: float) -> Iterator[Metric]:
-        """What is true of the whole queue, from the leader alone, so that a sum over workers is right.
-
-        It was counted a while ago: a scrape never asks the database.
-        """
-        types = stats["types"]
-        for name, text, column in QUEUE_GAUGES:
-            yield _family(GaugeMetricFamily, name, text, "type", {t["type"]: t[column] for t in types})
-        yield _family(CounterMetricFamily, "tasks_enqueued", "Tasks enqueued by anyone, psql too", "type",
-                      {t["type"]: t["enqueued_total"] for t in types})
-        yield GaugeMetricFamily("workers_total", "Live workers", stats["workers"])
-        yield GaugeMetricFamily("workers_dead", "Workers declared dead whose tasks are still to be recovered",
-                                stats["dead_workers"])
-        yield GaugeMetricFamily("recovery_age_seconds",
-                                "How long ago the leader last looked for tasks to recover", recovery_age)
-        yield GaugeMetricFamily("queue_stats_age_seconds", "How old the counts of tasks are",
-                                time.monotonic() - stats["at"])
+            types, age = status.stats["types"], time.monotonic() - status.stats["at"]
+            yield from _families(LEADER_METRICS, {
+                **{column: {row["type"]: row[column] for row in types} for column in next(iter(types), ())},
+                **status.stats, "recovery_age": status.recovery_age, "age": age})
 
 
-def _family(family: Callable[..., Any], name: str, text: str, labels: str,
-            values: Mapping[Any, float]) -> Metric:
-    result: Metric = family(name, text, labels=labels.split())
-    for key, value in values.items():
-        result.add_metric([key] if isinstance(key, str) else list(key), value)   # type: ignore[attr-defined]
-    return result
+def _running(status: WorkerStatus) -> dict[str, Any]:
+    zeros = dict.fromkeys(status.counters.seconds, 0.0)
+    running, overdue, longest = (collections.defaultdict(float, zeros) for _ in range(3))
+    for kind, seconds, left in status.running:
+        label = status.counters.label(kind)
+        running[label] += 1
+        overdue[label] += left is not None and left < 0
+        longest[label] = max(longest[label], seconds)
+    return {"running": running, "overdue": overdue, "longest": longest, "active": len(status.running)}
+
+
+def _families(table: str, values: Mapping[str, Any]) -> Iterator[core.Metric]:
+    def parts(value: Any) -> tuple[Any, ...]:
+        return (value.buckets(), value.sum) if isinstance(value, Tally) else (value,)
+    rows = re.findall(r"^(\w+) (\w+)(?:{(.*)})? (\w+): (.*)$", table.replace("\n  ", " "), re.MULTILINE)
+    for kind, name, labels, key, text in rows:
+        make = getattr(core, f"{kind}MetricFamily")
+        if not labels:
+            yield make(name, text, *parts(values[key]))
+            continue
+        family = make(name, text, labels=labels.split(","))
+        for label, value in values.get(key, {}).items():   # there may be no types
+            family.add_metric([label] if isinstance(label, str) else label, *parts(value))
+        yield family
 
 
 # ===================================================================================================== HTTP
-API_GET = ("overview", "history", "tasks", "failures", "task")
-API_POST = {"cancel": "cancel_task", "retry": "retry_task", "retry_dead_letters": "retry_dead_letters",
-            "pause": "pause_type", "resume": "resume_type"}
+# The paths that there are, and the SQL function that answers.
+ROUTES = {
+    "GET": {"/": "", "/metrics": "", "/health": "", "/ready": "",
+            "/api/overview": "api_overview", "/api/history": "api_history", "/api/tasks": "api_tasks",
+            "/api/failures": "api_failures", "/api/task": "api_task"},
+    "POST": {"/api/cancel": "cancel_task", "/api/retry": "retry_task", "/api/pause": "pause_type",
+             "/api/resume": "resume_type", "/api/retry_dead_letters": "retry_dead_letters",
+             **{f"/api/{name}_schedule": f"{name}_schedule" for name in ("fire", "pause", "resume")}}}
+HEADERS = {"Content-Type": "application/json", "Cache-Control": "no-store", "Referrer-Policy": "no-referrer",
+           "X-Content-Type-Options": "nosniff", "Cross-Origin-Resource-Policy": "same-origin",
+           "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'"}
 MAX_CLIENTS = 100        # beyond it, the connection that has been open longest is closed
 CLIENT_SECONDS = 30.0    # no connection is open longer than this, however busy it is
 MAX_WAITING = 8          # requests that use the database or wait for it; one more gets a 503
@@ -3125,17 +3126,21 @@ WAIT_SECONDS = 10.0      # how long one of them waits for its turn; the page giv
 MAX_BODY = 65536
 
 
-class Busy(Exception):
-    """Too many requests wait for the database."""
+class Refused(Exception):
+    """Ends a request with an error."""
+
+    def __init__(self, status: int, error: str, headers: Mapping[str, str] = {}) -> None:
+        self.status, self.error, self.headers = status, error, headers
 
 
-class HttpServer(http.server.ThreadingHTTPServer):
+class HttpServer(socketserver.ThreadingTCPServer):   # http.server's asks the DNS for our name, which may hang
     """The page, its data, /metrics, /health and /ready.
 
     Clients that say nothing are dropped after 5 seconds, sooner if there are more than MAX_CLIENTS: a flood
     of half-open connections must not block a health check.
     """
 
+    daemon_threads = allow_reuse_address = True
     request_queue_size = 1024
 
     def __init__(self, config: Config, status: Callable[[], WorkerStatus]) -> None:
@@ -3148,9 +3153,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.link = Link(config)
         self.link_lock = threading.Lock()   # guards link: one request at a time asks the database
         self.waiting = threading.BoundedSemaphore(MAX_WAITING)
-        # open connections and since when, the oldest first
-        self.clients: collections.OrderedDict[int, tuple[socket.socket, float]] = collections.OrderedDict()
-        self.clients_lock = threading.Lock()   # guards clients
+        self.clients: list[tuple[socket.socket, float]] = []   # and since when; for the thread "http" alone
         self.thread = threading.Thread(target=self.serve_forever, args=(0.1,), name="http", daemon=True)
         self.address_family = socket.AF_INET6 if ":" in config.metrics_host else socket.AF_INET
         self._listen(config.metrics_host, config.metrics_port)
@@ -3169,9 +3172,6 @@ class HttpServer(http.server.ThreadingHTTPServer):
         if number != port:
             log.info("port %d is in use: the page and the metrics are on port %d", port, number)
 
-    def server_bind(self) -> None:
-        socketserver.TCPServer.server_bind(self)   # http.server's asks the DNS for our name, which may hang
-
     def start(self) -> None:
         self.thread.start()
 
@@ -3182,192 +3182,146 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.link.close()
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        with self.clients_lock:
-            self.clients[id(request)] = request, time.monotonic()
+        self.clients.append((request, time.monotonic()))
         super().process_request(request, client_address)
 
     def service_actions(self) -> None:
         """Drop clients. serve_forever calls this after each connection and ten times per second."""
-        with self.clients_lock:
-            while self.clients:
-                request, since = next(iter(self.clients.values()))
-                if len(self.clients) <= MAX_CLIENTS and time.monotonic() - since < CLIENT_SECONDS:
-                    return
-                self.clients.popitem(last=False)
+        self.clients = [client for client in self.clients if client[0].fileno() != -1]
+        expired = time.monotonic() - CLIENT_SECONDS
+        for place, (request, since) in enumerate(self.clients, MAX_CLIENTS - len(self.clients)):
+            if place < 0 or since < expired:
                 with contextlib.suppress(OSError):
                     request.shutdown(socket.SHUT_RDWR)   # its thread reads the end of the stream
 
-    def shutdown_request(self, request: Any) -> None:
-        with self.clients_lock:
-            self.clients.pop(id(request), None)
-        super().shutdown_request(request)
-
     def handle_error(self, request: Any, client_address: Any) -> None:
-        if isinstance(sys.exc_info()[1], OSError):
-            log.debug("http: a client went away", exc_info=True)
-        else:
-            log.error("http: a request failed", exc_info=True)
+        gone = isinstance(sys.exc_info()[1], OSError)
+        log.log(logging.DEBUG if gone else logging.ERROR, "http: a request failed", exc_info=True)
 
-    def ask(self, function: str, arguments: Mapping[str, Any], as_json: bool = False) -> Any:
-        """Call an SQL function by name, and return its rows. Raises Busy and psycopg.Error."""
-        if not self.waiting.acquire(blocking=False):
-            raise Busy
-        try:
-            if not self.link_lock.acquire(timeout=WAIT_SECONDS):
-                raise Busy
-            try:
-                self.link.reopen_if_closed()
-                return (self.link.json if as_json else self.link.call)(function, **arguments)
-            finally:
-                self.link_lock.release()
-        finally:
-            self.waiting.release()
+    def ask(self, function: str, fields: Mapping[str, str], posted: bool) -> Any:
+        """Call an SQL function with named arguments, and return its first row."""
+        named: Any = {"p_" + field: check_text(field, value) for field, value in fields.items()}
+        with _turn(self.waiting, 0), _turn(self.link_lock, WAIT_SECONDS):
+            self.link.reopen_if_closed()
+            return self.link.json(function, **named)[0] if posted else self.link.call(function, **named)[0]
+
+
+@contextlib.contextmanager
+def _turn(lock: Any, seconds: float) -> Iterator[None]:
+    if not lock.acquire(timeout=seconds):
+        raise Refused(503, "too many requests wait for the database", {"Retry-After": "5"})
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class HttpRequest(http.server.BaseHTTPRequestHandler):
     server: HttpServer
     timeout = 5
-    server_version = "orchestrator"
-    sys_version = ""
-    protocol_version = "HTTP/1.0"   # one connection a request: nothing is kept open
+    server_version, sys_version = "orchestrator", ""
     default_request_version = "HTTP/1.0"
 
     def do_GET(self) -> None:
-        self._answer(self._get)
-
-    do_HEAD = do_GET
-
-    def do_POST(self) -> None:
-        self._answer(self._post)
-
-    def _answer(self, answer: Callable[[str, dict[str, str]], None]) -> None:
         try:
-            url = urlsplit(self.path)
-            query = dict(parse_qsl(url.query, max_num_fields=20))   # without the empty values
-        except ValueError:
-            self._send(400, {"error": "the address is malformed"})
-            return
-        try:
-            answer(url.path, query)
+            self._answer()
+        except Refused as refused:
+            self._send(refused.status, {"error": refused.error}, refused.headers)
         except OSError:   # the client went away
             raise
         except Exception:
-            log.exception("http: %s %s failed", self.command, url.path[:200])
+            log.exception("http: %s %s failed", self.command, self.path.partition("?")[0][:200])
             self._send(500, {"error": "this is a bug; the worker's log has more"})
 
-    def _get(self, path: str, query: dict[str, str]) -> None:
-        folder, _, name = path.rpartition("/")
-        if path in ("/health", "/ready"):
-            self._health(path)
-        elif not self._authorized():
-            self._send(401, {"error": "METRICS_AUTH is set: send it as Bearer token, or user and password"},
-                       {"WWW-Authenticate": 'Basic realm="orchestrator", charset="UTF-8"'})
-        elif not self._host_allowed():
-            self._send(403, {"error": "METRICS_HOST is a loopback address: ask for localhost or an address, "
-                                      "or set METRICS_AUTH"})
-        elif path == "/metrics":
-            self._send(200, generate_latest(self.server.registry),
-                       {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
-        elif path == "/":
-            self._send(200, self.server.page, {"Content-Type": "text/html; charset=utf-8",
-                                               "Content-Security-Policy": self.server.policy})
-        elif folder == "/api" and name in API_GET:
-            self._api(name, "api_" + name, query)
-        else:
-            paths = ["/", "/metrics", "/health", "/ready", *("/api/" + name for name in API_GET)]
-            self._send(404, {"error": f"there is {', '.join(paths)}"})
+    do_HEAD = do_POST = do_GET
 
-    def _post(self, path: str, query: dict[str, str]) -> None:
-        """No other site's page can send this: a browser asks before it sends an Authorization header
-        to another site, and gets a 405."""
-        folder, _, name = path.rpartition("/")
-        token = self.server.config.admin_token
-        if not token:
-            self._send(403, {"error": "this server is read-only: ADMIN_TOKEN is not set"})
-        elif not self._bearer(token):
-            self._send(401, {"error": "the admin token is missing or wrong"}, {"WWW-Authenticate": "Bearer"})
-        elif folder != "/api" or name not in API_POST:
-            self._send(404, {"error": "there is no such action"})
-        elif (body := self._body()) is not None:
-            log.info("%s by HTTP: %s", name, json.dumps(body)[:500])
-            self._api(name, API_POST[name], body)
-
-    def _api(self, name: str, function: str, fields: Mapping[str, str]) -> None:
-        posted = self.command == "POST"
+    def _answer(self) -> None:
         try:
-            named = {"p_" + field: check_text(field, value) for field, value in fields.items()}
-            row = self.server.ask(function, named, posted)[0]
-        except Busy:
-            self._send(503, {"error": "too many requests wait for the database"}, {"Retry-After": "5"})
+            url = urlsplit(self.path)
+            fields = dict(parse_qsl(url.query, max_num_fields=20))   # without the empty values
+        except ValueError:
+            raise Refused(400, "the address is malformed") from None
+        path, posted = url.path, self.command == "POST"
+        routes = ROUTES["POST" if posted else "GET"]
+        if posted:
+            self._authorize_post()
+        elif path in ("/health", "/ready"):
+            return self._health(path)
+        else:
+            self._authorize_get()
+        if path not in routes:
+            raise Refused(404, f"there is {', '.join(routes)}")
+        if path == "/":
+            return self._send(200, self.server.page, {"Content-Type": "text/html; charset=utf-8",
+                                                      "Content-Security-Policy": self.server.policy})
+        if path == "/metrics":
+            return self._send(200, generate_latest(self.server.registry),
+                              {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+        if posted:
+            fields = self._body()
+            log.info("%s by HTTP: %s", path, json.dumps(fields)[:500])
+        try:
+            row = self.server.ask(routes[path], fields, posted)
         except (ValueError, psycopg.Error) as error:
-            status, text = _refusal(error, name, list(fields))
-            if status == 503:
-                log.warning("/api/%s: %s", name, error_line(error))
-            self._send(status, {"error": text})
-        else:
-            if row in ((None,), "not_found"):
-                self._send(404, {"error": "there is no such task"})
-            else:
-                self._send(200, {"result": row} if posted else row[0].encode())
+            raise _refusal(error, path, list(fields)) from None
+        if row in (None, (None,), "not_found"):
+            raise Refused(404, f"there is no such {'schedule' if 'schedule' in path else 'task'}")
+        return self._send(200, {"result": row} if posted else row[0].encode())
 
-    def _body(self) -> dict[str, str] | None:
-        """The fields that were posted, without those that are null; None: it was refused, and answered."""
-        lengths = self.headers.get_all("Content-Length") or []
-        if "Transfer-Encoding" in self.headers or not lengths:
-            self._send(411, {"error": "send a JSON object, and its Content-Length"})
-        elif len(lengths) != 1 or not re.fullmatch(r"[0-9]{1,18}", lengths[0]):
-            self._send(400, {"error": "the Content-Length is not a number of bytes"})
-        elif int(lengths[0]) > MAX_BODY:
-            self._send(413, {"error": f"send at most {MAX_BODY} bytes"})
-        else:
-            return self._fields(int(lengths[0]))
-        return None
-
-    def _fields(self, length: int) -> dict[str, str] | None:
+    def _body(self) -> dict[str, str]:
+        """The fields that were posted, without those that are null."""
+        length = ",".join(self.headers.get_all("Content-Length", []))
+        if not length or "Transfer-Encoding" in self.headers:
+            raise Refused(411, "send a JSON object, and its Content-Length")
+        if not re.fullmatch(r"[0-9]{1,18}", length):
+            raise Refused(400, "the Content-Length is not a number of bytes")
+        if int(length) > MAX_BODY:
+            raise Refused(413, f"send at most {MAX_BODY} bytes")
         try:
-            body = json.loads(self.rfile.read(length) or "{}", parse_int=str)
+            body = json.loads(self.rfile.read(int(length)) or "{}", parse_int=str)
             bad = [name[:50] for name, value in body.items() if not isinstance(value, str | None)]
         except TimeoutError:
-            self._send(408, {"error": "the body did not come"})
-            return None
+            raise Refused(408, "the body did not come") from None
         except (ValueError, RecursionError, AttributeError):   # the last: not an object
             bad = ["body"]
         if bad:
-            self._send(400, {"error": f"{bad[0]}: send a JSON object of strings and whole numbers"})
-            return None
+            raise Refused(400, f"{bad[0]}: send a JSON object of strings and whole numbers")
         return {name: value for name, value in body.items() if value is not None}
 
-    def _authorized(self) -> bool:
+    def _authorize_post(self) -> None:
+        """No other site's page can send this: a browser asks before it sends an Authorization header
+        to another site, and gets a 405."""
+        token = self.server.config.admin_token
+        if not token:
+            raise Refused(403, "this server is read-only: ADMIN_TOKEN is not set")
+        if not self._has("bearer", token):
+            raise Refused(401, "the admin token is missing or wrong", {"WWW-Authenticate": "Bearer"})
+
+    def _authorize_get(self) -> None:
         wanted, admin = self.server.config.metrics_auth, self.server.config.admin_token
-        if not wanted or self._bearer(wanted) or (admin and self._bearer(admin)):
-            return True
-        kind, _, given = self.headers.get("Authorization", "").partition(" ")
-        try:
-            plain = base64.b64decode(given, validate=True) if kind.lower() == "basic" else b""
-        except ValueError:
-            return False
-        if ":" not in wanted:   # a token, which a browser can send only as a password
-            plain = plain.partition(b":")[2]
-        return hmac.compare_digest(plain, wanted.encode())
+        if wanted and not self._has("bearer", wanted, admin) and not self._has("basic", wanted):
+            raise Refused(401, "METRICS_AUTH is set: send it as Bearer token, or user and password",
+                          {"WWW-Authenticate": 'Basic realm="orchestrator", charset="UTF-8"'})
+        # a name that a website's owner points at 127.0.0.1 (DNS rebinding) must not read what only we may
+        host = self.headers.get("Host", "localhost").lower()
+        named = not re.fullmatch(r"(localhost|[0-9.]+|\[.+\])(:[0-9]*)?", host)
+        if not wanted and named and ipaddress.ip_address(str(self.server.server_address[0])).is_loopback:
+            raise Refused(403, "METRICS_HOST is a loopback address: ask for localhost or an address, "
+                               "or set METRICS_AUTH")
 
-    def _bearer(self, token: str) -> bool:
-        kind, _, given = self.headers.get("Authorization", "").partition(" ")
-        given_bytes = given.encode("latin-1", "replace")
-        return kind.lower() == "bearer" and hmac.compare_digest(given_bytes, token.encode())
-
-    def _host_allowed(self) -> bool:
-        """A name that a website's owner points at 127.0.0.1 (DNS rebinding) must not read what only this
-        machine may."""
-        loopback = ipaddress.ip_address(str(self.server.server_address[0])).is_loopback
-        if self.server.config.metrics_auth or not loopback:
-            return True
-        try:
-            name = urlsplit("//" + self.headers.get("Host", "localhost")).hostname or ""
-            if name != "localhost":
-                ipaddress.ip_address(name.partition("%")[0])
-        except ValueError:   # another name
-            return False
-        return True
+    def _has(self, kind: str, *secrets: str) -> bool:
+        """Whether the Authorization header is of this kind, and has one of the secrets."""
+        found, _, text = self.headers.get("Authorization", "").partition(" ")
+        given = [text.encode("latin-1", "replace")]
+        if kind == "basic":
+            try:
+                login = base64.b64decode(text, validate=True)
+            except ValueError:
+                return False
+            # user:password; or what is wanted is a token, which a browser can send only as a password
+            given = [login, login.partition(b":")[2]] if b":" in login else []
+        return found.lower() == kind and any(
+            hmac.compare_digest(one, secret.encode()) for one in given for secret in secrets if secret)
 
     def _health(self, path: str) -> None:
         status = self.server.status()
@@ -3375,15 +3329,11 @@ class HttpRequest(http.server.BaseHTTPRequestHandler):
         self._send(503 if problems else 200, {"status": "failing" if problems else "ok", "problems": problems,
                                               "worker_id": status.worker_id, "version": VERSION})
 
-    def _send(self, status: int, body: Any, headers: Mapping[str, str] | None = None) -> None:
+    def _send(self, status: int, body: Any, headers: Mapping[str, str] = {}) -> None:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
-        sent = {"Content-Type": "application/json", "Content-Length": str(len(data)),
-                "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
-                "Referrer-Policy": "no-referrer", "Cross-Origin-Resource-Policy": "same-origin",
-                "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
-                "X-Admin": "yes" if self.server.config.admin_token else "no", **(headers or {})}
-        for name, value in sent.items():
+        for name, value in {**HEADERS, "X-Admin": "yes" if self.server.config.admin_token else "no",
+                            "Content-Length": str(len(data)), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
@@ -3402,27 +3352,27 @@ class HttpRequest(http.server.BaseHTTPRequestHandler):
         log.debug("http " + format, *args)
 
 
-def _refusal(error: Exception, name: str, fields: Sequence[str]) -> tuple[int, str]:
-    """The status and the text of an answer to a call that failed; bad input is named by its field."""
-    state = getattr(error, "sqlstate", None) or ""
+def _refusal(error: Exception, path: str, fields: Sequence[str]) -> Refused:
+    """The answer to a call that failed; bad input is named by its field."""
+    state, text = getattr(error, "sqlstate", None) or "", error_line(error)
     if state == "42883":   # no function with arguments of these names
-        return 400, f"{name} takes other fields than these: {', '.join(fields) or 'none'}"
+        return Refused(400, f"{path} takes other fields than these: {', '.join(fields) or 'none'}")
     if isinstance(error, (ValueError, psycopg.DataError)) or state == "OR001":
-        diag = getattr(error, "diag", None)
-        place = re.search(r"\$(\d+)", (diag.context or "") if diag else "")   # "unnamed portal parameter $1"
+        context = getattr(getattr(error, "diag", None), "context", None) or ""
+        place = re.search(r"\$(\d+)", context)   # "unnamed portal parameter $1"
         field = f"{fields[int(place[1]) - 1]}: " if place and int(place[1]) <= len(fields) else ""
-        return 400, field + error_line(error)
+        return Refused(400, field + text)
     if state == "42501":
-        return 403, f"{error_line(error)}: the worker's role may not; grant orchestrator_operator to it"
-    return 503, "the database does not answer: " + type(error).__name__
+        return Refused(403, f"{text}: the worker's role may not; grant orchestrator_operator to it")
+    log.warning("%s: %s", path, text)
+    return Refused(503, f"the database does not answer: {type(error).__name__}")
 
 
 def page_html() -> str:
-    path = Path(__file__).resolve().parent / "page.html"
+    path = Path(_FILE).parent / "page.html"
     if BUNDLED_PAGE or path.exists():
         return BUNDLED_PAGE or path.read_text("utf-8")
-    return ("<!doctype html><title>orchestrator</title><p>page.html is not beside orchestrator.py. "
-            "There is /metrics and /health.</p>")
+    return "<!doctype html><title>orchestrator</title>page.html is not beside orchestrator.py"
 
 
 def content_security_policy(page: str) -> str:
@@ -3443,6 +3393,7 @@ SOCKET_NAME = ".s.PGSQL.5432"
 SOCKET_PATH_LIMIT = 107   # bytes, in the kernel's sockaddr_un
 SHARED_FOLDER = Path("/var/lib/orchestrator")   # used by root alone, for what another user couldn't reach
 OUR_FILES = {"pgdata", "pgdata.new", "start.lock"}
+STOP = ("stop", "-D", "pgdata", "-m", "fast", "-w")
 # A process that stops the server when its last user is gone, by kill -9 too. It waits for watch.lock, which
 # every user holds, and decides under start.lock, as everybody does. Arguments: the postmaster's pid, the
 # server's user and group (or empty), and the command that stops it.
@@ -3451,9 +3402,6 @@ import fcntl, os, subprocess, sys
 pid, uid, gid, *stop = sys.argv[1:]
 if os.fork():
     os._exit(0)
-null = os.open(os.devnull, os.O_RDWR)
-for stream in range(3):
-    os.dup2(null, stream)
 def lock(name, how):
     file = open(name)
     fcntl.flock(file, how)
@@ -3461,17 +3409,15 @@ def lock(name, how):
 while True:
     lock("watch.lock", fcntl.LOCK_EX).close()
     with lock("start.lock", fcntl.LOCK_EX):
-        with open("pgdata/postmaster.pid") as file:
-            if file.readline().strip() != pid:
-                break
+        if open("pgdata/postmaster.pid").readline().strip() != pid:
+            break
         if os.path.exists("/proc/self/cwd") and not os.path.samefile(f"/proc/{pid}/cwd", "pgdata"):
             break
         try:
             users = lock("users.lock", fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             continue
-        who = {"user": int(uid), "group": int(gid), "extra_groups": []} if uid else {}
-        subprocess.run(stop, **who)
+        subprocess.run(stop, **({"user": int(uid), "group": int(gid), "extra_groups": []} if uid else {}))
         break
 """
 
@@ -3487,29 +3433,25 @@ class Embedded:
     def __init__(self, data: Path) -> None:
         self.data = data.absolute()
         self.bin = _wheel() / "pginstall" / "bin"
+        self.url = ""
         self._owner: tuple[int, int] | None = None   # user and group of the server, if not this process's
         self._short: tempfile.TemporaryDirectory[str] | None = None
-        self._users: list[int] = []   # users.lock and watch.lock, held shared by each process in use of it
+        self._users: list[Any] = []   # users.lock and watch.lock, held shared by each process in use of it
         self._pid = 0                 # of the process that called start()
-
-    @property
-    def url(self) -> str:
-        folder = f"{self._short.name}/data" if self._short else str(self.data)
-        return f"postgresql://postgres@/postgres?host={quote(folder, safe='')}&port=5432"
 
     def start(self) -> str:
         """Make sure the server runs, and return its URL. Called again, start one that was killed."""
         try:
             self._prepare_folder()
-            with self._starting() as lock:
+            with self._lock("start.lock", "LOCK_EX") as lock:
+                if not self._users:
+                    # hardly waits: others decide under start.lock
+                    self._users = [self._lock(name, "LOCK_SH") for name in ("users.lock", "watch.lock")]
+                    self._pid = os.getpid()
+                    atexit.register(self.close)
                 if not (self.data / "pgdata").exists():
                     self._create(lock)
                 self._ensure_running()
-                if not self._users:
-                    self._users, self._pid = [self._open("users.lock"), self._open("watch.lock")], os.getpid()
-                    for file in self._users:
-                        _flock(file, "LOCK_SH")   # hardly waits: others decide under start.lock
-                    atexit.register(self.close)
         except OSError as error:
             raise ConfigError(f"DATABASE_URL is unset and embedded PostgreSQL can't run: {error}") from error
         user = f" as user {self._owner[0]}" if self._owner else ""
@@ -3520,12 +3462,13 @@ class Embedded:
         """Give the server up, and stop it if no other process uses it."""
         if not self._users or self._pid != os.getpid():   # a forked child has its parent's lock, not its own
             return
+        import fcntl
         users, self._users = self._users, []
-        with contextlib.suppress(BlockingIOError, FileNotFoundError), self._starting():
-            _flock(users[0], "LOCK_EX", "LOCK_NB")   # refused while others hold it shared
-            self._run("pg_ctl", "stop", "-D", "pgdata", "-m", "fast", "-w")
+        with contextlib.suppress(BlockingIOError, FileNotFoundError), self._lock("start.lock", "LOCK_EX"):
+            fcntl.flock(users[0], fcntl.LOCK_EX | fcntl.LOCK_NB)   # refused while others hold it shared
+            self._run(self.bin / "pg_ctl", *STOP)
         for file in users:
-            os.close(file)
+            file.close()
         if self._short:
             self._short.cleanup()
 
@@ -3537,24 +3480,25 @@ class Embedded:
         self.data = self.data.resolve()
         folder = os.open(self.data, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
-            self._refuse_foreign(os.listdir(folder), linked)
+            # the owner and the mode of a folder that isn't ours must stay, as those of a link's target
+            files = set(os.listdir(folder))
+            if files and not OUR_FILES & files:
+                raise OSError(f"{self.data} holds other files; EMBEDDED_DIR must name an empty or new folder")
+            if linked and self._owner and self.data.parent != SHARED_FOLDER.resolve():
+                raise OSError(f"root does not follow a link to {self.data}; EMBEDDED_DIR may name it")
             if self._owner:
                 os.fchown(folder, *self._owner)
             os.fchmod(folder, 0o700)
         finally:
             os.close(folder)
-        too_long = len(os.fsencode(self.data / SOCKET_NAME)) > SOCKET_PATH_LIMIT
+        reached = str(self.data)
         # libpq takes a comma for a list of hosts
-        if not self._short and (too_long or "," in str(self.data)):
-            self._short = tempfile.TemporaryDirectory(prefix="orchestrator-", dir="/tmp")
-            os.symlink(self.data, f"{self._short.name}/data")
-
-    def _refuse_foreign(self, files: Sequence[str], linked: bool) -> None:
-        """The owner and the mode of a folder that isn't ours must stay, as those of a link's target."""
-        if files and not OUR_FILES & set(files):
-            raise OSError(f"{self.data} holds other files; EMBEDDED_DIR must name an empty or a new folder")
-        if linked and self._owner and self.data.parent != SHARED_FOLDER.resolve():
-            raise OSError(f"root does not follow a link to {self.data}; EMBEDDED_DIR may name it")
+        if "," in reached or len(os.fsencode(self.data / SOCKET_NAME)) > SOCKET_PATH_LIMIT:
+            if not self._short:
+                self._short = tempfile.TemporaryDirectory(prefix="orchestrator-", dir="/tmp")
+                os.symlink(self.data, f"{self._short.name}/data")
+            reached = f"{self._short.name}/data"
+        self.url = f"postgresql://postgres@/postgres?host={quote(reached, safe='')}&port=5432"
 
     def _choose_owner(self) -> None:
         """PostgreSQL refuses to run as root: take the data's owner, else an existing user, and stay in reach.
@@ -3564,53 +3508,41 @@ class Embedded:
         """
         import pwd  # not on Windows
 
-        if self.data.exists() and self.data.stat().st_uid != 0:
-            found = self.data.stat()
+        if self.data.exists() and (found := self.data.stat()).st_uid != 0:
             self._owner = found.st_uid, found.st_gid
         else:
-            names = {user.pw_name: user for user in pwd.getpwall()}
-            user = next(names[name] for name in ("orchestrator", "postgres", "nobody") if name in names)
-            self._owner = user.pw_uid, user.pw_gid
+            ids = {user.pw_name: (user.pw_uid, user.pw_gid) for user in pwd.getpwall()}
+            self._owner = next(ids[name] for name in ("orchestrator", "postgres", "nobody") if name in ids)
             if not os.path.lexists(self.data) and not self._reaches(self.data.parent):
-                self._link_shared_folder()
+                SHARED_FOLDER.mkdir(mode=0o755, parents=True, exist_ok=True)
+                folder = tempfile.mkdtemp(prefix=f"{self.data.parent.name}-", dir=SHARED_FOLDER)
+                try:
+                    self.data.symlink_to(folder)
+                except FileExistsError:   # another process starts at the same moment, and was first
+                    os.rmdir(folder)
         if not self._reaches(self.bin / "postgres"):
             self.bin = _copy_of_wheel() / "pginstall" / "bin"
 
     def _reaches(self, path: Path) -> bool:
-        uid, gid = self._owner or (os.geteuid(), os.getegid())
-        return subprocess.run(["test", "-x", path], check=False, cwd="/", user=uid, group=gid,
-                              extra_groups=[]).returncode == 0
+        return self._run("test", "-x", path, folder="/").returncode == 0
 
-    def _link_shared_folder(self) -> None:
-        SHARED_FOLDER.mkdir(mode=0o755, parents=True, exist_ok=True)
-        folder = tempfile.mkdtemp(prefix=f"{self.data.parent.name}-", dir=SHARED_FOLDER)
-        try:
-            self.data.symlink_to(folder)
-        except FileExistsError:   # another process starts at the same moment, and was first
-            os.rmdir(folder)
+    def _lock(self, name: str, how: str) -> Any:
+        """A file of the folder, locked for as long as it is open."""
+        import fcntl  # not on Windows, where a program can enqueue all the same
 
-    def _open(self, name: str) -> int:
         file = os.open(self.data / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         if self._owner:
             os.fchown(file, *self._owner)
-        return file
+        fcntl.flock(file, getattr(fcntl, how))
+        return os.fdopen(file)
 
-    @contextlib.contextmanager
-    def _starting(self) -> Iterator[int]:
-        """Hold start.lock: one process at a time creates, starts or stops the server."""
-        lock = self._open("start.lock")
-        try:
-            _flock(lock, "LOCK_EX")
-            yield lock
-        finally:
-            os.close(lock)
-
-    def _create(self, lock: int) -> None:
+    def _create(self, lock: Any) -> None:
         """Run initdb under another name, so that a half-made database is never taken for a whole one."""
         new = self.data / "pgdata.new"
         shutil.rmtree(new, ignore_errors=True)
-        made = self._run("initdb", "-D", "pgdata.new", "-U", "postgres", "-A", "trust", "-E", "UTF8",
-                         "--no-locale", lock=lock)
+        # the lock stays held until initdb ends, even if this process is killed before
+        made = self._run(self.bin / "initdb", "-D", new.name, "-U", "postgres", "-A", "trust", "-E", "UTF8",
+                         "--no-locale", keep=[lock.fileno()])
         if made.returncode != 0:
             raise OSError(f"initdb: {made.stderr.strip()}")
         new.rename(self.data / "pgdata")
@@ -3625,26 +3557,25 @@ class Embedded:
                 give_up = time.monotonic() + 5
             else:
                 self._remove_stale_locks()
-                if self._run("pg_ctl", "start", "-D", "pgdata", "-l", "postgres.log", "-w", "-t", "86400",
-                             "-o", options).returncode == 0:
-                    self._watch()
-                    return
+                started = self._run(self.bin / "pg_ctl", "start", "-D", "pgdata", "-l", "postgres.log", "-w",
+                                    "-t", "86400", "-o", options)
+                if started.returncode == 0:
+                    return self._watch()
             if time.monotonic() > give_up:
                 lines = (self.data / "postgres.log").read_text(errors="replace").splitlines()
                 raise OSError(f"the last lines of {self.data}/postgres.log are: " + " | ".join(lines[-3:]))
             threading.Event().wait(0.1)
+        return None
 
     def _watch(self) -> None:
-        for name in ("users.lock", "watch.lock"):
-            os.close(self._open(name))
         pid = (self.data / "pgdata" / "postmaster.pid").read_text().split("\n")[0]
-        owner = map(str, self._owner) if self._owner else ("", "")
-        stop = str(self.bin / "pg_ctl"), "stop", "-D", "pgdata", "-m", "fast", "-w"
+        owner = map(str, self._owner or ("", ""))
         # where there is no interpreter to start, the next user adopts the server
         with contextlib.suppress(OSError):
-            subprocess.run([sys.executable, "-I", "-S", "-c", WATCHER, pid, *owner, *stop], check=False,
-                           cwd=self.data, start_new_session=True,
-                           stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            subprocess.run(
+                [sys.executable, "-IS", "-c", WATCHER, pid, *owner, self.bin / "pg_ctl", *STOP], check=False,
+                cwd=self.data, start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL)
 
     def _remove_stale_locks(self) -> None:
         """Forget a server that was killed. PostgreSQL refuses to start while the old pid exists, even as a
@@ -3659,24 +3590,14 @@ class Embedded:
         (pgdata / "postmaster.pid").unlink(missing_ok=True)
         (self.data / f"{SOCKET_NAME}.lock").unlink(missing_ok=True)
 
-    def _run(self, program: str, *args: str, lock: int | None = None) -> subprocess.CompletedProcess[str]:
-        """Run a PostgreSQL program in the folder, in a session of its own: Ctrl-C must not reach the server.
-
-        A lock that is passed on stays held until the program ends, even if this process is killed before.
-        """
+    def _run(self, *command: Any, folder: Any = None, keep: Any = ()) -> subprocess.CompletedProcess[str]:
+        """Run a program as the server's user, in a session of its own: Ctrl-C must not reach the server."""
         uid, gid = self._owner or (None, None)
         return subprocess.run(
-            [self.bin / program, *args], check=False, cwd=self.data,
+            command, check=False, cwd=folder or self.data, pass_fds=keep, umask=0o077, start_new_session=True,
             user=uid, group=gid, extra_groups=[] if self._owner else None,
-            env={name: value for name, value in os.environ.items() if not name.startswith("PG")}, umask=0o077,
-            pass_fds=() if lock is None else (lock,), start_new_session=True,
+            env={name: value for name, value in os.environ.items() if not name.startswith("PG")},
             stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
-
-
-def _flock(file: int, *flags: str) -> None:
-    import fcntl  # not on Windows, where a program can enqueue all the same
-
-    fcntl.flock(file, sum(getattr(fcntl, flag) for flag in flags))
 
 
 def _wheel() -> Path:
@@ -3696,8 +3617,7 @@ def _copy_of_wheel() -> Path:
         for part in (_wheel(), _wheel().with_suffix(".libs")):   # the second holds libpq and what it needs
             if part.exists():
                 shutil.copytree(part, new / part.name)
-        for path in (new, *new.rglob("*")):
-            path.chmod(0o755 if path.is_dir() or os.access(path, os.X_OK) else 0o644)
+        subprocess.run(["chmod", "-R", "a+rX,go-w", new], check=True)
         with contextlib.suppress(OSError):   # another process was first
             new.rename(copy)
         shutil.rmtree(new, ignore_errors=True)
@@ -3712,188 +3632,130 @@ BATCH_LINES = 1000       # of a file, in one call
 BATCH_BYTES = 2 ** 22
 LINE_BYTES = 2 ** 20     # a longer line can't be a task
 RETRY_BATCH = 500        # dead letters retried in one call
+Command = Callable[["Args"], int]
+ARGUMENTS: dict[Command, list[Any]] = collections.defaultdict(list)
 
 
-def load_handlers(name: str) -> dict[str, Handler | Callable[[Task], Any]]:
-    """The HANDLERS dict of a module, a .py file, or handlers.py in the working directory or beside this file.
-    Raises ConfigError."""
-    if not name:
-        found = [path for folder in (Path.cwd(), Path(__file__).resolve().parent)
-                 if (path := folder / "handlers.py").exists()]
-        if not found:
-            return {}
-        name = str(found[0])
-    try:
-        if name.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(name).stem, name)
-            if spec is None or spec.loader is None or not Path(name).exists():
-                raise ModuleNotFoundError(f"there is no file {name}")
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[Path(name).stem] = module
-            sys.path.insert(0, str(Path(name).resolve().parent))
-            spec.loader.exec_module(module)
-        else:
-            sys.path.insert(0, os.getcwd())
-            module = importlib.import_module(name)
-    except (Exception, SystemExit) as error:
-        raise ConfigError(f"HANDLERS: cannot load {name}: {describe_error(error)}") from error
-    handlers = getattr(module, "HANDLERS", None)
-    if not isinstance(handlers, dict):
-        raise ConfigError(f"HANDLERS: the module {name} has no dict HANDLERS = {{'type': function}}")
-    return handlers
+class Args(argparse.Namespace):
+    """What the command line says: do_NAME runs the command NAME, whose help is its docstring."""
+
+    app: Orchestrator
 
 
-def command_run(app: Orchestrator, args: argparse.Namespace) -> int:
-    for pattern, handler in load_handlers(args.set_handlers or app.config.handlers).items():
-        app.router.add(pattern, handler)
-    app.run()
+def arg(*names: str, **options: Any) -> Callable[[Command], Command]:
+    """Give a command an argument."""
+    def add(command: Command) -> Command:
+        ARGUMENTS[command].insert(0, (names, options))   # decorators are applied from below
+        return command
+    return add
+
+
+def do_run(args: Args) -> int:
+    """run a worker (the default)"""
+    load_handlers(args.app.router, args.set_handlers or args.app.config.handlers)
+    args.app.run()
     return 0
 
 
-def command_install(app: Orchestrator, args: argparse.Namespace) -> int:
+@arg("--print", action="store_true", help="only print the SQL")
+def do_install(args: Args) -> int:
+    """install or upgrade the schema"""
     if args.print:
         sys.stdout.write(install_script())
         return 0
-    app._open()
-    with connect(app.config) as connection:
-        prepare_session(connection, app.config)
+    args.app._open()
+    with connect(args.app.config) as connection:
+        prepare_session(connection, args.app.config)
         install(connection)
-    return _print(args, {"schema_version": SCHEMA_VERSION},
-                  f"the schema orchestrator is installed, version {SCHEMA_VERSION}")
+    return _say(args, {"schema_version": SCHEMA_VERSION},
+                f"the schema orchestrator is installed, version {SCHEMA_VERSION}")
 
 
-def command_enqueue(app: Orchestrator, args: argparse.Namespace) -> int:
-    args.run_at = args.run_at and _moment(args.run_at)
+@arg("type", nargs="?", help="such as task:backup")
+@arg("payload", nargs="?", help="JSON; default {}")
+@arg("--priority", type=int, default=0, help="higher is claimed first; default 0")
+@arg("--key", help="idempotency key")
+@arg("--max-retries", type=int, help="default: the policy of the type")
+@arg("--delay", help="such as 10m, or a number of seconds")
+@arg("--run-at", help="such as 2030-01-31T12:00:00+00:00")
+@arg("--file", help="JSON lines {type, payload, priority, idempotency_key, max_retries, run_at}, with the "
+                    "other flags for what they leave out; - is standard input")
+@arg("--on-error", choices=("continue", "stop"), help="what to do at a bad line; default continue")
+def do_enqueue(args: Args) -> int:
+    """add a task, or many from a file"""
+    delay = None if args.delay is None else check_seconds("--delay", args.delay)
+    run_at = None if args.run_at is None else _moment(args.run_at)
+    if delay is not None and run_at is not None:
+        raise ConfigError("--delay: give either --run-at or --delay")
     if args.file:
-        return _enqueue_file(app, args)
+        due = datetime.now().astimezone() + timedelta(seconds=delay) if delay else run_at
+        return _enqueue_file(args, due)
     if not args.type:
         raise ConfigError("TYPE: say which type to enqueue, or --file tasks.jsonl")
     if args.on_error:
         raise ConfigError("--on-error: goes with --file only")
-    try:
-        payload = json.loads(args.payload or "{}", parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"payload: is not JSON: {getattr(error, 'msg', error)}") from None
-    task_id = app.enqueue(args.type, payload, priority=args.priority, idempotency_key=args.key,
-                          max_retries=args.max_retries, delay=args.delay, run_at=args.run_at)
+    task_id = args.app.enqueue(args.type, _payload(args.payload), priority=args.priority, delay=delay,
+                               idempotency_key=args.key, max_retries=args.max_retries, run_at=run_at)
     if not task_id.created:
         print(f"the key {_cell(args.key)} is known: this is the id of the first task", file=sys.stderr)
-    return _print(args, {"id": task_id, "created": task_id.created}, task_id)
+    return _say(args, {"id": task_id, "created": task_id.created}, task_id)
 
 
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _moment(text: str) -> datetime:
-    """A local time is refused: it may come twice a year, or not at all."""
-    with contextlib.suppress(ValueError):
-        if (moment := datetime.fromisoformat(text)).tzinfo is not None:
-            return moment
-    raise ConfigError("--run-at: must be a moment with its time zone, such as 2030-01-31T12:00:00+00:00")
-
-
-def _enqueue_file(app: Orchestrator, args: argparse.Namespace) -> int:
+def _enqueue_file(args: Args, run_at: datetime | None) -> int:
     """Enqueue each line of a file, which may be of any size: it is read and sent in batches."""
     if args.key is not None or args.payload is not None:
         raise ConfigError(f"{'PAYLOAD' if args.key is None else '--key'}: belongs in the lines of the file")
-    if args.delay is not None:
-        if args.run_at is not None:
-            raise ConfigError("--delay: give either --run-at or --delay")
-        args.run_at = datetime.now().astimezone() + timedelta(seconds=check_seconds("--delay", args.delay))
-    defaults = {"type": args.type, "priority": _priority(args.priority),
-                "max_retries": _retries(args.max_retries), "run_at": args.run_at and args.run_at.isoformat()}
-    defaults = {name: value for name, value in defaults.items() if value is not None}
-    stop = args.on_error == "stop"
-    counts = collections.Counter(created=0, known=0, bad=0)
+    defaults = {"type": args.type, "priority": check_priority(args.priority),
+                "max_retries": check_retries(args.max_retries), "run_at": run_at and run_at.isoformat()}
+    given = json.dumps({name: value for name, value in defaults.items() if value is not None})
+    counts, stop, before = collections.Counter(created=0, known=0, bad=0), args.on_error == "stop", 0
     try:
         with contextlib.nullcontext(sys.stdin.buffer) if args.file == "-" else open(args.file, "rb") as file:
-            for batch in _batches_of_lines(file):
-                for number, problem in _enqueue_lines(app, batch, defaults, stop, counts):
-                    print(f"line {number}: {problem}", file=sys.stderr)
+            for lines in _batches_of_lines(file):
+                rows = args.app.call("enqueue_lines", texts([line for line, _ in lines]), given, stop)
+                for number, _, created, problem in sorted(rows):
+                    counts["bad" if problem else "created" if created else "known"] += 1
+                    if problem:
+                        print(f"line {before + number}: {lines[number - 1][1] or problem}", file=sys.stderr)
                 if stop and counts["bad"]:
                     break
-                _progress(f"{batch[-1][0]} lines")
+                before += len(lines)
+                _progress(f"{before} lines")
     except psycopg.Error:
         print(f"{counts['created']} enqueued before the database failed", file=sys.stderr)
         raise
     except OSError as error:
         raise ConfigError(f"--file: cannot read {args.file}: {error.strerror}") from None
-    _print(args, dict(counts), f"{counts['created']} enqueued, {counts['known']} known already, "
-                               f"{_many(counts['bad'], 'bad line')}")
-    return 2 if counts["bad"] else 0
+    text = "{created} enqueued, {known} known already, ".format(**counts) + _many(counts["bad"], "bad line")
+    return _say(args, dict(counts), text, 2 if counts["bad"] else 0)
 
 
-Line = tuple[int, str, str | None]   # number, text, what is wrong with it
-
-
-def _batches_of_lines(file: Any) -> Iterator[list[Line]]:
-    batch: list[Line] = []
-    size = 0
-    for line in _lines(file):
-        batch.append(line)
-        size += len(line[1])
-        if len(batch) >= BATCH_LINES or size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _lines(file: Any) -> Iterator[Line]:
-    """The lines that aren't empty."""
-    for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES), b""), 1):
-        rest = line
-        while len(rest) == LINE_BYTES and not rest.endswith(b"\n"):
-            rest = file.readline(LINE_BYTES)
-        if rest is not line:
-            yield number, "", f"is longer than {LINE_BYTES} bytes"
-        elif line.strip():
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                yield number, text, "is not JSON: it has a NUL character" if "\0" in text else None
-            except UnicodeDecodeError:
-                yield number, "", "is not UTF-8"
-
-
-def _enqueue_lines(app: Orchestrator, batch: list[Line], defaults: Mapping[str, Any], stop: bool,
-                   counts: collections.Counter[str]) -> list[tuple[int, str]]:
-    """Enqueue a batch, count its lines, and return those that were refused with what is wrong with them.
-
-    stop: nothing after the first of those is enqueued, nor said.
-    """
-    bad = [(number, problem) for number, _, problem in batch if problem is not None]
-    sent = [line for line in batch if line[2] is None and not (stop and bad and line[0] > bad[0][0])]
-    arguments = texts([text for _, text, _ in sent]), json.dumps(defaults), stop
-    for line, _, created, problem in app.call("enqueue_lines", *arguments):
-        if problem is not None:
-            bad.append((sent[line - 1][0], problem))
-        else:
-            counts["created" if created else "known"] += 1
-    bad = sorted(bad)[:1 if stop else None]
-    counts["bad"] += len(bad)
-    return bad
-
-
-def command_list(app: Orchestrator, args: argparse.Namespace) -> int:
+@arg("--status", help="such as ready, running or dead_letter")
+@arg("--type")
+@arg("--limit", type=int, default=50, help="from 1 to 1000; default 50")
+@arg("--before", help="go on after a page: what it said is next, or an id")
+def do_list(args: Args) -> int:
+    """list tasks, the newest first; those of a type or status in that state's order"""
     tasks: list[dict[str, Any]] = []
-    before = args.before
+    more = True
     check_whole("--limit", args.limit, 1, 1000)
-    while len(tasks) < args.limit:   # a page looks at a bounded number of tasks, and may be empty
-        page = json.loads(app.call("api_tasks", p_type=args.type, p_status=args.status, p_before=before,
-                                   p_limit=min(200, args.limit - len(tasks)))[0][0])
+    while more and len(tasks) < args.limit:   # a page looks at a bounded number of tasks, and may be empty
+        page = json.loads(args.app.call(
+            "api_tasks", p_type=args.type, p_status=args.status, p_before=args.before,
+            p_limit=min(200, args.limit - len(tasks)))[0][0])
         tasks += page["tasks"]
-        before = page["next"]
-        if before is None:
-            break
-    _table(args, tasks, ["id", "type", "status", "priority", "attempts", "created_at", "last_error"])
-    if before is not None and not args.json:
-        print(f"more: --before {before}", file=sys.stderr)
+        args.before = page["next"]
+        more = args.before is not None
+    _table(args, tasks, "id type status priority attempts created_at last_error")
+    if more and not args.json:
+        print(f"more: --before {args.before}", file=sys.stderr)
     return 0
 
 
-def command_show(app: Orchestrator, args: argparse.Namespace) -> int:
-    text = app.call("show_task", check_id(args.id))[0][0]
+@arg("id")
+def do_show(args: Args) -> int:
+    """what a task went through, and why it is not running"""
+    text = args.app.call("show_task", check_id(args.id))[0][0]
     if text is None:
         print(f"there is no task {args.id}", file=sys.stderr)
         return 1
@@ -3913,71 +3775,145 @@ def command_show(app: Orchestrator, args: argparse.Namespace) -> int:
     return 0
 
 
-def command_cancel(app: Orchestrator, args: argparse.Namespace) -> int:
-    return _outcome(args, app.cancel(args.id), "cancelled", "cancelling")
+@arg("id")
+def do_cancel(args: Args) -> int:
+    """cancel a task"""
+    return _outcome(args, args.app.cancel(args.id), "cancelled", "cancelling")
 
 
-def command_retry(app: Orchestrator, args: argparse.Namespace) -> int:
-    if args.dead_letters and args.id:
-        raise ConfigError("ID: goes without --dead-letters")
+@arg("id", nargs="?")
+@arg("--dead-letters", action="store_true", help="all of them, the oldest first")
+@arg("--type", help="only dead letters of this type")
+@arg("--limit", type=int, help="only so many dead letters")
+def do_retry(args: Args) -> int:
+    """retry a dead letter or a cancelled task"""
     if args.dead_letters:
-        return _retry_dead_letters(app, args)
+        if args.id:
+            raise ConfigError("ID: goes without --dead-letters")
+        return _retry_dead_letters(args)
     if not args.id:
         raise ConfigError("ID: say which task to retry, or --dead-letters")
     if args.type is not None or args.limit is not None:
         raise ConfigError("--type, --limit: go with --dead-letters only")
-    return _outcome(args, app.retry(args.id), "pending")
+    return _outcome(args, args.app.retry(args.id), "pending")
 
 
-def _retry_dead_letters(app: Orchestrator, args: argparse.Namespace) -> int:
+def _outcome(args: Args, status: str, *good: str) -> int:
+    return _say(args, {"id": args.id, "status": status}, status, 0 if status in good else 1)
+
+
+def _retry_dead_letters(args: Args) -> int:
     """Retry in batches, the oldest first, and so many: what fails again meanwhile is left alone."""
     def dead_letters() -> int:
-        return sum(row["dead_letters"] for row in app.view("queue_stats") if args.type in (None, row["type"]))
+        rows = args.app.view("queue_stats")
+        return sum(row["dead_letters"] for row in rows if args.type in (None, row["type"]))
     wanted = dead_letters()
     if args.limit is not None:
         wanted = min(wanted, check_whole("--limit", args.limit, 1, 10 ** 9))
-    retried = 0
-    while retried < wanted:
-        count = app.call("retry_dead_letters", args.type, min(RETRY_BATCH, wanted - retried))[0][0]
-        if count == 0:
-            break
+    retried, count = 0, 1
+    while count and retried < wanted:
+        count = args.app.call("retry_dead_letters", args.type, min(RETRY_BATCH, wanted - retried))[0][0]
         retried += count
         _progress(f"{retried} of {wanted}")
     remain = dead_letters()
-    text = f"{_many(retried, 'dead letter')} retried, {remain} {'remains' if remain == 1 else 'remain'}"
-    return _print(args, {"retried": retried, "remaining": remain}, text)
+    return _say(args, {"retried": retried, "remaining": remain},
+                f"{_many(retried, 'dead letter')} retried, {remain} {'remains' if remain == 1 else 'remain'}")
 
 
-def _pause(function: str, state: str, app: Orchestrator, args: argparse.Namespace) -> int:
-    changed, matching = app.call(function, args.type)[0]
+@arg("type")
+def do_pause(args: Args) -> int:
+    """keep a type, or those of a pattern such as mail:, from being claimed"""
+    return _pause(args, "pause_type", "paused", "paused already")
+
+
+@arg("type")
+def do_resume(args: Args) -> int:
+    """undo pause"""
+    return _pause(args, "resume_type", "resumed", "not paused")
+
+
+def _pause(args: Args, function: str, state: str, unchanged: str) -> int:
+    changed, matching = args.app.call(function, args.type)[0]
     if matching == 0:
         print(f"no known type matches {_cell(args.type)}", file=sys.stderr)
-    told = state if changed else "paused already" if state == "paused" else "not paused"
-    data = {state: args.type, "changed": changed, "matching": matching}
-    return _print(args, data, f"{_cell(args.type)} is {told}")
+    return _say(args, {state: args.type, "changed": changed, "matching": matching},
+                f"{_cell(args.type)} is {state if changed else unchanged}")
 
 
-command_pause = functools.partial(_pause, "pause_type", "paused")
-command_resume = functools.partial(_pause, "resume_type", "resumed")
+def do_stats(args: Args) -> int:
+    """what waits, runs and failed, by type"""
+    return _table(args, args.app.view("queue_stats"),
+                  "type waiting scheduled in_flight dead_letters oldest_waiting_age paused")
 
 
-def command_stats(app: Orchestrator, args: argparse.Namespace) -> int:
-    columns = ["type", "waiting", "scheduled", "in_flight", "dead_letters", "oldest_waiting_age", "paused"]
-    return _table(args, app.view("queue_stats"), columns)
+@arg("name")
+@arg("cron", help="such as '30 3 * * mon-fri', @hourly or '@every 90 seconds'")
+@arg("type", help="such as task:backup")
+@arg("payload", nargs="?", help="JSON; default {}")
+@arg("--timezone", default="UTC", help="such as Europe/Berlin; default UTC")
+@arg("--priority", type=int, default=0)
+@arg("--max-retries", type=int)
+@arg("--missed", choices=("one", "all", "none"), default="one",
+     help="which of the times without a running worker to make up for; default the last one")
+@arg("--no-overlap", action="store_true", help="leave a time out while the last task is unfinished")
+def do_schedule(args: Args) -> int:
+    """enqueue a task at each time of a cron expression"""
+    next_at = args.app.schedule(args.name, args.cron, args.type, _payload(args.payload),
+                                timezone=args.timezone, priority=args.priority, max_retries=args.max_retries,
+                                missed=args.missed, overlap=not args.no_overlap)
+    text = next_at and next_at.isoformat()
+    return _say(args, {"name": args.name, "next_at": text}, f"next at {text}" if text else "it is paused")
 
 
-def command_audit(app: Orchestrator, args: argparse.Namespace) -> int:
-    rows = app.json("audit")
-    _table(args, rows, ["invariant", "task_id", "worker_id", "detail"])
-    return 1 if rows else 0
+def do_schedules(args: Args) -> int:
+    """schedules, their next times, and whether they fire"""
+    rows = args.app.view("schedule_states")
+    return _table(args, rows, "name cron timezone type next_at last_fire_at state")
 
 
-def command_psql(app: Orchestrator, args: argparse.Namespace) -> int:
-    app._open()
-    psql = str(app._embedded.bin / "psql") if app._embedded else shutil.which("psql")
+@arg("name")
+def do_unschedule(args: Args) -> int:
+    """remove a schedule; its tasks stay"""
+    removed = args.app.call("unschedule", args.name)[0][0]
+    text = "removed; its tasks stay" if removed else "there is no such schedule"
+    return _say(args, {"name": args.name, "removed": removed}, text, 0 if removed else 1)
+
+
+@arg("name")
+def do_fire(args: Args) -> int:
+    """enqueue the task of a schedule now"""
+    task_id = args.app.call("fire_schedule", args.name)[0][0]
+    if task_id is None:
+        print("there is no such schedule", file=sys.stderr)
+        return 1
+    return _say(args, {"id": task_id}, task_id)
+
+
+@arg("cron")
+@arg("--timezone", default="UTC")
+@arg("-n", dest="number", type=int, default=5, help="from 1 to 1000; default 5")
+def do_next(args: Args) -> int:
+    """the next times of a cron expression"""
+    number = check_whole("-n", args.number, 1, 1000)
+    rows = args.app.call("fire_times", p_cron=args.cron, p_timezone=args.timezone, p_n=number)
+    times = [datetime.fromisoformat(moment).isoformat() for (moment,) in rows]
+    return _say(args, times, "\n".join(times) or "never")
+
+
+def do_audit(args: Args) -> int:
+    """look for violated invariants; exit code 1 if there are any"""
+    rows = args.app.json("audit")
+    return _table(args, rows, "invariant task_id worker_id detail", 1 if rows else 0)
+
+
+@arg("psql_args", nargs=argparse.REMAINDER)
+def do_psql(args: Args) -> int:
+    """open psql on the database in use"""
+    args.app._open()
+    psql = str(args.app._embedded.bin / "psql") if args.app._embedded else shutil.which("psql")
     if psql is None:
         raise ConfigError("psql: is not on the PATH; install PostgreSQL's client")
-    known: dict[str, Any] = conninfo_to_dict(app.config.database_url)
+    known: dict[str, Any] = conninfo_to_dict(args.app.config.database_url)
     password = known.pop("password", None)   # by the environment: everyone can read an argument list
     environment = {**os.environ, **({"PGPASSWORD": password} if password else {})}
     signal.signal(signal.SIGINT, signal.SIG_IGN)   # Ctrl-C is psql's
@@ -3985,9 +3921,83 @@ def command_psql(app: Orchestrator, args: argparse.Namespace) -> int:
     return subprocess.run([psql, target, *args.psql_args], env=environment, check=False).returncode
 
 
-def _outcome(args: argparse.Namespace, status: str, *good: str) -> int:
-    _print(args, {"id": args.id, "status": status}, status)
-    return 0 if status in good else 1
+def _say(args: Args, data: Any, text: str, code: int = 0) -> int:
+    print(json.dumps(data) if args.json else text)
+    return code
+
+
+def _table(args: Args, rows: list[dict[str, Any]], names: str, code: int = 0) -> int:
+    lines = [names.split()]
+    lines += [[_cell("" if row[name] is None else row[name])[:80] for name in lines[0]] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = ("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+    return _say(args, rows, "\n".join(padded), code)
+
+
+def load_handlers(router: Router, name: str) -> None:
+    """Add the HANDLERS and SCHEDULES of a module, a .py file, or handlers.py in the working directory or
+    beside this file."""
+    files = [folder / "handlers.py" for folder in (Path.cwd(), Path(_FILE).parent)]
+    name = name or next((str(file) for file in files if file.exists()), "")
+    if not name:
+        return
+    try:
+        if name.endswith(".py"):
+            sys.path.insert(0, str(Path(name).resolve().parent))
+            spec = importlib.util.spec_from_file_location(Path(name).stem, name)
+            assert spec is not None and spec.loader is not None
+            module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            sys.path.insert(0, os.getcwd())
+            module = importlib.import_module(name)
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"HANDLERS: cannot load {name}: {describe_error(error)}") from error
+    handlers = getattr(module, "HANDLERS", None)
+    if not isinstance(handlers, dict):
+        raise ConfigError(f"HANDLERS: the module {name} has no dict HANDLERS = {{'type': function}}")
+    for pattern, handler in handlers.items():
+        router.add(pattern, handler)
+    schedules = getattr(module, "SCHEDULES", {})
+    if not isinstance(schedules, dict) or not all(isinstance(each, Schedule) for each in schedules.values()):
+        raise ConfigError("SCHEDULES: must be a dict such as {'nightly': Schedule('@daily', 'task:backup')}")
+    router.schedules.update(schedules)
+
+
+def _payload(text: str | None) -> Any:
+    try:
+        return json.loads(text or "{}", parse_constant=int)   # which refuses NaN and Infinity
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"payload: is not JSON: {getattr(error, 'msg', error)}") from None
+
+
+def _moment(text: str) -> datetime:
+    """A local time is refused: it may come twice a year, or not at all."""
+    with contextlib.suppress(ValueError):
+        if (moment := datetime.fromisoformat(text)).tzinfo is not None:
+            return moment
+    raise ConfigError("--run-at: must be a moment with its time zone, such as 2030-01-31T12:00:00+00:00")
+
+
+def _batches_of_lines(file: Any) -> Iterator[list[tuple[str, str]]]:
+    """Each line, and what is wrong with it where it can't be sent; then "-" is sent, which is refused."""
+    batch: list[tuple[str, str]] = []
+    size = 0
+    for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES), b""), 1):
+        text, problem = "-", ""
+        while not line.endswith(b"\n") and (rest := file.readline(LINE_BYTES)):
+            line, problem = rest, f"is longer than {LINE_BYTES} bytes"
+        if not problem:
+            try:
+                text = check_text("", line.decode("utf-8-sig" if number == 1 else "utf-8").strip())
+            except ValueError:
+                problem = "is not UTF-8, or has a NUL character"
+        batch.append((text, problem))
+        size += len(line)
+        if len(batch) == BATCH_LINES or size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    yield batch
 
 
 def _many(count: int, what: str) -> str:
@@ -4004,23 +4014,6 @@ def _cell(value: Any) -> str:
     return re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text)   # what a task says must not steer the terminal
 
 
-def _print(args: argparse.Namespace, data: Any, text: str) -> int:
-    print(json.dumps(data) if args.json else text)
-    return 0
-
-
-def _table(args: argparse.Namespace, rows: list[dict[str, Any]], columns: list[str]) -> int:
-    if args.json:
-        return _print(args, rows, "")
-    shown = [[_cell("" if row[name] is None else row[name])[:80] for name in columns] for row in rows]
-    cells = [columns, *shown]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    for line in cells:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-    return 0
-
-
-# ----------------------------------------------------------------------------------------- the command line
 class _Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)   # psql has options of its own
@@ -4048,79 +4041,47 @@ def _parser() -> _Parser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     # after a command the same flags again, which leave alone what came before it
     settings = _settings(argument_default=argparse.SUPPRESS)
-
-    def command(name: str, text: str) -> Callable[..., Any]:
-        return commands.add_parser(name, help=text, description=text, parents=[settings]).add_argument
-    command("run", "run a worker (the default)")
-    add = command("install", "install or upgrade the schema")
-    add("--print", action="store_true", help="only print the SQL")
-    _add_enqueue(command("enqueue", "add a task, or many from a file"))
-    add = command("list", "list tasks, the newest first; those of a type or status in that state's order")
-    add("--status", help="such as ready, running or dead_letter")
-    add("--type")
-    add("--limit", type=int, default=50, help="from 1 to 1000; default 50")
-    add("--before", help="go on after a page: what it said is next, or an id")
-    command("show", "what a task went through, and why it is not running")("id")
-    command("cancel", "cancel a task")("id")
-    add = command("retry", "retry a dead letter or a cancelled task")
-    add("id", nargs="?")
-    add("--dead-letters", action="store_true", help="all of them, the oldest first")
-    add("--type", help="only dead letters of this type")
-    add("--limit", type=int, help="only so many dead letters")
-    command("pause", "keep a type, or those of a pattern such as mail:, from being claimed")("type")
-    command("resume", "undo pause")("type")
-    command("stats", "what waits, runs and failed, by type")
-    command("audit", "look for violated invariants; exit code 1 if there are any")
-    command("psql", "open psql on the database in use")("psql_args", nargs=argparse.REMAINDER)
+    for name, function in list(globals().items()):
+        if name.startswith("do_"):
+            text = function.__doc__
+            subparser = commands.add_parser(name[3:], help=text, description=text, parents=[settings])
+            for names, options in ARGUMENTS[function]:
+                subparser.add_argument(*names, **options)
+    parser.set_defaults(command="run")
     return parser
-
-
-def _add_enqueue(add: Callable[..., Any]) -> None:
-    add("type", nargs="?", help="such as task:backup")
-    add("payload", nargs="?", help="JSON; default {}")
-    add("--priority", type=int, default=0, help="higher is claimed first; default 0")
-    add("--key", help="idempotency key")
-    add("--max-retries", type=int, help="default: the policy of the type")
-    add("--delay", help="such as 10m, or a number of seconds")
-    add("--run-at", help="such as 2030-01-31T12:00:00+00:00")
-    add("--file", help="JSON lines {type, payload, priority, idempotency_key, max_retries, run_at}, with the "
-                       "other flags for what they leave out; - is standard input")
-    add("--on-error", choices=("continue", "stop"), help="what to do at a bad line; default continue")
 
 
 def _spell_out(words: Sequence[str]) -> list[str]:
     """`--debug` alone means `--debug=true`; argparse would take a command that follows for the value."""
     switches = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(Config)
                 if field.metadata["parse"] is _boolean}
-
-    def alone(word: str, following: str) -> bool:
-        try:
-            return word in switches and _boolean(following) is None
-        except ValueError:
-            return True
-    pairs = zip(words, [*words, ""][1:], strict=True)
-    return [f"{word}=true" if alone(word, following) else word for word, following in pairs]
+    spelled = []
+    for word, following in zip(words, [*words, ""][1:], strict=True):
+        if word in switches:
+            try:
+                _boolean(following)
+            except ValueError:
+                word += "=true"
+        spelled.append(word)
+    return spelled
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns 0: done, 1: not found or refused, 2: bad input."""
-    parser = _parser()
-    args, unknown = parser.parse_known_args(_spell_out(sys.argv[1:] if argv is None else argv))
+    parser, args = _parser(), Args(app=None)
+    _, unknown = parser.parse_known_args(_spell_out(sys.argv[1:] if argv is None else argv), args)
     if args.command == "psql":
         args.psql_args = unknown + args.psql_args   # REMAINDER lacks the options that come first
     elif unknown:
         parser.error("unrecognized arguments: " + " ".join(unknown))
-    app = None
     try:
         # HANDLERS is a module's name, while Orchestrator takes the handlers themselves
-        app = Orchestrator(**{name.removeprefix("set_"): value for name, value in vars(args).items()
-                              if name.startswith("set_") and name != "set_handlers"})
-        if args.command in (None, "run"):
-            setup_logging(app.config, "")
-        else:
-            setup_logging(app.config)
-            log.setLevel(logging.DEBUG if app.config.debug else logging.WARNING)
-        return int(globals()["command_" + (args.command or "run")](app, args))
+        args.app = Orchestrator(**{name.removeprefix("set_"): value for name, value in vars(args).items()
+                                   if name.startswith("set_") and name != "set_handlers"})
+        setup_logging(args.app.config, "" if args.command == "run" else "orchestrator")
+        if args.command != "run" and not args.app.config.debug:
+            log.setLevel(logging.WARNING)
+        return int(globals()["do_" + args.command](args))
     except (ConfigError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
     except psycopg.Error as error:
@@ -4133,8 +4094,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     finally:
-        if app is not None:
-            app.close()
+        if args.app is not None:
+            args.app.close()
     return 2
 
 

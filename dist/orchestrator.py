@@ -11,7 +11,7 @@
   python orchestrator.py enqueue TYPE '{...}'  add a task, as does: select orchestrator.enqueue('TYPE', '{...}')
   python orchestrator.py show ID               what happened to a task, and why it is not running
   python orchestrator.py COMMAND --help        install, enqueue, list, show, cancel, retry, pause, resume, stats,
-                                               audit, psql
+                                               schedule, schedules, unschedule, fire, next, audit, psql
 
 In a program:
 
@@ -82,15 +82,14 @@ from urllib.parse import parse_qsl, quote, urlsplit
 from uuid import UUID
 
 import psycopg
-from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily, Metric
+from prometheus_client import CollectorRegistry, ProcessCollector, core, generate_latest
 from psycopg import generators, pq
 from psycopg.adapt import PyFormat, Transformer
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.types.string import TextLoader
 
 __all__ = ["Cancelled", "ClaimLost", "Config", "ConfigError", "Discard", "EnqueuedId", "Handler", "Orchestrator",
-           "Retry", "Snooze", "Task"]
+           "Retry", "Schedule", "Snooze", "Task"]
 
 VERSION = "0.1.0"
 SCHEMA_VERSION = 1
@@ -104,10 +103,12 @@ BUNDLED_SQL: dict[str, str] = {
 --   enqueue → claim_tasks → [start_tasks] → complete_tasks
 --                         → fail_tasks → (retry_scheduled) promote_due → claim_tasks … or (dead_letter) retry_task
 --                         → release_tasks | snooze_task → claim_tasks …
+-- schedule → promote_due enqueues, at each fire time.
 -- Whoever writes what a crash may forget without harm (claims, heartbeats, promotions, progress, floors, counts, retention: they
 -- are made again) commits without waiting for the flush: set_config('synchronous_commit', 'off', true). Enqueued tasks and
 -- outcomes, starts that are charged, registrations, terms, deaths and what operators do wait for it.
 -- Lock order everywhere: the leader's row in workers → other workers → claims (ascending id) → tasks → lane_floors (35_floors.sql).
+-- A schedule's row is locked before those of tasks; promote_due skips one that is locked.
 
 -- Constraints, views, defaults and inlined functions are bound to what this path finds: nothing in other schemas shadows a built-in.
 set local search_path = pg_catalog, pg_temp;
@@ -273,13 +274,6 @@ comment on column orchestrator.tasks.recoveries is 'How often it was taken from 
 comment on column orchestrator.tasks.result is 'What the handler returned.';
 comment on column orchestrator.tasks.progress is 'The progress that its handler reported last.';
 
-create index if not exists tasks_ready on orchestrator.tasks (type, priority desc, queued_at) where queued_at is not null;
-create index if not exists tasks_claim on orchestrator.tasks (claim_id) where claim_id is not null;
-create index if not exists tasks_due on orchestrator.tasks (next_retry_at) where next_retry_at is not null;
-create index if not exists tasks_dead on orchestrator.tasks (dead_at) where dead_at is not null;
-create index if not exists tasks_cancelling on orchestrator.tasks (cancel_requested_at) where cancel_requested_at is not null;
-create unique index if not exists tasks_idempotency on orchestrator.tasks (type, idempotency_key) where idempotency_key is not null;
-
 create table if not exists orchestrator.claims (
   id          bigint primary key,
   worker_id   text not null,
@@ -287,7 +281,6 @@ create table if not exists orchestrator.claims (
   open_tasks  int not null,
   constraint open_tasks_is_positive check (open_tasks > 0)
 ) with (fillfactor = 50);
-create index if not exists claims_worker on orchestrator.claims (worker_id);
 comment on table orchestrator.claims is
   'One row for each batch of tasks a worker holds: the fence (its id), the in-flight index (joined with tasks.claim_id) and '
   'the lease that recovery walks. open_tasks = its tasks in claimed or running; the row goes with the last of them.';
@@ -308,8 +301,6 @@ create table if not exists orchestrator.workers (
   declared_dead_at timestamptz,
   constraint leader_has_term_and_lease check (not is_leader or (leader_term is not null and leader_until is not null))
 ) with (fillfactor = 50);
-create unique index if not exists workers_have_one_leader on orchestrator.workers (is_leader) where is_leader;
-create index if not exists workers_idle on orchestrator.workers (id) where idle;
 create sequence if not exists orchestrator.leader_terms;
 comment on table orchestrator.workers is 'One row for each live worker process, and for each dead one whose claims are still to be recovered.';
 comment on column orchestrator.workers.id is 'hostname:pid:random, new at every start and after being declared dead.';
@@ -329,7 +320,6 @@ create table if not exists orchestrator.task_types (
   paused      boolean not null default false,
   updated_at  timestamptz not null default clock_timestamp()
 );
-create index if not exists task_types_paused on orchestrator.task_types (type) where paused;
 comment on table orchestrator.task_types is
   'The retry policy of a type or pattern, written when a worker registers its handlers, and whether it is paused. Policies '
   'are in SQL, since recovery applies them to types that the leader has no handler for.';
@@ -345,7 +335,6 @@ create table if not exists orchestrator.task_events (
   worker_id text,
   detail    text
 );
-create index if not exists task_events_task on orchestrator.task_events (task_id, id);
 comment on table orchestrator.task_events is
   'What happened to a task apart from success: failed, retry_scheduled, dead_letter, released, recovered, snoozed, '
   'cancel_requested, cancelled, retried, result_lost. The newest 100 events of each task are kept as long as the task.';
@@ -355,7 +344,6 @@ create table if not exists orchestrator.lanes (
   priority int not null,
   noted_at timestamptz not null default clock_timestamp()
 );
-create index if not exists lanes_lane on orchestrator.lanes (type, priority);
 comment on table orchestrator.lanes is
   'The lanes (type, priority) that many ready tasks were taken from lately. Only those can hold so many dead index entries '
   'that the leader has to raise their floors. It has no unique key, so that noting a lane never waits.';
@@ -366,8 +354,6 @@ create table if not exists orchestrator.lane_floors (
   generation bigint not null,
   floor      timestamptz not null
 );
--- in the order of the ready index, so that the next lane that has a floor is one look
-create index if not exists lane_floors_newest on orchestrator.lane_floors (type, priority desc, generation desc, floor);
 comment on table orchestrator.lane_floors is
   'For a lane, the queued_at below which nothing is ready: the lowest floor of its newest generation. A claim starts there '
   'instead of walking the dead index entries that an old snapshot keeps.';
@@ -385,6 +371,33 @@ create table if not exists orchestrator.leader_state (
 comment on table orchestrator.leader_state is
   'The leader''s notes, one row: how far floors may rise, when to look for floors that no longer help, where pruning and the '
   'rescan stopped, and a type taken by chance from those that have ready tasks.';
+-- Not "if not exists", which waits for all writers, and keeps them out, also where the index is there.
+do $$
+declare
+  r record;
+begin
+  for r in
+    select * from (values
+      ('index', 'tasks_ready', 'tasks (type, priority desc, queued_at) where queued_at is not null'),
+      ('index', 'tasks_claim', 'tasks (claim_id) where claim_id is not null'),
+      ('index', 'tasks_due', 'tasks (next_retry_at) where next_retry_at is not null'),
+      ('index', 'tasks_dead', 'tasks (dead_at) where dead_at is not null'),
+      ('index', 'tasks_cancelling', 'tasks (cancel_requested_at) where cancel_requested_at is not null'),
+      ('unique index', 'tasks_idempotency', 'tasks (type, idempotency_key) where idempotency_key is not null'),
+      ('index', 'claims_worker', 'claims (worker_id)'),
+      ('unique index', 'workers_have_one_leader', 'workers (is_leader) where is_leader'),
+      ('index', 'workers_idle', 'workers (id) where idle'),
+      ('index', 'task_types_paused', 'task_types (type) where paused'),
+      ('index', 'task_events_task', 'task_events (task_id, id)'),
+      ('index', 'lanes_lane', 'lanes (type, priority)'),
+      -- in the order of the ready index, so that the next lane that has a floor is one look
+      ('index', 'lane_floors_newest', 'lane_floors (type, priority desc, generation desc, floor)')) i(kind, name, definition)
+    where to_regclass('orchestrator.' || i.name) is null
+  loop
+    execute format('create %s %I on orchestrator.%s', r.kind, r.name, r.definition);
+  end loop;
+end $$;
+
 -- not "on conflict", which waits for a leader that updates the row: it may be waiting for the locks of this installation
 insert into orchestrator.leader_state (one) select true where not exists (select from orchestrator.leader_state);
 
@@ -626,7 +639,453 @@ comment on function orchestrator.enqueue_lines(text[], jsonb, boolean) is
   'the problem. p_stop: the first line with a problem ends it, and nothing behind that line is enqueued.';
 """,
 
-'30_claim.sql': r"""-- Claiming. claim_tasks writes tasks, one row of claims and sometimes lanes; start_tasks and promote_due write tasks.
+'21_cron.sql': r"""-- Cron expressions: fire_times says when one fires, in the database's own time zones. Reads and writes no table, locks nothing.
+
+do $$
+begin
+  if to_regtype('orchestrator._cron_fields') is null then
+    -- every: the seconds of @every, and then the rest is null. every_hour: the hour field starts with *, so real time goes on when
+    -- the clock changes. either_day: day and weekday are both restricted, so one of them is enough.
+    create type orchestrator._cron_fields as (
+      every bigint, minutes int[], hours int[], days int[], months int[], weekdays int[], every_hour boolean, either_day boolean);
+  end if;
+end $$;
+
+-- One field as the numbers it stands for.
+create or replace function orchestrator._cron_field(p_field text, p_text text, p_low int, p_high int, p_names text[] default '{}')
+returns int[] language plpgsql immutable set search_path = pg_catalog, pg_temp as $$
+declare
+  v_item text;
+  v_match text[];   -- *, or first and last; step
+  v_ends int[];
+  v_numbers int[] := array[]::int[];
+begin
+  if p_text = '*' then return array(select generate_series(p_low, p_high)); end if;
+  foreach v_item in array string_to_array(lower(p_text), ',') loop
+    v_match := regexp_match(v_item, '^(?:(\*)|(\d{1,2}|[a-z]{3})(?:-(\d{1,2}|[a-z]{3}))?)(?:/(\d{1,2}))?$');
+    v_ends := array(
+      select case when e ~ '^\d' then e::int else array_position(p_names, e) + p_low - 1 end
+      from unnest(v_match[2:3]) with ordinality u(e, o) order by o);
+    if v_match[1] is not null then
+      v_ends := array[p_low, p_high];
+    elsif v_match[3] is null then
+      v_ends[2] := case when v_match[4] is null then v_ends[1] else p_high end;   -- 5/10 is 5-59/10
+    end if;
+    if (v_ends[1] between p_low and v_ends[2] and v_ends[2] <= p_high and coalesce(v_match[4]::int, 1) > 0) is not true then
+      perform orchestrator._invalid('cron', format('%s: %L is not a list of values from %s to %s', p_field, p_text, p_low, p_high),
+                                    'Such as *, */15, 0, 1-5 or 1,3,5.');
+    end if;
+    v_numbers := v_numbers || array(select generate_series(v_ends[1], v_ends[2], coalesce(v_match[4]::int, 1)));
+  end loop;
+  return array(select distinct n from unnest(v_numbers) n order by n);
+end $$;
+
+create or replace function orchestrator._every(p_interval text) returns bigint
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+declare
+  v_every interval;
+  v_seconds numeric;
+begin
+  begin
+    v_every := p_interval::interval;
+    v_seconds := extract(epoch from v_every);
+  exception when data_exception then null;
+  end;
+  if (v_seconds between 1 and extract(epoch from orchestrator.longest_delay()) and v_seconds % 1 = 0
+      and extract(year from v_every) = 0 and extract(month from v_every) = 0) is not true then
+    perform orchestrator._invalid('cron', '@every takes whole seconds, from 1 second to 3650 days, and no months',
+                                  'Such as @every 90 seconds, or @every 1 hour 30 minutes.');
+  end if;
+  return v_seconds;
+end $$;
+
+create or replace function orchestrator._parse_cron(p_cron text) returns orchestrator._cron_fields
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+declare
+  c orchestrator._cron_fields;
+  v_cron text := lower(btrim(p_cron, E' \t\r\n'));
+  f text[];
+begin
+  if v_cron ~ '^@every\s' then
+    c.every := orchestrator._every(substr(v_cron, 8));
+    return c;
+  end if;
+  f := regexp_split_to_array(case v_cron
+    when '@hourly' then '0 * * * *' when '@daily' then '0 0 * * *' when '@midnight' then '0 0 * * *' when '@weekly' then '0 0 * * 0'
+    when '@monthly' then '0 0 1 * *' when '@yearly' then '0 0 1 1 *' when '@annually' then '0 0 1 1 *' else v_cron end, '\s+');
+  if cardinality(f) is distinct from 5 then
+    perform orchestrator._invalid('cron', 'must have five fields: minute hour day month weekday',
+                                  'Such as 30 3 * * 1-5, @hourly, or @every 90 seconds.');
+  end if;
+  c.minutes := orchestrator._cron_field('minute', f[1], 0, 59);
+  c.hours := orchestrator._cron_field('hour', f[2], 0, 23);
+  c.days := orchestrator._cron_field('day', f[3], 1, 31);
+  c.months := orchestrator._cron_field('month', f[4], 1, 12, '{jan,feb,mar,apr,may,jun,jul,aug,sep,oct,nov,dec}');
+  -- Sunday is 0 and 7: a range may end with it
+  c.weekdays := orchestrator._cron_field('weekday', replace(f[5], '-sun', '-7'), 0, 7, '{sun,mon,tue,wed,thu,fri,sat}');
+  if 7 = any (c.weekdays) then c.weekdays := c.weekdays || 0; end if;
+  c.every_hour := left(f[2], 1) = '*';
+  c.either_day := left(f[3], 1) <> '*' and left(f[5], 1) <> '*';
+  return c;
+end $$;
+
+-- The fire times in (p_after, p_until], in no particular order. The clock changes at most once in three days, so a local time is
+-- one of two moments at most. A fixed hour is the first of them; where the clock jumps over it, as much later as it jumps.
+create or replace function orchestrator._fire_times_between(
+  c orchestrator._cron_fields, p_timezone text, p_after timestamptz, p_until timestamptz)
+returns setof timestamptz language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+declare
+  v_after timestamp := p_after at time zone 'UTC';
+  v_until timestamp := p_until at time zone 'UTC';
+  v_first date := (p_after at time zone p_timezone)::date - 1;   -- the clock may jump from one day into the next, and back
+  v_last date := (p_until at time zone p_timezone)::date + 1;
+begin
+  return query
+    select distinct t.at at time zone 'UTC'
+    from (select v_first + n as day, (v_first + n - 1)::timestamp as before, (v_first + n + 2)::timestamp as after
+          from generate_series(0, v_last - v_first) n offset 0) d
+    cross join lateral (   -- the offsets from UTC before and after a change
+      select (d.before at time zone 'UTC' at time zone p_timezone) - d.before as before,
+             (d.after at time zone 'UTC' at time zone p_timezone) - d.after as after offset 0) o
+    cross join lateral (   -- early, since what fires each minute has 1,440 times a day
+      select h from unnest(c.hours) h
+      where d.day + make_interval(hours => h) - greatest(o.before, o.after) <= v_until
+        and d.day + make_interval(hours => h + 1) - least(o.before, o.after) > v_after offset 0) h
+    cross join unnest(c.minutes) m
+    cross join lateral (select d.day + make_interval(hours => h, mins => m) as at) l
+    cross join lateral unnest(case
+      when o.before = o.after then array[l.at - o.before]
+      else coalesce(
+        nullif(array(
+          select u.at from unnest(array[l.at - o.before, l.at - o.after]) u(at)
+          where u.at at time zone 'UTC' at time zone p_timezone = l.at
+          order by u.at limit case when c.every_hour then 2 else 1 end), '{}'),
+        case when not c.every_hour then array[l.at - o.before] end)
+      end) t(at)
+    where extract(month from d.day)::int = any (c.months)
+      and case when c.either_day then extract(day from d.day)::int = any (c.days) or extract(dow from d.day)::int = any (c.weekdays)
+               else extract(day from d.day)::int = any (c.days) and extract(dow from d.day)::int = any (c.weekdays) end
+      and t.at > v_after and t.at <= v_until;
+end $$;
+
+create or replace function orchestrator.fire_times(
+  p_cron text, p_timezone text default 'UTC', p_after timestamptz default now(), p_n int default 5, p_until timestamptz default 'infinity')
+returns setof timestamptz language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+declare
+  c orchestrator._cron_fields := orchestrator._parse_cron(p_cron);
+  v_left int := p_n;
+  v_found int;
+  v_from timestamptz := p_after;
+  v_to timestamptz;
+  v_span interval := interval '2 hours';
+  v_give_up timestamptz;
+begin
+  if isfinite(p_after) is not true then
+    perform orchestrator._invalid('after', 'must be a moment', 'Leave it out for the times from now on.');
+  end if;
+  begin
+    perform p_after at time zone p_timezone;
+  exception when invalid_parameter_value then
+    perform orchestrator._invalid('timezone', format('there is no %L', p_timezone), 'Such as UTC or Europe/Berlin: see pg_timezone_names.');
+  end;
+  if c.every is not null then
+    return query
+      select u.at
+      from (select to_timestamp(c.every * (floor(extract(epoch from p_after) / c.every) + k)) from generate_series(1, p_n) k) u(at)
+      where u.at <= p_until;
+    return;
+  end if;
+  while v_left > 0 loop
+    v_give_up := coalesce(v_give_up, v_from + interval '360000 hours');   -- 29 February may be a Sunday 40 years from now
+    v_to := least(v_from + v_span, p_until, v_give_up);
+    return query
+      select f.at from orchestrator._fire_times_between(c, p_timezone, v_from, v_to) f(at) order by f.at limit v_left;
+    get diagnostics v_found = row_count;
+    exit when v_to >= least(p_until, v_give_up);
+    if v_found > 0 then v_give_up := null; end if;
+    v_left := v_left - v_found;
+    v_from := v_to;
+    v_span := v_span * 5;
+  end loop;
+end $$;
+comment on function orchestrator.fire_times(text, text, timestamptz, int, timestamptz) is
+  'The next p_n times of a cron expression after p_after, up to p_until. Minute hour day month weekday, each *, a number, a name, a '
+  'range, with or without /step, or a list of these; @hourly, @daily, @weekly, @monthly, @yearly; or @every INTERVAL, in whole '
+  'seconds counted from 1970. If day and weekday are both restricted, either is enough. Where the clock jumps over a fixed hour, it '
+  'fires as much later; where the hour comes twice, at the first. Hours * and */n follow real time. Looks 41 years ahead. Raises OR001.';
+
+-- The last fire time in (p_after, p_until], looked for in spans that grow backwards; null if there is none.
+create or replace function orchestrator._last_fire_time(p_cron text, p_timezone text, p_after timestamptz, p_until timestamptz)
+returns timestamptz language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+declare
+  c orchestrator._cron_fields := orchestrator._parse_cron(p_cron);
+  v_to timestamptz := p_until;
+  v_from timestamptz;
+  v_span interval := interval '2 hours';
+  v_last timestamptz;
+begin
+  if c.every is not null then
+    v_last := to_timestamp(c.every * floor(extract(epoch from p_until) / c.every));
+    return case when v_last > p_after then v_last end;
+  end if;
+  while v_last is null and v_to > p_after loop
+    v_from := greatest(p_after, v_to - v_span);
+    select max(f.at) into v_last from orchestrator._fire_times_between(c, p_timezone, v_from, v_to) f(at);
+    v_to := v_from;
+    v_span := v_span * 5;
+  end loop;
+  return v_last;
+end $$;
+""",
+
+'22_schedules.sql': r"""-- Schedules: recurring tasks. promote_due, which every worker calls, fires those that are due: no leader is needed.
+-- Writes schedules; firing also writes tasks and lanes, through enqueue. Locks: a schedule's row, skipped where another
+-- transaction holds it → whatever enqueue locks. A time fires once, since next_at moves on in the transaction that enqueues
+-- its task, and since the task's idempotency key names the time: schedule:NAME:2026-11-26T12:00:00Z.
+
+create table if not exists orchestrator.schedules (
+  name         text primary key,
+  cron         text not null,
+  timezone     text not null,
+  type         text not null,
+  payload      jsonb not null,
+  priority     int not null,
+  max_retries  int,
+  missed       text not null,
+  overlap      boolean not null,
+  paused       boolean not null default false,
+  next_at      timestamptz not null,
+  active_since timestamptz not null default clock_timestamp(),
+  last_fire_at timestamptz,
+  last_task_id uuid,
+  last_error   text,
+  updated_at   timestamptz not null default clock_timestamp(),
+  constraint missed_is_one_all_or_none check (missed in ('one', 'all', 'none')),
+  constraint a_failed_schedule_is_paused check (last_error is null or paused)
+) with (fillfactor = 50);
+create index if not exists schedules_due on orchestrator.schedules (next_at) where not paused;
+comment on table orchestrator.schedules is
+  'One row for each recurring task, written by schedule, unschedule, pause_schedule, resume_schedule, fire_schedule and promote_due.';
+comment on column orchestrator.schedules.name is '1 to 200 bytes; part of the idempotency key of its tasks.';
+comment on column orchestrator.schedules.cron is 'When it fires: see fire_times.';
+comment on column orchestrator.schedules.missed is
+  'What happens to fire times at which no worker was running: one = the last of them fires, all = each of them, '
+  'none = only what is less than a minute late.';
+comment on column orchestrator.schedules.overlap is 'False: a fire time is left out while the task of the last one has not ended.';
+comment on column orchestrator.schedules.next_at is 'The earliest fire time that has not been dealt with.';
+comment on column orchestrator.schedules.active_since is
+  'Its fire times count from here: when it was created, got another cron or time zone, or was resumed.';
+comment on column orchestrator.schedules.last_fire_at is
+  'The fire time of last_task_id; if fire_schedule created that task, when it did.';
+comment on column orchestrator.schedules.last_error is 'Why it could not fire and was paused; null: it was not, or a person paused it.';
+
+-- Refuses a definition that could never fire; returns its first fire time.
+create or replace function orchestrator._check_schedule(
+  p_name text, p_cron text, p_type text, p_payload jsonb, p_timezone text, p_priority int, p_max_retries int, p_missed text)
+returns timestamptz language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+declare
+  v_next timestamptz;
+begin
+  if (octet_length(p_name) between 1 and 200 and p_name !~ '[[:cntrl:]]') is not true then
+    perform orchestrator._invalid('name', 'must be 1 to 200 bytes, without control characters', 'Use a name such as nightly-backup.');
+  elsif (p_missed in ('one', 'all', 'none')) is not true then
+    perform orchestrator._invalid('missed', 'must be one, all or none', 'What to make up for after a time without a running worker.');
+  elsif not exists (select from pg_timezone_names z where z.name = p_timezone) then   -- at time zone would take "Berlin1", too
+    perform orchestrator._invalid('timezone', format('there is no %L', p_timezone), 'Such as UTC or Europe/Berlin: see pg_timezone_names.');
+  elsif orchestrator._payload_problem(p_payload) is not null then
+    perform orchestrator._refuse_payload('payload', orchestrator._payload_problem(p_payload));
+  end if;
+  perform orchestrator._check_task(p_type, p_priority, null, p_max_retries, null);
+  select f.at into v_next from orchestrator.fire_times(p_cron, p_timezone, clock_timestamp(), 1) f(at);
+  if v_next is null then
+    perform orchestrator._invalid('cron', format('%L never comes', p_cron), 'As 0 0 30 2 *: February has no 30th.');
+  end if;
+  return v_next;
+end $$;
+
+create or replace function orchestrator.schedule(
+  p_name text, p_cron text, p_type text, p_payload jsonb default '{}', p_timezone text default 'UTC', p_priority int default 0,
+  p_max_retries int default null, p_missed text default 'one', p_overlap boolean default true)
+returns timestamptz language plpgsql set search_path = pg_catalog, pg_temp as $$
+declare
+  v_next timestamptz;
+begin
+  p_payload := coalesce(p_payload, '{}');
+  p_overlap := coalesce(p_overlap, true);
+  -- without a lock, so that a deployment in a long transaction keeps no schedule from firing
+  if not exists (
+    select from orchestrator.schedules s
+    where s.name = p_name and (s.cron, s.timezone, s.type, s.payload, s.priority, s.max_retries, s.missed, s.overlap)
+      is not distinct from (p_cron, p_timezone, p_type, p_payload, p_priority, p_max_retries, p_missed, p_overlap))
+  then
+    v_next := orchestrator._check_schedule(p_name, p_cron, p_type, p_payload, p_timezone, p_priority, p_max_retries, p_missed);
+    insert into orchestrator.schedules as s (name, cron, timezone, type, payload, priority, max_retries, missed, overlap, next_at)
+    values (p_name, p_cron, p_timezone, p_type, p_payload, p_priority, p_max_retries, p_missed, p_overlap, v_next)
+    on conflict (name) do update
+    set cron = p_cron, timezone = p_timezone, type = p_type, payload = p_payload, priority = p_priority, max_retries = p_max_retries,
+        missed = p_missed, overlap = p_overlap, updated_at = clock_timestamp(),
+        paused = s.paused and s.last_error is null, last_error = null,   -- one that failed gets another chance
+        -- the same fire times: what was missed meanwhile is still due
+        next_at = case when (s.cron, s.timezone) = (p_cron, p_timezone) and s.last_error is null then s.next_at else v_next end,
+        active_since = case when (s.cron, s.timezone) = (p_cron, p_timezone) and s.last_error is null then s.active_since
+                            else clock_timestamp() end;
+  end if;
+  return (select s.next_at from orchestrator.schedules s where s.name = p_name and not s.paused);
+end $$;
+comment on function orchestrator.schedule(text, text, text, jsonb, text, int, int, text, boolean) is
+  'Creates or changes a schedule: at each of fire_times(p_cron, p_timezone), a task of that type is enqueued. Returns the next one '
+  '(null: it is paused). The same definition again changes nothing; another cron or time zone counts from now on. p_missed: what of '
+  'the times without a running worker is made up for, the last (one), all or none. p_overlap false: a time is left out while the '
+  'last task is unfinished. Raises OR001.';
+
+create or replace function orchestrator.unschedule(p_name text) returns boolean
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+begin
+  delete from orchestrator.schedules s where s.name = p_name;
+  return found;
+end $$;
+comment on function orchestrator.unschedule(text) is 'Removes a schedule; its tasks stay. Returns whether there was one.';
+
+create or replace function orchestrator.pause_schedule(p_name text) returns boolean
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+begin
+  update orchestrator.schedules s set paused = true where s.name = p_name and not s.paused;
+  if found then return true; end if;
+  return (select false from orchestrator.schedules s where s.name = p_name);
+end $$;
+comment on function orchestrator.pause_schedule(text) is
+  'Keeps a schedule from firing; its tasks stay. Returns whether that is new, null if there is no such schedule.';
+
+create or replace function orchestrator.resume_schedule(p_name text) returns boolean
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+begin
+  update orchestrator.schedules s
+  set paused = false, last_error = null, active_since = clock_timestamp(),
+      next_at = (select f.at from orchestrator.fire_times(s.cron, s.timezone, clock_timestamp(), 1) f(at))
+  where s.name = p_name and s.paused;
+  if found then return true; end if;
+  return (select false from orchestrator.schedules s where s.name = p_name);
+end $$;
+comment on function orchestrator.resume_schedule(text) is
+  'Has a paused schedule, also one that failed, go on with the next fire time from now. Returns whether it was paused, null if there '
+  'is no such schedule.';
+
+create or replace function orchestrator.fire_schedule(p_name text) returns uuid
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+declare
+  s orchestrator.schedules;
+  v_id uuid;
+begin
+  select * into s from orchestrator.schedules x where x.name = p_name for no key update;
+  if not found then return null; end if;
+  v_id := orchestrator.enqueue(p_type => s.type, p_payload => s.payload, p_priority => s.priority, p_max_retries => s.max_retries);
+  update orchestrator.schedules x set last_fire_at = clock_timestamp(), last_task_id = v_id where x.name = p_name;
+  return v_id;
+end $$;
+comment on function orchestrator.fire_schedule(text) is
+  'Enqueues a schedule''s task now, even if it is paused; its fire times stay. Returns the task''s id, null if there is no such schedule.';
+
+create or replace function orchestrator._fire_key(p_name text, p_at timestamptz) returns text
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp as $$
+  select 'schedule:' || p_name || ':' || to_char(p_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"')
+$$;
+
+-- Deals with what is due of one schedule, whose row the caller has locked. Returns how many tasks it enqueued.
+create or replace function orchestrator._fire(s orchestrator.schedules, p_now timestamptz) returns int
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+declare
+  v_at timestamptz;
+  v_fired int := 0;
+begin
+  foreach v_at in array case
+    when s.missed = 'all' then   -- the next call has the rest
+      s.next_at || array(select f.at from orchestrator.fire_times(s.cron, s.timezone, s.next_at, 99, p_now) f(at))
+    else array[coalesce(orchestrator._last_fire_time(s.cron, s.timezone, s.next_at, p_now), s.next_at)] end
+  loop
+    continue when s.missed = 'none' and v_at <= p_now - interval '1 minute';
+    continue when not s.overlap and exists (
+      select from orchestrator.tasks t where t.id = s.last_task_id and t.status in ('pending', 'claimed', 'running', 'retry_scheduled'));
+    s.last_task_id := orchestrator.enqueue(p_type => s.type, p_payload => s.payload, p_priority => s.priority,
+                                           p_idempotency_key => orchestrator._fire_key(s.name, v_at), p_max_retries => s.max_retries);
+    s.last_fire_at := v_at;
+    v_fired := v_fired + 1;
+  end loop;
+  update orchestrator.schedules x
+  set last_fire_at = s.last_fire_at, last_task_id = s.last_task_id,
+      next_at = (select f.at from orchestrator.fire_times(s.cron, s.timezone, v_at, 1) f(at))
+  where x.name = s.name;
+  return v_fired;
+end $$;
+
+-- Fires up to 100 schedules that are due. next_fire_at: when to call again, null if there is nothing to wait for. A schedule that
+-- another transaction holds doesn't count: whoever holds it fires it, or it is found in a later call.
+create or replace function orchestrator._fire_schedules(p_now timestamptz, out fired int, out next_fire_at timestamptz)
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+declare
+  s orchestrator.schedules;
+  v_seen boolean := false;
+begin
+  fired := 0;
+  select x.next_at into next_fire_at from orchestrator.schedules x where not x.paused order by x.next_at limit 1;
+  if next_fire_at > p_now or next_fire_at is null then return; end if;   -- all that it costs while nothing is due
+  for s in
+    select * from orchestrator.schedules x where x.next_at <= p_now and not x.paused
+    order by x.next_at limit 100 for no key update skip locked
+  loop
+    v_seen := true;
+    begin
+      fired := fired + orchestrator._fire(s, p_now);
+    exception
+      when transaction_rollback or insufficient_resources or object_not_in_prerequisite_state or operator_intervention or system_error then
+        raise;   -- not its own fault: the whole call is repeated
+      when others then
+        update orchestrator.schedules x set paused = true, last_error = left(sqlerrm, 8000) where x.name = s.name;
+    end;
+  end loop;
+  select x.next_at into next_fire_at from orchestrator.schedules x
+  where not x.paused and x.next_at > case when v_seen then '-infinity' else p_now end order by x.next_at limit 1;
+end $$;
+
+create or replace function orchestrator.schedule_history(p_name text, p_since timestamptz default now() - interval '1 day')
+returns table (fire_at timestamptz, task_id uuid, status text) language sql stable set search_path = pg_catalog, pg_temp as $$
+  with fires as (   -- of earlier definitions, too
+    select right(t.idempotency_key, 20)::timestamptz as at, t.id, t.status
+    from orchestrator.schedules s join orchestrator.tasks t on t.type = s.type
+    where s.name = p_name and left(t.idempotency_key, -20) = 'schedule:' || s.name || ':'
+      and t.idempotency_key between orchestrator._fire_key(p_name, p_since) and orchestrator._fire_key(p_name, now())),
+  expected as (
+    select f.at from orchestrator.schedules s
+    cross join lateral orchestrator.fire_times(s.cron, s.timezone, greatest(p_since, s.active_since), 10000,
+                                               least(s.next_at - interval '1 second', now())) f(at)   -- next_at is still to come
+    where s.name = p_name)
+  select at, f.id, coalesce(f.status::text, 'no task') from expected e full join fires f using (at) order by 1
+$$;
+comment on function orchestrator.schedule_history(text, timestamptz) is
+  'The fire times of a schedule since p_since, each with its task. no task: it was left out (see missed and overlap), or retention '
+  'deleted the task. Goes back no further than tasks are kept, and for missing ones to active_since.';
+
+create or replace view orchestrator.schedule_states as
+  select s.name, s.cron, s.timezone, s.type, s.priority, s.max_retries, s.missed, s.overlap, s.paused,
+         case when not s.paused then s.next_at end as next_at, s.last_fire_at, s.last_task_id, s.last_error, s.updated_at,
+         case
+           when s.last_error is not null then
+             format('paused, since it could not fire: %s; mend it, then select orchestrator.resume_schedule(%L)', s.last_error, s.name)
+           when s.paused then format('paused: select orchestrator.resume_schedule(%L)', s.name)
+           when not exists (select from orchestrator.workers w where w.declared_dead_at is null and s.type like any (w.handles)) then
+             format('no live worker handles %s: start one with a handler for it', s.type)
+           when s.next_at < clock_timestamp() - interval '1 minute' then
+             format('late since %s: no worker polls, or a transaction holds its row', s.next_at)
+           else coalesce(
+             (select format('active, but %s is paused: select orchestrator.resume_type(%L)', p.type, p.type)
+              from orchestrator.task_types p where p.paused and s.type like p.likes limit 1), 'active') end as state
+  from orchestrator.schedules s order by s.name;
+comment on view orchestrator.schedule_states is
+  'Schedules without their payloads. next_at: the next fire time, null while paused. state: active, or why it does not fire or '
+  'nobody runs what it enqueues, and what to do about it.';
+""",
+
+'30_claim.sql': r"""-- Claiming. claim_tasks writes tasks, one row of claims and sometimes lanes; start_tasks writes tasks; promote_due writes tasks, and
+-- schedules through 22_schedules.sql.
 -- Locks: claims (start_tasks) → tasks. Claims of tasks skip what others have locked, so no claim waits for another. A large
 -- claim also takes a place in line (an advisory lock), which it only tries.
 -- The planner settings on the hot functions are needed: a plan cached while a table was empty would scan it whole ever after.
@@ -910,14 +1369,19 @@ end $$;
 comment on function orchestrator.start_tasks(bigint, uuid[]) is
   'Marks claimed tasks as running, and counts the attempt. Returns how many; where fewer than asked, the claim no longer holds the rest.';
 
-create or replace function orchestrator.promote_due(p_limit int default 1000, out promoted int, out next_in double precision)
+create or replace function orchestrator.promote_due(
+  p_limit int default 1000, out promoted int, out next_in double precision, out fired int)
 language plpgsql
 set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan
 set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 declare
   v_now timestamptz := clock_timestamp();   -- itself it is volatile, so no index condition: all that is scheduled would be read
+  v_fire_at timestamptz;
 begin
-  perform set_config('synchronous_commit', 'off', true);
+  select f.fired, f.next_fire_at into fired, v_fire_at from orchestrator._fire_schedules(v_now) f;
+  if fired = 0 then   -- a task that a handler may have seen must not come back under another id
+    perform set_config('synchronous_commit', 'off', true);
+  end if;
   with pick as materialized (
     select t.ctid as tid from orchestrator.tasks t where t.next_retry_at <= v_now
     order by t.next_retry_at limit p_limit for no key update skip locked),
@@ -927,12 +1391,13 @@ begin
     where t.ctid = any (array(select tid from pick)) returning t.type),
   notified as (select orchestrator._notify_idle(d.type) from (select distinct type from due) d)
   select count(*) into promoted from due, (select count(*) from notified) a;
-  select extract(epoch from t.next_retry_at - clock_timestamp()) into next_in
-  from orchestrator.tasks t where t.next_retry_at is not null order by t.next_retry_at limit 1;
+  select extract(epoch from least(v_fire_at, (select t.next_retry_at from orchestrator.tasks t where t.next_retry_at is not null
+                                              order by t.next_retry_at limit 1)) - clock_timestamp()) into next_in;
 end $$;
 comment on function orchestrator.promote_due(int) is
-  'Makes delayed tasks and retries whose time has come ready, at the tail of their lanes. Every worker calls it, about once a '
-  'second, so that retries flow without a leader. Returns how many, and the seconds until the next is due (null: none).';
+  'Makes delayed tasks and retries whose time has come ready, at the tail of their lanes, and fires schedules that are due. Every '
+  'worker calls it, about once a second, so neither needs a leader. Returns how many tasks it made ready (promoted) and '
+  'enqueued for schedules (fired), and the seconds until the next is due (next_in; null: none).';
 """,
 
 '35_floors.sql': r"""-- Lane floors: a lower bound on queued_at for each lane, so that claims skip the dead index entries that an old snapshot keeps.
@@ -2039,7 +2504,8 @@ begin
 end $$;
 """,
 
-'66_metrics.sql': r"""-- What the leader exports of the whole queue at /metrics. Reads type_stats, stats_state, task_types and workers; writes nothing.
+'66_metrics.sql': r"""-- What the leader exports of the whole queue at /metrics. Reads type_stats, stats_state, task_types, workers and schedules; writes
+-- nothing.
 -- A type counts under the name of its policy, so the number of series follows what is registered, never what is enqueued.
 
 create or replace function orchestrator.metrics() returns jsonb
@@ -2058,11 +2524,15 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
     'types', (select coalesce(jsonb_agg(to_jsonb(l) order by l.type), '[]') from labels l),
     'age', (select extract(epoch from clock_timestamp() - s.counted_at) from orchestrator.stats_state s),
     'workers', (select count(*) from orchestrator.workers w where w.declared_dead_at is null),
-    'dead_workers', (select count(*) from orchestrator.workers w where w.declared_dead_at is not null))
+    'dead_workers', (select count(*) from orchestrator.workers w where w.declared_dead_at is not null),
+    'schedule_late', (select extract(epoch from coalesce(greatest(clock_timestamp() - min(s.next_at), '0'), '0'))
+                      from orchestrator.schedules s where not s.paused),
+    'schedules_failed', (select count(*) from orchestrator.schedules s where s.last_error is not null))
 $$;
 comment on function orchestrator.metrics() is
   'The counts of type_stats by registered type or pattern (the rest is other), how old they are in seconds (null: never '
-  'counted), live workers, and workers declared dead whose tasks are still to be recovered. Its cost doesn''t depend on the backlog.';
+  'counted), live workers, workers declared dead whose tasks are still to be recovered, by how many seconds the latest schedule is '
+  'late, and how many schedules could not fire. Its cost doesn''t depend on the backlog.';
 """,
 
 '70_operate.sql': r"""-- What an operator does: cancel, retry, pause. Writes tasks, task_events, task_types, sometimes lanes. Each locks task rows and
@@ -2439,6 +2909,8 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
   select 'what has completed stays so', t.id, t.worker_id, format('%s at %s, but it completed at %s', e.event, e.at, t.completed_at)
   from orchestrator.task_events e join orchestrator.tasks t on t.id = e.task_id
   where t.status = 'completed' and e.event <> 'result_lost' and e.at > t.completed_at
+    and not exists (   -- the clock was set back in between: what came next says an earlier time
+      select from orchestrator.task_events n where n.id > e.id and n.id < e.id + 1000 and n.at < t.completed_at)
   union all
   select 'a ready task is not below the floor of its lane', t.id, null, format('queued at %s, floor %s', t.queued_at, f.floor)
   from ready r join floors f on f.type = r.type and f.priority = r.priority and r.head < f.floor
@@ -2474,6 +2946,12 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
   select 'a table of one row has it', null, null, o.name || ' is empty: install adds it'
   from (values ('leader_state', (select count(*) from orchestrator.leader_state)),
                ('stats_state', (select count(*) from orchestrator.stats_state))) o(name, n) where o.n = 0
+  union all
+  select 'the next time of a schedule is one of its fire times', null, null, format('schedule %s: %s', s.name, s.next_at)
+  from orchestrator.schedules s
+  where not s.paused and s.next_at is distinct from case
+    when s.timezone in (select z.name from pg_timezone_names z)   -- else it pauses itself when it is due
+      then (select f.at from orchestrator.fire_times(s.cron, s.timezone, s.next_at - interval '1 second', 1) f(at)) else s.next_at end
   order by 1, 2, 3
 $$;
 comment on function orchestrator.audit() is
@@ -2522,6 +3000,17 @@ language sql set search_path = pg_catalog, pg_temp as $$
   from (select * from orchestrator.workers w order by w.started_at limit 500) w
 $$;
 
+-- Trouble first, then what fires next.
+create or replace function orchestrator._api_schedules() returns jsonb
+language sql set search_path = pg_catalog, pg_temp as $$
+  select coalesce(jsonb_agg(jsonb_build_object(
+    'name', s.name, 'cron', s.cron, 'timezone', s.timezone, 'type', s.type, 'paused', s.paused, 'error', orchestrator.redact_text(s.last_error),
+    'next_at', s.next_at, 'next_in', extract(epoch from s.next_at - clock_timestamp()), 'last', orchestrator._age(s.last_fire_at),
+    'task_id', s.last_task_id, 'state', orchestrator.redact_text(s.state))
+    order by s.last_error is null, s.paused, s.next_at, s.name), '[]')
+  from (select * from orchestrator.schedule_states s order by s.last_error is null, s.paused, s.next_at, s.name limit 100) s
+$$;
+
 create or replace function orchestrator.api_overview() returns jsonb
 language sql set search_path = pg_catalog, pg_temp as $$
   select jsonb_build_object(
@@ -2535,11 +3024,12 @@ language sql set search_path = pg_catalog, pg_temp as $$
                  'enqueued_total', coalesce(sum(t.enqueued_total), 0), 'ended_total', (select s.ended_total from orchestrator.stats_state s))
                from orchestrator.type_stats t),
     'types', orchestrator._api_types(),
-    'workers', orchestrator._api_workers())
+    'workers', orchestrator._api_workers(),
+    'schedules', orchestrator._api_schedules())
 $$;
 comment on function orchestrator.api_overview() is
   'Totals, types (counts, paused, how many live workers handle them, rate and share of failures of the last 15 minutes or so, p50 '
-  'and p95 of sampled runs) and workers, as the leader counted counts.age seconds ago. Ages and durations in seconds.';
+  'and p95 of sampled runs) and workers, as the leader counted counts.age seconds ago; up to 100 schedules. Ages and durations in seconds.';
 
 create or replace function orchestrator._check_range(p_field text, p_value int, p_max int) returns int
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
@@ -2734,8 +3224,8 @@ comment on function orchestrator.api_task(uuid) is 'One task''s whole story (sho
 -- to those who have one: `grant orchestrator_worker to my_service`. Every function runs with its caller's rights, so the rights on
 -- tables and columns decide; functions are granted by their names. Nobody but the owner has DDL rights.
 --   orchestrator_producer   enqueues; can't read a payload back
---   orchestrator_worker     runs a worker, and serves its page and metrics; a handler that enqueues needs orchestrator_producer too
---   orchestrator_operator   cancels, retries, pauses, and looks; a worker whose page may act needs it too
+--   orchestrator_worker     runs a worker, which fires schedules and so may enqueue, and serves its page and metrics
+--   orchestrator_operator   cancels, retries, pauses, defines and fires schedules, and looks; a worker whose page may act needs it too
 --   orchestrator_auditor    looks: views, lists, audit. It has no right on payloads and results, and sees them with secrets blanked
 -- Roles belong to the whole server. Where the installing role may not create them, a notice says so and the rest still works.
 
@@ -2784,9 +3274,11 @@ begin
   for r in
     select p.oid::regprocedure as signature, case
       when p.proname ~ '^_' or p.provolatile = 'i' then v_all
-      when p.proname ~ '^enqueue' then 'orchestrator_producer'
-      when p.proname ~ '^(cancel|retry|pause|resume)_' then 'orchestrator_operator'
-      when p.proname ~ '^(api|show|explain)_|^(audit|metrics)$' then v_look
+      when p.proname = 'enqueue' then 'orchestrator_producer, orchestrator_worker, orchestrator_operator'   -- firing a schedule enqueues
+      when p.proname ~ '^enqueue' then 'orchestrator_producer, orchestrator_worker'
+      when p.proname = 'schedule' then 'orchestrator_worker, orchestrator_operator'   -- a worker applies its SCHEDULES
+      when p.proname ~ '^(cancel|retry|pause|resume)_|^(unschedule|fire_schedule)$' then 'orchestrator_operator'
+      when p.proname ~ '^(api|show|explain)_|^(audit|metrics|fire_times|schedule_history)$' then v_look
       else 'orchestrator_worker' end as roles
     from pg_proc p where p.pronamespace = 'orchestrator'::regnamespace
   loop
@@ -2800,14 +3292,14 @@ begin
 
   -- enqueue
   grant insert (id, type, payload, priority, idempotency_key, max_retries, queued_at, next_retry_at), select (id, type, idempotency_key)
-    on orchestrator.tasks to orchestrator_producer;
+    on orchestrator.tasks to orchestrator_producer, orchestrator_worker, orchestrator_operator;
   grant select (idle, handles) on orchestrator.workers to orchestrator_producer;
 
   -- look, and run a worker: any worker may become the leader, and then recovers, prunes and counts
   execute format('grant select (%s) on orchestrator.tasks to %s', v_shown, v_look);
   for r in
     select c.oid::regclass as name, c.relkind from pg_class c
-    where c.relnamespace = 'orchestrator'::regnamespace and c.relkind in ('r', 'v', 'S') and c.relname <> 'tasks'
+    where c.relnamespace = 'orchestrator'::regnamespace and c.relkind in ('r', 'v', 'S') and c.relname not in ('tasks', 'schedules')
   loop
     if r.relkind = 'S' then
       execute format('grant select on sequence %s to %s', r.name, v_look);
@@ -2824,6 +3316,12 @@ begin
   grant insert, update on orchestrator.task_types to orchestrator_operator;
   grant insert, delete on orchestrator.task_events to orchestrator_operator;
   grant insert (type, priority) on orchestrator.lanes to orchestrator_operator;
+
+  -- schedules: who defines or fires one knows its payload
+  grant select, insert, update, delete on orchestrator.schedules to orchestrator_worker, orchestrator_operator;
+  select string_agg(quote_ident(a.attname), ', ') filter (where a.attname <> 'payload') into v_shown
+  from pg_attribute a where a.attrelid = 'orchestrator.schedules'::regclass and a.attnum > 0 and not a.attisdropped;
+  execute format('grant select (%s) on orchestrator.schedules to orchestrator_auditor', v_shown);
 end $$;
 """,
 
@@ -2940,7 +3438,7 @@ th:last-child, td:last-child { padding-right: 0; }
 tbody tr:first-child td { border-top-color: var(--rule); }
 tbody tr:hover td { background: var(--faint); }
 .num { text-align: right; }
-.num a { color: inherit; }
+.num:not(.link) a { color: inherit; }
 td.type { max-width: 260px; overflow: hidden; text-overflow: ellipsis; }
 td.grow { width: 99%; max-width: 0; overflow: hidden; text-overflow: ellipsis; }
 table.two td.grow { width: 50%; }
@@ -3438,6 +3936,10 @@ function typeState(t) {
   if (!t.workers) return ['no worker', '', rank];
   return t.in_flight || t.per_second > .05 ? ['working', 'live', rank] : [t.waiting ? 'waiting' : 'idle', t.waiting ? '' : 'good', rank];
 }
+function scheduleState(s) {   // the sentence's first words say it
+  if (s.error != null) return ['failed', 'bad'];
+  return {paused: ['paused', 'warn'], no: ['no worker', 'bad'], late: ['late', 'bad'], 'active,': ['type paused', 'warn']}[s.state.split(/[ :]/)[0]] ?? ['active', 'good'];
+}
 function workerState(w) {
   if (w.declared_dead) return ['dead', 'bad'];
   if (w.overdue) return ['silent', 'warn'];
@@ -3453,6 +3955,7 @@ section('present', 'running', 'Running', '', 'in_flight');
 section('present', 'workers', 'Workers', '');
 section('past', 'failures', 'Recent failures', 'attempts that failed');
 section('past', 'dead-letters', 'Dead letters', '', 'dead_letter');
+section('past', 'schedules', 'Schedules', '');
 section('past', 'retries', 'Due next', 'retries and delayed tasks', 'scheduled');
 const tables = {
   types: new Table('types', 'Types', 'No type is known yet.', t => t.type, [
@@ -3484,6 +3987,17 @@ const tables = {
     num('Attempt', t => t.attempts ? attempt(t) : '', () => 'Attempts made, of those it has'),
     num('Due', t => t.due_in > 0 ? 'in ' + lasting(t.due_in) : 'now', t => clock(t.next_retry_at)),
     acts]),
+  schedules: new Table('schedules', 'Schedules', 'None.', s => s.name, [
+    {head: 'Name', class: 'type', text: s => s.name, title: s => s.name},
+    {head: 'Cron', class: 'id', text: s => s.cron}, {head: 'Time zone', text: s => s.timezone}, typeColumn,
+    {head: 'State', text: s => scheduleState(s)[0], state: s => scheduleState(s)[1], title: s => s.state},
+    {head: 'Why', class: 'grow', text: s => s.error ?? (/^(active|paused)/.test(s.state) ? '' : s.state), title: s => s.state},
+    num('Next', s => s.next_in == null ? '' : s.next_in > 0 ? 'in ' + lasting(s.next_in) : 'now', s => clock(s.next_at)),
+    num('Last', s => s.task_id && lasting(s.last) + ' ago', null, {class: 'num link', link: s => s.task_id && taskLink(s.task_id)}),
+    {class: 'acts', buttons: [
+      {label: () => 'Fire', name: s => 'Fire ' + s.name, press: s => onSchedule('fire', s, 'Enqueues its task now; its fire times stay.')},
+      {label: s => s.paused ? 'Resume' : 'Pause', name: s => (s.paused ? 'Resume ' : 'Pause ') + s.name,
+        press: s => s.paused ? onSchedule('resume', s) : onSchedule('pause', s, 'It does not fire until it is resumed; what it enqueued stays.')}]}]),
   failures: new Table('failures', 'Failed attempts', 'No attempt failed lately.', f => f.event, [
     idColumn, typeColumn, errorColumn,
     num('Attempt', f => f.attempt),
@@ -3540,6 +4054,13 @@ async function pauseOrResume(t) {
   }
   refresh();
 }
+async function onSchedule(what, s, text) {
+  const verb = what[0].toUpperCase() + what.slice(1);
+  if (text && !await confirmed(`${verb} ${s.name}?`, text, verb + ' it')) return;
+  const answer = await act(what + '_schedule', {name: s.name});
+  if (answer) notice(what === 'fire' ? `${s.type} is enqueued.` : what === 'pause' ? `${s.name} is paused.` : `${s.name} goes on with its next time.`);
+  refresh();
+}
 
 // Showing ------------
 // What needs a person, a line for each kind; its items are types.
@@ -3558,6 +4079,10 @@ function attention(o) {
   ].forEach(([kind, title, say], rank) => {
     const items = o.types.filter(t => typeState(t)[2] === rank).map(t => ({type: t.type, text: say(t)}));
     if (items.length) add(kind, title, items);
+  });
+  [['failed', 'Schedules that could not fire, and are paused:'], ['late', 'Schedules that are late:']].forEach(([state, title]) => {
+    const items = o.schedules.filter(s => scheduleState(s)[0] === state).map(s => ({type: s.type, text: s.name}));
+    if (items.length) add('bad', title, items);
   });
   if (o.counts.age > 60) add('warn', `The counts are ${lasting(o.counts.age)} old.`);
   if (lines.length > 8) add('warn', `And ${lines.splice(7).length} more.`);
@@ -3600,7 +4125,8 @@ function showOverview(o) {
   $('dead-cell').classList.toggle('bad', t.dead_letters > 0);
   put($('dead-note'), t.dead_letters ? 'failed for good' : '');
   sync($('attention'), attention(o), line => line.title, () => make('li'), fillAttention);
-  showStart(o); showTypes(o.types); tables.workers.show(o.workers); drawDepth();
+  showStart(o); showTypes(o.types); tables.workers.show(o.workers); tables.schedules.show(o.schedules); drawDepth();
+  $('schedules').parentNode.hidden = !o.schedules.length;
   put($('workers-note'), o.workers.length > 1 ? count(o.workers.length) : '');
   redraw($('type-names'), o.types.filter(y => !y.others).map(y => y.type), types => types.map(value => make('option', {value})));
   put($('link-state'), o.counts.age == null ? 'live · not counted yet' : `live · counted ${lasting(o.counts.age)} ago` + (o.counts.complete ? '' : ', still catching up'));
@@ -4288,7 +4814,7 @@ class Link:
         """Call a function and return each of its rows as a dict of JSON values."""
         kinds = tuple(isinstance(arg, After) for arg in args)
         form = ("select pg_catalog.to_jsonb(r) from", function, kinds, tuple(named))
-        return [json.loads(row[0]) for row in self._run(form, [*args, *named.values()], None)]
+        return [json.loads(row[0] or "null") for row in self._run(form, [*args, *named.values()], None)]
 
     def view(self, name: str) -> list[dict[str, Any]]:
         """Each row of a view as a dict of JSON values."""
@@ -4709,6 +5235,32 @@ class Handler:
                 "timeout": self.timeout}
 
 
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """What Orchestrator.schedule() takes, for SCHEDULES = {"name": Schedule(…)} beside HANDLERS."""
+
+    cron: str
+    type: str
+    payload: Any = None
+    timezone: str = "UTC"
+    priority: int = 0
+    max_retries: int | None = None
+    missed: str = "one"
+    overlap: bool = True
+
+    def arguments(self, name: str, encode: Callable[[Any], str]) -> tuple[Any, ...]:
+        """Those of SQL's schedule(). Raises ValueError."""
+        try:
+            payload = to_json({} if self.payload is None else self.payload, encode)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"payload: {error}") from None
+        retries = None if self.max_retries is None else check_whole("max_retries", self.max_retries, 0, 1000)
+        priority = check_whole("priority", self.priority, -1_000_000, 1_000_000)
+        return (check_text("name", name), check_text("cron", self.cron), check_text("type", self.type),
+                payload, check_text("timezone", self.timezone), priority, retries,
+                check_text("missed", self.missed), bool(self.overlap))
+
+
 # Without json.loads' search for white space, of which PostgreSQL's text has none (1.0 → 0.3 µs).
 _decode = json.JSONDecoder().raw_decode
 
@@ -4776,6 +5328,7 @@ class Router:
     def __init__(self, default: Callable[[Any], Any] | None = None) -> None:
         self.exact: dict[str, Handler] = {}
         self.prefixes: dict[str, Handler] = {}
+        self.schedules: dict[str, Schedule] = {}   # to be defined by the worker when it has registered
         self.middleware: list[Middleware] = []
         self.dead_letter_hooks: list[DeadLetterHook] = []
         self.encode = json_encoder(default)
@@ -5046,7 +5599,7 @@ class Counters:
         self.rejected: collections.Counter[str] = collections.Counter()
         self.recovered: collections.Counter[str] = collections.Counter()                  # by RECOVERY_OUTCOMES
         self.errors: collections.Counter[str] = collections.Counter()                     # by SQLSTATE class
-        self.replaced_threads = 0
+        self.replaced_threads = self.schedules_fired = 0
         self.seconds: dict[str, Tally] = collections.defaultdict(Tally)
         self.waits: dict[str, Tally] = collections.defaultdict(Tally)
         self.claim_seconds = Tally()
@@ -5060,7 +5613,7 @@ class Counters:
             for name, value in vars(self).items():
                 if isinstance(value, (collections.Counter, Tally)):
                     setattr(twin, name, value.copy())
-            twin.replaced_threads = self.replaced_threads
+            twin.replaced_threads, twin.schedules_fired = self.replaced_threads, self.schedules_fired
             twin.seconds = {label: tally.copy() for label, tally in self.seconds.items()}
             twin.waits = {label: tally.copy() for label, tally in self.waits.items()}
         return twin
@@ -5556,7 +6109,9 @@ class ClaimLoop(Loop):
 
     def _promote_due(self) -> None:
         self.promote_at = time.monotonic() + self.worker.config.claim_interval   # also if it fails
-        next_in = self.link.call("promote_due")[0][1]
+        _, next_in, fired = self.link.call("promote_due")[0]
+        with self.worker.counters.lock:
+            self.worker.counters.schedules_fired += fired
         if next_in is not None:
             self.promote_at = min(self.promote_at, time.monotonic() + max(0.005, float(next_in) + 0.001))
 
@@ -6057,7 +6612,8 @@ class HeartbeatLoop(Loop):
         self.chores = {chore.run: chore for chore in (
             Chore(self._beat, beat), Chore(self._lead, min(beat, config.leader_term / 3)),
             Chore(self._recover, beat, True), Chore(self._raise_floors, slow, True),
-            Chore(self._rescan_lanes, 10.0, True), Chore(self._prune, config.cleanup_interval, True), Chore(self._sample_stats, 60.0, True))}
+            Chore(self._rescan_lanes, 10.0, True), Chore(self._prune, config.cleanup_interval, True),
+            Chore(self._sample_stats, 60.0, True))}
         self.seen: dict[str, tuple[str, float]] = {}     # worker: its last heartbeat, and since when it was seen (monotonic)
         self.looked_at = 0.0                             # monotonic: when that was
         self.schema_checked = self.stop_announced = False
@@ -6134,12 +6690,26 @@ class HeartbeatLoop(Loop):
             if living:
                 log.warning("DISTRIBUTED_MODE is false, but %d other worker%s live%s: set it to true on all of them",
                             living, *(("", "s") if living == 1 else ("s", "")))
+        self._define_schedules()
         for chore in self.chores.values():
             chore.due = 0.0
         self._again(self._sample_stats, 1.0)   # not at once: there may be much to claim
         worker.claims.idle = False
         worker.reached_at = time.monotonic()
         worker.registered.set()
+
+    def _define_schedules(self) -> None:
+        """Once: what somebody removes later does not come back while this worker runs. Raises ConfigError."""
+        router = self.worker.router
+        while router.schedules:
+            name, schedule = next(iter(router.schedules.items()))
+            try:
+                self.link.call("schedule", *schedule.arguments(name, router.encode))
+            except (ValueError, psycopg.Error) as error:
+                if isinstance(error, psycopg.Error) and error.sqlstate != "OR001":
+                    raise
+                raise ConfigError(f"SCHEDULES[{name!r}]: {error_line(error)}") from None
+            del router.schedules[name]
 
     def _again(self, run: Callable[[], None], seconds: float = 0.05) -> None:
         self.chores[run].due = time.monotonic() + seconds
@@ -6496,6 +7066,20 @@ class Orchestrator:
                           _retries(max_retries), _run_at(run_at, delay), connection=connection)
         return [EnqueuedId(str(task_id), created) for _, task_id, created in sorted(rows)]
 
+    def schedule(self, name: str, cron: str, type: str, payload: Any = None, *, timezone: str = "UTC",
+                 priority: int = 0, max_retries: int | None = None, missed: str = "one", overlap: bool = True,
+                 connection: psycopg.Connection[Any] | None = None) -> datetime | None:
+        """Enqueue a task at each time of a cron expression; returns the next time (None: it is paused).
+
+        The same definition again changes nothing, so call it at each start. missed: what is made up for of the
+        times at which no worker ran: the last ("one"), "all" or "none". overlap=False leaves a time out while
+        the task of the last one is unfinished. Raises ValueError, which names the field.
+        """
+        made = Schedule(cron, type, payload, timezone, priority, max_retries, missed, overlap)
+        args = made.arguments(name, self.router.encode)
+        next_at = self._call("schedule", *args, connection=connection)[0][0]
+        return None if next_at is None else datetime.fromisoformat(str(next_at))
+
     def cancel(self, task_id: str | UUID) -> str:
         """cancelled, cancelling (asked to stop), not_found, or the status of a task that has ended."""
         return str(self.call("cancel_task", check_id(task_id))[0][0])
@@ -6740,29 +7324,49 @@ def _run_at(run_at: datetime | None, delay: Seconds | None) -> datetime | After 
 
 
 # ================================================================================================== metrics
-COUNTERS = (
-    ("tasks_completed", "Attempts that ended here: completed, failed (one attempt) or cancelled",
-     "type status", "completed"),
-    ("task_retries", "Retries scheduled here, by the attempt that failed", "type attempt", "retries"),
-    ("tasks_dead_letter", "Tasks that became dead letters: failed here, or recovered by this worker",
-     "type", "dead_letters"),
-    ("task_outcomes_rejected", "Late outcomes that the fence refused", "type", "rejected"),
-    ("tasks_recovered", "Tasks that this worker, leading, took from dead workers: released "
-     "uncharged, retried, dead (letters), cancelled, or failed to be recovered", "outcome", "recovered"),
-    ("database_errors", "Database errors by SQLSTATE class", "class", "errors"))
-HISTOGRAMS = (("task_duration_seconds", "How long handlers ran", "seconds"),
-              ("task_wait_seconds", "From enqueued (or due) to the handler's start", "waits"))
-WORKER_GAUGES = (
-    ("worker_pool_capacity", "Places of the pool", "pool_size"),
-    ("worker_prefetch_size", "How many tasks beyond the running ones this worker would hold", "prefetch"),
-    ("worker_loop_lag_seconds", "How long ago the slower loop last made progress", "loop_lag"),
-    ("worker_database_silence_seconds", "How long ago the database last answered", "database_silence"))
-QUEUE_GAUGES = (
-    ("tasks_pending", "Ready to be claimed", "waiting"),
-    ("tasks_scheduled", "Retries and delayed tasks", "scheduled"),
-    ("tasks_in_flight", "Claimed or running, on all workers", "in_flight"),
-    ("tasks_dead_letters", "Dead letters kept", "dead_letters"),
-    ("tasks_oldest_pending_seconds", "Age of the oldest ready task", "oldest_seconds"))
+# kind name{labels} value: what it is. The kind is one of prometheus_client.core's families.
+WORKER_METRICS = """
+Counter tasks_completed{type,status} completed: Attempts that ended here: completed, failed (one attempt) or
+  cancelled
+Counter task_retries{type,attempt} retries: Retries scheduled here, by the attempt that failed
+Counter tasks_dead_letter{type} dead_letters: Tasks that became dead letters: failed here, or recovered by
+  this worker
+Counter task_outcomes_rejected{type} rejected: Late outcomes that the fence refused
+Counter tasks_recovered{outcome} recovered: Tasks that this worker, leading, took from dead workers: released
+  uncharged, retried, dead (letters), cancelled, or failed to be recovered
+Counter database_errors{class} errors: Database errors by SQLSTATE class
+Counter pool_threads_replaced replaced_threads: Pool threads that ended and were replaced
+Counter schedules_fired schedules_fired: Tasks enqueued here for schedules
+Histogram task_duration_seconds{type} seconds: How long handlers ran
+Histogram task_wait_seconds{type} waits: From enqueued (or due) to the handler's start
+Histogram task_claim_duration_seconds claim_seconds: How long a claim took in the database
+Gauge tasks_running{type} running: Handlers running here
+Gauge tasks_overdue{type} overdue: Handlers running here past their timeout
+Gauge tasks_longest_running_seconds{type} longest: How long the oldest handler here has run
+Gauge worker_pool_active active: Busy places of the pool
+Gauge worker_pool_capacity pool_size: Places of the pool
+Gauge worker_prefetch_size prefetch: How many tasks beyond the running ones this worker would hold
+Gauge worker_loop_lag_seconds loop_lag: How long ago the slower loop last made progress
+Gauge worker_database_silence_seconds database_silence: How long ago the database last answered
+Gauge leader_status{worker_id} leader: 1 on the leader
+Info orchestrator_build build: Versions
+"""
+# What is true of the whole queue comes from the leader alone, so that a sum over workers is right. It was
+# counted a while ago: a scrape never asks the database.
+LEADER_METRICS = """
+Gauge tasks_pending{type} waiting: Ready to be claimed
+Gauge tasks_scheduled{type} scheduled: Retries and delayed tasks
+Gauge tasks_in_flight{type} in_flight: Claimed or running, on all workers
+Gauge tasks_dead_letters{type} dead_letters: Dead letters kept
+Gauge tasks_oldest_pending_seconds{type} oldest_seconds: Age of the oldest ready task
+Counter tasks_enqueued{type} enqueued_total: Tasks enqueued by anyone, psql too
+Gauge workers_total workers: Live workers
+Gauge workers_dead dead_workers: Workers declared dead whose tasks are still to be recovered
+Gauge recovery_age_seconds recovery_age: How long ago the leader last looked for tasks to recover
+Gauge schedule_late_seconds schedule_late: By how much the latest schedule is late, 0 if none is
+Gauge schedules_failed schedules_failed: Schedules that could not fire, and were paused
+Gauge queue_stats_age_seconds age: How old the counts of tasks are
+"""
 
 
 class Collector:
@@ -6771,79 +7375,57 @@ class Collector:
     def __init__(self, status: Callable[[], WorkerStatus]) -> None:
         self.status = status
 
-    def collect(self) -> Iterator[Metric]:
+    def collect(self) -> Iterator[core.Metric]:
         status = self.status()
-        yield from self._counters(status.counters)
-        yield from self._running(status)
-        for name, text, attribute in WORKER_GAUGES:
-            yield GaugeMetricFamily(name, text, getattr(status, attribute))
-        yield _family(GaugeMetricFamily, "leader_status", "1 on the leader", "worker_id",
-                      {status.worker_id: int(status.leads)})
-        python = ".".join(map(str, sys.version_info[:3]))
-        yield InfoMetricFamily("orchestrator_build", "Versions",
-                               {"version": VERSION, "schema": str(SCHEMA_VERSION), "python": python})
+        yield from _families(WORKER_METRICS, {
+            **vars(status.counters), **vars(status), **_running(status),
+            "leader": {status.worker_id: int(status.leads)},
+            "build": {"version": VERSION, "schema": str(SCHEMA_VERSION), "python": sys.version.split()[0]}})
         if status.leads and status.stats is not None:
-            yield from self._queue(status.stats, status.recovery_age)
-
-    def _counters(self, counters: Counters) -> Iterator[Metric]:
-        for name, text, labels, attribute in COUNTERS:
-            yield _family(CounterMetricFamily, name, text, labels, getattr(counters, attribute))
-        yield CounterMetricFamily("pool_threads_replaced", "Pool threads that ended and were replaced",
-                                  counters.replaced_threads)
-        for name, text, attribute in HISTOGRAMS:
-            family = HistogramMetricFamily(name, text, labels=["type"])
-            for label, tally in getattr(counters, attribute).items():
-                family.add_metric([label], tally.buckets(), tally.sum)
-            yield family
-        yield HistogramMetricFamily("task_claim_duration_seconds", "How long a claim took in the database",
-                                    counters.claim_seconds.buckets(), counters.claim_seconds.sum)
-
-    def _running(self, status: WorkerStatus) -> Iterator[Metric]:
-        zeros = dict.fromkeys(status.counters.seconds, 0.0)
-        running, overdue, longest = (collections.defaultdict(float, zeros) for _ in range(3))
-        for kind, seconds, left in status.running:
-            label = status.counters.label(kind)
-            running[label] += 1
-            overdue[label] += left is not None and left < 0
-            longest[label] = max(longest[label], seconds)
-        for name, text, values in (
-                ("tasks_running", "Handlers running here", running),
-                ("tasks_overdue", "Handlers running here past their timeout", overdue),
-                ("tasks_longest_running_seconds", "How long the oldest handler here has run", longest)):
-            yield _family(GaugeMetricFamily, name, text, "type", values)
-        yield GaugeMetricFamily("worker_pool_active", "Busy places of the pool", len(status.running))
-
-    def _queue(self, stats: Mapping[str, Any], recovery_age: float) -> Iterator[Metric]:
-        """What is true of the whole queue, from the leader alone, so that a sum over workers is right.
-
-        It was counted a while ago: a scrape never asks the database.
-        """
-        types = stats["types"]
-        for name, text, column in QUEUE_GAUGES:
-            yield _family(GaugeMetricFamily, name, text, "type", {t["type"]: t[column] for t in types})
-        yield _family(CounterMetricFamily, "tasks_enqueued", "Tasks enqueued by anyone, psql too", "type",
-                      {t["type"]: t["enqueued_total"] for t in types})
-        yield GaugeMetricFamily("workers_total", "Live workers", stats["workers"])
-        yield GaugeMetricFamily("workers_dead", "Workers declared dead whose tasks are still to be recovered",
-                                stats["dead_workers"])
-        yield GaugeMetricFamily("recovery_age_seconds",
-                                "How long ago the leader last looked for tasks to recover", recovery_age)
-        yield GaugeMetricFamily("queue_stats_age_seconds", "How old the counts of tasks are",
-                                time.monotonic() - stats["at"])
+            types, age = status.stats["types"], time.monotonic() - status.stats["at"]
+            yield from _families(LEADER_METRICS, {
+                **{column: {row["type"]: row[column] for row in types} for column in next(iter(types), ())},
+                **status.stats, "recovery_age": status.recovery_age, "age": age})
 
 
-def _family(family: Callable[..., Any], name: str, text: str, labels: str,
-            values: Mapping[Any, float]) -> Metric:
-    result: Metric = family(name, text, labels=labels.split())
-    for key, value in values.items():
-        result.add_metric([key] if isinstance(key, str) else list(key), value)   # type: ignore[attr-defined]
-    return result
+def _running(status: WorkerStatus) -> dict[str, Any]:
+    zeros = dict.fromkeys(status.counters.seconds, 0.0)
+    running, overdue, longest = (collections.defaultdict(float, zeros) for _ in range(3))
+    for kind, seconds, left in status.running:
+        label = status.counters.label(kind)
+        running[label] += 1
+        overdue[label] += left is not None and left < 0
+        longest[label] = max(longest[label], seconds)
+    return {"running": running, "overdue": overdue, "longest": longest, "active": len(status.running)}
+
+
+def _families(table: str, values: Mapping[str, Any]) -> Iterator[core.Metric]:
+    def parts(value: Any) -> tuple[Any, ...]:
+        return (value.buckets(), value.sum) if isinstance(value, Tally) else (value,)
+    rows = re.findall(r"^(\w+) (\w+)(?:{(.*)})? (\w+): (.*)$", table.replace("\n  ", " "), re.MULTILINE)
+    for kind, name, labels, key, text in rows:
+        make = getattr(core, f"{kind}MetricFamily")
+        if not labels:
+            yield make(name, text, *parts(values[key]))
+            continue
+        family = make(name, text, labels=labels.split(","))
+        for label, value in values.get(key, {}).items():   # there may be no types
+            family.add_metric([label] if isinstance(label, str) else label, *parts(value))
+        yield family
 
 
 # ===================================================================================================== HTTP
-API_GET = ("overview", "history", "tasks", "failures", "task")
-API_POST = {"cancel": "cancel_task", "retry": "retry_task", "retry_dead_letters": "retry_dead_letters",
-            "pause": "pause_type", "resume": "resume_type"}
+# The paths that there are, and the SQL function that answers.
+ROUTES = {
+    "GET": {"/": "", "/metrics": "", "/health": "", "/ready": "",
+            "/api/overview": "api_overview", "/api/history": "api_history", "/api/tasks": "api_tasks",
+            "/api/failures": "api_failures", "/api/task": "api_task"},
+    "POST": {"/api/cancel": "cancel_task", "/api/retry": "retry_task", "/api/pause": "pause_type",
+             "/api/resume": "resume_type", "/api/retry_dead_letters": "retry_dead_letters",
+             **{f"/api/{name}_schedule": f"{name}_schedule" for name in ("fire", "pause", "resume")}}}
+HEADERS = {"Content-Type": "application/json", "Cache-Control": "no-store", "Referrer-Policy": "no-referrer",
+           "X-Content-Type-Options": "nosniff", "Cross-Origin-Resource-Policy": "same-origin",
+           "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'"}
 MAX_CLIENTS = 100        # beyond it, the connection that has been open longest is closed
 CLIENT_SECONDS = 30.0    # no connection is open longer than this, however busy it is
 MAX_WAITING = 8          # requests that use the database or wait for it; one more gets a 503
@@ -6851,17 +7433,21 @@ WAIT_SECONDS = 10.0      # how long one of them waits for its turn; the page giv
 MAX_BODY = 65536
 
 
-class Busy(Exception):
-    """Too many requests wait for the database."""
+class Refused(Exception):
+    """Ends a request with an error."""
+
+    def __init__(self, status: int, error: str, headers: Mapping[str, str] = {}) -> None:
+        self.status, self.error, self.headers = status, error, headers
 
 
-class HttpServer(http.server.ThreadingHTTPServer):
+class HttpServer(socketserver.ThreadingTCPServer):   # http.server's asks the DNS for our name, which may hang
     """The page, its data, /metrics, /health and /ready.
 
     Clients that say nothing are dropped after 5 seconds, sooner if there are more than MAX_CLIENTS: a flood
     of half-open connections must not block a health check.
     """
 
+    daemon_threads = allow_reuse_address = True
     request_queue_size = 1024
 
     def __init__(self, config: Config, status: Callable[[], WorkerStatus]) -> None:
@@ -6874,9 +7460,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.link = Link(config)
         self.link_lock = threading.Lock()   # guards link: one request at a time asks the database
         self.waiting = threading.BoundedSemaphore(MAX_WAITING)
-        # open connections and since when, the oldest first
-        self.clients: collections.OrderedDict[int, tuple[socket.socket, float]] = collections.OrderedDict()
-        self.clients_lock = threading.Lock()   # guards clients
+        self.clients: list[tuple[socket.socket, float]] = []   # and since when; for the thread "http" alone
         self.thread = threading.Thread(target=self.serve_forever, args=(0.1,), name="http", daemon=True)
         self.address_family = socket.AF_INET6 if ":" in config.metrics_host else socket.AF_INET
         self._listen(config.metrics_host, config.metrics_port)
@@ -6895,9 +7479,6 @@ class HttpServer(http.server.ThreadingHTTPServer):
         if number != port:
             log.info("port %d is in use: the page and the metrics are on port %d", port, number)
 
-    def server_bind(self) -> None:
-        socketserver.TCPServer.server_bind(self)   # http.server's asks the DNS for our name, which may hang
-
     def start(self) -> None:
         self.thread.start()
 
@@ -6908,192 +7489,146 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.link.close()
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        with self.clients_lock:
-            self.clients[id(request)] = request, time.monotonic()
+        self.clients.append((request, time.monotonic()))
         super().process_request(request, client_address)
 
     def service_actions(self) -> None:
         """Drop clients. serve_forever calls this after each connection and ten times per second."""
-        with self.clients_lock:
-            while self.clients:
-                request, since = next(iter(self.clients.values()))
-                if len(self.clients) <= MAX_CLIENTS and time.monotonic() - since < CLIENT_SECONDS:
-                    return
-                self.clients.popitem(last=False)
+        self.clients = [client for client in self.clients if client[0].fileno() != -1]
+        expired = time.monotonic() - CLIENT_SECONDS
+        for place, (request, since) in enumerate(self.clients, MAX_CLIENTS - len(self.clients)):
+            if place < 0 or since < expired:
                 with contextlib.suppress(OSError):
                     request.shutdown(socket.SHUT_RDWR)   # its thread reads the end of the stream
 
-    def shutdown_request(self, request: Any) -> None:
-        with self.clients_lock:
-            self.clients.pop(id(request), None)
-        super().shutdown_request(request)
-
     def handle_error(self, request: Any, client_address: Any) -> None:
-        if isinstance(sys.exc_info()[1], OSError):
-            log.debug("http: a client went away", exc_info=True)
-        else:
-            log.error("http: a request failed", exc_info=True)
+        gone = isinstance(sys.exc_info()[1], OSError)
+        log.log(logging.DEBUG if gone else logging.ERROR, "http: a request failed", exc_info=True)
 
-    def ask(self, function: str, arguments: Mapping[str, Any], as_json: bool = False) -> Any:
-        """Call an SQL function by name, and return its rows. Raises Busy and psycopg.Error."""
-        if not self.waiting.acquire(blocking=False):
-            raise Busy
-        try:
-            if not self.link_lock.acquire(timeout=WAIT_SECONDS):
-                raise Busy
-            try:
-                self.link.reopen_if_closed()
-                return (self.link.json if as_json else self.link.call)(function, **arguments)
-            finally:
-                self.link_lock.release()
-        finally:
-            self.waiting.release()
+    def ask(self, function: str, fields: Mapping[str, str], posted: bool) -> Any:
+        """Call an SQL function with named arguments, and return its first row."""
+        named: Any = {"p_" + field: check_text(field, value) for field, value in fields.items()}
+        with _turn(self.waiting, 0), _turn(self.link_lock, WAIT_SECONDS):
+            self.link.reopen_if_closed()
+            return self.link.json(function, **named)[0] if posted else self.link.call(function, **named)[0]
+
+
+@contextlib.contextmanager
+def _turn(lock: Any, seconds: float) -> Iterator[None]:
+    if not lock.acquire(timeout=seconds):
+        raise Refused(503, "too many requests wait for the database", {"Retry-After": "5"})
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class HttpRequest(http.server.BaseHTTPRequestHandler):
     server: HttpServer
     timeout = 5
-    server_version = "orchestrator"
-    sys_version = ""
-    protocol_version = "HTTP/1.0"   # one connection a request: nothing is kept open
+    server_version, sys_version = "orchestrator", ""
     default_request_version = "HTTP/1.0"
 
     def do_GET(self) -> None:
-        self._answer(self._get)
-
-    do_HEAD = do_GET
-
-    def do_POST(self) -> None:
-        self._answer(self._post)
-
-    def _answer(self, answer: Callable[[str, dict[str, str]], None]) -> None:
         try:
-            url = urlsplit(self.path)
-            query = dict(parse_qsl(url.query, max_num_fields=20))   # without the empty values
-        except ValueError:
-            self._send(400, {"error": "the address is malformed"})
-            return
-        try:
-            answer(url.path, query)
+            self._answer()
+        except Refused as refused:
+            self._send(refused.status, {"error": refused.error}, refused.headers)
         except OSError:   # the client went away
             raise
         except Exception:
-            log.exception("http: %s %s failed", self.command, url.path[:200])
+            log.exception("http: %s %s failed", self.command, self.path.partition("?")[0][:200])
             self._send(500, {"error": "this is a bug; the worker's log has more"})
 
-    def _get(self, path: str, query: dict[str, str]) -> None:
-        folder, _, name = path.rpartition("/")
-        if path in ("/health", "/ready"):
-            self._health(path)
-        elif not self._authorized():
-            self._send(401, {"error": "METRICS_AUTH is set: send it as Bearer token, or user and password"},
-                       {"WWW-Authenticate": 'Basic realm="orchestrator", charset="UTF-8"'})
-        elif not self._host_allowed():
-            self._send(403, {"error": "METRICS_HOST is a loopback address: ask for localhost or an address, "
-                                      "or set METRICS_AUTH"})
-        elif path == "/metrics":
-            self._send(200, generate_latest(self.server.registry),
-                       {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
-        elif path == "/":
-            self._send(200, self.server.page, {"Content-Type": "text/html; charset=utf-8",
-                                               "Content-Security-Policy": self.server.policy})
-        elif folder == "/api" and name in API_GET:
-            self._api(name, "api_" + name, query)
-        else:
-            paths = ["/", "/metrics", "/health", "/ready", *("/api/" + name for name in API_GET)]
-            self._send(404, {"error": f"there is {', '.join(paths)}"})
+    do_HEAD = do_POST = do_GET
 
-    def _post(self, path: str, query: dict[str, str]) -> None:
-        """No other site's page can send this: a browser asks before it sends an Authorization header
-        to another site, and gets a 405."""
-        folder, _, name = path.rpartition("/")
-        token = self.server.config.admin_token
-        if not token:
-            self._send(403, {"error": "this server is read-only: ADMIN_TOKEN is not set"})
-        elif not self._bearer(token):
-            self._send(401, {"error": "the admin token is missing or wrong"}, {"WWW-Authenticate": "Bearer"})
-        elif folder != "/api" or name not in API_POST:
-            self._send(404, {"error": "there is no such action"})
-        elif (body := self._body()) is not None:
-            log.info("%s by HTTP: %s", name, json.dumps(body)[:500])
-            self._api(name, API_POST[name], body)
-
-    def _api(self, name: str, function: str, fields: Mapping[str, str]) -> None:
-        posted = self.command == "POST"
+    def _answer(self) -> None:
         try:
-            named = {"p_" + field: check_text(field, value) for field, value in fields.items()}
-            row = self.server.ask(function, named, posted)[0]
-        except Busy:
-            self._send(503, {"error": "too many requests wait for the database"}, {"Retry-After": "5"})
+            url = urlsplit(self.path)
+            fields = dict(parse_qsl(url.query, max_num_fields=20))   # without the empty values
+        except ValueError:
+            raise Refused(400, "the address is malformed") from None
+        path, posted = url.path, self.command == "POST"
+        routes = ROUTES["POST" if posted else "GET"]
+        if posted:
+            self._authorize_post()
+        elif path in ("/health", "/ready"):
+            return self._health(path)
+        else:
+            self._authorize_get()
+        if path not in routes:
+            raise Refused(404, f"there is {', '.join(routes)}")
+        if path == "/":
+            return self._send(200, self.server.page, {"Content-Type": "text/html; charset=utf-8",
+                                                      "Content-Security-Policy": self.server.policy})
+        if path == "/metrics":
+            return self._send(200, generate_latest(self.server.registry),
+                              {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+        if posted:
+            fields = self._body()
+            log.info("%s by HTTP: %s", path, json.dumps(fields)[:500])
+        try:
+            row = self.server.ask(routes[path], fields, posted)
         except (ValueError, psycopg.Error) as error:
-            status, text = _refusal(error, name, list(fields))
-            if status == 503:
-                log.warning("/api/%s: %s", name, error_line(error))
-            self._send(status, {"error": text})
-        else:
-            if row in ((None,), "not_found"):
-                self._send(404, {"error": "there is no such task"})
-            else:
-                self._send(200, {"result": row} if posted else row[0].encode())
+            raise _refusal(error, path, list(fields)) from None
+        if row in (None, (None,), "not_found"):
+            raise Refused(404, f"there is no such {'schedule' if 'schedule' in path else 'task'}")
+        return self._send(200, {"result": row} if posted else row[0].encode())
 
-    def _body(self) -> dict[str, str] | None:
-        """The fields that were posted, without those that are null; None: it was refused, and answered."""
-        lengths = self.headers.get_all("Content-Length") or []
-        if "Transfer-Encoding" in self.headers or not lengths:
-            self._send(411, {"error": "send a JSON object, and its Content-Length"})
-        elif len(lengths) != 1 or not re.fullmatch(r"[0-9]{1,18}", lengths[0]):
-            self._send(400, {"error": "the Content-Length is not a number of bytes"})
-        elif int(lengths[0]) > MAX_BODY:
-            self._send(413, {"error": f"send at most {MAX_BODY} bytes"})
-        else:
-            return self._fields(int(lengths[0]))
-        return None
-
-    def _fields(self, length: int) -> dict[str, str] | None:
+    def _body(self) -> dict[str, str]:
+        """The fields that were posted, without those that are null."""
+        length = ",".join(self.headers.get_all("Content-Length", []))
+        if not length or "Transfer-Encoding" in self.headers:
+            raise Refused(411, "send a JSON object, and its Content-Length")
+        if not re.fullmatch(r"[0-9]{1,18}", length):
+            raise Refused(400, "the Content-Length is not a number of bytes")
+        if int(length) > MAX_BODY:
+            raise Refused(413, f"send at most {MAX_BODY} bytes")
         try:
-            body = json.loads(self.rfile.read(length) or "{}", parse_int=str)
+            body = json.loads(self.rfile.read(int(length)) or "{}", parse_int=str)
             bad = [name[:50] for name, value in body.items() if not isinstance(value, str | None)]
         except TimeoutError:
-            self._send(408, {"error": "the body did not come"})
-            return None
+            raise Refused(408, "the body did not come") from None
         except (ValueError, RecursionError, AttributeError):   # the last: not an object
             bad = ["body"]
         if bad:
-            self._send(400, {"error": f"{bad[0]}: send a JSON object of strings and whole numbers"})
-            return None
+            raise Refused(400, f"{bad[0]}: send a JSON object of strings and whole numbers")
         return {name: value for name, value in body.items() if value is not None}
 
-    def _authorized(self) -> bool:
+    def _authorize_post(self) -> None:
+        """No other site's page can send this: a browser asks before it sends an Authorization header
+        to another site, and gets a 405."""
+        token = self.server.config.admin_token
+        if not token:
+            raise Refused(403, "this server is read-only: ADMIN_TOKEN is not set")
+        if not self._has("bearer", token):
+            raise Refused(401, "the admin token is missing or wrong", {"WWW-Authenticate": "Bearer"})
+
+    def _authorize_get(self) -> None:
         wanted, admin = self.server.config.metrics_auth, self.server.config.admin_token
-        if not wanted or self._bearer(wanted) or (admin and self._bearer(admin)):
-            return True
-        kind, _, given = self.headers.get("Authorization", "").partition(" ")
-        try:
-            plain = base64.b64decode(given, validate=True) if kind.lower() == "basic" else b""
-        except ValueError:
-            return False
-        if ":" not in wanted:   # a token, which a browser can send only as a password
-            plain = plain.partition(b":")[2]
-        return hmac.compare_digest(plain, wanted.encode())
+        if wanted and not self._has("bearer", wanted, admin) and not self._has("basic", wanted):
+            raise Refused(401, "METRICS_AUTH is set: send it as Bearer token, or user and password",
+                          {"WWW-Authenticate": 'Basic realm="orchestrator", charset="UTF-8"'})
+        # a name that a website's owner points at 127.0.0.1 (DNS rebinding) must not read what only we may
+        host = self.headers.get("Host", "localhost").lower()
+        named = not re.fullmatch(r"(localhost|[0-9.]+|\[.+\])(:[0-9]*)?", host)
+        if not wanted and named and ipaddress.ip_address(str(self.server.server_address[0])).is_loopback:
+            raise Refused(403, "METRICS_HOST is a loopback address: ask for localhost or an address, "
+                               "or set METRICS_AUTH")
 
-    def _bearer(self, token: str) -> bool:
-        kind, _, given = self.headers.get("Authorization", "").partition(" ")
-        given_bytes = given.encode("latin-1", "replace")
-        return kind.lower() == "bearer" and hmac.compare_digest(given_bytes, token.encode())
-
-    def _host_allowed(self) -> bool:
-        """A name that a website's owner points at 127.0.0.1 (DNS rebinding) must not read what only this
-        machine may."""
-        loopback = ipaddress.ip_address(str(self.server.server_address[0])).is_loopback
-        if self.server.config.metrics_auth or not loopback:
-            return True
-        try:
-            name = urlsplit("//" + self.headers.get("Host", "localhost")).hostname or ""
-            if name != "localhost":
-                ipaddress.ip_address(name.partition("%")[0])
-        except ValueError:   # another name
-            return False
-        return True
+    def _has(self, kind: str, *secrets: str) -> bool:
+        """Whether the Authorization header is of this kind, and has one of the secrets."""
+        found, _, text = self.headers.get("Authorization", "").partition(" ")
+        given = [text.encode("latin-1", "replace")]
+        if kind == "basic":
+            try:
+                login = base64.b64decode(text, validate=True)
+            except ValueError:
+                return False
+            # user:password; or what is wanted is a token, which a browser can send only as a password
+            given = [login, login.partition(b":")[2]] if b":" in login else []
+        return found.lower() == kind and any(
+            hmac.compare_digest(one, secret.encode()) for one in given for secret in secrets if secret)
 
     def _health(self, path: str) -> None:
         status = self.server.status()
@@ -7101,15 +7636,11 @@ class HttpRequest(http.server.BaseHTTPRequestHandler):
         self._send(503 if problems else 200, {"status": "failing" if problems else "ok", "problems": problems,
                                               "worker_id": status.worker_id, "version": VERSION})
 
-    def _send(self, status: int, body: Any, headers: Mapping[str, str] | None = None) -> None:
+    def _send(self, status: int, body: Any, headers: Mapping[str, str] = {}) -> None:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
-        sent = {"Content-Type": "application/json", "Content-Length": str(len(data)),
-                "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
-                "Referrer-Policy": "no-referrer", "Cross-Origin-Resource-Policy": "same-origin",
-                "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
-                "X-Admin": "yes" if self.server.config.admin_token else "no", **(headers or {})}
-        for name, value in sent.items():
+        for name, value in {**HEADERS, "X-Admin": "yes" if self.server.config.admin_token else "no",
+                            "Content-Length": str(len(data)), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
@@ -7128,27 +7659,27 @@ class HttpRequest(http.server.BaseHTTPRequestHandler):
         log.debug("http " + format, *args)
 
 
-def _refusal(error: Exception, name: str, fields: Sequence[str]) -> tuple[int, str]:
-    """The status and the text of an answer to a call that failed; bad input is named by its field."""
-    state = getattr(error, "sqlstate", None) or ""
+def _refusal(error: Exception, path: str, fields: Sequence[str]) -> Refused:
+    """The answer to a call that failed; bad input is named by its field."""
+    state, text = getattr(error, "sqlstate", None) or "", error_line(error)
     if state == "42883":   # no function with arguments of these names
-        return 400, f"{name} takes other fields than these: {', '.join(fields) or 'none'}"
+        return Refused(400, f"{path} takes other fields than these: {', '.join(fields) or 'none'}")
     if isinstance(error, (ValueError, psycopg.DataError)) or state == "OR001":
-        diag = getattr(error, "diag", None)
-        place = re.search(r"\$(\d+)", (diag.context or "") if diag else "")   # "unnamed portal parameter $1"
+        context = getattr(getattr(error, "diag", None), "context", None) or ""
+        place = re.search(r"\$(\d+)", context)   # "unnamed portal parameter $1"
         field = f"{fields[int(place[1]) - 1]}: " if place and int(place[1]) <= len(fields) else ""
-        return 400, field + error_line(error)
+        return Refused(400, field + text)
     if state == "42501":
-        return 403, f"{error_line(error)}: the worker's role may not; grant orchestrator_operator to it"
-    return 503, "the database does not answer: " + type(error).__name__
+        return Refused(403, f"{text}: the worker's role may not; grant orchestrator_operator to it")
+    log.warning("%s: %s", path, text)
+    return Refused(503, f"the database does not answer: {type(error).__name__}")
 
 
 def page_html() -> str:
-    path = Path(__file__).resolve().parent / "page.html"
+    path = Path(_FILE).parent / "page.html"
     if BUNDLED_PAGE or path.exists():
         return BUNDLED_PAGE or path.read_text("utf-8")
-    return ("<!doctype html><title>orchestrator</title><p>page.html is not beside orchestrator.py. "
-            "There is /metrics and /health.</p>")
+    return "<!doctype html><title>orchestrator</title>page.html is not beside orchestrator.py"
 
 
 def content_security_policy(page: str) -> str:
@@ -7169,6 +7700,7 @@ SOCKET_NAME = ".s.PGSQL.5432"
 SOCKET_PATH_LIMIT = 107   # bytes, in the kernel's sockaddr_un
 SHARED_FOLDER = Path("/var/lib/orchestrator")   # used by root alone, for what another user couldn't reach
 OUR_FILES = {"pgdata", "pgdata.new", "start.lock"}
+STOP = ("stop", "-D", "pgdata", "-m", "fast", "-w")
 # A process that stops the server when its last user is gone, by kill -9 too. It waits for watch.lock, which
 # every user holds, and decides under start.lock, as everybody does. Arguments: the postmaster's pid, the
 # server's user and group (or empty), and the command that stops it.
@@ -7177,9 +7709,6 @@ import fcntl, os, subprocess, sys
 pid, uid, gid, *stop = sys.argv[1:]
 if os.fork():
     os._exit(0)
-null = os.open(os.devnull, os.O_RDWR)
-for stream in range(3):
-    os.dup2(null, stream)
 def lock(name, how):
     file = open(name)
     fcntl.flock(file, how)
@@ -7187,17 +7716,15 @@ def lock(name, how):
 while True:
     lock("watch.lock", fcntl.LOCK_EX).close()
     with lock("start.lock", fcntl.LOCK_EX):
-        with open("pgdata/postmaster.pid") as file:
-            if file.readline().strip() != pid:
-                break
+        if open("pgdata/postmaster.pid").readline().strip() != pid:
+            break
         if os.path.exists("/proc/self/cwd") and not os.path.samefile(f"/proc/{pid}/cwd", "pgdata"):
             break
         try:
             users = lock("users.lock", fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             continue
-        who = {"user": int(uid), "group": int(gid), "extra_groups": []} if uid else {}
-        subprocess.run(stop, **who)
+        subprocess.run(stop, **({"user": int(uid), "group": int(gid), "extra_groups": []} if uid else {}))
         break
 """
 
@@ -7213,29 +7740,25 @@ class Embedded:
     def __init__(self, data: Path) -> None:
         self.data = data.absolute()
         self.bin = _wheel() / "pginstall" / "bin"
+        self.url = ""
         self._owner: tuple[int, int] | None = None   # user and group of the server, if not this process's
         self._short: tempfile.TemporaryDirectory[str] | None = None
-        self._users: list[int] = []   # users.lock and watch.lock, held shared by each process in use of it
+        self._users: list[Any] = []   # users.lock and watch.lock, held shared by each process in use of it
         self._pid = 0                 # of the process that called start()
-
-    @property
-    def url(self) -> str:
-        folder = f"{self._short.name}/data" if self._short else str(self.data)
-        return f"postgresql://postgres@/postgres?host={quote(folder, safe='')}&port=5432"
 
     def start(self) -> str:
         """Make sure the server runs, and return its URL. Called again, start one that was killed."""
         try:
             self._prepare_folder()
-            with self._starting() as lock:
+            with self._lock("start.lock", "LOCK_EX") as lock:
+                if not self._users:
+                    # hardly waits: others decide under start.lock
+                    self._users = [self._lock(name, "LOCK_SH") for name in ("users.lock", "watch.lock")]
+                    self._pid = os.getpid()
+                    atexit.register(self.close)
                 if not (self.data / "pgdata").exists():
                     self._create(lock)
                 self._ensure_running()
-                if not self._users:
-                    self._users, self._pid = [self._open("users.lock"), self._open("watch.lock")], os.getpid()
-                    for file in self._users:
-                        _flock(file, "LOCK_SH")   # hardly waits: others decide under start.lock
-                    atexit.register(self.close)
         except OSError as error:
             raise ConfigError(f"DATABASE_URL is unset and embedded PostgreSQL can't run: {error}") from error
         user = f" as user {self._owner[0]}" if self._owner else ""
@@ -7246,12 +7769,13 @@ class Embedded:
         """Give the server up, and stop it if no other process uses it."""
         if not self._users or self._pid != os.getpid():   # a forked child has its parent's lock, not its own
             return
+        import fcntl
         users, self._users = self._users, []
-        with contextlib.suppress(BlockingIOError, FileNotFoundError), self._starting():
-            _flock(users[0], "LOCK_EX", "LOCK_NB")   # refused while others hold it shared
-            self._run("pg_ctl", "stop", "-D", "pgdata", "-m", "fast", "-w")
+        with contextlib.suppress(BlockingIOError, FileNotFoundError), self._lock("start.lock", "LOCK_EX"):
+            fcntl.flock(users[0], fcntl.LOCK_EX | fcntl.LOCK_NB)   # refused while others hold it shared
+            self._run(self.bin / "pg_ctl", *STOP)
         for file in users:
-            os.close(file)
+            file.close()
         if self._short:
             self._short.cleanup()
 
@@ -7263,24 +7787,25 @@ class Embedded:
         self.data = self.data.resolve()
         folder = os.open(self.data, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
-            self._refuse_foreign(os.listdir(folder), linked)
+            # the owner and the mode of a folder that isn't ours must stay, as those of a link's target
+            files = set(os.listdir(folder))
+            if files and not OUR_FILES & files:
+                raise OSError(f"{self.data} holds other files; EMBEDDED_DIR must name an empty or new folder")
+            if linked and self._owner and self.data.parent != SHARED_FOLDER.resolve():
+                raise OSError(f"root does not follow a link to {self.data}; EMBEDDED_DIR may name it")
             if self._owner:
                 os.fchown(folder, *self._owner)
             os.fchmod(folder, 0o700)
         finally:
             os.close(folder)
-        too_long = len(os.fsencode(self.data / SOCKET_NAME)) > SOCKET_PATH_LIMIT
+        reached = str(self.data)
         # libpq takes a comma for a list of hosts
-        if not self._short and (too_long or "," in str(self.data)):
-            self._short = tempfile.TemporaryDirectory(prefix="orchestrator-", dir="/tmp")
-            os.symlink(self.data, f"{self._short.name}/data")
-
-    def _refuse_foreign(self, files: Sequence[str], linked: bool) -> None:
-        """The owner and the mode of a folder that isn't ours must stay, as those of a link's target."""
-        if files and not OUR_FILES & set(files):
-            raise OSError(f"{self.data} holds other files; EMBEDDED_DIR must name an empty or a new folder")
-        if linked and self._owner and self.data.parent != SHARED_FOLDER.resolve():
-            raise OSError(f"root does not follow a link to {self.data}; EMBEDDED_DIR may name it")
+        if "," in reached or len(os.fsencode(self.data / SOCKET_NAME)) > SOCKET_PATH_LIMIT:
+            if not self._short:
+                self._short = tempfile.TemporaryDirectory(prefix="orchestrator-", dir="/tmp")
+                os.symlink(self.data, f"{self._short.name}/data")
+            reached = f"{self._short.name}/data"
+        self.url = f"postgresql://postgres@/postgres?host={quote(reached, safe='')}&port=5432"
 
     def _choose_owner(self) -> None:
         """PostgreSQL refuses to run as root: take the data's owner, else an existing user, and stay in reach.
@@ -7290,53 +7815,41 @@ class Embedded:
         """
         import pwd  # not on Windows
 
-        if self.data.exists() and self.data.stat().st_uid != 0:
-            found = self.data.stat()
+        if self.data.exists() and (found := self.data.stat()).st_uid != 0:
             self._owner = found.st_uid, found.st_gid
         else:
-            names = {user.pw_name: user for user in pwd.getpwall()}
-            user = next(names[name] for name in ("orchestrator", "postgres", "nobody") if name in names)
-            self._owner = user.pw_uid, user.pw_gid
+            ids = {user.pw_name: (user.pw_uid, user.pw_gid) for user in pwd.getpwall()}
+            self._owner = next(ids[name] for name in ("orchestrator", "postgres", "nobody") if name in ids)
             if not os.path.lexists(self.data) and not self._reaches(self.data.parent):
-                self._link_shared_folder()
+                SHARED_FOLDER.mkdir(mode=0o755, parents=True, exist_ok=True)
+                folder = tempfile.mkdtemp(prefix=f"{self.data.parent.name}-", dir=SHARED_FOLDER)
+                try:
+                    self.data.symlink_to(folder)
+                except FileExistsError:   # another process starts at the same moment, and was first
+                    os.rmdir(folder)
         if not self._reaches(self.bin / "postgres"):
             self.bin = _copy_of_wheel() / "pginstall" / "bin"
 
     def _reaches(self, path: Path) -> bool:
-        uid, gid = self._owner or (os.geteuid(), os.getegid())
-        return subprocess.run(["test", "-x", path], check=False, cwd="/", user=uid, group=gid,
-                              extra_groups=[]).returncode == 0
+        return self._run("test", "-x", path, folder="/").returncode == 0
 
-    def _link_shared_folder(self) -> None:
-        SHARED_FOLDER.mkdir(mode=0o755, parents=True, exist_ok=True)
-        folder = tempfile.mkdtemp(prefix=f"{self.data.parent.name}-", dir=SHARED_FOLDER)
-        try:
-            self.data.symlink_to(folder)
-        except FileExistsError:   # another process starts at the same moment, and was first
-            os.rmdir(folder)
+    def _lock(self, name: str, how: str) -> Any:
+        """A file of the folder, locked for as long as it is open."""
+        import fcntl  # not on Windows, where a program can enqueue all the same
 
-    def _open(self, name: str) -> int:
         file = os.open(self.data / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         if self._owner:
             os.fchown(file, *self._owner)
-        return file
+        fcntl.flock(file, getattr(fcntl, how))
+        return os.fdopen(file)
 
-    @contextlib.contextmanager
-    def _starting(self) -> Iterator[int]:
-        """Hold start.lock: one process at a time creates, starts or stops the server."""
-        lock = self._open("start.lock")
-        try:
-            _flock(lock, "LOCK_EX")
-            yield lock
-        finally:
-            os.close(lock)
-
-    def _create(self, lock: int) -> None:
+    def _create(self, lock: Any) -> None:
         """Run initdb under another name, so that a half-made database is never taken for a whole one."""
         new = self.data / "pgdata.new"
         shutil.rmtree(new, ignore_errors=True)
-        made = self._run("initdb", "-D", "pgdata.new", "-U", "postgres", "-A", "trust", "-E", "UTF8",
-                         "--no-locale", lock=lock)
+        # the lock stays held until initdb ends, even if this process is killed before
+        made = self._run(self.bin / "initdb", "-D", new.name, "-U", "postgres", "-A", "trust", "-E", "UTF8",
+                         "--no-locale", keep=[lock.fileno()])
         if made.returncode != 0:
             raise OSError(f"initdb: {made.stderr.strip()}")
         new.rename(self.data / "pgdata")
@@ -7351,26 +7864,25 @@ class Embedded:
                 give_up = time.monotonic() + 5
             else:
                 self._remove_stale_locks()
-                if self._run("pg_ctl", "start", "-D", "pgdata", "-l", "postgres.log", "-w", "-t", "86400",
-                             "-o", options).returncode == 0:
-                    self._watch()
-                    return
+                started = self._run(self.bin / "pg_ctl", "start", "-D", "pgdata", "-l", "postgres.log", "-w",
+                                    "-t", "86400", "-o", options)
+                if started.returncode == 0:
+                    return self._watch()
             if time.monotonic() > give_up:
                 lines = (self.data / "postgres.log").read_text(errors="replace").splitlines()
                 raise OSError(f"the last lines of {self.data}/postgres.log are: " + " | ".join(lines[-3:]))
             threading.Event().wait(0.1)
+        return None
 
     def _watch(self) -> None:
-        for name in ("users.lock", "watch.lock"):
-            os.close(self._open(name))
         pid = (self.data / "pgdata" / "postmaster.pid").read_text().split("\n")[0]
-        owner = map(str, self._owner) if self._owner else ("", "")
-        stop = str(self.bin / "pg_ctl"), "stop", "-D", "pgdata", "-m", "fast", "-w"
+        owner = map(str, self._owner or ("", ""))
         # where there is no interpreter to start, the next user adopts the server
         with contextlib.suppress(OSError):
-            subprocess.run([sys.executable, "-I", "-S", "-c", WATCHER, pid, *owner, *stop], check=False,
-                           cwd=self.data, start_new_session=True,
-                           stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            subprocess.run(
+                [sys.executable, "-IS", "-c", WATCHER, pid, *owner, self.bin / "pg_ctl", *STOP], check=False,
+                cwd=self.data, start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL)
 
     def _remove_stale_locks(self) -> None:
         """Forget a server that was killed. PostgreSQL refuses to start while the old pid exists, even as a
@@ -7385,24 +7897,14 @@ class Embedded:
         (pgdata / "postmaster.pid").unlink(missing_ok=True)
         (self.data / f"{SOCKET_NAME}.lock").unlink(missing_ok=True)
 
-    def _run(self, program: str, *args: str, lock: int | None = None) -> subprocess.CompletedProcess[str]:
-        """Run a PostgreSQL program in the folder, in a session of its own: Ctrl-C must not reach the server.
-
-        A lock that is passed on stays held until the program ends, even if this process is killed before.
-        """
+    def _run(self, *command: Any, folder: Any = None, keep: Any = ()) -> subprocess.CompletedProcess[str]:
+        """Run a program as the server's user, in a session of its own: Ctrl-C must not reach the server."""
         uid, gid = self._owner or (None, None)
         return subprocess.run(
-            [self.bin / program, *args], check=False, cwd=self.data,
+            command, check=False, cwd=folder or self.data, pass_fds=keep, umask=0o077, start_new_session=True,
             user=uid, group=gid, extra_groups=[] if self._owner else None,
-            env={name: value for name, value in os.environ.items() if not name.startswith("PG")}, umask=0o077,
-            pass_fds=() if lock is None else (lock,), start_new_session=True,
+            env={name: value for name, value in os.environ.items() if not name.startswith("PG")},
             stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
-
-
-def _flock(file: int, *flags: str) -> None:
-    import fcntl  # not on Windows, where a program can enqueue all the same
-
-    fcntl.flock(file, sum(getattr(fcntl, flag) for flag in flags))
 
 
 def _wheel() -> Path:
@@ -7422,8 +7924,7 @@ def _copy_of_wheel() -> Path:
         for part in (_wheel(), _wheel().with_suffix(".libs")):   # the second holds libpq and what it needs
             if part.exists():
                 shutil.copytree(part, new / part.name)
-        for path in (new, *new.rglob("*")):
-            path.chmod(0o755 if path.is_dir() or os.access(path, os.X_OK) else 0o644)
+        subprocess.run(["chmod", "-R", "a+rX,go-w", new], check=True)
         with contextlib.suppress(OSError):   # another process was first
             new.rename(copy)
         shutil.rmtree(new, ignore_errors=True)
@@ -7438,188 +7939,130 @@ BATCH_LINES = 1000       # of a file, in one call
 BATCH_BYTES = 2 ** 22
 LINE_BYTES = 2 ** 20     # a longer line can't be a task
 RETRY_BATCH = 500        # dead letters retried in one call
+Command = Callable[["Args"], int]
+ARGUMENTS: dict[Command, list[Any]] = collections.defaultdict(list)
 
 
-def load_handlers(name: str) -> dict[str, Handler | Callable[[Task], Any]]:
-    """The HANDLERS dict of a module, a .py file, or handlers.py in the working directory or beside this file.
-    Raises ConfigError."""
-    if not name:
-        found = [path for folder in (Path.cwd(), Path(__file__).resolve().parent)
-                 if (path := folder / "handlers.py").exists()]
-        if not found:
-            return {}
-        name = str(found[0])
-    try:
-        if name.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(name).stem, name)
-            if spec is None or spec.loader is None or not Path(name).exists():
-                raise ModuleNotFoundError(f"there is no file {name}")
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[Path(name).stem] = module
-            sys.path.insert(0, str(Path(name).resolve().parent))
-            spec.loader.exec_module(module)
-        else:
-            sys.path.insert(0, os.getcwd())
-            module = importlib.import_module(name)
-    except (Exception, SystemExit) as error:
-        raise ConfigError(f"HANDLERS: cannot load {name}: {describe_error(error)}") from error
-    handlers = getattr(module, "HANDLERS", None)
-    if not isinstance(handlers, dict):
-        raise ConfigError(f"HANDLERS: the module {name} has no dict HANDLERS = {{'type': function}}")
-    return handlers
+class Args(argparse.Namespace):
+    """What the command line says: do_NAME runs the command NAME, whose help is its docstring."""
+
+    app: Orchestrator
 
 
-def command_run(app: Orchestrator, args: argparse.Namespace) -> int:
-    for pattern, handler in load_handlers(args.set_handlers or app.config.handlers).items():
-        app.router.add(pattern, handler)
-    app.run()
+def arg(*names: str, **options: Any) -> Callable[[Command], Command]:
+    """Give a command an argument."""
+    def add(command: Command) -> Command:
+        ARGUMENTS[command].insert(0, (names, options))   # decorators are applied from below
+        return command
+    return add
+
+
+def do_run(args: Args) -> int:
+    """run a worker (the default)"""
+    load_handlers(args.app.router, args.set_handlers or args.app.config.handlers)
+    args.app.run()
     return 0
 
 
-def command_install(app: Orchestrator, args: argparse.Namespace) -> int:
+@arg("--print", action="store_true", help="only print the SQL")
+def do_install(args: Args) -> int:
+    """install or upgrade the schema"""
     if args.print:
         sys.stdout.write(install_script())
         return 0
-    app._open()
-    with connect(app.config) as connection:
-        prepare_session(connection, app.config)
+    args.app._open()
+    with connect(args.app.config) as connection:
+        prepare_session(connection, args.app.config)
         install(connection)
-    return _print(args, {"schema_version": SCHEMA_VERSION},
-                  f"the schema orchestrator is installed, version {SCHEMA_VERSION}")
+    return _say(args, {"schema_version": SCHEMA_VERSION},
+                f"the schema orchestrator is installed, version {SCHEMA_VERSION}")
 
 
-def command_enqueue(app: Orchestrator, args: argparse.Namespace) -> int:
-    args.run_at = args.run_at and _moment(args.run_at)
+@arg("type", nargs="?", help="such as task:backup")
+@arg("payload", nargs="?", help="JSON; default {}")
+@arg("--priority", type=int, default=0, help="higher is claimed first; default 0")
+@arg("--key", help="idempotency key")
+@arg("--max-retries", type=int, help="default: the policy of the type")
+@arg("--delay", help="such as 10m, or a number of seconds")
+@arg("--run-at", help="such as 2030-01-31T12:00:00+00:00")
+@arg("--file", help="JSON lines {type, payload, priority, idempotency_key, max_retries, run_at}, with the "
+                    "other flags for what they leave out; - is standard input")
+@arg("--on-error", choices=("continue", "stop"), help="what to do at a bad line; default continue")
+def do_enqueue(args: Args) -> int:
+    """add a task, or many from a file"""
+    delay = None if args.delay is None else check_seconds("--delay", args.delay)
+    run_at = None if args.run_at is None else _moment(args.run_at)
+    if delay is not None and run_at is not None:
+        raise ConfigError("--delay: give either --run-at or --delay")
     if args.file:
-        return _enqueue_file(app, args)
+        due = datetime.now().astimezone() + timedelta(seconds=delay) if delay else run_at
+        return _enqueue_file(args, due)
     if not args.type:
         raise ConfigError("TYPE: say which type to enqueue, or --file tasks.jsonl")
     if args.on_error:
         raise ConfigError("--on-error: goes with --file only")
-    try:
-        payload = json.loads(args.payload or "{}", parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"payload: is not JSON: {getattr(error, 'msg', error)}") from None
-    task_id = app.enqueue(args.type, payload, priority=args.priority, idempotency_key=args.key,
-                          max_retries=args.max_retries, delay=args.delay, run_at=args.run_at)
+    task_id = args.app.enqueue(args.type, _payload(args.payload), priority=args.priority, delay=delay,
+                               idempotency_key=args.key, max_retries=args.max_retries, run_at=run_at)
     if not task_id.created:
         print(f"the key {_cell(args.key)} is known: this is the id of the first task", file=sys.stderr)
-    return _print(args, {"id": task_id, "created": task_id.created}, task_id)
+    return _say(args, {"id": task_id, "created": task_id.created}, task_id)
 
 
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _moment(text: str) -> datetime:
-    """A local time is refused: it may come twice a year, or not at all."""
-    with contextlib.suppress(ValueError):
-        if (moment := datetime.fromisoformat(text)).tzinfo is not None:
-            return moment
-    raise ConfigError("--run-at: must be a moment with its time zone, such as 2030-01-31T12:00:00+00:00")
-
-
-def _enqueue_file(app: Orchestrator, args: argparse.Namespace) -> int:
+def _enqueue_file(args: Args, run_at: datetime | None) -> int:
     """Enqueue each line of a file, which may be of any size: it is read and sent in batches."""
     if args.key is not None or args.payload is not None:
         raise ConfigError(f"{'PAYLOAD' if args.key is None else '--key'}: belongs in the lines of the file")
-    if args.delay is not None:
-        if args.run_at is not None:
-            raise ConfigError("--delay: give either --run-at or --delay")
-        args.run_at = datetime.now().astimezone() + timedelta(seconds=check_seconds("--delay", args.delay))
     defaults = {"type": args.type, "priority": _priority(args.priority),
-                "max_retries": _retries(args.max_retries), "run_at": args.run_at and args.run_at.isoformat()}
-    defaults = {name: value for name, value in defaults.items() if value is not None}
-    stop = args.on_error == "stop"
-    counts = collections.Counter(created=0, known=0, bad=0)
+                "max_retries": _retries(args.max_retries), "run_at": run_at and run_at.isoformat()}
+    given = json.dumps({name: value for name, value in defaults.items() if value is not None})
+    counts, stop, before = collections.Counter(created=0, known=0, bad=0), args.on_error == "stop", 0
     try:
         with contextlib.nullcontext(sys.stdin.buffer) if args.file == "-" else open(args.file, "rb") as file:
-            for batch in _batches_of_lines(file):
-                for number, problem in _enqueue_lines(app, batch, defaults, stop, counts):
-                    print(f"line {number}: {problem}", file=sys.stderr)
+            for lines in _batches_of_lines(file):
+                rows = args.app.call("enqueue_lines", texts([line for line, _ in lines]), given, stop)
+                for number, _, created, problem in sorted(rows):
+                    counts["bad" if problem else "created" if created else "known"] += 1
+                    if problem:
+                        print(f"line {before + number}: {lines[number - 1][1] or problem}", file=sys.stderr)
                 if stop and counts["bad"]:
                     break
-                _progress(f"{batch[-1][0]} lines")
+                before += len(lines)
+                _progress(f"{before} lines")
     except psycopg.Error:
         print(f"{counts['created']} enqueued before the database failed", file=sys.stderr)
         raise
     except OSError as error:
         raise ConfigError(f"--file: cannot read {args.file}: {error.strerror}") from None
-    _print(args, dict(counts), f"{counts['created']} enqueued, {counts['known']} known already, "
-                               f"{_many(counts['bad'], 'bad line')}")
-    return 2 if counts["bad"] else 0
+    text = "{created} enqueued, {known} known already, ".format(**counts) + _many(counts["bad"], "bad line")
+    return _say(args, dict(counts), text, 2 if counts["bad"] else 0)
 
 
-Line = tuple[int, str, str | None]   # number, text, what is wrong with it
-
-
-def _batches_of_lines(file: Any) -> Iterator[list[Line]]:
-    batch: list[Line] = []
-    size = 0
-    for line in _lines(file):
-        batch.append(line)
-        size += len(line[1])
-        if len(batch) >= BATCH_LINES or size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _lines(file: Any) -> Iterator[Line]:
-    """The lines that aren't empty."""
-    for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES), b""), 1):
-        rest = line
-        while len(rest) == LINE_BYTES and not rest.endswith(b"\n"):
-            rest = file.readline(LINE_BYTES)
-        if rest is not line:
-            yield number, "", f"is longer than {LINE_BYTES} bytes"
-        elif line.strip():
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                yield number, text, "is not JSON: it has a NUL character" if "\0" in text else None
-            except UnicodeDecodeError:
-                yield number, "", "is not UTF-8"
-
-
-def _enqueue_lines(app: Orchestrator, batch: list[Line], defaults: Mapping[str, Any], stop: bool,
-                   counts: collections.Counter[str]) -> list[tuple[int, str]]:
-    """Enqueue a batch, count its lines, and return those that were refused with what is wrong with them.
-
-    stop: nothing after the first of those is enqueued, nor said.
-    """
-    bad = [(number, problem) for number, _, problem in batch if problem is not None]
-    sent = [line for line in batch if line[2] is None and not (stop and bad and line[0] > bad[0][0])]
-    arguments = texts([text for _, text, _ in sent]), json.dumps(defaults), stop
-    for line, _, created, problem in app.call("enqueue_lines", *arguments):
-        if problem is not None:
-            bad.append((sent[line - 1][0], problem))
-        else:
-            counts["created" if created else "known"] += 1
-    bad = sorted(bad)[:1 if stop else None]
-    counts["bad"] += len(bad)
-    return bad
-
-
-def command_list(app: Orchestrator, args: argparse.Namespace) -> int:
+@arg("--status", help="such as ready, running or dead_letter")
+@arg("--type")
+@arg("--limit", type=int, default=50, help="from 1 to 1000; default 50")
+@arg("--before", help="go on after a page: what it said is next, or an id")
+def do_list(args: Args) -> int:
+    """list tasks, the newest first; those of a type or status in that state's order"""
     tasks: list[dict[str, Any]] = []
-    before = args.before
+    more = True
     check_whole("--limit", args.limit, 1, 1000)
-    while len(tasks) < args.limit:   # a page looks at a bounded number of tasks, and may be empty
-        page = json.loads(app.call("api_tasks", p_type=args.type, p_status=args.status, p_before=before,
-                                   p_limit=min(200, args.limit - len(tasks)))[0][0])
+    while more and len(tasks) < args.limit:   # a page looks at a bounded number of tasks, and may be empty
+        page = json.loads(args.app.call(
+            "api_tasks", p_type=args.type, p_status=args.status, p_before=args.before,
+            p_limit=min(200, args.limit - len(tasks)))[0][0])
         tasks += page["tasks"]
-        before = page["next"]
-        if before is None:
-            break
-    _table(args, tasks, ["id", "type", "status", "priority", "attempts", "created_at", "last_error"])
-    if before is not None and not args.json:
-        print(f"more: --before {before}", file=sys.stderr)
+        args.before = page["next"]
+        more = args.before is not None
+    _table(args, tasks, "id type status priority attempts created_at last_error")
+    if more and not args.json:
+        print(f"more: --before {args.before}", file=sys.stderr)
     return 0
 
 
-def command_show(app: Orchestrator, args: argparse.Namespace) -> int:
-    text = app.call("show_task", check_id(args.id))[0][0]
+@arg("id")
+def do_show(args: Args) -> int:
+    """what a task went through, and why it is not running"""
+    text = args.app.call("show_task", check_id(args.id))[0][0]
     if text is None:
         print(f"there is no task {args.id}", file=sys.stderr)
         return 1
@@ -7639,71 +8082,145 @@ def command_show(app: Orchestrator, args: argparse.Namespace) -> int:
     return 0
 
 
-def command_cancel(app: Orchestrator, args: argparse.Namespace) -> int:
-    return _outcome(args, app.cancel(args.id), "cancelled", "cancelling")
+@arg("id")
+def do_cancel(args: Args) -> int:
+    """cancel a task"""
+    return _outcome(args, args.app.cancel(args.id), "cancelled", "cancelling")
 
 
-def command_retry(app: Orchestrator, args: argparse.Namespace) -> int:
-    if args.dead_letters and args.id:
-        raise ConfigError("ID: goes without --dead-letters")
+@arg("id", nargs="?")
+@arg("--dead-letters", action="store_true", help="all of them, the oldest first")
+@arg("--type", help="only dead letters of this type")
+@arg("--limit", type=int, help="only so many dead letters")
+def do_retry(args: Args) -> int:
+    """retry a dead letter or a cancelled task"""
     if args.dead_letters:
-        return _retry_dead_letters(app, args)
+        if args.id:
+            raise ConfigError("ID: goes without --dead-letters")
+        return _retry_dead_letters(args)
     if not args.id:
         raise ConfigError("ID: say which task to retry, or --dead-letters")
     if args.type is not None or args.limit is not None:
         raise ConfigError("--type, --limit: go with --dead-letters only")
-    return _outcome(args, app.retry(args.id), "pending")
+    return _outcome(args, args.app.retry(args.id), "pending")
 
 
-def _retry_dead_letters(app: Orchestrator, args: argparse.Namespace) -> int:
+def _outcome(args: Args, status: str, *good: str) -> int:
+    return _say(args, {"id": args.id, "status": status}, status, 0 if status in good else 1)
+
+
+def _retry_dead_letters(args: Args) -> int:
     """Retry in batches, the oldest first, and so many: what fails again meanwhile is left alone."""
     def dead_letters() -> int:
-        return sum(row["dead_letters"] for row in app.view("queue_stats") if args.type in (None, row["type"]))
+        rows = args.app.view("queue_stats")
+        return sum(row["dead_letters"] for row in rows if args.type in (None, row["type"]))
     wanted = dead_letters()
     if args.limit is not None:
         wanted = min(wanted, check_whole("--limit", args.limit, 1, 10 ** 9))
-    retried = 0
-    while retried < wanted:
-        count = app.call("retry_dead_letters", args.type, min(RETRY_BATCH, wanted - retried))[0][0]
-        if count == 0:
-            break
+    retried, count = 0, 1
+    while count and retried < wanted:
+        count = args.app.call("retry_dead_letters", args.type, min(RETRY_BATCH, wanted - retried))[0][0]
         retried += count
         _progress(f"{retried} of {wanted}")
     remain = dead_letters()
-    text = f"{_many(retried, 'dead letter')} retried, {remain} {'remains' if remain == 1 else 'remain'}"
-    return _print(args, {"retried": retried, "remaining": remain}, text)
+    return _say(args, {"retried": retried, "remaining": remain},
+                f"{_many(retried, 'dead letter')} retried, {remain} {'remains' if remain == 1 else 'remain'}")
 
 
-def _pause(function: str, state: str, app: Orchestrator, args: argparse.Namespace) -> int:
-    changed, matching = app.call(function, args.type)[0]
+@arg("type")
+def do_pause(args: Args) -> int:
+    """keep a type, or those of a pattern such as mail:, from being claimed"""
+    return _pause(args, "pause_type", "paused", "paused already")
+
+
+@arg("type")
+def do_resume(args: Args) -> int:
+    """undo pause"""
+    return _pause(args, "resume_type", "resumed", "not paused")
+
+
+def _pause(args: Args, function: str, state: str, unchanged: str) -> int:
+    changed, matching = args.app.call(function, args.type)[0]
     if matching == 0:
         print(f"no known type matches {_cell(args.type)}", file=sys.stderr)
-    told = state if changed else "paused already" if state == "paused" else "not paused"
-    data = {state: args.type, "changed": changed, "matching": matching}
-    return _print(args, data, f"{_cell(args.type)} is {told}")
+    return _say(args, {state: args.type, "changed": changed, "matching": matching},
+                f"{_cell(args.type)} is {state if changed else unchanged}")
 
 
-command_pause = functools.partial(_pause, "pause_type", "paused")
-command_resume = functools.partial(_pause, "resume_type", "resumed")
+def do_stats(args: Args) -> int:
+    """what waits, runs and failed, by type"""
+    return _table(args, args.app.view("queue_stats"),
+                  "type waiting scheduled in_flight dead_letters oldest_waiting_age paused")
 
 
-def command_stats(app: Orchestrator, args: argparse.Namespace) -> int:
-    columns = ["type", "waiting", "scheduled", "in_flight", "dead_letters", "oldest_waiting_age", "paused"]
-    return _table(args, app.view("queue_stats"), columns)
+@arg("name")
+@arg("cron", help="such as '30 3 * * mon-fri', @hourly or '@every 90 seconds'")
+@arg("type", help="such as task:backup")
+@arg("payload", nargs="?", help="JSON; default {}")
+@arg("--timezone", default="UTC", help="such as Europe/Berlin; default UTC")
+@arg("--priority", type=int, default=0)
+@arg("--max-retries", type=int)
+@arg("--missed", choices=("one", "all", "none"), default="one",
+     help="which of the times without a running worker to make up for; default the last one")
+@arg("--no-overlap", action="store_true", help="leave a time out while the last task is unfinished")
+def do_schedule(args: Args) -> int:
+    """enqueue a task at each time of a cron expression"""
+    next_at = args.app.schedule(args.name, args.cron, args.type, _payload(args.payload),
+                                timezone=args.timezone, priority=args.priority, max_retries=args.max_retries,
+                                missed=args.missed, overlap=not args.no_overlap)
+    text = next_at and next_at.isoformat()
+    return _say(args, {"name": args.name, "next_at": text}, f"next at {text}" if text else "it is paused")
 
 
-def command_audit(app: Orchestrator, args: argparse.Namespace) -> int:
-    rows = app.json("audit")
-    _table(args, rows, ["invariant", "task_id", "worker_id", "detail"])
-    return 1 if rows else 0
+def do_schedules(args: Args) -> int:
+    """schedules, their next times, and whether they fire"""
+    rows = args.app.view("schedule_states")
+    return _table(args, rows, "name cron timezone type next_at last_fire_at state")
 
 
-def command_psql(app: Orchestrator, args: argparse.Namespace) -> int:
-    app._open()
-    psql = str(app._embedded.bin / "psql") if app._embedded else shutil.which("psql")
+@arg("name")
+def do_unschedule(args: Args) -> int:
+    """remove a schedule; its tasks stay"""
+    removed = args.app.call("unschedule", args.name)[0][0]
+    text = "removed; its tasks stay" if removed else "there is no such schedule"
+    return _say(args, {"name": args.name, "removed": removed}, text, 0 if removed else 1)
+
+
+@arg("name")
+def do_fire(args: Args) -> int:
+    """enqueue the task of a schedule now"""
+    task_id = args.app.call("fire_schedule", args.name)[0][0]
+    if task_id is None:
+        print("there is no such schedule", file=sys.stderr)
+        return 1
+    return _say(args, {"id": task_id}, task_id)
+
+
+@arg("cron")
+@arg("--timezone", default="UTC")
+@arg("-n", dest="number", type=int, default=5, help="from 1 to 1000; default 5")
+def do_next(args: Args) -> int:
+    """the next times of a cron expression"""
+    number = check_whole("-n", args.number, 1, 1000)
+    rows = args.app.call("fire_times", p_cron=args.cron, p_timezone=args.timezone, p_n=number)
+    times = [datetime.fromisoformat(moment).isoformat() for (moment,) in rows]
+    return _say(args, times, "\n".join(times) or "never")
+
+
+def do_audit(args: Args) -> int:
+    """look for violated invariants; exit code 1 if there are any"""
+    rows = args.app.json("audit")
+    return _table(args, rows, "invariant task_id worker_id detail", 1 if rows else 0)
+
+
+@arg("psql_args", nargs=argparse.REMAINDER)
+def do_psql(args: Args) -> int:
+    """open psql on the database in use"""
+    args.app._open()
+    psql = str(args.app._embedded.bin / "psql") if args.app._embedded else shutil.which("psql")
     if psql is None:
         raise ConfigError("psql: is not on the PATH; install PostgreSQL's client")
-    known: dict[str, Any] = conninfo_to_dict(app.config.database_url)
+    known: dict[str, Any] = conninfo_to_dict(args.app.config.database_url)
     password = known.pop("password", None)   # by the environment: everyone can read an argument list
     environment = {**os.environ, **({"PGPASSWORD": password} if password else {})}
     signal.signal(signal.SIGINT, signal.SIG_IGN)   # Ctrl-C is psql's
@@ -7711,9 +8228,83 @@ def command_psql(app: Orchestrator, args: argparse.Namespace) -> int:
     return subprocess.run([psql, target, *args.psql_args], env=environment, check=False).returncode
 
 
-def _outcome(args: argparse.Namespace, status: str, *good: str) -> int:
-    _print(args, {"id": args.id, "status": status}, status)
-    return 0 if status in good else 1
+def _say(args: Args, data: Any, text: str, code: int = 0) -> int:
+    print(json.dumps(data) if args.json else text)
+    return code
+
+
+def _table(args: Args, rows: list[dict[str, Any]], names: str, code: int = 0) -> int:
+    lines = [names.split()]
+    lines += [[_cell("" if row[name] is None else row[name])[:80] for name in lines[0]] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = ("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+    return _say(args, rows, "\n".join(padded), code)
+
+
+def load_handlers(router: Router, name: str) -> None:
+    """Add the HANDLERS and SCHEDULES of a module, a .py file, or handlers.py in the working directory or beside
+    this file."""
+    files = [folder / "handlers.py" for folder in (Path.cwd(), Path(_FILE).parent)]
+    name = name or next((str(file) for file in files if file.exists()), "")
+    if not name:
+        return
+    try:
+        if name.endswith(".py"):
+            sys.path.insert(0, str(Path(name).resolve().parent))
+            spec = importlib.util.spec_from_file_location(Path(name).stem, name)
+            assert spec is not None and spec.loader is not None
+            module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            sys.path.insert(0, os.getcwd())
+            module = importlib.import_module(name)
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"HANDLERS: cannot load {name}: {describe_error(error)}") from error
+    handlers = getattr(module, "HANDLERS", None)
+    if not isinstance(handlers, dict):
+        raise ConfigError(f"HANDLERS: the module {name} has no dict HANDLERS = {{'type': function}}")
+    for pattern, handler in handlers.items():
+        router.add(pattern, handler)
+    schedules = getattr(module, "SCHEDULES", {})
+    if not isinstance(schedules, dict) or not all(isinstance(each, Schedule) for each in schedules.values()):
+        raise ConfigError("SCHEDULES: must be a dict such as {'nightly': Schedule('@daily', 'task:backup')}")
+    router.schedules.update(schedules)
+
+
+def _payload(text: str | None) -> Any:
+    try:
+        return json.loads(text or "{}", parse_constant=int)   # which refuses NaN and Infinity
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"payload: is not JSON: {getattr(error, 'msg', error)}") from None
+
+
+def _moment(text: str) -> datetime:
+    """A local time is refused: it may come twice a year, or not at all."""
+    with contextlib.suppress(ValueError):
+        if (moment := datetime.fromisoformat(text)).tzinfo is not None:
+            return moment
+    raise ConfigError("--run-at: must be a moment with its time zone, such as 2030-01-31T12:00:00+00:00")
+
+
+def _batches_of_lines(file: Any) -> Iterator[list[tuple[str, str]]]:
+    """Each line, and what is wrong with it where it can't be sent; then "-" is sent, which is refused."""
+    batch: list[tuple[str, str]] = []
+    size = 0
+    for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES), b""), 1):
+        text, problem = "-", ""
+        while not line.endswith(b"\n") and (rest := file.readline(LINE_BYTES)):
+            line, problem = rest, f"is longer than {LINE_BYTES} bytes"
+        if not problem:
+            try:
+                text = check_text("", line.decode("utf-8-sig" if number == 1 else "utf-8").strip())
+            except ValueError:
+                problem = "is not UTF-8, or has a NUL character"
+        batch.append((text, problem))
+        size += len(line)
+        if len(batch) == BATCH_LINES or size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    yield batch
 
 
 def _many(count: int, what: str) -> str:
@@ -7730,23 +8321,6 @@ def _cell(value: Any) -> str:
     return re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text)   # what a task says must not steer the terminal
 
 
-def _print(args: argparse.Namespace, data: Any, text: str) -> int:
-    print(json.dumps(data) if args.json else text)
-    return 0
-
-
-def _table(args: argparse.Namespace, rows: list[dict[str, Any]], columns: list[str]) -> int:
-    if args.json:
-        return _print(args, rows, "")
-    shown = [[_cell("" if row[name] is None else row[name])[:80] for name in columns] for row in rows]
-    cells = [columns, *shown]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    for line in cells:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-    return 0
-
-
-# ----------------------------------------------------------------------------------------- the command line
 class _Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)   # psql has options of its own
@@ -7774,79 +8348,47 @@ def _parser() -> _Parser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     # after a command the same flags again, which leave alone what came before it
     settings = _settings(argument_default=argparse.SUPPRESS)
-
-    def command(name: str, text: str) -> Callable[..., Any]:
-        return commands.add_parser(name, help=text, description=text, parents=[settings]).add_argument
-    command("run", "run a worker (the default)")
-    add = command("install", "install or upgrade the schema")
-    add("--print", action="store_true", help="only print the SQL")
-    _add_enqueue(command("enqueue", "add a task, or many from a file"))
-    add = command("list", "list tasks, the newest first; those of a type or status in that state's order")
-    add("--status", help="such as ready, running or dead_letter")
-    add("--type")
-    add("--limit", type=int, default=50, help="from 1 to 1000; default 50")
-    add("--before", help="go on after a page: what it said is next, or an id")
-    command("show", "what a task went through, and why it is not running")("id")
-    command("cancel", "cancel a task")("id")
-    add = command("retry", "retry a dead letter or a cancelled task")
-    add("id", nargs="?")
-    add("--dead-letters", action="store_true", help="all of them, the oldest first")
-    add("--type", help="only dead letters of this type")
-    add("--limit", type=int, help="only so many dead letters")
-    command("pause", "keep a type, or those of a pattern such as mail:, from being claimed")("type")
-    command("resume", "undo pause")("type")
-    command("stats", "what waits, runs and failed, by type")
-    command("audit", "look for violated invariants; exit code 1 if there are any")
-    command("psql", "open psql on the database in use")("psql_args", nargs=argparse.REMAINDER)
+    for name, function in list(globals().items()):
+        if name.startswith("do_"):
+            text = function.__doc__
+            subparser = commands.add_parser(name[3:], help=text, description=text, parents=[settings])
+            for names, options in ARGUMENTS[function]:
+                subparser.add_argument(*names, **options)
+    parser.set_defaults(command="run")
     return parser
-
-
-def _add_enqueue(add: Callable[..., Any]) -> None:
-    add("type", nargs="?", help="such as task:backup")
-    add("payload", nargs="?", help="JSON; default {}")
-    add("--priority", type=int, default=0, help="higher is claimed first; default 0")
-    add("--key", help="idempotency key")
-    add("--max-retries", type=int, help="default: the policy of the type")
-    add("--delay", help="such as 10m, or a number of seconds")
-    add("--run-at", help="such as 2030-01-31T12:00:00+00:00")
-    add("--file", help="JSON lines {type, payload, priority, idempotency_key, max_retries, run_at}, with the "
-                       "other flags for what they leave out; - is standard input")
-    add("--on-error", choices=("continue", "stop"), help="what to do at a bad line; default continue")
 
 
 def _spell_out(words: Sequence[str]) -> list[str]:
     """`--debug` alone means `--debug=true`; argparse would take a command that follows for the value."""
     switches = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(Config)
                 if field.metadata["parse"] is _boolean}
-
-    def alone(word: str, following: str) -> bool:
-        try:
-            return word in switches and _boolean(following) is None
-        except ValueError:
-            return True
-    pairs = zip(words, [*words, ""][1:], strict=True)
-    return [f"{word}=true" if alone(word, following) else word for word, following in pairs]
+    spelled = []
+    for word, following in zip(words, [*words, ""][1:], strict=True):
+        if word in switches:
+            try:
+                _boolean(following)
+            except ValueError:
+                word += "=true"
+        spelled.append(word)
+    return spelled
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns 0: done, 1: not found or refused, 2: bad input."""
-    parser = _parser()
-    args, unknown = parser.parse_known_args(_spell_out(sys.argv[1:] if argv is None else argv))
+    parser, args = _parser(), Args(app=None)
+    _, unknown = parser.parse_known_args(_spell_out(sys.argv[1:] if argv is None else argv), args)
     if args.command == "psql":
         args.psql_args = unknown + args.psql_args   # REMAINDER lacks the options that come first
     elif unknown:
         parser.error("unrecognized arguments: " + " ".join(unknown))
-    app = None
     try:
         # HANDLERS is a module's name, while Orchestrator takes the handlers themselves
-        app = Orchestrator(**{name.removeprefix("set_"): value for name, value in vars(args).items()
-                              if name.startswith("set_") and name != "set_handlers"})
-        if args.command in (None, "run"):
-            setup_logging(app.config, "")
-        else:
-            setup_logging(app.config)
-            log.setLevel(logging.DEBUG if app.config.debug else logging.WARNING)
-        return int(globals()["command_" + (args.command or "run")](app, args))
+        args.app = Orchestrator(**{name.removeprefix("set_"): value for name, value in vars(args).items()
+                                   if name.startswith("set_") and name != "set_handlers"})
+        setup_logging(args.app.config, "" if args.command == "run" else "orchestrator")
+        if args.command != "run" and not args.app.config.debug:
+            log.setLevel(logging.WARNING)
+        return int(globals()["do_" + args.command](args))
     except (ConfigError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
     except psycopg.Error as error:
@@ -7859,8 +8401,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     finally:
-        if app is not None:
-            app.close()
+        if args.app is not None:
+            args.app.close()
     return 2
 
 

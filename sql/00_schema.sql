@@ -4,10 +4,12 @@
 --   enqueue → claim_tasks → [start_tasks] → complete_tasks
 --                         → fail_tasks → (retry_scheduled) promote_due → claim_tasks … or (dead_letter) retry_task
 --                         → release_tasks | snooze_task → claim_tasks …
+-- schedule → promote_due enqueues, at each fire time.
 -- Whoever writes what a crash may forget without harm (claims, heartbeats, promotions, progress, floors, counts, retention: they
 -- are made again) commits without waiting for the flush: set_config('synchronous_commit', 'off', true). Enqueued tasks and
 -- outcomes, starts that are charged, registrations, terms, deaths and what operators do wait for it.
 -- Lock order everywhere: the leader's row in workers → other workers → claims (ascending id) → tasks → lane_floors (35_floors.sql).
+-- A schedule's row is locked before those of tasks; promote_due skips one that is locked.
 
 -- Constraints, views, defaults and inlined functions are bound to what this path finds: nothing in other schemas shadows a built-in.
 set local search_path = pg_catalog, pg_temp;

@@ -56,13 +56,6 @@ comment on column orchestrator.tasks.recoveries is 'How often it was taken from 
 comment on column orchestrator.tasks.result is 'What the handler returned.';
 comment on column orchestrator.tasks.progress is 'The progress that its handler reported last.';
 
-create index if not exists tasks_ready on orchestrator.tasks (type, priority desc, queued_at) where queued_at is not null;
-create index if not exists tasks_claim on orchestrator.tasks (claim_id) where claim_id is not null;
-create index if not exists tasks_due on orchestrator.tasks (next_retry_at) where next_retry_at is not null;
-create index if not exists tasks_dead on orchestrator.tasks (dead_at) where dead_at is not null;
-create index if not exists tasks_cancelling on orchestrator.tasks (cancel_requested_at) where cancel_requested_at is not null;
-create unique index if not exists tasks_idempotency on orchestrator.tasks (type, idempotency_key) where idempotency_key is not null;
-
 create table if not exists orchestrator.claims (
   id          bigint primary key,
   worker_id   text not null,
@@ -70,7 +63,6 @@ create table if not exists orchestrator.claims (
   open_tasks  int not null,
   constraint open_tasks_is_positive check (open_tasks > 0)
 ) with (fillfactor = 50);
-create index if not exists claims_worker on orchestrator.claims (worker_id);
 comment on table orchestrator.claims is
   'One row for each batch of tasks a worker holds: the fence (its id), the in-flight index (joined with tasks.claim_id) and '
   'the lease that recovery walks. open_tasks = its tasks in claimed or running; the row goes with the last of them.';
@@ -91,8 +83,6 @@ create table if not exists orchestrator.workers (
   declared_dead_at timestamptz,
   constraint leader_has_term_and_lease check (not is_leader or (leader_term is not null and leader_until is not null))
 ) with (fillfactor = 50);
-create unique index if not exists workers_have_one_leader on orchestrator.workers (is_leader) where is_leader;
-create index if not exists workers_idle on orchestrator.workers (id) where idle;
 create sequence if not exists orchestrator.leader_terms;
 comment on table orchestrator.workers is 'One row for each live worker process, and for each dead one whose claims are still to be recovered.';
 comment on column orchestrator.workers.id is 'hostname:pid:random, new at every start and after being declared dead.';
@@ -112,7 +102,6 @@ create table if not exists orchestrator.task_types (
   paused      boolean not null default false,
   updated_at  timestamptz not null default clock_timestamp()
 );
-create index if not exists task_types_paused on orchestrator.task_types (type) where paused;
 comment on table orchestrator.task_types is
   'The retry policy of a type or pattern, written when a worker registers its handlers, and whether it is paused. Policies '
   'are in SQL, since recovery applies them to types that the leader has no handler for.';
@@ -128,7 +117,6 @@ create table if not exists orchestrator.task_events (
   worker_id text,
   detail    text
 );
-create index if not exists task_events_task on orchestrator.task_events (task_id, id);
 comment on table orchestrator.task_events is
   'What happened to a task apart from success: failed, retry_scheduled, dead_letter, released, recovered, snoozed, '
   'cancel_requested, cancelled, retried, result_lost. The newest 100 events of each task are kept as long as the task.';
@@ -138,7 +126,6 @@ create table if not exists orchestrator.lanes (
   priority int not null,
   noted_at timestamptz not null default clock_timestamp()
 );
-create index if not exists lanes_lane on orchestrator.lanes (type, priority);
 comment on table orchestrator.lanes is
   'The lanes (type, priority) that many ready tasks were taken from lately. Only those can hold so many dead index entries '
   'that the leader has to raise their floors. It has no unique key, so that noting a lane never waits.';
@@ -149,8 +136,6 @@ create table if not exists orchestrator.lane_floors (
   generation bigint not null,
   floor      timestamptz not null
 );
--- in the order of the ready index, so that the next lane that has a floor is one look
-create index if not exists lane_floors_newest on orchestrator.lane_floors (type, priority desc, generation desc, floor);
 comment on table orchestrator.lane_floors is
   'For a lane, the queued_at below which nothing is ready: the lowest floor of its newest generation. A claim starts there '
   'instead of walking the dead index entries that an old snapshot keeps.';
@@ -168,6 +153,33 @@ create table if not exists orchestrator.leader_state (
 comment on table orchestrator.leader_state is
   'The leader''s notes, one row: how far floors may rise, when to look for floors that no longer help, where pruning and the '
   'rescan stopped, and a type taken by chance from those that have ready tasks.';
+-- Not "if not exists", which waits for all writers, and keeps them out, also where the index is there.
+do $$
+declare
+  r record;
+begin
+  for r in
+    select * from (values
+      ('index', 'tasks_ready', 'tasks (type, priority desc, queued_at) where queued_at is not null'),
+      ('index', 'tasks_claim', 'tasks (claim_id) where claim_id is not null'),
+      ('index', 'tasks_due', 'tasks (next_retry_at) where next_retry_at is not null'),
+      ('index', 'tasks_dead', 'tasks (dead_at) where dead_at is not null'),
+      ('index', 'tasks_cancelling', 'tasks (cancel_requested_at) where cancel_requested_at is not null'),
+      ('unique index', 'tasks_idempotency', 'tasks (type, idempotency_key) where idempotency_key is not null'),
+      ('index', 'claims_worker', 'claims (worker_id)'),
+      ('unique index', 'workers_have_one_leader', 'workers (is_leader) where is_leader'),
+      ('index', 'workers_idle', 'workers (id) where idle'),
+      ('index', 'task_types_paused', 'task_types (type) where paused'),
+      ('index', 'task_events_task', 'task_events (task_id, id)'),
+      ('index', 'lanes_lane', 'lanes (type, priority)'),
+      -- in the order of the ready index, so that the next lane that has a floor is one look
+      ('index', 'lane_floors_newest', 'lane_floors (type, priority desc, generation desc, floor)')) i(kind, name, definition)
+    where to_regclass('orchestrator.' || i.name) is null
+  loop
+    execute format('create %s %I on orchestrator.%s', r.kind, r.name, r.definition);
+  end loop;
+end $$;
+
 -- not "on conflict", which waits for a leader that updates the row: it may be waiting for the locks of this installation
 insert into orchestrator.leader_state (one) select true where not exists (select from orchestrator.leader_state);
 

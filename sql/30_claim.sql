@@ -1,4 +1,5 @@
--- Claiming. claim_tasks writes tasks, one row of claims and sometimes lanes; start_tasks and promote_due write tasks.
+-- Claiming. claim_tasks writes tasks, one row of claims and sometimes lanes; start_tasks writes tasks; promote_due writes tasks, and
+-- schedules through 22_schedules.sql.
 -- Locks: claims (start_tasks) → tasks. Claims of tasks skip what others have locked, so no claim waits for another. A large
 -- claim also takes a place in line (an advisory lock), which it only tries.
 -- The planner settings on the hot functions are needed: a plan cached while a table was empty would scan it whole ever after.
@@ -282,14 +283,19 @@ end $$;
 comment on function orchestrator.start_tasks(bigint, uuid[]) is
   'Marks claimed tasks as running, and counts the attempt. Returns how many; where fewer than asked, the claim no longer holds the rest.';
 
-create or replace function orchestrator.promote_due(p_limit int default 1000, out promoted int, out next_in double precision)
+create or replace function orchestrator.promote_due(
+  p_limit int default 1000, out promoted int, out next_in double precision, out fired int)
 language plpgsql
 set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan
 set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 declare
   v_now timestamptz := clock_timestamp();   -- itself it is volatile, so no index condition: all that is scheduled would be read
+  v_fire_at timestamptz;
 begin
-  perform set_config('synchronous_commit', 'off', true);
+  select f.fired, f.next_fire_at into fired, v_fire_at from orchestrator._fire_schedules(v_now) f;
+  if fired = 0 then   -- a task that a handler may have seen must not come back under another id
+    perform set_config('synchronous_commit', 'off', true);
+  end if;
   with pick as materialized (
     select t.ctid as tid from orchestrator.tasks t where t.next_retry_at <= v_now
     order by t.next_retry_at limit p_limit for no key update skip locked),
@@ -299,9 +305,10 @@ begin
     where t.ctid = any (array(select tid from pick)) returning t.type),
   notified as (select orchestrator._notify_idle(d.type) from (select distinct type from due) d)
   select count(*) into promoted from due, (select count(*) from notified) a;
-  select extract(epoch from t.next_retry_at - clock_timestamp()) into next_in
-  from orchestrator.tasks t where t.next_retry_at is not null order by t.next_retry_at limit 1;
+  select extract(epoch from least(v_fire_at, (select t.next_retry_at from orchestrator.tasks t where t.next_retry_at is not null
+                                              order by t.next_retry_at limit 1)) - clock_timestamp()) into next_in;
 end $$;
 comment on function orchestrator.promote_due(int) is
-  'Makes delayed tasks and retries whose time has come ready, at the tail of their lanes. Every worker calls it, about once a '
-  'second, so that retries flow without a leader. Returns how many, and the seconds until the next is due (null: none).';
+  'Makes delayed tasks and retries whose time has come ready, at the tail of their lanes, and fires schedules that are due. Every '
+  'worker calls it, about once a second, so neither needs a leader. Returns how many tasks it made ready (promoted) and '
+  'enqueued for schedules (fired), and the seconds until the next is due (next_in; null: none).';

@@ -1,4 +1,5 @@
--- What the leader exports of the whole queue at /metrics. Reads type_stats, stats_state, task_types and workers; writes nothing.
+-- What the leader exports of the whole queue at /metrics. Reads type_stats, stats_state, task_types, workers and schedules; writes
+-- nothing.
 -- A type counts under the name of its policy, so the number of series follows what is registered, never what is enqueued.
 
 create or replace function orchestrator.metrics() returns jsonb
@@ -17,8 +18,12 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
     'types', (select coalesce(jsonb_agg(to_jsonb(l) order by l.type), '[]') from labels l),
     'age', (select extract(epoch from clock_timestamp() - s.counted_at) from orchestrator.stats_state s),
     'workers', (select count(*) from orchestrator.workers w where w.declared_dead_at is null),
-    'dead_workers', (select count(*) from orchestrator.workers w where w.declared_dead_at is not null))
+    'dead_workers', (select count(*) from orchestrator.workers w where w.declared_dead_at is not null),
+    'schedule_late', (select extract(epoch from coalesce(greatest(clock_timestamp() - min(s.next_at), '0'), '0'))
+                      from orchestrator.schedules s where not s.paused),
+    'schedules_failed', (select count(*) from orchestrator.schedules s where s.last_error is not null))
 $$;
 comment on function orchestrator.metrics() is
   'The counts of type_stats by registered type or pattern (the rest is other), how old they are in seconds (null: never '
-  'counted), live workers, and workers declared dead whose tasks are still to be recovered. Its cost doesn''t depend on the backlog.';
+  'counted), live workers, workers declared dead whose tasks are still to be recovered, by how many seconds the latest schedule is '
+  'late, and how many schedules could not fire. Its cost doesn''t depend on the backlog.';

@@ -69,6 +69,8 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
   select 'what has completed stays so', t.id, t.worker_id, format('%s at %s, but it completed at %s', e.event, e.at, t.completed_at)
   from orchestrator.task_events e join orchestrator.tasks t on t.id = e.task_id
   where t.status = 'completed' and e.event <> 'result_lost' and e.at > t.completed_at
+    and not exists (   -- the clock was set back in between: what came next says an earlier time
+      select from orchestrator.task_events n where n.id > e.id and n.id < e.id + 1000 and n.at < t.completed_at)
   union all
   select 'a ready task is not below the floor of its lane', t.id, null, format('queued at %s, floor %s', t.queued_at, f.floor)
   from ready r join floors f on f.type = r.type and f.priority = r.priority and r.head < f.floor
@@ -104,6 +106,12 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
   select 'a table of one row has it', null, null, o.name || ' is empty: install adds it'
   from (values ('leader_state', (select count(*) from orchestrator.leader_state)),
                ('stats_state', (select count(*) from orchestrator.stats_state))) o(name, n) where o.n = 0
+  union all
+  select 'the next time of a schedule is one of its fire times', null, null, format('schedule %s: %s', s.name, s.next_at)
+  from orchestrator.schedules s
+  where not s.paused and s.next_at is distinct from case
+    when s.timezone in (select z.name from pg_timezone_names z)   -- else it pauses itself when it is due
+      then (select f.at from orchestrator.fire_times(s.cron, s.timezone, s.next_at - interval '1 second', 1) f(at)) else s.next_at end
   order by 1, 2, 3
 $$;
 comment on function orchestrator.audit() is

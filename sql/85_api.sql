@@ -39,6 +39,17 @@ language sql set search_path = pg_catalog, pg_temp as $$
   from (select * from orchestrator.workers w order by w.started_at limit 500) w
 $$;
 
+-- Trouble first, then what fires next.
+create or replace function orchestrator._api_schedules() returns jsonb
+language sql set search_path = pg_catalog, pg_temp as $$
+  select coalesce(jsonb_agg(jsonb_build_object(
+    'name', s.name, 'cron', s.cron, 'timezone', s.timezone, 'type', s.type, 'paused', s.paused, 'error', orchestrator.redact_text(s.last_error),
+    'next_at', s.next_at, 'next_in', extract(epoch from s.next_at - clock_timestamp()), 'last', orchestrator._age(s.last_fire_at),
+    'task_id', s.last_task_id, 'state', orchestrator.redact_text(s.state))
+    order by s.last_error is null, s.paused, s.next_at, s.name), '[]')
+  from (select * from orchestrator.schedule_states s order by s.last_error is null, s.paused, s.next_at, s.name limit 100) s
+$$;
+
 create or replace function orchestrator.api_overview() returns jsonb
 language sql set search_path = pg_catalog, pg_temp as $$
   select jsonb_build_object(
@@ -52,11 +63,12 @@ language sql set search_path = pg_catalog, pg_temp as $$
                  'enqueued_total', coalesce(sum(t.enqueued_total), 0), 'ended_total', (select s.ended_total from orchestrator.stats_state s))
                from orchestrator.type_stats t),
     'types', orchestrator._api_types(),
-    'workers', orchestrator._api_workers())
+    'workers', orchestrator._api_workers(),
+    'schedules', orchestrator._api_schedules())
 $$;
 comment on function orchestrator.api_overview() is
   'Totals, types (counts, paused, how many live workers handle them, rate and share of failures of the last 15 minutes or so, p50 '
-  'and p95 of sampled runs) and workers, as the leader counted counts.age seconds ago. Ages and durations in seconds.';
+  'and p95 of sampled runs) and workers, as the leader counted counts.age seconds ago; up to 100 schedules. Ages and durations in seconds.';
 
 create or replace function orchestrator._check_range(p_field text, p_value int, p_max int) returns int
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$

@@ -2,8 +2,8 @@
 -- to those who have one: `grant orchestrator_worker to my_service`. Every function runs with its caller's rights, so the rights on
 -- tables and columns decide; functions are granted by their names. Nobody but the owner has DDL rights.
 --   orchestrator_producer   enqueues; can't read a payload back
---   orchestrator_worker     runs a worker, and serves its page and metrics; a handler that enqueues needs orchestrator_producer too
---   orchestrator_operator   cancels, retries, pauses, and looks; a worker whose page may act needs it too
+--   orchestrator_worker     runs a worker, which fires schedules and so may enqueue, and serves its page and metrics
+--   orchestrator_operator   cancels, retries, pauses, defines and fires schedules, and looks; a worker whose page may act needs it too
 --   orchestrator_auditor    looks: views, lists, audit. It has no right on payloads and results, and sees them with secrets blanked
 -- Roles belong to the whole server. Where the installing role may not create them, a notice says so and the rest still works.
 
@@ -52,9 +52,11 @@ begin
   for r in
     select p.oid::regprocedure as signature, case
       when p.proname ~ '^_' or p.provolatile = 'i' then v_all
-      when p.proname ~ '^enqueue' then 'orchestrator_producer'
-      when p.proname ~ '^(cancel|retry|pause|resume)_' then 'orchestrator_operator'
-      when p.proname ~ '^(api|show|explain)_|^(audit|metrics)$' then v_look
+      when p.proname = 'enqueue' then 'orchestrator_producer, orchestrator_worker, orchestrator_operator'   -- firing a schedule enqueues
+      when p.proname ~ '^enqueue' then 'orchestrator_producer, orchestrator_worker'
+      when p.proname = 'schedule' then 'orchestrator_worker, orchestrator_operator'   -- a worker applies its SCHEDULES
+      when p.proname ~ '^(cancel|retry|pause|resume)_|^(unschedule|fire_schedule)$' then 'orchestrator_operator'
+      when p.proname ~ '^(api|show|explain)_|^(audit|metrics|fire_times|schedule_history)$' then v_look
       else 'orchestrator_worker' end as roles
     from pg_proc p where p.pronamespace = 'orchestrator'::regnamespace
   loop
@@ -68,14 +70,14 @@ begin
 
   -- enqueue
   grant insert (id, type, payload, priority, idempotency_key, max_retries, queued_at, next_retry_at), select (id, type, idempotency_key)
-    on orchestrator.tasks to orchestrator_producer;
+    on orchestrator.tasks to orchestrator_producer, orchestrator_worker, orchestrator_operator;
   grant select (idle, handles) on orchestrator.workers to orchestrator_producer;
 
   -- look, and run a worker: any worker may become the leader, and then recovers, prunes and counts
   execute format('grant select (%s) on orchestrator.tasks to %s', v_shown, v_look);
   for r in
     select c.oid::regclass as name, c.relkind from pg_class c
-    where c.relnamespace = 'orchestrator'::regnamespace and c.relkind in ('r', 'v', 'S') and c.relname <> 'tasks'
+    where c.relnamespace = 'orchestrator'::regnamespace and c.relkind in ('r', 'v', 'S') and c.relname not in ('tasks', 'schedules')
   loop
     if r.relkind = 'S' then
       execute format('grant select on sequence %s to %s', r.name, v_look);
@@ -92,4 +94,10 @@ begin
   grant insert, update on orchestrator.task_types to orchestrator_operator;
   grant insert, delete on orchestrator.task_events to orchestrator_operator;
   grant insert (type, priority) on orchestrator.lanes to orchestrator_operator;
+
+  -- schedules: who defines or fires one knows its payload
+  grant select, insert, update, delete on orchestrator.schedules to orchestrator_worker, orchestrator_operator;
+  select string_agg(quote_ident(a.attname), ', ') filter (where a.attname <> 'payload') into v_shown
+  from pg_attribute a where a.attrelid = 'orchestrator.schedules'::regclass and a.attnum > 0 and not a.attisdropped;
+  execute format('grant select (%s) on orchestrator.schedules to orchestrator_auditor', v_shown);
 end $$;

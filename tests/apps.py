@@ -138,9 +138,9 @@ def audit(conn: psycopg.Connection[Any]) -> list[Any]:
 class Relay:
     """A way to the database that can be cut, and turned silent."""
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, port: int = 0) -> None:
         self.target = psycopg.conninfo.conninfo_to_dict(target)
-        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.listener = socket.create_server(("127.0.0.1", port))
         self.sockets: list[socket.socket] = []
         self.silent = False
         threading.Thread(target=self._accept, daemon=True).start()

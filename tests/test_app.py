@@ -77,7 +77,7 @@ def test_a_bad_policy_is_refused_by_name(policy: dict[str, Any]) -> None:
 def test_the_decorator_returns_the_function_and_keeps_its_policy() -> None:
     app = Orchestrator()
     assert app.handler("a", max_retries=7, base_delay=2, max_delay=3, timeout=4)(nothing) is nothing
-    assert app.router.exact["a"] == Handler(nothing, 7, 2, 3, 4)
+    assert app.router.handlers["a"] == Handler(nothing, 7, 2, 3, 4)
 
 
 def test_a_policys_times_may_be_seconds_timedeltas_or_text() -> None:

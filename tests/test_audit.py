@@ -190,6 +190,18 @@ def test_a_failure_after_the_completion(conn):
     assert found(conn) == [("what has completed stays so", id, "w")]
 
 
+def test_a_completion_after_the_clock_was_set_back_is_none_before_its_failure(conn):
+    """The task failed, the clock was set back by an hour, and then it completed; what happened to others since says which came first."""
+    id = enqueue(conn)
+    complete(conn, claim_one(conn)[0], id)
+    event = "insert into orchestrator.task_events (task_id, event, at) values (%s, 'failed', clock_timestamp() + %s::interval)"
+    conn.execute(event, [id, "1 hour"])
+    assert found(conn) == [("what has completed stays so", id, "w")]
+    other = enqueue(conn)
+    conn.execute(event, [other, "-1 hour"])
+    assert found(conn) == []
+
+
 def test_ready_tasks_below_the_floor_of_their_lane(conn):
     low, high = enqueue(conn), enqueue(conn)
     conn.execute("insert into orchestrator.lane_floors select 't', 0, 2, queued_at from orchestrator.tasks where id = %s", [high])
@@ -271,3 +283,14 @@ def test_audit_reads_a_large_table_in_seconds(conn):
         complete(conn, got[0]["claim_id"], *[t["id"] for t in got[:-1]])
     conn.execute("set statement_timeout = '20s'")
     assert audit(conn) == [] and value(conn, "select count(*) from orchestrator.claims") == 5
+
+
+def test_a_schedule_whose_next_time_is_none_of_its_fire_times(conn):
+    conn.execute("select orchestrator.schedule('s', '* * * * *', 't'), orchestrator.schedule('paused', '* * * * *', 't'), "
+                 "orchestrator.schedule('gone', '* * * * *', 't', p_timezone => 'Europe/Berlin')")
+    assert audit(conn) == []
+    conn.execute("update orchestrator.schedules set timezone = 'Mars/Base' where name = 'gone'")   # it pauses itself when it is due
+    conn.execute("update orchestrator.schedules set next_at = '2026-11-26 12:00:01Z'")
+    conn.execute("update orchestrator.schedules set paused = true where name = 'paused'")
+    assert [(invariant, detail) for invariant, _, _, detail in audit(conn)] == [
+        ("the next time of a schedule is one of its fire times", "schedule s: 2026-11-26 12:00:01+00")]

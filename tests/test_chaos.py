@@ -14,12 +14,13 @@ from postgres import Server
 CHAOS = Path(__file__).parent / "chaos"
 sys.path.append(str(CHAOS))
 
+import schedules  # noqa: E402
 from harness import Lab  # noqa: E402
 
 
 @pytest.mark.timeout(180)
 def test_chaos_short_version_passes(tmp_path: Path) -> None:
-    faults = ["none", "SIGKILL", "COMMIT acknowledged"]
+    faults = ["none", "SIGKILL", "crashes under load", "COMMIT acknowledged"]
     only = [part for fault in faults for part in ("--only", fault)]
     ended = subprocess.run([sys.executable, str(CHAOS / "chaos.py"), "--short", "--seed", "7", "--json", str(tmp_path / "rows"), *only],
                            check=False, capture_output=True, text=True, cwd=tmp_path, env=clean_environment(), timeout=170)
@@ -91,10 +92,25 @@ def test_verdict_sees_two_exits_of_one_claim(lab: Lab) -> None:
 def test_verdict_sees_an_execution_that_overlaps_another(lab: Lab) -> None:
     id = enqueue(lab)
     held = claim(lab)
+    lab.execute("update orchestrator.tasks set claim_id = claim_id + 1")   # as if the fence were gone
     lines = [f"begin {id} {held} 1 a:1:x 100.0", f"begin {id} {held + 1} 1 a:2:x 101.0", f"end {id} {held} 1 a:1:x 102.0"]
     (lab.folder / "executions-1").write_text("\n".join(lines[:1] + lines[2:]))
     (lab.folder / "executions-2").write_text(lines[1])
     assert f"{id} ran again although claim {held} still held it" in problems(lab)
+
+
+@pytest.mark.parametrize("forgets", [False, True])
+def test_verdict_sees_an_execution_under_a_claim_that_is_in_no_ledger(lab: Lab, forgets: bool) -> None:
+    """Which only a crash may cause: it forgets a claim that was not flushed, and the task runs again."""
+    id = enqueue(lab)
+    held = claim(lab)
+    complete(lab, held, id)
+    lines = [f"{what} {id} {claim_id} 1 a:1:x 100.0" for claim_id in (held - 1, held) for what in ("begin", "end")]
+    (lab.folder / "executions-1").write_text("\n".join(lines))
+    lab.forgets = forgets
+    row = lab.verdict("one task")
+    assert row.problems == ([] if forgets else [f"{id} ran under claim {held - 1}, which was never given"])
+    assert (row.again, row.forgotten) == ((1, 1) if forgets else (0, 0))
 
 
 def test_verdict_sees_a_recovery_by_who_does_not_lead(lab: Lab) -> None:
@@ -124,6 +140,27 @@ def test_verdict_sees_terms_that_do_not_rise(lab: Lab) -> None:
         lab.execute("update orchestrator.workers set is_leader = true, leader_term = %s, leader_until = now()", term)
         lab.execute("update orchestrator.workers set is_leader = false")
     assert "term 1 follows term 2" in problems(lab)
+
+
+def test_verdict_sees_a_fire_time_that_has_no_task_and_no_reason(lab: Lab) -> None:
+    lab.execute(schedules.DEFINE)
+    lab.execute("update orchestrator.schedules set next_at = date_trunc('second', now() - interval '9 s'), "
+                "active_since = now() - interval '10 s'")
+    lab.execute("select orchestrator.promote_due()")
+    lab.execute("update orchestrator.tasks set status = 'completed', queued_at = null, attempts = 1, started_at = now(), "
+                "completed_at = now()")
+    schedules.check(lab, [(0, 1e12)])   # nobody was there, so 'one' may lack some, and 'apart' waits for its first task
+    assert lab.problems == [] and len(lab.extra_ids) >= 5 * 9 + 2
+    lab.execute("drop view pg_temp.missing, pg_temp.fired")
+    lab.execute("delete from orchestrator.tasks where idempotency_key like 'schedule:all 3:%' "
+                "and right(idempotency_key, 20)::timestamptz between now() - interval '5 s' and now() - interval '2.5 s'")
+    lab.execute("update orchestrator.tasks set completed_at = completed_at - interval '1 hour' "
+                "where idempotency_key like 'schedule:apart:%'")
+    lab.short = False
+    schedules.check(lab, [])
+    found = " | ".join(lab.problems)
+    assert " fire times without a task, such as of all 3 at " in found and " fire times left out although the last task had ended" in found
+    assert "a fire time of 'one', has no task although workers were there" in found
 
 
 def test_a_fault_that_never_bit_fails(lab: Lab) -> None:

@@ -270,7 +270,7 @@ def test_promote_makes_due_tasks_ready_at_the_tail(conn):
 
 
 def test_promote_tells_when_the_next_is_due(conn):
-    assert row(conn, "select * from orchestrator.promote_due()") == {"promoted": 0, "next_in": None}
+    assert row(conn, "select * from orchestrator.promote_due()") == {"promoted": 0, "next_in": None, "fired": 0}
     conn.execute("select orchestrator.enqueue('t', p_run_at => clock_timestamp() + interval '100 seconds')")
     found = row(conn, "select * from orchestrator.promote_due()")
     assert found["promoted"] == 0 and 95 < found["next_in"] <= 100
@@ -366,7 +366,8 @@ def test_a_task_that_was_claimed_twice_has_two_claims(conn):
 def forget(conn, claim_id):
     """As a crash does with a claim that was not flushed: its tasks are pending again. So do all sequences fall back."""
     conn.execute("delete from orchestrator.claims where id = %s", [claim_id])
-    conn.execute("""update orchestrator.tasks set status = 'pending', queued_at = created_at, worker_id = null, claim_id = null, claimed_at = null
+    conn.execute("""update orchestrator.tasks set status = 'pending', queued_at = created_at, worker_id = null, claim_id = null,
+      claimed_at = null
                     where claim_id = %s""", [claim_id])
     conn.execute("""select setval(format('%I.%I', schemaname, sequencename)::regclass, start_value, false) from pg_sequences
                     where schemaname = 'orchestrator' and sequencename <> 'task_events_id_seq'""")
@@ -471,12 +472,14 @@ def test_each_ready_type_may_be_the_one_that_is_taken_by_chance(conn):
 
 
 def claim_bytes(conn, limit, bytes, types=("t",)):
-    got = rows(conn, "select id, octet_length(payload::text) as size from orchestrator.claim_tasks('w', %s, %s, %s)", list(types), limit, bytes)
+    got = rows(conn, "select id, octet_length(payload::text) as size from orchestrator.claim_tasks('w', %s, %s, %s)", list(types), limit,
+    bytes)
     return len(got), sum(t["size"] for t in got)
 
 
 LARGE = """select count(*) from orchestrator.enqueue_many(%s, array(
-             select case when %s then jsonb_build_array(repeat('x', %s)) else to_jsonb(array(select md5(random()::text) from generate_series(1, %s / 36))) end
+             select case when %s then jsonb_build_array(repeat('x',
+               %s)) else to_jsonb(array(select md5(random()::text) from generate_series(1, %s / 36))) end
              from generate_series(1, %s)))"""
 
 
@@ -529,7 +532,8 @@ def test_rows_that_no_function_would_insert_stop_no_claim(conn):
     register(conn)
     conn.execute("""alter table orchestrator.tasks drop constraint if exists every_rule_holds;
                     insert into orchestrator.tasks (type, priority, max_retries, queued_at) values
-                    ('t', 2147483647, null, '4000-01-01 BC'), ('t', -2147483648, -5, '9999-01-01'), (E'\\x01', 0, 2147483647, now()), ('', 1, 1, now())""")
+                    ('t', 2147483647, null, '4000-01-01 BC'), ('t', -2147483648, -5, '9999-01-01'), (E'\\x01', 0, 2147483647, now()),
+                      ('', 1, 1, now())""")
     got = claim(conn, types=["*", "t"], limit=10)
     assert len(got) == 4 and got[0]["waited"] > 0
     for claimed in got:

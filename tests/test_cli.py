@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,7 +21,7 @@ import orchestrator
 from apps import running, wait_for
 from conftest import PROGRAM, WorkerProcess, clean_environment
 from postgres import Server, eventually, processes_below
-from steps import column, value
+from steps import column, row, value
 
 Connection = psycopg.Connection[Any]
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -445,6 +446,81 @@ def test_the_embedded_database_is_made_once_where_embedded_dir_says(folder: Path
     second = run_cli("list", "--json", env={"EMBEDDED_DIR": folder / "data"}, cwd=folder / "elsewhere")
     assert [task["id"] for task in json.loads(second.stdout)] == [first.stdout.strip()] and second.stderr == ""
     assert not (folder / "elsewhere" / ".orchestrator").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------ schedules
+SCHEDULE = """select cron, timezone, type, payload, priority, max_retries, missed, overlap from orchestrator.schedules where name = 's'"""
+NIGHTLY = """
+from orchestrator import Schedule
+HANDLERS = {{"task:backup": lambda task: None}}
+SCHEDULES = {{"nightly": Schedule({})}}
+"""
+
+
+def test_schedule_says_when_it_fires_next_and_lists_it(cli: Callable[..., Answer], conn: Connection) -> None:
+    year = datetime.now(UTC).year + 1
+    made = cli("schedule", "s", "0 12 1 1 *", "task:backup", '{"database": "app"}', "--timezone", "Asia/Kolkata", "--priority", "2",
+               "--max-retries", "1", "--missed", "all", "--no-overlap")
+    assert (made.code, made.out) == (0, f"next at {year}-01-01T06:30:00+00:00\n")
+    assert row(conn, SCHEDULE) == {"cron": "0 12 1 1 *", "timezone": "Asia/Kolkata", "type": "task:backup", "payload": {"database": "app"},
+                                  "priority": 2, "max_retries": 1, "missed": "all", "overlap": False}
+    listed = cli("schedules").out.splitlines()
+    assert listed[0].split() == ["name", "cron", "timezone", "type", "next_at", "last_fire_at", "state"]
+    assert "task:backup" in listed[1] and "no live worker handles task:backup" in listed[1]
+    [found] = cli("schedules", "--json").json
+    assert found["name"] == "s" and datetime.fromisoformat(found["next_at"]) == datetime(year, 1, 1, 6, 30, tzinfo=UTC)
+    conn.execute("select orchestrator.pause_schedule('s')")
+    conn.execute("update orchestrator.schedules set payload = '{}', priority = 0, max_retries = null, missed = 'one', overlap = true")
+    paused = cli("schedule", "s", "0 12 1 1 *", "task:backup", "--timezone", "Asia/Kolkata", "--json")
+    assert paused.json == {"name": "s", "next_at": None}
+    assert cli("schedule", "s", "0 12 1 1 *", "task:backup", "--timezone", "Asia/Kolkata").out == "it is paused\n"
+
+
+def test_fire_enqueues_now_and_unschedule_removes(cli: Callable[..., Answer], conn: Connection) -> None:
+    cli("schedule", "s", "@yearly", "t", '{"n": 1}')
+    task_id = cli("fire", "s").out.strip()
+    assert row(conn, "select id::text, type, payload from orchestrator.tasks") == {"id": task_id, "type": "t", "payload": {"n": 1}}
+    assert cli("fire", "s", "--json").json["id"] != task_id
+    assert (cli("unschedule", "s").out, column(conn, "select name from orchestrator.schedules")) == ("removed; its tasks stay\n", [])
+    assert cli("unschedule", "s", "--json").json == {"name": "s", "removed": False}
+    missing = cli("fire", "s")
+    assert (missing.code, missing.out, missing.err) == (1, "", "there is no such schedule\n")
+    assert cli("unschedule", "s").code == 1
+
+
+def test_next_prints_the_times_of_an_expression(cli: Callable[..., Answer]) -> None:
+    times = [datetime.fromisoformat(line) for line in cli("next", "30 3 * * mon-fri", "--timezone", "Europe/Berlin").out.splitlines()]
+    assert len(times) == 5 and times == sorted(times) and {time.minute for time in times} == {30}
+    assert len(cli("next", "@hourly", "-n", "3", "--json").json) == 3
+    assert cli("next", "0 0 30 2 *").out == "never\n"
+
+
+@pytest.mark.parametrize(("args", "words"), [
+    (["next", "nonsense"], "cron: must have five fields"), (["next", "@daily", "--timezone", "Mars/Base"], "timezone: there is no"),
+    (["next", "@daily", "-n", "0"], "-n: must be a whole number"), (["schedule", "s", "@daily", "t", "{"], "payload: is not JSON"),
+    (["schedule", "s", "61 * * * *", "t"], "cron: minute"), (["schedule", "s", "@daily", "t", "--missed", "some"], "--missed"),
+    (["schedule", "s", "@daily"], "type"), (["fire"], "name")])
+def test_a_schedule_s_bad_input_is_one_line(cli: Callable[..., Answer], args: list[str], words: str) -> None:
+    refused(cli(*args), words)
+
+
+@pytest.mark.parametrize(("definition", "words"), [
+    ("'30 3 * *', 'task:backup'", r"SCHEDULES\['nightly'\]: cron: must have five fields"),
+    ("'@daily', 'task:backup', timezone='Berlin'", r"SCHEDULES\['nightly'\]: timezone: there is no 'Berlin'"),
+    ("'@daily', 'task:backup', {1, object()}", r"SCHEDULES\['nightly'\]: payload: "),
+    ("'@daily'", "cannot load .*TypeError: .*'type'")])
+def test_a_wrong_schedule_is_one_line_and_exit_code_2(cli: Callable[..., Answer], tmp_path: Path, definition: str, words: str) -> None:
+    (tmp_path / "mine.py").write_text(NIGHTLY.format(definition))
+    answer = cli("--handlers", str(tmp_path / "mine.py"), "--metrics-port", "off")
+    [line] = [line for line in answer.err.splitlines() if line.startswith("error: ")]
+    assert answer.code == 2 and re.search(words, line), answer.err
+    assert "Traceback" not in answer.err
+
+
+@pytest.mark.parametrize("schedules", ["[]", "{'nightly': '30 3 * * *'}", "None"])
+def test_schedules_that_are_no_dict_of_them_are_one_line(cli: Callable[..., Answer], tmp_path: Path, schedules: str) -> None:
+    (tmp_path / "mine.py").write_text(f"HANDLERS = {{}}\nSCHEDULES = {schedules}\n")
+    refused(cli("--handlers", str(tmp_path / "mine.py"), "--metrics-port", "off"), "SCHEDULES: must be a dict")
 
 
 # ------------------------------------------------------------------------------------------------------ the embedded database

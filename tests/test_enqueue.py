@@ -275,7 +275,8 @@ def test_a_payload_that_others_could_not_show_is_refused(conn, payload, problem)
 
 
 @pytest.mark.parametrize("payload", [
-    "(repeat('[', 499) || repeat(']', 499))::jsonb", "to_jsonb(array_fill(1e308::float8, array[800]))", "to_jsonb(array_fill(5e-324::float8, array[700]))",
+    "(repeat('[', 499) || repeat(']', 499))::jsonb", "to_jsonb(array_fill(1e308::float8, array[800]))",
+    "to_jsonb(array_fill(5e-324::float8, array[700]))",
     "to_jsonb(repeat(E'\\x01', 40000))", "to_jsonb(array_fill(true, array[10000]))"])
 def test_an_honest_payload_is_accepted_and_its_text_is_within_what_a_claim_reckons_with(conn, payload):
     register(conn)
@@ -301,21 +302,28 @@ def test_lines_are_enqueued_each_with_the_defaults_for_what_it_leaves_out(conn):
                 '{"idempotency_key": "k"}', '{"run_at": "2030-01-31T12:00:00+02:00", "payload": {"a": null}}',
                 defaults={"type": "a", "priority": 3})
     assert got == [(1, True, None), (3, True, None), (4, False, None), (5, True, None)]
-    assert conn.execute("select type, priority, max_retries, payload, idempotency_key, next_retry_at from orchestrator.tasks order by id").fetchall() == [
+    assert conn.execute("select type, priority, max_retries, payload, idempotency_key, next_retry_at "
+                        "from orchestrator.tasks order by id").fetchall() == [
         ("a", 3, None, [1], "k", None), ("b", 7, 0, {}, None, None),
         ("a", 3, None, {"a": None}, None, datetime(2030, 1, 31, 10, tzinfo=UTC))]
 
 
 @pytest.mark.parametrize(("line", "problem"), [
     ("{nonsense", "is not JSON: "), ("[1]", "must be an object such as"), ('{"payload": {}}', "type: must be 1 to 255"),
-    ('{"type": "a", "priority": "high"}', "priority: must be a whole number"), ('{"type": "a", "priority": true}', "priority: must be a whole number"),
-    ('{"type": "a", "priority": 1.5}', "priority: must be a whole number"), ('{"type": "a", "priority": 99999999999}', "priority: must be a whole number"),
-    ('{"type": "a", "priority": 9999999}', "priority: must be a whole number from"), ('{"type": "a", "max_retries": -1}', "max_retries: must be from"),
+    ('{"type": "a", "priority": "high"}', "priority: must be a whole number"), ('{"type": "a", "priority": true}',
+    "priority: must be a whole number"),
+    ('{"type": "a", "priority": 1.5}', "priority: must be a whole number"), ('{"type": "a", "priority": 99999999999}',
+    "priority: must be a whole number"),
+    ('{"type": "a", "priority": 9999999}', "priority: must be a whole number from"), ('{"type": "a", "max_retries": -1}',
+    "max_retries: must be from"),
     ('{"type": "a", "colour": "blue"}', "colour: there is no such field"), ('{"type": "a", "payload": "\\u0000"}', "is not JSON: "),
     ('{"type": "a", "payload": NaN}', "is not JSON: "), ('{"type": "a", "run_at": "tomorrow"}', "run_at: must be a moment"),
-    ('{"type": "a", "run_at": "2030-01-31T12:00:00"}', "run_at: must be a moment"), ('{"type": "a", "run_at": "2030-13-31T12:00:00Z"}', "run_at: "),
-    ('{"type": "a", "run_at": "2130-01-31T12:00:00Z"}', "run_at: must be a moment within"), ('{"type": "a*"}', "type: must be"), ('{"type": 7}', "type: must be a string"),
-    ('{"type": "a", "idempotency_key": ""}', "idempotency_key: must be"), ('{"type": "a", "payload": %s}' % ("[" * 100_000), "is not JSON: "),
+    ('{"type": "a", "run_at": "2030-01-31T12:00:00"}', "run_at: must be a moment"), ('{"type": "a", "run_at": "2030-13-31T12:00:00Z"}',
+    "run_at: "),
+    ('{"type": "a", "run_at": "2130-01-31T12:00:00Z"}', "run_at: must be a moment within"), ('{"type": "a*"}', "type: must be"),
+    ('{"type": 7}', "type: must be a string"),
+    ('{"type": "a", "idempotency_key": ""}', "idempotency_key: must be"), ('{"type": "a", "payload": %s}' % ("[" * 100_000),
+    "is not JSON: "),
     ('{"type": "a", "payload": "%s"}' % ("x" * 300_000), "payload: is over 256 KiB"),
 ], ids=lambda v: repr(v)[:30])
 def test_a_bad_line_is_named_with_its_problem_and_keeps_nothing_else_back(conn, line, problem):

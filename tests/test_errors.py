@@ -69,7 +69,7 @@ def test_the_last_frame_of_the_users_own_code_is_named(
     source = inner if handler is calls_inner else handler
     assert task["last_error"].endswith(f"({HERE}:{line_of(source, marker)} in {name})")
     assert "site-packages" not in task["last_error"] and "\n" not in task["last_error"].strip()
-    failed = [event for event in task["events"] if event["event"] == "failed"][0]["detail"]
+    failed = next(event for event in task["events"] if event["event"] == "failed")["detail"]
     assert also in failed and "Traceback" in failed and f"in {name}" in failed
 
 
@@ -99,12 +99,13 @@ def noted(task: Task) -> None:
     raise error
 
 
-@pytest.mark.parametrize(("handler", "said"), [(chained, ["the first cause", "the second", "what was seen", "direct cause", "During handling"]),
-                                               (grouped, ["several", "one of them", "another"]), (noted, ["told", "a note on it"])])
+@pytest.mark.parametrize(("handler", "said"), [
+    (chained, ["the first cause", "the second", "what was seen", "direct cause", "During handling"]),
+    (grouped, ["several", "one of them", "another"]), (noted, ["told", "a note on it"])])
 def test_the_event_keeps_causes_groups_and_notes(installed: str, handler: Callable[[Task], Any], said: list[str]) -> None:
     with running(installed, {"a": Handler(handler, max_retries=0)}) as app:
         task = wait_for(app, app.enqueue("a"))
-    detail = [event for event in task["events"] if event["event"] == "failed"][0]["detail"]
+    detail = next(event for event in task["events"] if event["event"] == "failed")["detail"]
     assert [words for words in said if words not in detail] == []
 
 
@@ -155,21 +156,21 @@ def test_a_retry_and_a_discard_keep_their_words_and_their_causes(installed: str)
 
 # ----------------------------------------------------------------------------------------------- who holds the event loop
 def test_the_handler_that_holds_the_event_loop_is_named_by_those_that_time_out_for_it(installed: str) -> None:
-    holding, release, waiting = threading.Event(), threading.Event(), threading.Semaphore(0)
+    holding, release, waiting = threading.Event(), threading.Event(), set[str]()
 
     async def holds(task: Task) -> None:
-        while not all([waiting.acquire(blocking=False) for _ in range(3)]):
+        while len(waiting) < 3:
             await asyncio.sleep(0.01)
         holding.set()
         release.wait(30)   # blocks all others
 
     async def waits(task: Task) -> None:
-        waiting.release()
+        waiting.add(task.id)
         await asyncio.sleep(600)
 
-    with running(installed, {"holds": Handler(holds, max_retries=0), "waits": Handler(waits, max_retries=0, timeout=0.5)}) as app:
-        victims = [app.enqueue("waits") for _ in range(3)]
+    with running(installed, {"holds": Handler(holds, max_retries=0), "waits": Handler(waits, max_retries=0, timeout=2)}) as app:
         holder = app.enqueue("holds")
+        victims = [app.enqueue("waits") for _ in range(3)]
         try:
             assert holding.wait(30)
             eventually(lambda: all(task.cancel_reason == "timeout" for task in worker_of(app).pool.running() if task.type == "waits"))
@@ -177,7 +178,7 @@ def test_the_handler_that_holds_the_event_loop_is_named_by_those_that_time_out_f
             release.set()
         for victim in victims:
             error = wait_for(app, victim)["last_error"]
-            assert error.startswith("timed out after 0.5 s") and f"holds {holder} held the event loop" in error
+            assert error.startswith("timed out after 2 s") and f"holds {holder} held the event loop" in error
         assert wait_for(app, holder)["status"] == "completed"
 
 

@@ -227,7 +227,8 @@ def test_fail_for_good_makes_a_dead_letter_at_once(conn):
     assert task(conn, id)["attempts"] == 1 and events(conn, id) == ["failed", "dead_letter"]
 
 
-@pytest.mark.parametrize(("after", "seconds"), [("90 s", 90), ("0", 0), ("-1 hour", 0), ("5000 years", 3650 * 86400), ("3651 days", 3650 * 86400)])
+@pytest.mark.parametrize(("after", "seconds"), [("90 s", 90), ("0", 0), ("-1 hour", 0), ("5000 years", 3650 * 86400), ("3651 days",
+    3650 * 86400)])
 def test_fail_may_name_its_own_delay(conn, after, seconds):
     enqueue(conn)
     claim_id, id = claim_one(conn)

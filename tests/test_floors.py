@@ -12,7 +12,6 @@ from steps import (
     claim,
     claim_one,
     claims,
-    column,
     complete,
     enqueue,
     enqueue_some,
@@ -92,7 +91,8 @@ def test_a_floor_is_raised_only_if_the_second_look_is_slow_too(conn, term, slow_
     drain(conn)
     conn.execute("create sequence looks")
     conn.execute("insert into orchestrator.lanes values ('t', 0)")
-    conn.execute(f"""create or replace function orchestrator._lane_head(p_type text, p_priority int, p_floor timestamptz) returns timestamptz
+    conn.execute(f"""create or replace function orchestrator._lane_head(p_type text, p_priority int,
+      p_floor timestamptz) returns timestamptz
         language plpgsql as $$ begin if nextval('public.looks') <= {slow_looks} then perform pg_sleep(1); end if; return null; end $$""")
     assert value(conn, "select orchestrator.raise_floors('leader', %s, '900 ms')", term) == slow_looks - 1
 
@@ -413,7 +413,8 @@ def test_a_note_goes_after_ten_minutes_unless_its_lane_has_a_floor(conn, term):
 
 def test_lanes_with_and_without_floors_of_one_type_are_all_found(conn, term):
     ids = {priority: enqueue(conn, priority=priority) for priority in (5, -3, 0, 2_000, -1_000_000, 1_000_000, 4)}
-    conn.execute("""insert into orchestrator.lane_floors values ('t', 3, 1, '-infinity'), ('t', 0, 1, '-infinity'), ('t', 5, 1, '-infinity'),
+    conn.execute("""insert into orchestrator.lane_floors values ('t', 3, 1, '-infinity'), ('t', 0, 1, '-infinity'), ('t', 5, 1,
+      '-infinity'),
                     ('t', 1000000, 1, '-infinity'), ('t', -1000000, 1, '-infinity'), ('t', -7, 1, 'infinity'), ('s', 0, 1, 'infinity')""")
     for types in (["t"], ["*"]):
         with conn.transaction(force_rollback=True):

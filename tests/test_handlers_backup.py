@@ -732,7 +732,8 @@ def test_password_shows_nowhere_but_in_the_payload_itself(
         eventually(lambda task=task: conn.execute(status, [task]).fetchone()[0] == "dead_letter", 30)
         assert "password authentication failed" in conn.execute(status, [task]).fetchone()[1]
     pages = ["/", "/metrics", "/health", "/ready", "/api/overview", "/api/history", "/api/tasks", "/api/failures",
-             "/api/tasks?status=in_flight", "/api/tasks?status=scheduled", "/api/tasks?status=dead_letter", *(f"/api/task?id={task}" for task in ids)]
+             "/api/tasks?status=in_flight", "/api/tasks?status=scheduled", "/api/tasks?status=dead_letter",
+             *(f"/api/task?id={task}" for task in ids)]
     seen = {path: get(worker.address + path) for path in pages}
     assert ids[0] in seen["/api/tasks?status=dead_letter"]
     seen |= {command: run_cli(*command.split(), env={"DATABASE_URL": installed}).stdout for command in (

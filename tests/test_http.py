@@ -266,6 +266,9 @@ class Silent:
     def __init__(self) -> None:
         self.asked, self.go_on = threading.Event(), threading.Event()
 
+    def reopen_if_closed(self) -> None:
+        pass
+
     def call(self, function: str, **arguments: Any) -> list[tuple[str]]:
         self.asked.set()
         self.go_on.wait(30)

@@ -101,6 +101,24 @@ def test_install_during_traffic_stops_none_of_it(installed, connect):
     assert audit(connect()) == []
 
 
+def test_install_again_waits_for_no_writer_and_keeps_none_out(installed, conn, connect):
+    """Or it would be a deadlock with whoever writes to two tables: an open transaction has written to all."""
+    indexes = "select indexrelid::regclass::text from pg_index where starts_with(indrelid::regclass::text, 'orchestrator.') order by 1"
+    before = column(conn, indexes)
+    names = column(conn, "select oid::regclass::text from pg_class where relnamespace = 'orchestrator'::regnamespace and relkind = 'r'")
+    writer = connect(autocommit=False)
+    for name in names:
+        writer.execute(f"lock table {name} in row exclusive mode")
+    with connect(autocommit=False, options="-c lock_timeout=3s") as installing:
+        for file in SQL_FILES:
+            installing.execute(file.read_text().encode())
+        for name in names:
+            writer.execute(f"set local lock_timeout = '3s'; lock table {name} in row exclusive mode; delete from {name}")
+        installing.commit()
+    writer.rollback()
+    assert column(conn, indexes) == before and len(before) > 13
+
+
 def test_a_role_without_privileges_installs_and_works_in_its_own_schema(server, db):
     role = f"plain_{db.rsplit('_', 1)[1]}"
     with psycopg.connect(db, autocommit=True) as conn:
@@ -134,7 +152,8 @@ def test_install_sets_sequences_and_single_rows_right_after_a_restore_of_data_al
     assert events(conn, id) == ["failed", "retry_scheduled"] * 2
     conn.execute("select orchestrator.resign_leadership('leader', %s)", [term])
     assert value(conn, "select term from orchestrator.acquire_leadership('leader', '1 min')") > term
-    assert value(conn, "select count(*) from orchestrator.leader_state") == value(conn, "select count(*) from orchestrator.stats_state") == 1
+    assert value(conn, "select count(*) from orchestrator.leader_state") == value(conn,
+    "select count(*) from orchestrator.stats_state") == 1
 
 
 def test_install_leaves_sequences_that_are_ahead(installed, conn):

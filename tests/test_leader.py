@@ -200,7 +200,8 @@ def plenty_to_do(conn):
     complete(conn, one["claim_id"], one["id"])
     fail(conn, two["claim_id"], two["id"], permanent=True)
     enqueue(conn, "hidden")
-    conn.execute("insert into orchestrator.lane_floors values ('hidden', 0, 1, clock_timestamp() + interval '1 hour'), ('v', 0, 1, '-infinity')")
+    conn.execute("insert into orchestrator.lane_floors "
+                 "values ('hidden', 0, 1, clock_timestamp() + interval '1 hour'), ('v', 0, 1, '-infinity')")
     conn.execute("insert into orchestrator.lanes values ('gone', 0)")
     register(conn, "silent", ["u"])
     declare_dead(conn, "dead")

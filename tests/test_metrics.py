@@ -20,7 +20,8 @@ from postgres import eventually
 from steps import Connection, count_now, enqueue, value
 
 GLOBAL = {"tasks_pending", "tasks_scheduled", "tasks_in_flight", "tasks_dead_letters", "tasks_oldest_pending_seconds",
-          "tasks_enqueued_total", "workers_total", "workers_dead", "recovery_age_seconds", "queue_stats_age_seconds"}
+          "tasks_enqueued_total", "workers_total", "workers_dead", "recovery_age_seconds", "queue_stats_age_seconds",
+          "schedule_late_seconds", "schedules_failed"}
 
 # name → (kind, labels), as dashboards and alerts rely on them
 CONTRACT = {
@@ -37,6 +38,7 @@ CONTRACT = {
     "tasks_longest_running_seconds": ("gauge", {"type"}), "worker_prefetch_size": ("gauge", set()),
     "worker_loop_lag_seconds": ("gauge", set()), "worker_database_silence_seconds": ("gauge", set()),
     "workers_dead": ("gauge", set()), "recovery_age_seconds": ("gauge", set()),
+    "schedule_late_seconds": ("gauge", set()), "schedules_failed": ("gauge", set()), "schedules_fired_total": ("counter", set()),
     "queue_stats_age_seconds": ("gauge", set()), "orchestrator_build_info": ("gauge", {"version", "schema", "python"})}
 
 Series = dict[tuple[str, tuple[tuple[str, str], ...]], float]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from dataclasses import dataclass, field
+from datetime import UTC, timedelta
 from random import Random
 from typing import Any, ClassVar
 
@@ -27,6 +28,7 @@ HANDLERS = {"a": {"max_retries": 1, "base_delay": 3600}, "b:": {"max_retries": 2
 OPERATIONS = """
   enqueue enqueue enqueue_many enqueue_many claim claim claim claim start start complete complete complete fail fail fail release snooze
   progress cancel cancel retry promote promote pause_or_resume die recover recover maintain prune
+  schedule fire fire fire_by_hand pause_or_resume_schedule
 """.split()  # noqa: SIM905
 EXAMPLES, STEPS = int(os.environ.get("MODEL_EXAMPLES", "60")), 100
 WAITING, IN_FLIGHT = ("pending", "retry_scheduled"), ("claimed", "running")
@@ -69,8 +71,20 @@ class Task:
 
 
 @dataclass
+class Schedule:
+    type: str
+    priority: int
+    max_retries: int | None
+    missed: str
+    overlap: bool
+    paused: bool = False
+    last: str | None = None  # its last task
+
+
+@dataclass
 class Model:
     tasks: dict[str, Task] = field(default_factory=dict)
+    schedules: dict[str, Schedule] = field(default_factory=dict)
     keys: dict[tuple[str, str], str] = field(default_factory=dict)
     workers: dict[str, bool] = field(default_factory=dict)  # alive?
     paused: set[str] = field(default_factory=set)
@@ -90,7 +104,7 @@ class Queue(RuleBasedStateMachine):
         self.model, self.names, self.steps = Model(), 0, 0
         self.conn.execute("""
           truncate orchestrator.tasks, orchestrator.claims, orchestrator.workers, orchestrator.task_types, orchestrator.task_events,
-                   orchestrator.lanes, orchestrator.lane_floors, public.transitions""")
+                   orchestrator.schedules, orchestrator.lanes, orchestrator.lane_floors, public.transitions""")
         self.term = steps.lead(self.conn)
         for _ in range(2):
             self.register()
@@ -277,6 +291,54 @@ class Queue(RuleBasedStateMachine):
                 task.leave("pending")
         assert not (due and still)
 
+    def schedule(self, draw: Random) -> None:
+        name = draw.choice(["s", "t"])
+        new = Schedule(draw.choice(TYPES), draw.choice(PRIORITIES), draw.choice([None, 0]), draw.choice(["one", "all"]),
+                       draw.choice([True, False]))
+        if old := self.model.schedules.get(name):
+            new.paused, new.last = old.paused, old.last
+        next_at = value(self.conn, "select orchestrator.schedule(%s, '@every 1 hour', %s, '{}', 'UTC', %s, %s, %s, %s)",
+                        name, new.type, new.priority, new.max_retries, new.missed, new.overlap)
+        assert (next_at is None) == new.paused
+        self.model.schedules[name] = new
+
+    def fire(self, draw: Random) -> None:
+        """As if nobody had polled for some hours; what is paused stays as it is."""
+        query = """update orchestrator.schedules set next_at = date_trunc('hour', clock_timestamp()) - %s * interval '1 hour'
+                   where not paused returning name, next_at"""
+        due = dict(self.conn.execute(query, [draw.randint(0, 3)]).fetchall())
+        assert due.keys() == {name for name, schedule in self.model.schedules.items() if not schedule.paused}
+        fired = value(self.conn, "select fired from orchestrator.promote_due(0)")
+        now = value(self.conn, "select clock_timestamp()")
+        query = "select type || ' ' || idempotency_key, id::text from orchestrator.tasks where idempotency_key like 'schedule:%'"
+        found = dict(self.conn.execute(query).fetchall())
+        for name, next_at in due.items():
+            schedule = self.model.schedules[name]
+            times = [next_at + timedelta(hours=n) for n in range(4) if next_at + timedelta(hours=n) <= now]
+            for at in times if schedule.missed == "all" else times[-1:]:
+                if not schedule.overlap and schedule.last and self.model.tasks[schedule.last].status in (*WAITING, *IN_FLIGHT):
+                    continue
+                key = f"schedule:{name}:{at.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"
+                schedule.last = self.model.keys.setdefault((schedule.type, key), found[f"{schedule.type} {key}"])
+                self.model.tasks.setdefault(schedule.last, Task(schedule.type, schedule.priority, schedule.max_retries))
+                fired -= 1
+                self.counts["fired"] += 1
+        assert fired == 0
+
+    def fire_by_hand(self, draw: Random) -> None:
+        if name := self.pick(draw, sorted(self.model.schedules)):
+            schedule = self.model.schedules[name]
+            schedule.last = str(value(self.conn, "select orchestrator.fire_schedule(%s)", name))
+            assert schedule.last not in self.model.tasks
+            self.model.tasks[schedule.last] = Task(schedule.type, schedule.priority, schedule.max_retries)
+
+    def pause_or_resume_schedule(self, draw: Random) -> None:
+        if name := self.pick(draw, sorted(self.model.schedules)):
+            schedule = self.model.schedules[name]
+            verb = "resume" if schedule.paused else "pause"
+            assert value(self.conn, f"select orchestrator.{verb}_schedule(%s)", name) is True
+            schedule.paused = not schedule.paused
+
     def pause_or_resume(self, draw: Random) -> None:
         type = next(iter(self.model.paused), None) or draw.choice(TYPES)  # one at a time
         verb = "resume" if type in self.model.paused else "pause"
@@ -335,7 +397,8 @@ class Queue(RuleBasedStateMachine):
     def prune(self, draw: Random) -> None:
         """Nothing is that old, or all is kept for ever."""
         age = draw.choice(["1 hour", "0"])
-        assert self.conn.execute("select * from orchestrator.prune('leader', %s, %s, %s)", [self.term, age, age]).fetchone() == (0, 0, False)
+        assert self.conn.execute("select * from orchestrator.prune('leader', %s, %s, %s)", [self.term, age, age]).fetchone() == (0, 0,
+        False)
 
     # One rule, and a number for each step: of several rules and drawn arguments hypothesis would repeat some and leave out
     # most in most examples, and little would get anywhere. It still drops the steps that a failure doesn't need.
@@ -356,6 +419,8 @@ class Queue(RuleBasedStateMachine):
         assert found == self.model.tasks
         open_tasks = Counter(task.claim for task in self.model.tasks.values() if task.status in IN_FLIGHT)
         assert steps.claims(self.conn) == open_tasks
+        last = "select name, last_task_id::text from orchestrator.schedules"
+        assert dict(self.conn.execute(last).fetchall()) == {name: schedule.last for name, schedule in self.model.schedules.items()}
         workers = "select id, declared_dead_at is null from orchestrator.workers where id <> 'leader'"
         assert dict(self.conn.execute(workers).fetchall()) == self.model.workers
 
@@ -376,5 +441,5 @@ def test_random_calls_leave_the_database_as_the_model_says(conn):
     run_state_machine_as_test(queue, settings=settings(
         max_examples=EXAMPLES, stateful_step_count=STEPS, deadline=None, database=None, derandomize=True,
         suppress_health_check=list(HealthCheck), phases=(Phase.generate,)))
-    for bite in ("claimed", "completed", "retry_scheduled", "dead_letter", "cancelled", "rejected", "recovered"):
+    for bite in ("claimed", "completed", "retry_scheduled", "dead_letter", "cancelled", "rejected", "recovered", "fired"):
         assert Queue.counts[bite] >= EXAMPLES // 10, Queue.counts  # else the steps didn't get anywhere

@@ -219,6 +219,49 @@ def test_cancel_and_retry_ask_for_the_token_once(conn: Connection, page: Page) -
     expect(page.locator("#ask")).to_be_hidden()
 
 
+def test_schedules_say_when_and_why_not_and_are_fired_paused_and_resumed(conn: Connection, page: Page) -> None:
+    expect(page.get_by_role("heading", name="Schedules")).to_be_hidden()
+    rows = page.locator("#schedules tbody tr")
+    conn.execute("select orchestrator.schedule('yearly', '0 0 1 1 *', 'ok', p_timezone => 'Europe/Berlin')")
+    expect(rows).to_have_count(1)
+    heads = ("Cron", "Time zone", "Type", "State")
+    assert [cell(page, "schedules", "yearly", head) for head in heads] == ["0 0 1 1 *", "Europe/Berlin", "ok", "active"]
+    expect(page.get_by_role("columnheader", name="Why")).to_be_hidden()   # nothing to say
+    expect(rows).to_contain_text(re.compile(r"in \d+ (d|h|min)"))
+    page.get_by_role("button", name="Fire yearly").click()
+    expect(page.locator("#confirm")).to_contain_text("Fire yearly?")
+    page.get_by_role("button", name="Fire it").click()
+    give_token(page)
+    expect(page.locator("#notice")).to_contain_text("ok is enqueued.")
+    [id] = column(conn, "select id::text from orchestrator.tasks")
+    rows.get_by_role("link", name="ago").click()
+    expect(page.locator("#story-id")).to_have_text(id)
+    page.get_by_role("button", name="Close").click()
+    page.get_by_role("button", name="Pause yearly").click()
+    page.get_by_role("button", name="Pause it").click()
+    expect(rows.locator(".state")).to_have_attribute("title", "paused: select orchestrator.resume_schedule('yearly')")
+    assert value(conn, "select paused from orchestrator.schedules") is True
+    page.get_by_role("button", name="Resume yearly").click()
+    expect(page.locator("#notice")).to_contain_text("yearly goes on with its next time.")
+    assert value(conn, "select paused from orchestrator.schedules") is False
+
+
+def test_schedules_in_trouble_come_first_and_ask_for_attention(conn: Connection, page: Page) -> None:
+    for name, kind in (("a fine one", "ok"), ("handled by none", "nobody:handles-it"), ("z failed", "fails"),
+                       ("of a paused type", "again"), (SCRIPT, "hangs")):
+        conn.execute("select orchestrator.schedule(%s, '@yearly', %s)", [name, kind])
+    conn.execute("select orchestrator.pause_type('again')")
+    conn.execute("update orchestrator.schedules set paused = true, last_error = 'payload: is over 256 KiB' where name = 'z failed'")
+    rows = page.locator("#schedules tbody tr")
+    expect(rows).to_have_count(5)
+    expect(rows.first).to_contain_text("payload: is over 256 KiB")
+    expect(rows.first.locator(".state")).to_have_attribute("title", re.compile("^paused, since it could not fire: .*resume_schedule"))
+    names = ("a fine one", "handled by none", "z failed", "of a paused type", SCRIPT)
+    assert [cell(page, "schedules", name, "State") for name in names] == ["active", "no worker", "failed", "type paused", "active"]
+    expect(page.locator("#attention")).to_contain_text("Schedules that could not fire, and are paused: fails (z failed)")
+    assert page.evaluate("[document.scripts.length, document.images.length, typeof window.hacked]") == [1, 0, "undefined"]
+
+
 def test_a_wrong_token_is_asked_for_again_and_nothing_happens(
         conn: Connection, worker: Callable[..., WorkerProcess], tabs: Callable[..., Tab]) -> None:
     tab = tabs(worker().address)

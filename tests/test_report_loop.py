@@ -213,6 +213,24 @@ def test_a_task_that_is_handed_over_twice_is_reported_once(installed: str, conn:
     assert audit(conn) == []
 
 
+@pytest.mark.parametrize("outcome", [None, Outcome("failed", "late"), Outcome("snoozed", after=1.0), Outcome("released")])
+def test_the_late_outcome_of_a_claim_that_is_gone_leaves_the_next_claim_of_its_task_in_hand(
+        installed: str, conn: Connection, outcome: Outcome | None) -> None:
+    """A crash of the server forgot the claim while its handler ran, and this worker has claimed the task again."""
+    enqueue_some(conn, 1, "a")
+    with registered(installed) as worker:
+        [first] = claimed(worker)
+        assert value(conn, "select orchestrator.release_tasks(%s)", first.claim_id) == 1
+        [second] = claimed(worker)
+        end(worker, first, outcome)
+        worker.reports.poll()
+        assert worker.tasks == {second.id: second} and worker.counters.rejected == {"a": 1}
+        end(worker, second, None)
+        worker.reports.poll()
+        assert not worker.tasks and column(conn, "select status::text from orchestrator.tasks") == ["completed"]
+    assert audit(conn) == []
+
+
 # ------------------------------------------------------------------------------------------------------------ giving back
 @pytest.fixture
 def greedy(monkeypatch: pytest.MonkeyPatch) -> None:

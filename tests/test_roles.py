@@ -18,19 +18,22 @@ from postgres import LocalServer, eventually, install_schema
 from steps import audit, claim, column, enqueue, fail, register, rows, value
 
 PURE = {"schema_version", "longest_delay", "redact", "redact_text", "retry_delay"}
-READ = PURE | {"explain_task", "show_task", "audit", "metrics", "api_overview", "api_history", "api_tasks", "api_failures", "api_task"}
+READ = PURE | {
+    "fire_times", "schedule_history",
+    "explain_task", "show_task", "audit", "metrics", "api_overview", "api_history", "api_tasks", "api_failures", "api_task"}
 DECISIONS = {
     "producer": PURE | {"enqueue", "enqueue_many", "enqueue_lines"},
-    "worker": READ | {
+    "worker": READ | {"enqueue", "enqueue_many", "enqueue_lines", "schedule",
         "register_worker", "unregister_worker", "heartbeat", "cancelling_tasks", "set_idle", "announce_stop", "promote_due", "claim_tasks",
         "start_tasks", "complete_tasks", "fail_tasks", "fail_task", "release_tasks", "release_forgotten", "snooze_task",
         "record_progress", "acquire_leadership", "resign_leadership", "declare_dead", "declare_disconnected_dead", "recover_orphans",
         "raise_floors", "rescan_lanes", "prune", "sample_stats", "note_lost_result", "get_task"},
-    "operator": READ | {"cancel_task", "retry_task", "retry_dead_letters", "pause_type", "resume_type"},
+    "operator": READ | {"cancel_task", "retry_task", "retry_dead_letters", "pause_type", "resume_type", "enqueue", "schedule", "unschedule",
+                         "pause_schedule", "resume_schedule", "fire_schedule"},
     "auditor": READ,
 }
 ROLES = sorted(DECISIONS)
-VIEWS = ("pending_tasks", "running_tasks", "dead_letters", "queue_stats")
+VIEWS = ("pending_tasks", "running_tasks", "dead_letters", "queue_stats", "schedule_states")
 HANDLERS = """
 import orchestrator
 def fail(task):
@@ -113,7 +116,8 @@ def test_every_function_runs_with_the_rights_of_its_caller(conn):
 
 
 @pytest.mark.parametrize(("role", "calls"), [
-    ("producer", ("_task_summaries(array[%(id)s]::uuid[])", "_count_live()", "_ready_types('', '{}')", "_walk_state('ready', 't', null, 0, null, 10)",
+    ("producer", ("_task_summaries(array[%(id)s]::uuid[])", "_count_live()", "_ready_types('', '{}')",
+    "_walk_state('ready', 't', null, 0, null, 10)",
                   "_events(%(id)s, false)", "_leads('w', 1)", "_advance_safe_floor()", "_keep_sample(now())")),
     ("auditor", ("_keep_sample(now())", "_sample_runs(0, '{}')", "_name_types(%(id)s)", "_advance_safe_floor()", "_leads('w', 1)"))])
 def test_helpers_give_no_right_that_the_tables_do_not_give(login, conn, role, calls):
@@ -231,12 +235,46 @@ def test_operator_cancels_retries_and_pauses_without_a_right_on_payloads(login, 
         assert value(operator, "select changed from orchestrator.resume_type('t')") is True
         fail(conn, claim(conn, limit=1)[0]["claim_id"], ids[2], permanent=True)
         assert value(operator, "select orchestrator.retry_dead_letters()") == 1
-        for query in ("select payload from orchestrator.tasks", "select orchestrator.enqueue('t')", "delete from orchestrator.tasks",
+        for query in ("select payload from orchestrator.tasks", "delete from orchestrator.tasks",
+                      "select orchestrator.enqueue_many('t', '{1}')",
                       "select orchestrator.claim_tasks('w', '{t}', 1)", "update orchestrator.tasks set payload = '{}'"):
             with pytest.raises(psycopg.errors.InsufficientPrivilege):
                 operator.execute(query)
     assert flying["id"] == ids[0]
     assert audit(conn) == []
+
+
+def test_worker_and_operator_fire_schedules_and_an_auditor_sees_all_of_them_but_their_payloads(login, conn):
+    with psycopg.connect(login("operator"), autocommit=True) as operator:
+        operator.execute("select orchestrator.schedule('by hand', '@yearly', 'task:t', '{\"password\": \"hunter2\"}')")
+        assert value(operator, "select orchestrator.pause_schedule('by hand')") is True
+        assert value(operator, "select orchestrator.resume_schedule('by hand')") is True
+        assert value(operator, "select orchestrator.fire_schedule('by hand')") is not None
+        assert column(operator, "select name from orchestrator.schedule_states") == ["by hand"]
+        assert audit(operator) == []
+        operator.execute("select orchestrator.schedule('gone', '@yearly', 'task:t')")
+        assert value(operator, "select orchestrator.unschedule('gone')") is True
+    with psycopg.connect(login("worker"), autocommit=True) as worker:
+        worker.execute("select orchestrator.schedule('each second', '@every 1 second', 'task:t')")
+        conn.execute("update orchestrator.schedules set next_at = date_trunc('second', now() - interval '5 s') where name = 'each second'")
+        assert value(worker, "select fired from orchestrator.promote_due()") == 1
+        assert audit(worker) == []
+    with psycopg.connect(login("auditor"), autocommit=True) as auditor:
+        assert column(auditor, "select name from orchestrator.schedule_states") == ["by hand", "each second"]
+        assert len(column(auditor, "select task_id from orchestrator.schedule_history('each second') where task_id is not null")) == 1
+        assert len(column(auditor, "select at from orchestrator.fire_times('@hourly') f(at)")) == 5
+        assert value(auditor, "select orchestrator.api_overview()")["schedules"][1]["name"] == "by hand"
+        assert audit(auditor) == []
+        for query in ("select payload from orchestrator.schedules", "select * from orchestrator.schedules",
+                      "select orchestrator.schedule('x', '@daily', 't')", "select orchestrator.fire_schedule('by hand')",
+                      "update orchestrator.schedules set paused = true"):
+            with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                auditor.execute(query)
+    with psycopg.connect(login("producer"), autocommit=True) as producer:
+        for query in ("select name from orchestrator.schedules", "select * from orchestrator.schedule_states",
+                      "select orchestrator.schedule('x', '@daily', 't')"):
+            with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                producer.execute(query)
 
 
 def post(address: str, action: str, **body: str) -> tuple[int, Any]:

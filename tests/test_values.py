@@ -28,8 +28,9 @@ Connection = psycopg.Connection[Any]
 
 
 # ---------------------------------------------------------------------------------------------------------- read back
-SECRETIVE = {"tokens_used": 12, "max_tokens": 4096, "secretary": "Eve", "password": "hunter2", "api_key": "k", "authorization": ["Bearer x"],
-             "nested": [{"token": {"secret": None}}], "url": "postgresql://u:pw@h/d", "passenger": "Ada", "": 1}
+SECRETIVE = {"tokens_used": 12, "max_tokens": 4096, "secretary": "Eve", "password": "hunter2", "api_key": "k",
+             "authorization": ["Bearer x"], "nested": [{"token": {"secret": None}}], "url": "postgresql://u:pw@h/d", "passenger": "Ada",
+             "": 1}
 
 
 def test_a_program_gets_its_own_data_back_as_it_gave_them(installed: str, conn: Connection) -> None:
@@ -156,7 +157,7 @@ class Level(enum.IntEnum):
 class Order:
     id: uuid.UUID
     total: Decimal
-    lines: "list[Order]" = dataclasses.field(default_factory=list)
+    lines: list[Order] = dataclasses.field(default_factory=list)
     shared: ClassVar[str] = "no field"
 
 
@@ -218,7 +219,8 @@ class Endless:
 
 LOST: dict[str, Callable[[], Any]] = {
     "bytes": lambda: b"x", "an object": Ours, "a class": lambda: Order, "a function": lambda: lambda: None, "nan": lambda: float("nan"),
-    "nul": lambda: "a\0b", "half a pair": lambda: {"\ud800": 1}, "a tuple as key": lambda: {(1, 2): 3}, "a uuid as key": lambda: {uuid.UUID(int=1): 3},
+    "nul": lambda: "a\0b", "half a pair": lambda: {"\ud800": 1}, "a tuple as key": lambda: {(1, 2): 3},
+    "a uuid as key": lambda: {uuid.UUID(int=1): 3},
     "too long": lambda: "x" * 2_000_000, "too deep": lambda: functools.reduce(lambda inner, _: [inner], range(100_000), 1),
     "circular": lambda: sys.modules, "endless": Endless, "a number of many digits": lambda: 10 ** 10_000,
     "a form that raises": lambda: Hostile(AttributeError("x")), "a form that raises a ValueError": lambda: Hostile(ValueError("x")),
@@ -226,7 +228,8 @@ LOST: dict[str, Callable[[], Any]] = {
     "a huge decimal place": lambda: {"n": float("inf")}}
 
 
-def test_finished_work_is_never_repeated_for_its_results_sake_and_the_loss_is_told(installed: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_finished_work_is_never_repeated_for_its_results_sake_and_the_loss_is_told(
+        installed: str, caplog: pytest.LogCaptureFixture) -> None:
     charged: list[str] = []
 
     def charge(task: Task) -> Any:
@@ -322,7 +325,8 @@ async def nested(task: Task) -> Any:
 
 HANDLERS: dict[str, Callable[[Task], Any]] = {
     "function": awaited, "wrapped": decorated(awaited), "object": Callee(), "method": Callee().method, "class method": Callee.of_the_class,
-    "static": Callee.static, "partial": functools.partial(awaited), "lambda": lambda task: awaited(task), "promise": lambda task: Promise(),
+    "static": Callee.static, "partial": functools.partial(awaited), "lambda": lambda task: awaited(task),   # noqa: PLW0108
+    "promise": lambda task: Promise(),
     "wrapped object": decorated(Callee()), "partial of object": functools.partial(Callee())}
 
 
@@ -391,6 +395,26 @@ def test_a_plain_handler_under_async_middleware_is_over_before_its_task_ends(ins
         assert wait_for(app, task_id)["status"] == "cancelled" and ended.is_set()
 
 
+def test_async_middleware_is_cancelled_though_an_awaitable_within_it_has_ended(installed: str) -> None:
+    waiting = threading.Event()
+    app = make_app(installed, {"a": awaited})
+
+    @app.use
+    async def outer(task: Task, call_next: Callable[[Task], Any]) -> None:
+        await call_next(task)
+        waiting.set()
+        await asyncio.sleep(600)
+
+    @app.use
+    def inner(task: Task, call_next: Callable[[Task], Any]) -> Any:
+        return call_next(task)   # the handler is awaited here, by the thread that the outer one waits for
+
+    with running(installed, app):
+        task_id = app.enqueue("a")
+        assert waiting.wait(30) and app.cancel(task_id) == "cancelling"
+        assert wait_for(app, task_id)["status"] == "cancelled"
+
+
 def generator(task: Task) -> Iterator[int]:
     yield 1
 
@@ -444,7 +468,8 @@ def test_a_key_is_itself_by_itself_and_in_a_batch(installed: str, key: Any) -> N
 LEAKS = {
     "a url": "could not connect to postgresql://ada:canary@db.example.com:5432/shop", "a url with @": "postgres://ada:can@ry-canary@h/d",
     "a url with a slash": "amqp://guest:can/canary@h//", "redis": "redis://:canary@h:6379/0", "http": "GET https://u:canary@h/x?y=1 failed",
-    "in quotes": "(psycopg) 'postgresql://u:canary@h/d'", "a parameter": "https://h/?password=canary&x=1", "a dsn": "host=h password=canary user=u",
+    "in quotes": "(psycopg) 'postgresql://u:canary@h/d'", "a parameter": "https://h/?password=canary&x=1",
+    "a dsn": "h password=canary user=u",
     "a quoted dsn": "host=h password='can ary canary' user=u", "capitals": "PASSWORD=canary", "two": "a://u:canary@h and b://u:canary@h",
     "on a later line": "failed\nDATABASE_URL=postgresql://u:canary@h/d"}
 
@@ -465,7 +490,7 @@ def test_no_password_of_a_url_reaches_the_database_or_the_log(installed: str, co
     assert any("***" in line for line in told)
 
 
-@pytest.mark.parametrize("text", ["see http://localhost:8080/a@b", "ratio 3://4:5", "mail ada@example.com: sent", "[::1]:5432", "12:30 @ noon",
-                                  "https://example.com:443/x", "a password is needed"])
+@pytest.mark.parametrize("text", ["see http://localhost:8080/a@b", "ratio 3://4:5", "mail ada@example.com: sent", "[::1]:5432",
+                                  "12:30 @ noon", "https://example.com:443/x", "a password is needed"])
 def test_what_holds_no_password_stays_as_it_is(text: str) -> None:
     assert clean_text(text) == redact_url(text) == text

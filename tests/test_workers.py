@@ -136,7 +136,8 @@ def test_a_heartbeat_waits_for_no_other_table_than_workers(conn, connect):
     """Else a lock on one of them would make workers seem dead."""
     register(conn)
     locker = connect(autocommit=False)
-    for table in column(conn, "select oid::regclass::text from pg_class where relnamespace = 'orchestrator'::regnamespace and relkind = 'r'"):
+    for table in column(conn,
+        "select oid::regclass::text from pg_class where relnamespace = 'orchestrator'::regnamespace and relkind = 'r'"):
         if table != "orchestrator.workers":
             locker.execute(f"lock table {table} in access exclusive mode")
     conn.execute("set lock_timeout = '1s'")

@@ -69,6 +69,10 @@ FIRST = """
     select orchestrator.enqueue('search:crawl', '{"site": "https://example.com"}') from generate_series(1, 2)
     union all select orchestrator.enqueue('report:weekly', '{}', p_run_at => clock_timestamp() + make_interval(hours => n))
               from generate_series(1, 8) n"""
+SCHEDULES = """
+    select orchestrator.schedule('monday report', '0 8 * * mon', 'report:weekly', p_timezone => 'Europe/Berlin'),
+           orchestrator.schedule('digest', '@every 20 seconds', 'mail:digest'),
+           orchestrator.schedule('invoices', '*/15 8-18 * * mon-fri', 'invoice:send')"""
 
 
 @contextlib.contextmanager
@@ -106,6 +110,7 @@ def produce(url: str, stopped: threading.Event) -> None:
         connection.execute(HISTORY)
         connection.execute(ENDED)
         connection.execute(FIRST)
+        connection.execute(SCHEDULES)
         connection.execute("select orchestrator.pause_type('invoice:send')")
         turn = 0
         while not stopped.wait(0.5):

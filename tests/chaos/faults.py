@@ -5,7 +5,6 @@ import contextlib
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
-from harness import GRACE, HEARTBEAT, HERE, REPOSITORY, SHORT_LEASES, TERM, TIMEOUT, Lab, Worker, follow, promote
+from harness import GRACE, HEARTBEAT, REPOSITORY, SHORT_LEASES, TERM, TIMEOUT, Lab, Worker, build_skew, follow, promote
 from proxy import Proxy
 
 from postgres import LocalServer, eventually
@@ -25,6 +24,7 @@ NOISE = 3.0               # seconds that a busy machine may add to any limit
 
 Fault = Callable[[Lab], str]
 FAULTS: dict[str, Fault] = {}
+SERVER_CLOCK = "server's clock ±1 h"
 
 
 def fault(name: str) -> Callable[[Fault], Fault]:
@@ -301,12 +301,7 @@ def leaders(lab: Lab) -> str:
 @fault("clock ±1 h")
 def clock(lab: Lab) -> str:
     """One worker an hour ahead, one an hour behind, one that jumps back and forth."""
-    library = lab.folder / "skew.so"
-    compiler = shutil.which("gcc") or shutil.which("cc")
-    if compiler is None:
-        lab.fail("there is no C compiler to build skew.c with")
-        return "none"
-    subprocess.run([compiler, "-O2", "-shared", "-fPIC", "-o", library, HERE / "skew.c", "-ldl"], check=True)
+    library = build_skew(lab.folder)
     jump = lab.folder / "jump"
     jump.write_text("0")
     lab.expect_rerun = False
@@ -326,6 +321,43 @@ def clock(lab: Lab) -> str:
     if lab.value("select count(*) from chaos.workers where event = 'dead'"):
         lab.fail("a worker was declared dead")
     return f"{total:,} tasks, {jumps} jumps"
+
+
+@fault(SERVER_CLOCK)
+def server_clock(lab: Lab) -> str:
+    """Steps forward and back, at each of which a worker dies, at every second pair the leader too: none is taken for dead that lives, and
+    what the dead ones held is recovered as soon as ever."""
+    steps = 4 if lab.short else 40
+    lab.work(4)
+    lab.produce(None, rate=40, make=lambda n: ("work", {"seconds": 0.5 if n % 10 == 0 else 0.01}))
+    ahead = 0
+    for n in range(steps):
+        leader = eventually(lab.leader, 30)
+        victim = lab.random.choice([w for w in lab.workers if w is not leader])
+        name = name_of(lab, victim)
+        dying = [victim, leader] if n % 4 >= 2 else [victim]
+        # it dies with a task that runs
+        lab.wait("select true from orchestrator.tasks where worker_id = %s and status = 'running'", name)
+        ahead = 3600 - ahead
+        lab.clock(ahead)
+        began = time.monotonic()
+        for worker in dying:
+            worker.kill()
+        lab.wait("select count(*) = 0 or null from orchestrator.claims where worker_id = %s", name)
+        lab.recovery.append(time.monotonic() - began)
+        limit = TIMEOUT + 2 * HEARTBEAT + NOISE + (TERM if leader in dying else 0)
+        if lab.recovery[-1] > limit:
+            lab.slow(f"step {n + 1}: recovery took {lab.recovery[-1]:.1f} s, the limit is {limit:.1f} s")
+        for worker in dying:
+            lab.restart(worker).wait_registered()
+    lab.clock(3600)    # a retry waits for its moment
+    off = lab.value("select extract(epoch from clock_timestamp())::float8") - time.time()
+    lab.bit(abs(off - 3600) < 60, "the server's clock was right")
+    lab.drain()
+    for dead in lab.column("select worker from chaos.workers where event = 'dead'"):
+        if int(dead.split(":")[-2]) not in lab.tampered:
+            lab.fail(f"{dead} was declared dead, and lived")
+    return f"{steps} steps, {steps // 2} leaders killed"
 
 
 # ------------------------------------------------------------------------------------------------------------------- database
@@ -349,6 +381,7 @@ def restart(lab: Lab) -> str:
     """pg_ctl stop -m immediate is a crash: the server recovers from its write-ahead log."""
     assert isinstance(lab.server, LocalServer)
     crashes = 3 if lab.short else 20
+    lab.forgets = True
     lab.work(3)
     producer = lab.produce(None, rate=80)
     for _ in range(crashes):
@@ -361,6 +394,36 @@ def restart(lab: Lab) -> str:
     no_worker_ended(lab)
     lab.bit(producer.retried, "no producer noticed")
     return f"{crashes} crashes"
+
+
+@fault("server crashes under load")
+def crash_under_load(lab: Lab) -> str:
+    """At any moment. A claim waits for no flush, so a crash may forget the last ones: their tasks run again, and what the first run says of
+    them is refused. At some crashes a worker dies too: what it held is recovered."""
+    assert isinstance(lab.server, LocalServer)
+    crashes = 5 if lab.short else 60
+    lab.forgets = True
+    lab.work(4)
+    dice = random.Random(lab.seed)
+    lab.produce(None, rate=300, make=lambda n: ("work", {"seconds": 0.3 if n % 100 == 0 else dice.uniform(0, 0.03)}))
+    for n in range(crashes):
+        time.sleep(lab.random.uniform(0.1, 1.5))
+        victim = lab.random.choice(lab.workers) if n % 10 == 4 else None
+        name = name_of(lab, victim) if victim else ""
+        lab.server.stop_server("immediate")
+        if victim:
+            victim.kill()
+        lab.server.start()
+        ready = time.time()
+        resumes(lab, ready, 5 + NOISE, "after a crash")
+        if victim:
+            lab.wait("select count(*) = 0 or null from orchestrator.claims where worker_id = %s", name)
+            if time.time() - ready > TIMEOUT + 2 * HEARTBEAT + TERM + NOISE:
+                lab.slow(f"recovery after a crash took {time.time() - ready:.1f} s")
+            lab.restart(victim).wait_registered()
+    lab.drain()
+    no_worker_ended(lab)
+    return f"{crashes} crashes, {lab.value('select count(*) from orchestrator.tasks'):,} tasks"
 
 
 @fault("server away for 2 × WORKER_TIMEOUT")
@@ -478,7 +541,7 @@ def failover(lab: Lab) -> str:
     """Two servers, replicating synchronously; the primary crashes, the other is promoted, the first becomes its standby."""
     times = 1 if lab.short else 5
     primary, standby = lab.servers
-    lab.outage = True
+    lab.outage = lab.forgets = True
     lab.work(3)
     producer = lab.produce(None, rate=60)
     for _ in range(times):

@@ -1,10 +1,12 @@
-"""Break the SQL on purpose, one rule at a time, in a copy: the tests must notice. Exits 1 if some mutant stays green.
+"""Break the program on purpose, one rule at a time, in a copy: the tests must notice. Exits 1 if some mutant stays green.
 
     python tests/chaos/mutants.py            all of them
     python tests/chaos/mutants.py fence      those whose name contains "fence"
+    python tests/chaos/mutants.py python     those of orchestrator.py; sql: those of sql/
 """
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -20,17 +22,23 @@ sys.path.insert(0, str(TESTS))
 
 from postgres import Server, start_server  # noqa: E402
 
-SQL = TESTS.parent / "sql"
+PARTS = ("orchestrator.py", "handlers.py", "page.html", "pyproject.toml", "sql", "tests")   # of the copy
+PYTHON = "orchestrator.py"
 
 
 @dataclass
 class Mutant:
     name: str
-    file: str
-    function: str  # only what is in this function is changed
+    file: str      # of sql/, without its ending; or PYTHON
+    function: str  # only what is in this function is changed; "" in the whole file
     old: str
     new: str
-    tests: str  # "finish claim": the tests of test_finish.py whose name has "claim" in it
+    tests: str     # "finish claim or late": the tests of test_finish.py whose names have one of these in them
+    more: tuple[str, ...] = ()   # another function of the file, and what is changed in it
+
+
+def python(name: str, function: str, old: str, new: str, tests: str, *more: str) -> Mutant:
+    return Mutant(name, PYTHON, function, old, new, tests, more)
 
 
 FENCE = "t.claim_id is not distinct from p_claim_id"
@@ -96,6 +104,32 @@ MUTANTS = [
            "and not exists (", "and true or exists (", "workers last_claim"),
     Mutant("one attempt more", "40_finish", "_fail",
            "v_attempts > least(", "v_attempts > 1 + least(", "finish dead_letter"),
+    # schedules
+    Mutant("no row lock in firing", "22_schedules", "_fire_schedules", "for no key update skip locked", "", "schedules under_the_lock"),
+    Mutant("a poll waits for another", "22_schedules", "_fire_schedules", "update skip locked", "update", "schedules without_waiting"),
+    Mutant("a fire time without a key", "22_schedules", "_fire", "orchestrator._fire_key(s.name, v_at)", "null", "schedules set_back"),
+    Mutant("next_at stays", "22_schedules", "_fire",
+           "(select f.at from orchestrator.fire_times(s.cron, s.timezone, v_at, 1) f(at))", "s.next_at", "schedules promote_due"),
+    Mutant("of the missed the first fires", "22_schedules", "_fire",
+           "coalesce(orchestrator._last_fire_time(s.cron, s.timezone, s.next_at, p_now), s.next_at)", "s.next_at", "schedules missed"),
+    Mutant("none fires late", "22_schedules", "_fire", "continue when s.missed = 'none' and v_at <= p_now - interval '1 minute';", "",
+           "schedules less_than_a_minute"),
+    Mutant("unfinished tasks overlap", "22_schedules", "_fire", "continue when not s.overlap and", "continue when false and",
+           "schedules overlap"),
+    Mutant("unfinished tasks overlap, in the model", "22_schedules", "_fire", "continue when not s.overlap and", "continue when false and",
+           "model random"),
+    Mutant("a broken schedule stops the others", "22_schedules", "_fire_schedules", "when others then", "when division_by_zero then",
+           "schedules broken"),
+    Mutant("what isn't its fault pauses a schedule", "22_schedules", "_fire_schedules",
+           "when transaction_rollback or", "when division_by_zero or", "schedules own_fault"),
+    Mutant("a deployment forgets what was missed", "22_schedules", "schedule",
+           "then s.next_at else v_next end", "then v_next else v_next end", "schedules missed"),
+    Mutant("resumed, it makes up for the pause", "22_schedules", "resume_schedule",
+           "(select f.at from orchestrator.fire_times(s.cron, s.timezone, clock_timestamp(), 1) f(at))", "s.next_at", "schedules paused"),
+    Mutant("what was fired may be forgotten", "30_claim", "promote_due", "if fired = 0 then", "if true then", "schedules flush"),
+    Mutant("a fixed hour fires twice", "21_cron", "_fire_times_between", "then 2 else 1 end", "then 2 else 2 end", "cron twice"),
+    Mutant("a fixed hour that is jumped over is left out", "21_cron", "_fire_times_between",
+           "case when not c.every_hour then array[l.at - o.before] end", "null::timestamp[]", "cron jumps"),
     # leadership
     Mutant("any term", "60_leader", "_leads", "w.leader_term = p_term", "p_term is not null", "leader stale_term"),
     Mutant("no end of the lease", "60_leader", "_leads",
@@ -122,19 +156,39 @@ MUTANTS = [
     # claims that a crash may forget, patterns, bytes
     Mutant("claim ids from a sequence", "30_claim", "claim_tasks", "orchestrator._new_claim_id()", "nextval('orchestrator.leader_terms')",
            "claim crash_forgot"),
-    Mutant("a claim waits for its flush", "30_claim", "claim_tasks", "'synchronous_commit', 'off', true", "'synchronous_commit', 'on', true",
+    Mutant("a claim waits for its flush", "30_claim", "claim_tasks", "'synchronous_commit', 'off', true",
+           "'synchronous_commit', 'on', true",
            "claim flush"),
+    *[Mutant(f"what must not be forgotten is: {function}", file, function, "\nbegin\n",
+             "\nbegin\n  perform set_config('synchronous_commit', 'off', true);\n", "claim flush")
+      for file, function in [("20_enqueue", "enqueue"), ("30_claim", "start_tasks"), ("40_finish", "complete_tasks")]],
     Mutant("all types of a pattern are looked at", "30_claim", "_ready_types", "v_left := v_left - 1;", "", "claim thousand"),
     Mutant("late names are left out", "30_claim", "_ready_types", "where v_again and", "where false and", "claim thousand"),
-    Mutant("what is paused is found by its pattern", "30_claim", "_ready_types", "if v_type like any (p_paused) then", "if false and v_type is null then",
+    Mutant("what is paused is found by its pattern", "30_claim", "_ready_types", "if v_type like any (p_paused) then",
+           "if false and v_type is null then",
            "claim steps_over"),
-    Mutant("bytes are not counted", "30_claim", "claim_tasks", "v_weigh boolean := p_limit > p_bytes / 262144;", "v_weigh boolean := false;",
+    Mutant("bytes are not counted", "30_claim", "claim_tasks", "v_weigh boolean := p_limit > p_bytes / 262144;",
+           "v_weigh boolean := false;",
            "claim bytes"),
     Mutant("a heavy claim goes on as before", "30_claim", "claim_tasks",
            "v_left := least(v_left, greatest((p_bytes - v_claimed * v_most) / 262144, (v_claimed = 0)::int));", "", "claim bytes"),
     Mutant("a heartbeat in time does not help", "50_workers", "declare_dead", "and w.last_heartbeat = s.seen", "", "workers heartbeat"),
-    Mutant("a lease of a clock that was set back stays", "60_leader", "acquire_leadership", "o.leader_until > clock_timestamp() + p_length", "false",
+    Mutant("a lease of a clock that was set back stays", "60_leader", "acquire_leadership", "o.leader_until > clock_timestamp() + p_length",
+           "false",
            "leader set_back"),
+    # what a worker says of itself and of others
+    Mutant("heartbeats judged by the database's clock", "50_workers", "declare_dead", "w.last_heartbeat = s.seen",
+           "w.last_heartbeat < clock_timestamp() - interval '30 seconds'", "workers declare_dead"),
+    Mutant("a result is lost of what did not complete", "40_finish", "note_lost_result", "and t.status = 'completed'", "",
+           "finish lost_result"),
+    Mutant("forgotten claims of others", "40_finish", "release_forgotten", "c.worker_id = p_worker_id and", "", "finish forgotten"),
+    Mutant("claims that are known are forgotten", "40_finish", "release_forgotten", "c.id <> all (p_known)", "true", "finish forgotten"),
+    Mutant("cancelled tasks of others", "50_workers", "cancelling_tasks", "t.worker_id = p_id and", "", "workers cancelling"),
+    Mutant("the heartbeat reads tasks", "50_workers", "heartbeat", "return query select",
+           "lock table orchestrator.tasks in access share mode; return query select", "workers no_other_table"),
+    Mutant("a sequence stays behind its table", "10_tables", "", "where m.id > coalesce(", "where false and m.id > coalesce(",
+           "install sequences"),
+    Mutant("retention stops at the first full look", "60_leader", "prune", "more := cardinality(v_ids) = p_limit;", "", "leader again"),
     # plans and noise
     Mutant("the planner may scan", "40_finish", "complete_tasks",
            "set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off", "",
@@ -143,28 +197,134 @@ MUTANTS = [
            "t.next_retry_at <= v_now", "t.next_retry_at <= clock_timestamp()", "plans promote"),
     Mutant("every enqueue notifies", "20_enqueue", "_notify_idle", "w.idle and", "", "enqueue notifies"),
     Mutant("claims walk what is dead", "30_claim", "_ready_lanes", "v_floored is not null", "false", "floors lanes_with_and_without"),
+    # orchestrator.py: the pool, which needs no database
+    python("a ticket keeps its neighbours", "Pool.supervise", "if self.ready and idle and", "if False and",
+           "pool slow_task or idle_threads or rescue"),
+    python("a lost thread is not replaced", "Pool._keep_size", "range(min(", "range(0 * min(", "pool lost_thread"),
+    python("a lost thread is not counted", "Pool._keep_size", "+= lost", "+= 0", "pool lost_thread"),
+    python("an abandoned slot is not replaced", "Pool._keep_size", "(len(self.slots) - stuck)", "len(self.slots)",
+           "pool ignores_its_timeout"),
+    python("an interrupted thread takes its outcome along", "Pool._thread", "self.finished.append(slot.task)", "pass", "pool exception"),
+    python("an outcome is out of hand for a moment", "Pool._run", "now = clock()\n                task.seconds",
+           "slot.task = None\n                now = clock()\n                task.seconds", "pool just_after or any_line"),
+    python("timeouts do not count", "Pool.supervise", "self._time_out(slot, task, now)", "pass", "pool at_its_timeout"),
+    python("the supervisor ends with its first error", "Pool._supervise_until_stopped", "log.exception(",
+           "raise\n                log.exception(",
+           "pool error_of_its_own"),
+    python("a late outcome is reported after its stand-in's", "Pool._time_out", 'task.ended = "abandoned"', "pass",
+           "pool ignores_its_timeout"),
+    python("a pool that runs nothing is well", "Pool.problems", "if usable else", "if True else", "pool unhealthy"),
+    python("what waits starts though the pool was stopped", "Pool.stop", "self.take_all()", "pass", "pool once_the_pool_was_stopped"),
+    python("supervision waits for the database", "Pool._supervise_until_stopped", "self.supervise()", "pass",
+           "report_loop database_is_away",
+           "ReportLoop.poll", "self._report()", "self._report(); worker.pool.supervise()"),
+    # the loops
+    python("an outcome that is refused holds up the others", "ReportLoop._isolate", "if len(tasks) > 1:", "if False:",
+           "report_loop holds_nothing_up or holds_up or refused_is_reworded"),
+    python("a chore that is refused holds up the others", "Loop.attempt", "if not is_refusal(error) or", "if True or",
+           "claim_loop chore_that_fails"),
+    python("a broken thread is lingered with", "Loop._thread", "self.worker.fatal = self.worker.fatal or", "_ =", "crash thread_ended"),
+    python("a hint cancels what the table does not", "ReportLoop._see_cancellations",
+           'self.link.call("cancelling_tasks", self.worker.id)', "((id,) for id in list(self.worker.tasks))",
+           "report_loop notification_alone"),
+    python("each hint is a look", "ReportLoop.look_for_cancellations", "self.last_look + 0.1", "0.0", "report_loop ten_times"),
+    python("each notification is a look", "ClaimLoop.wait", "if self.fruitless > 10:", "if False:", "claim_loop bounded_number"),
+    python("a claim whose answer was lost stays", "ClaimLoop.poll", "self.attempt(self._release_forgotten)", "pass",
+           "claim_loop chore_that_fails"),
+    python("what arrived is forgotten", "ClaimLoop._release_forgotten", "| {row[0] for row in self.arrived}", "",
+           "claim_loop answer_was_lost"),
+    python("bytes in hand do not count", "ClaimLoop._bytes_left", "return max(0, PAYLOAD_LIMIT - held)", "return PAYLOAD_LIMIT",
+           "claim_loop mix_of_sizes"),
+    python("recovered tasks start unmarked", "ReportLoop._start_with_care",
+           'self.link.call("start_tasks", task.claim_id, array([task.id]))[0][0] == 1',
+           "True", "report_loop once_lost_its_worker"),
+    python("recovered tasks start together", "ReportLoop._start_with_care", "now - at < CAREFUL_SECONDS", "False",
+           "report_loop one_after_the_other"),
+    python("what the net sees is on its way", "ReportLoop._catch_dropped", "missing & self.missing", "missing", "report_loop dropped"),
+    python("an ended attempt takes the next one along", "Worker.forget", "and held.claim_id == task.claim_id", "",
+           "report_loop claim_that_is_gone"),
+    # the heartbeat loop
+    python("heartbeats judged by the database's clock", "HeartbeatLoop._beat", "else (at, now)",
+           "else (at, now - time.time() + datetime.fromisoformat(at).timestamp())", "heartbeat_loop clock"),
+    python("a heartbeat in time does not help", "HeartbeatLoop._beat", "and before[other][0] == at else", "else",
+           "heartbeat_loop timeout or silent"),
+    python("an outage counts as silence", "HeartbeatLoop._beat", "self.seen = {}", "pass", "heartbeat_loop pause"),
+    python("silence counts until now", "HeartbeatLoop._recover", "limit = self.looked_at", "limit = time.monotonic()",
+           "heartbeat_loop outage"),
+    python("a lease counts from its answer", "HeartbeatLoop._lead", "worker.lease_until = before", "worker.lease_until = time.monotonic()",
+           "heartbeat_loop lease"),
+    python("a chore that fails stops the others", "HeartbeatLoop.poll", "done = self.attempt(chore.run)", "done = chore.run() or True",
+           "heartbeat_loop chore_that_fails"),
+    python("a sick worker sends heartbeats", "HeartbeatLoop.poll", "if problems:", "if False:", "heartbeat_loop not_well"),
+    python("retention stops after a call", "HeartbeatLoop._prune", "if more:", "if False:", "heartbeat_loop prunes_on"),
+    python("recovery stops at its limit", "HeartbeatLoop._recover", ">= 900", ">= 900000", "heartbeat_loop reached_its_limit"),
+    python("a worker declared dead goes on as before", "Worker.declared_dead", 'task.cancel("lost")', "pass",
+           "heartbeat_loop declared_dead_stops"),
+    # ways to end
+    python("what JSON has no form for repeats the work", "Router.completed", 'return Outcome("completed", lost=',
+           'return Outcome("failed", ',
+           "dispatch can_not_be_kept"),
+    python("an exit in a handler ends its thread", "run_task", "except BaseException as error:", "except Exception as error:",
+           "dispatch every_way"),
+    python("a forked child works on", "_exit_if_forked", "os._exit(0)", "pass", "dispatch forked_child"),
+    python("the event loop ends with a callback", "_run_loop", "while not loop.is_closed():", "for _ in range(1):", "dispatch outlives"),
+    python("a stale claim commits its transaction", "Task.transaction", "if rows:\n", "if False:\n", "dispatch stolen_claim"),
+    # connections
+    python("a silent server is waited for", "_before", "if not ready and time.monotonic() > until:", "if False:", "link silent"),
+    python("names go into statements unchecked", "_statement", 'if not re.fullmatch(r"[a-z_]{1,63}", word):', "if False:", "link name"),
+    python("a child uses its parent's links", "Orchestrator._leave_to_parent", "self._reset_links()", "pass", "processes forked_children"),
+    python("a connection that was closed while idle is used", "Link.reopen_if_closed", "if said:", "if False:",
+           "processes closed_while_idle"),
+    python("one module under two names", "", "\n_share_module()\n", "\n", "processes one_set_of_classes"),
+    python("after an error half-way the connection is used again", "Link.__exit__", "if halfway or", "if False and halfway or",
+           "link silent"),
 ]
 
 
-def mutate(folder: Path, mutant: Mutant) -> None:
-    """Change the copy of the SQL; `if false then` opens a block, which is closed at the end of its line."""
-    file = folder / f"{mutant.file}.sql"
-    text = file.read_text()
-    found = re.search(rf"create or replace function orchestrator\.{mutant.function}\(.*?\nend \$\$;", text, re.S)
-    assert found, f"{mutant.name}: there is no function {mutant.function} in {mutant.file}"
-    assert mutant.old in found[0], f"{mutant.name}: {mutant.old!r} is not in {mutant.function}"
-    body = found[0].replace(mutant.old, mutant.new)
-    if mutant.new.startswith("if false then"):
+def span(text: str, file: str, function: str) -> tuple[int, int]:
+    """Where a function begins and ends in the text."""
+    if not function:
+        return 0, len(text)
+    if file != PYTHON:
+        found = re.search(rf"create or replace function orchestrator\.{function}\(.*?(\nend \$\$;|\n\$\$;|(?=\ncreate )|$)", text, re.S)
+        assert found, f"there is no function {function} in {file}"
+        return found.span()
+    nodes: list[ast.AST] = [ast.parse(text)]
+    for part in function.split("."):
+        nodes = [node for parent in nodes for node in ast.iter_child_nodes(parent)
+                 if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and node.name == part]
+    assert len(nodes) == 1, f"there is no {function}"
+    lines = text.splitlines(keepends=True)
+    first, last = nodes[0].lineno, nodes[0].end_lineno   # type: ignore[attr-defined]
+    return len("".join(lines[:first - 1])), len("".join(lines[:last]))
+
+
+def changed(text: str, file: str, function: str, old: str, new: str) -> str:
+    """`if false then` opens a block of SQL, which is closed at the end of its line."""
+    start, end = span(text, file, function)
+    assert old in text[start:end], f"{old!r} is not in {function or file}"
+    body = text[start:end].replace(old, new)
+    if new.startswith("if false then"):
         body = re.sub(r"(if false then .*?;)", r"\1 end if;", body)
-    file.write_text(text[:found.start()] + body + text[found.end():])
+    return text[:start] + body + text[end:]
 
 
-def run_tests(server: Server, folder: Path, tests: str) -> tuple[int, str]:
-    environment = {**os.environ, "TEST_DATABASE_URL": server.url, "ORCHESTRATOR_SQL": str(folder)}
-    file, words = tests.split()
+def mutate(house: Path, mutant: Mutant) -> Path:
+    """Change the copy, and return the file."""
+    file = house / (mutant.file if mutant.file == PYTHON else f"sql/{mutant.file}.sql")
+    text = changed(file.read_text(), mutant.file, mutant.function, mutant.old, mutant.new)
+    file.write_text(changed(text, mutant.file, *mutant.more) if mutant.more else text)   # type: ignore[call-arg]
+    return file
+
+
+def run_tests(server: Server, house: Path, tests: str) -> tuple[int, str]:
+    kept = {name: value for name, value in os.environ.items() if name != "ORCHESTRATOR_SQL"}
+    # without byte code: it is taken for that of the next mutant, which has the same size and second
+    environment = {**kept, "TEST_DATABASE_URL": server.url, "PYTHONDONTWRITEBYTECODE": "1"}
+    file, _, words = tests.partition(" ")
     done = subprocess.run([sys.executable, "-m", "pytest", "-xq", "-p", "no:cacheprovider", "--tb=line",
-                           TESTS / f"test_{file}.py", "-k", words], check=False,
-                          capture_output=True, text=True, env=environment, cwd=TESTS.parent)
+                           house / "tests" / f"test_{file}.py", "-k", words], check=False,
+                          capture_output=True, text=True, env=environment, cwd=house)
     return done.returncode, done.stdout
 
 
@@ -174,23 +334,39 @@ def verdict(code: int, output: str) -> str:
     return "red" if code == 1 and re.search(r"\d+ failed", output) else "broken"  # such as SQL that doesn't load
 
 
+def copy_house(house: Path) -> None:
+    house.mkdir()
+    for part in PARTS:
+        source = TESTS.parent / part
+        if source.is_dir():
+            shutil.copytree(source, house / part, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, house / part)
+
+
 def main(wanted: str = "") -> int:
-    mutants = [mutant for mutant in MUTANTS if wanted in mutant.name]
+    mutants = [mutant for mutant in MUTANTS
+               if wanted in mutant.name or wanted == ("python" if mutant.file == PYTHON else "sql")]
     server = start_server()
     bad = 0
     try:
         with tempfile.TemporaryDirectory() as temporary:
-            whole, folder = Path(temporary) / "whole", Path(temporary) / "sql"
-            shutil.copytree(SQL, whole)
+            house, whole = Path(temporary) / "house", Path(temporary) / "whole"
+            for folder in (house, whole):   # what is written meanwhile in the repository is not mixed in
+                copy_house(folder)
             for mutant in mutants:
-                shutil.rmtree(folder, ignore_errors=True)
-                shutil.copytree(whole, folder)
-                mutate(folder, mutant)
+                try:
+                    file = mutate(house, mutant)
+                except AssertionError as error:   # the code has moved on
+                    print(f"stale   {mutant.name:50}  {error}", flush=True)
+                    bad += 1
+                    continue
                 began = time.monotonic()
-                code, output = run_tests(server, folder, mutant.tests)
+                code, output = run_tests(server, house, mutant.tests)
+                shutil.copy(whole / file.relative_to(house), file)
                 seen = verdict(code, output)
                 bad += seen != "red"
-                print(f"{seen:6}  {mutant.name:50}  {mutant.tests:30}  {time.monotonic() - began:5.1f} s", flush=True)
+                print(f"{seen:6}  {mutant.name:50}  {mutant.tests:40}  {time.monotonic() - began:5.1f} s", flush=True)
                 if seen == "broken":
                     print(output[-2000:])
     finally:

@@ -1,0 +1,244 @@
+-- Schedules: recurring tasks. promote_due, which every worker calls, fires those that are due: no leader is needed.
+-- Writes schedules; firing also writes tasks and lanes, through enqueue. Locks: a schedule's row, skipped where another
+-- transaction holds it → whatever enqueue locks. A time fires once, since next_at moves on in the transaction that enqueues
+-- its task, and since the task's idempotency key names the time: schedule:NAME:2026-11-26T12:00:00Z.
+
+create table if not exists orchestrator.schedules (
+  name         text primary key,
+  cron         text not null,
+  timezone     text not null,
+  type         text not null,
+  payload      jsonb not null,
+  priority     int not null,
+  max_retries  int,
+  missed       text not null,
+  overlap      boolean not null,
+  paused       boolean not null default false,
+  next_at      timestamptz not null,
+  active_since timestamptz not null default clock_timestamp(),
+  last_fire_at timestamptz,
+  last_task_id uuid,
+  last_error   text,
+  updated_at   timestamptz not null default clock_timestamp(),
+  constraint missed_is_one_all_or_none check (missed in ('one', 'all', 'none')),
+  constraint a_failed_schedule_is_paused check (last_error is null or paused)
+) with (fillfactor = 50);
+create index if not exists schedules_due on orchestrator.schedules (next_at) where not paused;
+comment on table orchestrator.schedules is
+  'One row for each recurring task, written by schedule, unschedule, pause_schedule, resume_schedule, fire_schedule and promote_due.';
+comment on column orchestrator.schedules.name is '1 to 200 bytes; part of the idempotency key of its tasks.';
+comment on column orchestrator.schedules.cron is 'When it fires: see fire_times.';
+comment on column orchestrator.schedules.missed is
+  'What happens to fire times at which no worker was running: one = the last of them fires, all = each of them, '
+  'none = only what is less than a minute late.';
+comment on column orchestrator.schedules.overlap is 'False: a fire time is left out while the task of the last one has not ended.';
+comment on column orchestrator.schedules.next_at is 'The earliest fire time that has not been dealt with.';
+comment on column orchestrator.schedules.active_since is
+  'Its fire times count from here: when it was created, got another cron or time zone, or was resumed.';
+comment on column orchestrator.schedules.last_fire_at is
+  'The fire time of last_task_id; if fire_schedule created that task, when it did.';
+comment on column orchestrator.schedules.last_error is 'Why it could not fire and was paused; null: it was not, or a person paused it.';
+
+-- Refuses a definition that could never fire; returns its first fire time.
+create or replace function orchestrator._check_schedule(
+  p_name text, p_cron text, p_type text, p_payload jsonb, p_timezone text, p_priority int, p_max_retries int, p_missed text)
+returns timestamptz language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+declare
+  v_next timestamptz;
+begin
+  if (octet_length(p_name) between 1 and 200 and p_name !~ '[[:cntrl:]]') is not true then
+    perform orchestrator._invalid('name', 'must be 1 to 200 bytes, without control characters', 'Use a name such as nightly-backup.');
+  elsif (p_missed in ('one', 'all', 'none')) is not true then
+    perform orchestrator._invalid('missed', 'must be one, all or none', 'What to make up for after a time without a running worker.');
+  elsif not exists (select from pg_timezone_names z where z.name = p_timezone) then   -- at time zone would take "Berlin1", too
+    perform orchestrator._invalid('timezone', format('there is no %L', p_timezone), 'Such as UTC or Europe/Berlin: see pg_timezone_names.');
+  elsif orchestrator._payload_problem(p_payload) is not null then
+    perform orchestrator._refuse_payload('payload', orchestrator._payload_problem(p_payload));
+  end if;
+  perform orchestrator._check_task(p_type, p_priority, null, p_max_retries, null);
+  select f.at into v_next from orchestrator.fire_times(p_cron, p_timezone, clock_timestamp(), 1) f(at);
+  if v_next is null then
+    perform orchestrator._invalid('cron', format('%L never comes', p_cron), 'As 0 0 30 2 *: February has no 30th.');
+  end if;
+  return v_next;
+end $$;
+
+create or replace function orchestrator.schedule(
+  p_name text, p_cron text, p_type text, p_payload jsonb default '{}', p_timezone text default 'UTC', p_priority int default 0,
+  p_max_retries int default null, p_missed text default 'one', p_overlap boolean default true)
+returns timestamptz language plpgsql set search_path = pg_catalog, pg_temp as $$
+declare
+  v_next timestamptz;
+begin
+  p_payload := coalesce(p_payload, '{}');
+  p_overlap := coalesce(p_overlap, true);
+  -- without a lock, so that a deployment in a long transaction keeps no schedule from firing
+  if not exists (
+    select from orchestrator.schedules s
+    where s.name = p_name and (s.cron, s.timezone, s.type, s.payload, s.priority, s.max_retries, s.missed, s.overlap)
+      is not distinct from (p_cron, p_timezone, p_type, p_payload, p_priority, p_max_retries, p_missed, p_overlap))
+  then
+    v_next := orchestrator._check_schedule(p_name, p_cron, p_type, p_payload, p_timezone, p_priority, p_max_retries, p_missed);
+    insert into orchestrator.schedules as s (name, cron, timezone, type, payload, priority, max_retries, missed, overlap, next_at)
+    values (p_name, p_cron, p_timezone, p_type, p_payload, p_priority, p_max_retries, p_missed, p_overlap, v_next)
+    on conflict (name) do update
+    set cron = p_cron, timezone = p_timezone, type = p_type, payload = p_payload, priority = p_priority, max_retries = p_max_retries,
+        missed = p_missed, overlap = p_overlap, updated_at = clock_timestamp(),
+        paused = s.paused and s.last_error is null, last_error = null,   -- one that failed gets another chance
+        -- the same fire times: what was missed meanwhile is still due
+        next_at = case when (s.cron, s.timezone) = (p_cron, p_timezone) and s.last_error is null then s.next_at else v_next end,
+        active_since = case when (s.cron, s.timezone) = (p_cron, p_timezone) and s.last_error is null then s.active_since
+                            else clock_timestamp() end;
+  end if;
+  return (select s.next_at from orchestrator.schedules s where s.name = p_name and not s.paused);
+end $$;
+comment on function orchestrator.schedule(text, text, text, jsonb, text, int, int, text, boolean) is
+  'Creates or changes a schedule: at each of fire_times(p_cron, p_timezone), a task of that type is enqueued. Returns the next one '
+  '(null: it is paused). The same definition again changes nothing; another cron or time zone counts from now on. p_missed: what of '
+  'the times without a running worker is made up for, the last (one), all or none. p_overlap false: a time is left out while the '
+  'last task is unfinished. Raises OR001.';
+
+create or replace function orchestrator.unschedule(p_name text) returns boolean
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+begin
+  delete from orchestrator.schedules s where s.name = p_name;
+  return found;
+end $$;
+comment on function orchestrator.unschedule(text) is 'Removes a schedule; its tasks stay. Returns whether there was one.';
+
+create or replace function orchestrator.pause_schedule(p_name text) returns boolean
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+begin
+  update orchestrator.schedules s set paused = true where s.name = p_name and not s.paused;
+  if found then return true; end if;
+  return (select false from orchestrator.schedules s where s.name = p_name);
+end $$;
+comment on function orchestrator.pause_schedule(text) is
+  'Keeps a schedule from firing; its tasks stay. Returns whether that is new, null if there is no such schedule.';
+
+create or replace function orchestrator.resume_schedule(p_name text) returns boolean
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+begin
+  update orchestrator.schedules s
+  set paused = false, last_error = null, active_since = clock_timestamp(),
+      next_at = (select f.at from orchestrator.fire_times(s.cron, s.timezone, clock_timestamp(), 1) f(at))
+  where s.name = p_name and s.paused;
+  if found then return true; end if;
+  return (select false from orchestrator.schedules s where s.name = p_name);
+end $$;
+comment on function orchestrator.resume_schedule(text) is
+  'Has a paused schedule, also one that failed, go on with the next fire time from now. Returns whether it was paused, null if there '
+  'is no such schedule.';
+
+create or replace function orchestrator.fire_schedule(p_name text) returns uuid
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+declare
+  s orchestrator.schedules;
+  v_id uuid;
+begin
+  select * into s from orchestrator.schedules x where x.name = p_name for no key update;
+  if not found then return null; end if;
+  v_id := orchestrator.enqueue(p_type => s.type, p_payload => s.payload, p_priority => s.priority, p_max_retries => s.max_retries);
+  update orchestrator.schedules x set last_fire_at = clock_timestamp(), last_task_id = v_id where x.name = p_name;
+  return v_id;
+end $$;
+comment on function orchestrator.fire_schedule(text) is
+  'Enqueues a schedule''s task now, even if it is paused; its fire times stay. Returns the task''s id, null if there is no such schedule.';
+
+create or replace function orchestrator._fire_key(p_name text, p_at timestamptz) returns text
+language sql immutable parallel safe set search_path = pg_catalog, pg_temp as $$
+  select 'schedule:' || p_name || ':' || to_char(p_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"')
+$$;
+
+-- Deals with what is due of one schedule, whose row the caller has locked. Returns how many tasks it enqueued.
+create or replace function orchestrator._fire(s orchestrator.schedules, p_now timestamptz) returns int
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+declare
+  v_at timestamptz;
+  v_fired int := 0;
+begin
+  foreach v_at in array case
+    when s.missed = 'all' then   -- the next call has the rest
+      s.next_at || array(select f.at from orchestrator.fire_times(s.cron, s.timezone, s.next_at, 99, p_now) f(at))
+    else array[coalesce(orchestrator._last_fire_time(s.cron, s.timezone, s.next_at, p_now), s.next_at)] end
+  loop
+    continue when s.missed = 'none' and v_at <= p_now - interval '1 minute';
+    continue when not s.overlap and exists (
+      select from orchestrator.tasks t where t.id = s.last_task_id and t.status in ('pending', 'claimed', 'running', 'retry_scheduled'));
+    s.last_task_id := orchestrator.enqueue(p_type => s.type, p_payload => s.payload, p_priority => s.priority,
+                                           p_idempotency_key => orchestrator._fire_key(s.name, v_at), p_max_retries => s.max_retries);
+    s.last_fire_at := v_at;
+    v_fired := v_fired + 1;
+  end loop;
+  update orchestrator.schedules x
+  set last_fire_at = s.last_fire_at, last_task_id = s.last_task_id,
+      next_at = (select f.at from orchestrator.fire_times(s.cron, s.timezone, v_at, 1) f(at))
+  where x.name = s.name;
+  return v_fired;
+end $$;
+
+-- Fires up to 100 schedules that are due. next_fire_at: when to call again, null if there is nothing to wait for. A schedule that
+-- another transaction holds doesn't count: whoever holds it fires it, or it is found in a later call.
+create or replace function orchestrator._fire_schedules(p_now timestamptz, out fired int, out next_fire_at timestamptz)
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+declare
+  s orchestrator.schedules;
+  v_seen boolean := false;
+begin
+  fired := 0;
+  select x.next_at into next_fire_at from orchestrator.schedules x where not x.paused order by x.next_at limit 1;
+  if next_fire_at > p_now or next_fire_at is null then return; end if;   -- all that it costs while nothing is due
+  for s in
+    select * from orchestrator.schedules x where x.next_at <= p_now and not x.paused
+    order by x.next_at limit 100 for no key update skip locked
+  loop
+    v_seen := true;
+    begin
+      fired := fired + orchestrator._fire(s, p_now);
+    exception
+      when transaction_rollback or insufficient_resources or object_not_in_prerequisite_state or operator_intervention or system_error then
+        raise;   -- not its own fault: the whole call is repeated
+      when others then
+        update orchestrator.schedules x set paused = true, last_error = left(sqlerrm, 8000) where x.name = s.name;
+    end;
+  end loop;
+  select x.next_at into next_fire_at from orchestrator.schedules x
+  where not x.paused and x.next_at > case when v_seen then '-infinity' else p_now end order by x.next_at limit 1;
+end $$;
+
+create or replace function orchestrator.schedule_history(p_name text, p_since timestamptz default now() - interval '1 day')
+returns table (fire_at timestamptz, task_id uuid, status text) language sql stable set search_path = pg_catalog, pg_temp as $$
+  with fires as (   -- of earlier definitions, too
+    select right(t.idempotency_key, 20)::timestamptz as at, t.id, t.status
+    from orchestrator.schedules s join orchestrator.tasks t on t.type = s.type
+    where s.name = p_name and left(t.idempotency_key, -20) = 'schedule:' || s.name || ':'
+      and t.idempotency_key between orchestrator._fire_key(p_name, p_since) and orchestrator._fire_key(p_name, now())),
+  expected as (
+    select f.at from orchestrator.schedules s
+    cross join lateral orchestrator.fire_times(s.cron, s.timezone, greatest(p_since, s.active_since), 10000,
+                                               least(s.next_at - interval '1 second', now())) f(at)   -- next_at is still to come
+    where s.name = p_name)
+  select at, f.id, coalesce(f.status::text, 'no task') from expected e full join fires f using (at) order by 1
+$$;
+comment on function orchestrator.schedule_history(text, timestamptz) is
+  'The fire times of a schedule since p_since, each with its task. no task: it was left out (see missed and overlap), or retention '
+  'deleted the task. Goes back no further than tasks are kept, and for missing ones to active_since.';
+
+create or replace view orchestrator.schedule_states as
+  select s.name, s.cron, s.timezone, s.type, s.priority, s.max_retries, s.missed, s.overlap, s.paused,
+         case when not s.paused then s.next_at end as next_at, s.last_fire_at, s.last_task_id, s.last_error, s.updated_at,
+         case
+           when s.last_error is not null then
+             format('paused, since it could not fire: %s; mend it, then select orchestrator.resume_schedule(%L)', s.last_error, s.name)
+           when s.paused then format('paused: select orchestrator.resume_schedule(%L)', s.name)
+           when not exists (select from orchestrator.workers w where w.declared_dead_at is null and s.type like any (w.handles)) then
+             format('no live worker handles %s: start one with a handler for it', s.type)
+           when s.next_at < clock_timestamp() - interval '1 minute' then
+             format('late since %s: no worker polls, or a transaction holds its row', s.next_at)
+           else coalesce(
+             (select format('active, but %s is paused: select orchestrator.resume_type(%L)', p.type, p.type)
+              from orchestrator.task_types p where p.paused and s.type like p.likes limit 1), 'active') end as state
+  from orchestrator.schedules s order by s.name;
+comment on view orchestrator.schedule_states is
+  'Schedules without their payloads. next_at: the next fire time, null while paused. state: active, or why it does not fire or '
+  'nobody runs what it enqueues, and what to do about it.';
