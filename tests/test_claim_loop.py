@@ -225,13 +225,13 @@ def test_a_notification_that_was_read_along_with_an_answer_is_heard_before_waiti
 def test_a_byte_that_was_left_in_the_bell_does_not_keep_the_loop_busy(installed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two threads that set it at the same moment write two, one of them after the loop has cleared it."""
     polls = 0
-    poll_for = ClaimLoop._poll_for
+    rest = ClaimLoop.rest
 
-    def count(self: ClaimLoop, seconds: float, connection: Any) -> None:
+    def count(self: ClaimLoop, seconds: float) -> None:
         nonlocal polls
         polls += 1
-        poll_for(self, seconds, connection)
-    monkeypatch.setattr(ClaimLoop, "_poll_for", count)
+        rest(self, seconds)
+    monkeypatch.setattr(ClaimLoop, "rest", count)
     worker = at_rest(installed)
     os.write(worker.pool.room._write, b"!")
     worker.claims.wait(0.05)
@@ -268,7 +268,7 @@ def test_notifications_that_find_nothing_cost_a_bounded_number_of_looks(installe
             claims.poll()
         began = time.monotonic()
         for _ in range(10):
-            claims.heard = True
+            claims._hear("orchestrator")
             claims.wait(60)    # not for the notification that is there already
             claims.poll()
         assert time.monotonic() - began > 0.3
@@ -395,8 +395,8 @@ def test_a_connection_that_listened_and_broke_listens_again(installed: str, conn
             worker.claims._listen()    # once is enough
             for channel in ("orchestrator", "orchestrator_cancel"):
                 conn.execute(f"notify {channel}, 'x'")
-            connection = worker.claims.link.open()
-            eventually(lambda connection=connection: worker.claims._poll_for(0.01, connection) or len(heard) == 2)
+            worker.claims.link.open()
+            eventually(lambda: worker.claims.rest(0.01) or len(heard) == 2)
             heard.clear()
             Link.close(worker.claims.link)
 

@@ -112,7 +112,7 @@ def test_recovery_right_after_an_outage_declares_nobody_dead_before_a_heartbeat_
 def test_a_short_worker_timeout_does_not_turn_each_interval_into_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     leader = Leader(monkeypatch)
     config = Config.load({"heartbeat_interval": 10, "worker_timeout": 20}, {})
-    leader.loop.worker.config = config
+    leader.loop.config = config
     assert leader.look(0, a="1") == []
     assert leader.look(10) == []
     assert leader.look(10) == [("a", "1")]
@@ -224,12 +224,12 @@ def test_a_leader_prunes_on_while_there_is_more(installed: str, monkeypatch: pyt
         heartbeat, more = worker.heartbeat, [True, False]
         monkeypatch.setattr(heartbeat, "_as_leader", lambda function, *args: (1000, 0, more.pop(0)))
         chore = heartbeat.chores[heartbeat._prune]
-        chore.due = time.monotonic() + 60
-        heartbeat._prune()
-        assert chore.due < time.monotonic() + 1
-        chore.due = time.monotonic() + 60
-        heartbeat._prune()
-        assert chore.due > time.monotonic() + 50
+        worker.term, worker.lease_until = 1, time.monotonic() + 60
+        for soon in (True, False):
+            for one in heartbeat.chores.values():
+                one.due = 0.0 if one is chore else time.monotonic() + 1000
+            heartbeat.poll()
+            assert (chore.due < time.monotonic() + 1) is soon and (chore.due > time.monotonic() + 50) is not soon
 
 
 def test_where_raising_floors_helped_it_is_done_again_within_a_second(installed: str, conn: Connection) -> None:
@@ -251,20 +251,16 @@ def test_the_leader_rescans_for_at_most_a_200th_of_the_time(installed: str, conn
     """Under an old snapshot the walk takes long, while others claim."""
     replace(conn, "rescan_lanes", "select 0 from pg_sleep(0.1)")
     with registered(installed) as worker:
-        now = time.monotonic()
-        worker.heartbeat._rescan_lanes()
-        assert worker.heartbeat.chores[worker.heartbeat._rescan_lanes].due - now > 20
+        assert worker.heartbeat._rescan_lanes() > 20
 
 
 def test_a_recovery_that_reached_its_limit_goes_on_at_once(installed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with registered(installed) as worker:
         heartbeat, answers = worker.heartbeat, [(500, 300, '{"a": 100}', 0, 0, 0), (1, 0, "{}", 0, 0, 0)]
         monkeypatch.setattr(heartbeat, "_as_leader", lambda function, *args: answers.pop(0))
-        chore = heartbeat.chores[heartbeat._recover]
         for soon in (True, False):
-            chore.due = time.monotonic() + 60
-            heartbeat._recover()
-            assert (chore.due < time.monotonic() + 1) is soon
+            delay = heartbeat._recover()
+            assert (delay is not None and delay < 1) is soon
         assert worker.counters.dead_letters["a"] == 100 and worker.counters.recovered["released"] == 501
 
 

@@ -9,9 +9,36 @@ from typing import Any
 import psycopg
 import pytest
 
-from postgres import eventually, wait_for_lock
-from steps import (audit, background, backend, cancel, claim, column, complete, declare_dead, enqueue, enqueue_some, events, fail, lead,
-                   promote, raise_floors, recover, register, release, retry, row, rows, rung, snooze, start, status, task, value)
+from postgres import wait_for_lock
+from steps import (
+    audit,
+    backend,
+    background,
+    cancel,
+    claim,
+    column,
+    complete,
+    declare_dead,
+    enqueue,
+    enqueue_some,
+    events,
+    fail,
+    lead,
+    promote,
+    raise_floors,
+    recover,
+    register,
+    release,
+    retry,
+    row,
+    rows,
+    rung,
+    snooze,
+    start,
+    status,
+    task,
+    value,
+)
 
 
 def limit(conn, type: str = "t", **named: Any) -> bool:
@@ -68,7 +95,8 @@ def test_the_same_limit_again_changes_nothing(conn):
 
 @pytest.mark.parametrize(("named", "field"), [
     ({"max_running": 0}, "max_running"), ({"max_per_key": -1}, "max_per_key"), ({"rate": 0, "per": "1 s"}, "rate"), ({"rate": 5}, "per"),
-    ({"per": "1 s"}, "per"), ({"rate": 5, "per": "0"}, "per"), ({"rate": 5, "per": "2 days"}, "per"), ({"type": "a*b", "max_running": 1}, "type")])
+    ({"per": "1 s"}, "per"), ({"rate": 5, "per": "0"}, "per"), ({"rate": 5, "per": "2 days"}, "per"),
+    ({"type": "a*b", "max_running": 1}, "type")])
 def test_an_impossible_limit_is_refused_by_the_name_of_its_field(conn, named, field):
     with pytest.raises(psycopg.Error, match=f"^{field}: ") as caught:
         limit(conn, **named)
@@ -626,7 +654,8 @@ def test_meta_and_key_travel_with_the_task(conn):
     for keys in (None, ["i", None]):
         ids = column(conn, query, keys)
         assert [(task(conn, id)["concurrency_key"], task(conn, id)["meta"]) for id in ids] == [("a", {"m": 1}), (None, {"m": 1})]
-    lines = ['{"type": "t", "concurrency_key": "a", "meta": {"m": 2}}', '{"type": "t"}', '{"type": "t", "concurrency_key": 5}', '{"type": "t", "meta": 5}']
+    lines = ['{"type": "t", "concurrency_key": "a", "meta": {"m": 2}}', '{"type": "t"}',
+             '{"type": "t", "concurrency_key": 5}', '{"type": "t", "meta": 5}']
     got = rows(conn, "select * from orchestrator.enqueue_lines(%s) order by line", lines)
     assert [task(conn, r["id"])["concurrency_key"] for r in got[:2]] == ["a", None]
     assert task(conn, got[0]["id"])["meta"] == {"m": 2}
@@ -644,7 +673,8 @@ def test_an_impossible_key_or_meta_is_refused(conn, named, field):
 
 # --- all together -------------------------------------------------------------------------------------------------------------------
 
-LIMITS = {"a": {"max_running": 3}, "b": {"max_per_key": 2}, "api:*": {"max_running": 4, "max_per_key": 1}, "free": {"rate": 50, "per": "200 ms"}}
+LIMITS = {"a": {"max_running": 3}, "b": {"max_per_key": 2},
+          "api:*": {"max_running": 4, "max_per_key": 1}, "free": {"rate": 50, "per": "200 ms"}}
 
 
 class Stress:
@@ -731,7 +761,8 @@ def test_limits_hold_in_every_snapshot_and_nothing_is_left_waiting(conn, connect
     stress = Stress(connect, seed)
     threads = [stress.thread(stress.work, number) for number in range(4)] + [stress.thread(stress.operate), stress.thread(stress.monitor)]
     producer = stress.thread(stress.produce, 600)
-    counts = """select count(*) filter (where status not in ('completed', 'cancelled', 'dead_letter')), count(*) filter (where status = 'completed')
+    counts = """select count(*) filter (where status not in ('completed', 'cancelled', 'dead_letter')),
+                       count(*) filter (where status = 'completed')
                 from orchestrator.tasks"""
     last, since = None, time.monotonic()
     while not stress.stop.is_set():

@@ -97,7 +97,8 @@ class Model:
         return next((name for name in (type, "b:*") if name in self.limits and type.startswith(name.rstrip("*"))), None)
 
     def in_flight(self, limit: str, turn: str | None = None) -> int:
-        return sum(task.status in IN_FLIGHT and self.limit_of(task.type) == limit and turn in (None, task.turn) for task in self.tasks.values())
+        return sum(task.status in IN_FLIGHT and self.limit_of(task.type) == limit and turn in (None, task.turn)
+                   for task in self.tasks.values())
 
     def held(self, claim: int, id: str) -> Task | None:
         task = self.tasks.get(id)
@@ -206,13 +207,15 @@ class Queue(RuleBasedStateMachine):
         for name, (most, each) in self.model.limits.items():
             assert most is None or self.model.in_flight(name) <= max(most, before[name])
             for turn in "xy":
-                here = [task for task in self.model.tasks.values() if task.turn == turn and task.claim in claims and self.model.limit_of(task.type) == name]
+                here = [task for task in self.model.tasks.values() if task.turn == turn and task.claim in claims
+                        and self.model.limit_of(task.type) == name]
                 assert each is None or not here or self.model.in_flight(name, turn) <= each
 
     def check_full(self, waiting: list[Task], taken: list[Task]) -> None:
         """Each of these waits since its limit is full, or its key (which it counts after those that were just taken)."""
         def counted(name: str, turn: str | None) -> int:
-            busy = [task for task in self.model.tasks.values() if task.status in IN_FLIGHT and name in (task.limit, self.model.limit_of(task.type))]
+            busy = [task for task in self.model.tasks.values() if task.status in IN_FLIGHT
+                    and name in (task.limit, self.model.limit_of(task.type))]
             busy += [task for task in taken if self.model.limit_of(task.type) == name]
             return sum(turn in (None, task.turn) for task in busy)
 
@@ -220,7 +223,8 @@ class Queue(RuleBasedStateMachine):
             name = self.model.limit_of(task.type)
             assert name
             most, each = self.model.limits[name]
-            assert (most is not None and counted(name, None) >= most) or (each is not None and task.turn and counted(name, task.turn) >= each)
+            assert (most is not None and counted(name, None) >= most) or (
+                each is not None and task.turn and counted(name, task.turn) >= each)
 
     def limit(self, draw: Random) -> None:
         name = draw.choice(["a", "b:1", "b:*"])
