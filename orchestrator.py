@@ -3112,6 +3112,7 @@ Info orchestrator_build build: Versions
 # counted a while ago: a scrape never asks the database.
 LEADER_METRICS = """
 Gauge tasks_pending{type} waiting: Ready to be claimed
+Gauge tasks_parked{type} parked: Tasks whose concurrency key is full
 Gauge tasks_scheduled{type} scheduled: Retries and delayed tasks
 Gauge tasks_in_flight{type} in_flight: Claimed or running, on all workers
 Gauge tasks_dead_letters{type} dead_letters: Dead letters kept
@@ -3122,6 +3123,8 @@ Gauge workers_dead dead_workers: Workers declared dead whose tasks are still to 
 Gauge recovery_age_seconds recovery_age: How long ago the leader last looked for tasks to recover
 Gauge schedule_late_seconds schedule_late: By how much the latest schedule is late, 0 if none is
 Gauge schedules_failed schedules_failed: Schedules that could not fire, and were paused
+Gauge limit_in_flight{limit} limit_in_flight: Tasks in flight under a limit
+Gauge limit_max{limit} limit_max: The max_running of a limit
 Gauge queue_stats_age_seconds age: How old the counts of tasks are
 """
 
@@ -3142,6 +3145,8 @@ class Collector:
             types, age = status.stats["types"], time.monotonic() - status.stats["at"]
             yield from _families(LEADER_METRICS, {
                 **{column: {row["type"]: row[column] for row in types} for column in next(iter(types), ())},
+                **{f"limit_{column}": {row["limit"]: row[column] for row in status.stats["limits"]
+                                       if row[column] is not None} for column in ("in_flight", "max")},
                 **status.stats, "recovery_age": status.recovery_age, "age": age})
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import re
 import threading
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from apps import claimed, end, make_app, registered, running
 from conftest import WorkerProcess
 from orchestrator import Orchestrator, Outcome, Task
 from postgres import eventually
-from steps import audit, column, row
+from steps import audit, column, count_now, row
 from test_cli import Answer, cli, logging_as_before  # noqa: F401
 
 Connection = psycopg.Connection[Any]
@@ -186,3 +187,24 @@ def test_the_command_limit_sets_and_lifts_and_limits_lists(cli: Callable[..., An
 def test_the_command_limit_says_what_is_wrong(cli: Callable[..., Answer], flags: list[str], words: str) -> None:  # noqa: F811
     answer = cli("limit", "t", *flags)
     assert answer.code == 2 and answer.err.startswith(f"error: {words}")
+
+
+# --------------------------------------------------------------------------------------------------------------- metrics
+def test_metrics_tell_how_full_limits_are_and_what_is_parked(installed: str, conn: Connection) -> None:
+    conn.execute("select orchestrator.limit_type('t', 7, 1), orchestrator.limit_type('u', p_rate => 9, p_per => '1 s')")
+    go = threading.Event()
+    with running(installed, {"t": lambda task: go.wait(30)}) as app:
+        for _ in range(3):
+            app.enqueue("t", concurrency_key="a")
+        eventually(lambda: row(conn, "select in_flight, parked from orchestrator.limits where type = 't'") == {"in_flight": 1, "parked": 2})
+        address = f"http://127.0.0.1:{app._http.server_address[1]}"
+
+        def found() -> dict[str, str]:
+            count_now(conn)
+            with urllib.request.urlopen(f"{address}/metrics", timeout=10) as answer:
+                text = answer.read().decode()
+            return dict(re.findall(r"^((?:limit_|tasks_parked).*) (\S+)$", text, re.MULTILINE))
+        eventually(lambda: found() == {
+            'tasks_parked{type="t"}': "2.0", 'tasks_parked{type="other"}': "0.0", 'limit_in_flight{limit="t"}': "1.0",
+            'limit_in_flight{limit="u"}': "0.0", 'limit_max{limit="t"}': "7.0"}, 30)
+        go.set()

@@ -19,7 +19,7 @@ from orchestrator import BUCKETS, Counters, Discard, Handler, Orchestrator, Rout
 from postgres import eventually
 from steps import Connection, count_now, enqueue, value
 
-GLOBAL = {"tasks_pending", "tasks_scheduled", "tasks_in_flight", "tasks_dead_letters", "tasks_oldest_pending_seconds",
+GLOBAL = {"tasks_pending", "tasks_parked", "tasks_scheduled", "tasks_in_flight", "tasks_dead_letters", "tasks_oldest_pending_seconds",
           "tasks_enqueued_total", "workers_total", "workers_dead", "recovery_age_seconds", "queue_stats_age_seconds",
           "schedule_late_seconds", "schedules_failed"}
 
@@ -39,6 +39,7 @@ CONTRACT = {
     "worker_loop_lag_seconds": ("gauge", set()), "worker_database_silence_seconds": ("gauge", set()),
     "workers_dead": ("gauge", set()), "recovery_age_seconds": ("gauge", set()),
     "schedule_late_seconds": ("gauge", set()), "schedules_failed": ("gauge", set()), "schedules_fired_total": ("counter", set()),
+    "tasks_parked": ("gauge", {"type"}),
     "queue_stats_age_seconds": ("gauge", set()), "orchestrator_build_info": ("gauge", {"version", "schema", "python"})}
 
 Series = dict[tuple[str, tuple[tuple[str, str], ...]], float]
@@ -382,7 +383,7 @@ def test_what_is_counted_is_rendered():
     counters.error(psycopg.errors.UniqueViolation())
     counters.error(psycopg.OperationalError("gone"))
     status = orchestrator.WorkerStatus("w", False, [], [], 5, 7, 1.5, 2.5, [("t", 3.0, -1.0), ("t", 9.0, 1.0)], counters.snapshot(),
-                                       {"types": [], "workers": 1, "dead_workers": 0, "at": 0.0}, 0.0)
+                                       {"types": [], "limits": [], "workers": 1, "dead_workers": 0, "at": 0.0}, 0.0)
     series = {(sample.name, tuple(sorted(sample.labels.items()))): sample.value
               for family in orchestrator.Collector(lambda: status).collect() for sample in family.samples}
     assert [get(series, f"worker_{name}") for name in ("pool_active", "pool_capacity", "prefetch_size", "loop_lag_seconds",
