@@ -564,3 +564,20 @@ def test_page_keeps_up_with_a_backlog_of_100_000(conn: Connection, page: Page) -
     expect(page.locator("#waiting")).to_have_text("100,000")
     page.locator("#waiting").click()
     expect(page.locator("#found tbody tr")).to_have_count(100)
+
+
+def test_limits_show_how_full_they_are_and_what_is_parked(conn: Connection, page: Page) -> None:
+    expect(page.get_by_role("heading", name="Limits")).to_be_hidden()
+    conn.execute("select orchestrator.limit_type('hangs', 3, 1), orchestrator.limit_type('again*', p_rate => 9, p_per => '1 minute')")
+    for key in ("acme", "acme", "acme", SCRIPT):
+        conn.execute("select orchestrator.enqueue('hangs', p_concurrency_key => %s)", [key])
+    rows = page.locator("#limits tbody tr")
+    expect(rows).to_have_count(2)
+    expect(rows.last).to_contain_text("2 of 3")
+    expect(rows.last.locator(".meter")).to_have_attribute("style", re.compile("--full: 0.66"))
+    expect(rows.last).to_contain_text("acme: 1 of 1")
+    assert [cell(page, "limits", "hangs", head) for head in ("Parked", "Rate")] == ["2", ""]
+    assert cell(page, "limits", "again*", "Rate") == "0 of 9 in 1 min"
+    expect(page.locator("#waiting-note")).to_have_text("2 parked")
+    assert cell(page, "types", "hangs", "Parked") == "2"
+    assert page.evaluate("[document.scripts.length, document.images.length, typeof window.hacked]") == [1, 0, "undefined"]

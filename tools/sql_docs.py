@@ -26,8 +26,9 @@ from postgres import install_schema, start_server
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DOCUMENTS = {"docs/sql.md": ("sql",), "docs/settings.md": ("settings",), "docs/metrics.md": ("metrics", "alerts")}
-HEADINGS = {"20_enqueue.sql": "Enqueue", "22_schedules.sql": "Schedules", "32_limits.sql": "Limits", "70_operate.sql": "Operate", "80_inspect.sql": "Inspect",
-            "82_audit.sql": "Inspect", "00_schema.sql": "Inspect"}   # for people; the rest is for workers, the leader and the page
+HEADINGS = {"20_enqueue.sql": "Enqueue", "22_schedules.sql": "Schedules", "32_limits.sql": "Limits", "70_operate.sql": "Operate",
+            "80_inspect.sql": "Inspect", "82_audit.sql": "Inspect",
+            "00_schema.sql": "Inspect"}   # for people; the rest is for workers, the leader and the page
 FUNCTIONS = """
     select p.proname, pg_get_function_arguments(p.oid), pg_get_function_result(p.oid), obj_description(p.oid, 'pg_proc')
     from pg_proc p where p.pronamespace = 'orchestrator'::regnamespace and p.proname !~ '^_' and p.prokind = 'f'
