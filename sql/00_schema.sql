@@ -57,7 +57,7 @@ comment on type orchestrator.task_status is
 --   OR001 invalid input    OR002 the claim is no longer held    OR003 the worker is not registered, or was declared dead
 --   OR004 schema version   OR005 needs READ COMMITTED
 create or replace function orchestrator._invalid(p_field text, p_problem text, p_hint text) returns void
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql as $$
 begin
   raise exception '%: %', p_field, p_problem using errcode = 'OR001', column = p_field, hint = p_hint;
 end $$;

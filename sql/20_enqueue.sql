@@ -3,7 +3,7 @@
 
 -- Refuses what a task can't be, without ever echoing a payload.
 create or replace function orchestrator._check_task(p_type text, p_priority int, p_key text, p_max_retries int, p_run_at timestamptz)
-returns void language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+returns void language plpgsql stable as $$
 begin
   if p_type is null or octet_length(p_type) not between 1 and 255 or p_type ~ '[[:cntrl:]*]' then
     perform orchestrator._invalid('type', 'must be 1 to 255 bytes, without control characters or *', 'Use a name such as task:backup.');
@@ -20,7 +20,7 @@ end $$;
 
 -- claim_tasks relies on the bound of 32: an honest 1e-308 takes 27 times its bytes as text.
 create or replace function orchestrator._large_payload_problem(p_payload jsonb) returns text
-language plpgsql stable parallel safe set search_path = pg_catalog, pg_temp as $$
+language plpgsql stable parallel safe as $$
 declare
   v_bytes int := octet_length(p_payload::text);
 begin
@@ -37,14 +37,14 @@ language sql stable parallel safe
 return case when octet_length(p_payload::text) >= 1000 then orchestrator._large_payload_problem(p_payload) end;
 
 create or replace function orchestrator._refuse_payload(p_field text, p_problem text) returns void
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql as $$
 begin
   perform orchestrator._invalid(p_field, p_problem, 'Store the data elsewhere and enqueue a reference to it.');
 end $$;
 
 -- Wakes workers up, if one that handles this type waits for work. The notification is empty: whoever may connect can send one.
 create or replace function orchestrator._notify_idle(p_type text) returns void
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql as $$
 begin
   if exists (select from orchestrator.workers w where w.idle and p_type like any (w.handles)) then
     perform pg_notify('orchestrator', '');
@@ -54,8 +54,7 @@ end $$;
 create or replace function orchestrator.enqueue(
   p_type text, p_payload jsonb default '{}', p_priority int default 0, p_idempotency_key text default null,
   p_max_retries int default null, p_run_at timestamptz default null)
-returns uuid language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+returns uuid language plpgsql as $$
 declare
   v_id uuid;
   v_later timestamptz := case when p_run_at > clock_timestamp() then p_run_at end;
@@ -87,8 +86,7 @@ comment on function orchestrator.enqueue(text, jsonb, int, text, int, timestampt
 create or replace function orchestrator.enqueue_many(
   p_type text, p_payloads jsonb[], p_priority int default 0, p_idempotency_keys text[] default null,
   p_max_retries int default null, p_run_at timestamptz default null)
-returns table (ordinal int, id uuid, created boolean) language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan as $$
+returns table (ordinal int, id uuid, created boolean) language plpgsql as $$
 #variable_conflict use_column
 declare
   v_n int := coalesce(cardinality(p_payloads), 0);
@@ -133,9 +131,7 @@ comment on function orchestrator.enqueue_many(text, jsonb[], int, text[], int, t
 -- Inserts in the order of the keys, so that two callers with the same keys don't deadlock.
 create or replace function orchestrator._enqueue_keyed(
   p_type text, p_ids uuid[], p_payloads jsonb[], p_priority int, p_keys text[], p_max_retries int, p_later timestamptz)
-returns table (ordinal int, id uuid, created boolean) language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan
-set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
+returns table (ordinal int, id uuid, created boolean) language plpgsql as $$
 #variable_conflict use_column
 declare
   v_ids uuid[];
@@ -161,7 +157,7 @@ end $$;
 create or replace function orchestrator._read_line(
   p_line text, p_defaults jsonb, out problem text, out type text, out payload jsonb, out priority int, out idempotency_key text,
   out max_retries int, out run_at timestamptz)
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+language plpgsql stable as $$
 #variable_conflict use_column
 declare
   v jsonb;
@@ -197,7 +193,7 @@ end $$;
 
 -- Lines that agree in all but payload and key go in together.
 create or replace function orchestrator.enqueue_lines(p_lines text[], p_defaults jsonb default '{}', p_stop boolean default false)
-returns table (line int, id uuid, created boolean, problem text) language plpgsql set search_path = pg_catalog, pg_temp as $$
+returns table (line int, id uuid, created boolean, problem text) language plpgsql as $$
 #variable_conflict use_column
 declare
   g record;

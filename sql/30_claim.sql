@@ -5,7 +5,7 @@
 
 -- Called only where one of these is so: a call of its own would cost each claim 3%.
 create or replace function orchestrator._refuse_claim(p_worker_id text, p_limit int, p_bytes bigint) returns void
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+language plpgsql stable as $$
 begin
   if p_limit is null or p_limit < 0 then   -- null would be no limit at all
     perform orchestrator._invalid('limit', 'must be 0 or more', 'How many tasks this worker has room for.');
@@ -19,9 +19,7 @@ end $$;
 -- The types with this prefix that may have ready tasks, except paused ones, from type to type along the ready index: at most
 -- 1,000, and 1,000 more from one that the leader takes by chance, so that none is always left out. A type with floors bounds
 -- each look, since an old snapshot keeps dead entries there; it is returned whether or not it has ready tasks.
-create or replace function orchestrator._ready_types(p_prefix text, p_paused text[]) returns setof text language plpgsql stable
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan
-set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
+create or replace function orchestrator._ready_types(p_prefix text, p_paused text[]) returns setof text language plpgsql stable as $$
 declare
   v_from text := p_prefix;   -- lower types are done with
   v_left int := 1000;
@@ -63,7 +61,7 @@ end $$;
 
 -- Of types and patterns the types that may be claimed now.
 create or replace function orchestrator._claimable(p_types text[]) returns text[]
-language plpgsql stable set search_path = pg_catalog, pg_temp set enable_seqscan = off as $$
+language plpgsql stable as $$
 declare
   v_paused text[] := array(select p.likes from orchestrator.task_types p where p.paused);
 begin
@@ -95,9 +93,7 @@ end;
 -- The lanes of these types that have ready tasks, each with the queued_at of its oldest. A type is walked from priority to
 -- priority along the ready index, so that its empty lanes cost nothing, however many there are.
 create or replace function orchestrator._ready_lanes(p_types text[])
-returns table (type text, priority int, head timestamptz) language plpgsql stable
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan
-set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
+returns table (type text, priority int, head timestamptz) language plpgsql stable as $$
 #variable_conflict use_column
 declare
   v_floored text[];
@@ -143,8 +139,7 @@ language sql stable parallel safe
 return case when pg_column_compression(p_payload) is null then 32 * pg_column_size(p_payload)::bigint else 262144 end;
 
 create or replace function orchestrator._too_heavy(p_type text, p_priority int, p_from timestamptz, p_n int, p_most bigint) returns boolean
-language plpgsql stable
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+language plpgsql stable as $$
 begin
   return (select coalesce(avg(orchestrator._most_bytes(l.payload)), 0) > p_most
           from (select t.payload from orchestrator.tasks t where t.type = p_type and t.priority = p_priority and t.queued_at >= p_from
@@ -154,7 +149,7 @@ end $$;
 -- Only lanes that much was taken from need a floor some day. So a lane is noted by chance, once in 50 tasks taken: single claims
 -- don't pay for it, and types that come once leave no lane.
 create or replace function orchestrator._note_lane(p_type text, p_priority int) returns void
-language plpgsql set search_path = pg_catalog, pg_temp set enable_seqscan = off as $$
+language plpgsql as $$
 begin
   if not exists (select from orchestrator.lanes l where l.type = p_type and l.priority = p_priority) then
     insert into orchestrator.lanes (type, priority) values (p_type, p_priority);
@@ -171,9 +166,7 @@ end $$;
 create or replace function orchestrator.claim_tasks(p_worker_id text, p_types text[], p_limit int, p_bytes bigint default 67108864)
 returns table (claim_id bigint, id uuid, type text, payload jsonb, attempts int, max_retries int, priority int,
                created_at timestamptz, waited double precision, recoveries int)
-language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan
-set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
+language plpgsql as $$
 #variable_conflict use_column
 declare
   v_types text[];
@@ -263,8 +256,7 @@ comment on function orchestrator.claim_tasks(text, text[], int, bigint) is
   'recoveries > 0: call start_tasks before its handler. Its transaction commits without waiting for the flush. Raises OR001, OR003.';
 
 create or replace function orchestrator.start_tasks(p_claim_id bigint, p_ids uuid[]) returns int
-language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+language plpgsql as $$
 declare
   v_started int;
   v_now timestamptz;
@@ -283,9 +275,7 @@ comment on function orchestrator.start_tasks(bigint, uuid[]) is
   'Marks claimed tasks as running, and counts the attempt. Returns how many; where fewer than asked, the claim no longer holds the rest.';
 
 create or replace function orchestrator.promote_due(p_limit int default 1000, out promoted int, out next_in double precision)
-language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan
-set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
+language plpgsql as $$
 declare
   v_now timestamptz := clock_timestamp();   -- itself it is volatile, so no index condition: all that is scheduled would be read
 begin

@@ -11,7 +11,7 @@
 -- beginning, so dropping one hides nothing; under the lock, so that no lowering still to commit outlives its generation.
 
 create or replace function orchestrator._tasks_writers() returns text[]
-language sql stable set search_path = pg_catalog, pg_temp as $$
+language sql stable as $$
   select coalesce(array_agg(l.virtualtransaction), '{}') from pg_locks l
   where l.locktype = 'relation' and l.relation = 'orchestrator.tasks'::regclass and l.granted
     and l.database = (select d.oid from pg_database d where d.datname = current_database())
@@ -20,7 +20,7 @@ $$;
 
 -- Called last by whoever puts tasks back at an old queued_at, in the same transaction.
 create or replace function orchestrator._put_back(p_types text[], p_priorities int[], p_heads timestamptz[]) returns void
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql as $$
 declare
   r record;
 begin
@@ -41,7 +41,7 @@ end $$;
 
 -- The lock that keeps others from putting tasks back; only tried. Others can't hold it without rights on the table.
 create or replace function orchestrator._lock_floors() returns boolean
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql as $$
 begin
   lock table orchestrator.lane_floors in share row exclusive mode nowait;
   return true;
@@ -51,7 +51,7 @@ end $$;
 
 -- How far floors may rise: everything that will ever be queued below it is already visible.
 create or replace function orchestrator._advance_safe_floor() returns timestamptz
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql as $$
 declare
   s orchestrator.leader_state;
 begin
@@ -77,8 +77,7 @@ end $$;
 
 -- The oldest ready task of a lane, looked for from a floor; null: nothing is ready. '-infinity' walks all dead entries.
 create or replace function orchestrator._lane_head(p_type text, p_priority int, p_floor timestamptz) returns timestamptz
-language plpgsql stable
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+language plpgsql stable as $$
 begin
   return (select t.queued_at from orchestrator.tasks t
           where t.type = p_type and t.priority = p_priority and t.queued_at >= p_floor order by t.queued_at limit 1);
@@ -87,7 +86,7 @@ end $$;
 -- Whether looking for the oldest ready task takes p_slow or longer, twice in a row: after a rest the first look is slow by
 -- itself, and it marks the entries that no snapshot needs any longer, which makes the second one quick.
 create or replace function orchestrator._is_slow(p_type text, p_priority int, p_floor timestamptz, p_slow interval, out slow boolean, out head timestamptz)
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql as $$
 declare
   v_looked_at timestamptz;
 begin
@@ -101,7 +100,7 @@ end $$;
 
 -- Raises the floor of one lane if that is worth a row: only where dead entries make the look slow.
 create or replace function orchestrator._raise_floor(p_type text, p_priority int, p_safe timestamptz, p_slow interval) returns boolean
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql as $$
 declare
   v_generation bigint;
   v_floor timestamptz;
@@ -121,7 +120,7 @@ end $$;
 -- The floors that have not risen for a minute and no longer help, in any order. Asking walks what the old snapshot keeps, so it
 -- takes at most about 100 ms, and a 200th of the time: the others' turn comes.
 create or replace function orchestrator._idle_floors(p_slow interval, out types text[], out priorities int[])
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql as $$
 declare
   v_start timestamptz := clock_timestamp();
 begin
@@ -134,7 +133,7 @@ begin
 end $$;
 
 create or replace function orchestrator.raise_floors(p_worker_id text, p_term bigint, p_slow interval default '30 microseconds') returns int
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql as $$
 declare
   v_changed int := 0;
   v_safe timestamptz;
@@ -165,8 +164,7 @@ comment on function orchestrator.raise_floors(text, bigint, interval) is
 -- The net under it all: walks the ready index from lane to lane, each from its very beginning, and lowers a floor that hides a
 -- task. On its way it takes a type by chance, from which claims of a pattern with very many types look on.
 create or replace function orchestrator.rescan_lanes(p_worker_id text, p_term bigint, p_budget interval default '20 milliseconds') returns int
-language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+language plpgsql as $$
 declare
   v_mended int := 0;
   v_until timestamptz := clock_timestamp() + p_budget;

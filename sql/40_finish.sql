@@ -25,13 +25,13 @@ comment on function orchestrator.retry_delay(int, interval, interval, double pre
 -- The registered name that applies to a type: itself, else the longest pattern that matches it. Names that are only paused
 -- don't count.
 create or replace function orchestrator._registered_as(p_type text) returns text
-language sql stable set search_path = pg_catalog, pg_temp as $$
+language sql stable as $$
   select p.type from orchestrator.task_types p where p.max_retries is not null and p_type like p.likes
   order by p.type = p_type desc, length(p.type) desc limit 1
 $$;
 
 create or replace function orchestrator._policy(p_type text) returns orchestrator.task_types
-language sql stable set search_path = pg_catalog, pg_temp as $$
+language sql stable as $$
   select coalesce(p.type, p_type), p.likes, coalesce(p.max_retries, d.max_retries), coalesce(p.base_delay, d.base_delay),
          coalesce(p.max_delay, d.max_delay), p.timeout, p.paused, p.updated_at
   from orchestrator._default_policy() d left join orchestrator.task_types p on p.type = orchestrator._registered_as(p_type)
@@ -39,7 +39,7 @@ $$;
 
 -- Keeps the newest 100 events of a task: a task that snoozes for ever must not grow for ever.
 create or replace function orchestrator._add_event(p_task_id uuid, p_event text, p_attempt int, p_worker_id text, p_detail text) returns void
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql as $$
 begin
   insert into orchestrator.task_events (task_id, event, attempt, worker_id, detail)
   values (p_task_id, p_event, p_attempt, p_worker_id, orchestrator._kept(p_detail));
@@ -49,8 +49,7 @@ end $$;
 
 -- Takes ended tasks off their claim, whose row the caller has locked; the claim goes with the last of them.
 create or replace function orchestrator._shrink_claim(p_claim_id bigint, p_ended int) returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+language plpgsql as $$
 begin
   if p_ended > 0 then
     update orchestrator.claims c set open_tasks = open_tasks - p_ended where c.id = p_claim_id and c.open_tasks > p_ended;
@@ -60,9 +59,7 @@ end $$;
 
 -- p_ids holds p_counts[i] tasks of p_claim_ids[i], one claim after another, and p_results (if not null) their results.
 create or replace function orchestrator.complete_tasks(p_claim_ids bigint[], p_counts int[], p_ids uuid[], p_results jsonb[] default null)
-returns table (id uuid, outcome text) language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan
-set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
+returns table (id uuid, outcome text) language plpgsql as $$
 #variable_conflict use_column
 declare
   v_from int := 1;
@@ -107,8 +104,7 @@ comment on function orchestrator.complete_tasks(bigint[], int[], uuid[], jsonb[]
 
 -- Of these tasks of a locked claim, ends those that were asked to cancel, and leaves the others locked: nobody can ask any more.
 create or replace function orchestrator._lock_and_end_cancelled(p_claim_id bigint, p_ids uuid[]) returns int
-language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+language plpgsql as $$
 declare
   v_n int := 0;
   r record;
@@ -132,8 +128,7 @@ end $$;
 -- A failed attempt of a task whose claim the caller has locked. Returns the status that it got, or 'rejected'.
 create or replace function orchestrator._fail(
   p_claim_id bigint, p_id uuid, p_error text, p_traceback text, p_retry_after interval, p_permanent boolean, p_recovered boolean)
-returns text language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+returns text language plpgsql as $$
 declare
   v_task orchestrator.tasks;
   v_policy orchestrator.task_types;
@@ -173,7 +168,7 @@ end $$;
 
 create or replace function orchestrator.fail_tasks(
   p_claim_ids bigint[], p_ids uuid[], p_errors text[], p_tracebacks text[], p_retry_afters interval[], p_permanents boolean[])
-returns table (id uuid, outcome text) language plpgsql set search_path = pg_catalog, pg_temp as $$
+returns table (id uuid, outcome text) language plpgsql as $$
 #variable_conflict use_column
 begin
   perform from orchestrator.claims c where c.id = any (p_claim_ids) order by c.id for no key update;
@@ -192,7 +187,7 @@ comment on function orchestrator.fail_tasks(bigint[], uuid[], text[], text[], in
 
 create or replace function orchestrator.fail_task(
   p_claim_id bigint, p_id uuid, p_error text, p_retry_after interval default null, p_permanent boolean default false)
-returns text language sql set search_path = pg_catalog, pg_temp as $$
+returns text language sql as $$
   select f.outcome from orchestrator.fail_tasks(array[p_claim_id], array[p_id], array[p_error], null, array[p_retry_after], array[p_permanent]) f
 $$;
 comment on function orchestrator.fail_task(bigint, uuid, text, interval, boolean) is
@@ -200,8 +195,7 @@ comment on function orchestrator.fail_task(bigint, uuid, text, interval, boolean
 
 -- Puts tasks of a locked claim back to their old places, and takes back an attempt that was counted.
 create or replace function orchestrator._release(p_claim_id bigint, p_ids uuid[], p_event text, p_recovered boolean) returns int
-language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+language plpgsql as $$
 declare
   v_n int;
   v_types text[];
@@ -231,8 +225,7 @@ begin
 end $$;
 
 create or replace function orchestrator.release_tasks(p_claim_id bigint, p_ids uuid[] default null) returns int
-language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+language plpgsql as $$
 declare
   v_ids uuid[] := p_ids;
   v_n int;
@@ -251,7 +244,7 @@ comment on function orchestrator.release_tasks(bigint, uuid[]) is
   'Returns how many left the claim.';
 
 create or replace function orchestrator.release_forgotten(p_worker_id text, p_known bigint[]) returns int
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql as $$
 declare
   v_id bigint;
   v_n int := 0;
@@ -266,8 +259,7 @@ comment on function orchestrator.release_forgotten(text, bigint[]) is
   'that it holds tasks of. Returns how many tasks left those claims.';
 
 create or replace function orchestrator.snooze_task(p_claim_id bigint, p_id uuid, p_delay interval) returns text
-language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+language plpgsql as $$
 declare
   v_worker text;
 begin
@@ -293,8 +285,7 @@ comment on function orchestrator.snooze_task(bigint, uuid, interval) is
   'Puts a task off, uncharged. Returns snoozed, cancelled (it was asked for) or rejected. Raises OR001.';
 
 create or replace function orchestrator.record_progress(p_claim_id bigint, p_id uuid, p_progress json) returns boolean
-language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+language plpgsql as $$
 begin
   perform set_config('synchronous_commit', 'off', true);
   update orchestrator.tasks t set progress = p_progress, updated_at = clock_timestamp()
@@ -305,8 +296,7 @@ comment on function orchestrator.record_progress(bigint, uuid, json) is
   'Keeps the progress that the handler of a task reports, in tasks.progress. Returns whether the claim still holds the task.';
 
 create or replace function orchestrator.note_lost_result(p_id uuid, p_problem text) returns boolean
-language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+language plpgsql as $$
 begin
   if not exists (select from orchestrator.tasks t where t.id = p_id and t.status = 'completed') then return false; end if;
   perform orchestrator._add_event(p_id, 'result_lost', null, null, p_problem);

@@ -4,7 +4,7 @@
 
 create or replace function orchestrator.register_worker(
   p_id text, p_hostname text, p_pool_size int, p_version text, p_handlers jsonb default '{}') returns void
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql as $$
 begin
   insert into orchestrator.workers (id, hostname, pool_size, version, handles)
   values (p_id, p_hostname, p_pool_size, p_version, array(select orchestrator._like(k) from jsonb_object_keys(p_handlers) k))
@@ -27,13 +27,13 @@ comment on function orchestrator.register_worker(text, text, int, text, jsonb) i
   'delays in seconds and defaults of 3, 1, 3600 and none. Their policies are written to task_types.';
 
 create or replace function orchestrator.announce_stop(p_id text) returns void
-language sql set search_path = pg_catalog, pg_temp as $$
+language sql as $$
   update orchestrator.workers w set stopping_at = clock_timestamp(), idle = false where w.id = p_id and w.stopping_at is null
 $$;
 comment on function orchestrator.announce_stop(text) is 'Says that a worker claims no more, and ends when its tasks have.';
 
 create or replace function orchestrator.unregister_worker(p_id text) returns boolean
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql as $$
 begin
   delete from orchestrator.workers w where w.id = p_id and not exists (select from orchestrator.claims c where c.worker_id = p_id);
   if found then return true; end if;
@@ -44,7 +44,7 @@ comment on function orchestrator.unregister_worker(text) is
   'Removes a worker that stops. One that still holds claims is declared dead instead, for the leader to recover them: then false.';
 
 create or replace function orchestrator.heartbeat(p_id text) returns table (worker_id text, last_heartbeat timestamptz)
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql as $$
 #variable_conflict use_column
 begin
   perform set_config('synchronous_commit', 'off', true);
@@ -56,13 +56,13 @@ comment on function orchestrator.heartbeat(text) is
   'declared dead, and must register under a new id.';
 
 create or replace function orchestrator.cancelling_tasks(p_id text) returns setof uuid
-language sql stable set search_path = pg_catalog, pg_temp set enable_seqscan = off as $$
+language sql stable as $$
   select t.id from orchestrator.tasks t where t.cancel_requested_at is not null and t.worker_id = p_id and t.status in ('claimed', 'running')
 $$;
 comment on function orchestrator.cancelling_tasks(text) is 'The tasks of a worker that were asked to stop.';
 
 create or replace function orchestrator.set_idle(p_id text, p_idle boolean) returns void
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql as $$
 begin
   perform set_config('synchronous_commit', 'off', true);   -- nothing is lost if a crash forgets it
   update orchestrator.workers w set idle = p_idle where w.id = p_id and w.idle <> p_idle;
@@ -74,7 +74,7 @@ comment on function orchestrator.set_idle(text, boolean) is
 -- old place, uncharged. dead: the types of those that became dead letters.
 create or replace function orchestrator._recover_tasks(
   p_claim_id bigint, p_ids uuid[], p_error text, out released int, out retried int, out dead text[], out cancelled int)
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql as $$
 declare
   t record;
 begin
@@ -97,8 +97,7 @@ end $$;
 -- itself. Returns a row for each attempt.
 create or replace function orchestrator._recover_claim(p_claim_id bigint, p_error text, p_limit int)
 returns table (released int, retried int, dead text[], cancelled int, failed int)
-language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+language plpgsql as $$
 declare
   v_ids uuid[];
 begin
@@ -125,7 +124,7 @@ begin
 end $$;
 
 create or replace function orchestrator.declare_dead(p_worker_id text, p_term bigint, p_ids text[], p_seen timestamptz[]) returns int
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql as $$
 declare
   v_n int;
 begin
@@ -143,7 +142,7 @@ comment on function orchestrator.declare_dead(text, bigint, text[], timestamptz[
 -- Takes no term: a single instance must not wait for the lease of a leader that is gone. That leader can't act any more either,
 -- since it would do so on the connection that is missing here.
 create or replace function orchestrator.declare_disconnected_dead(p_worker_id text, out declared int, out living int)
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql as $$
 begin
   update orchestrator.workers w set declared_dead_at = clock_timestamp(), is_leader = false, idle = false
   where w.id <> p_worker_id and w.declared_dead_at is null and not exists (
@@ -158,7 +157,7 @@ comment on function orchestrator.declare_disconnected_dead(text) is
 create or replace function orchestrator.recover_orphans(
   p_worker_id text, p_term bigint, p_limit int default 1000,
   out released int, out retried int, out dead_letters jsonb, out cancelled int, out failed int, out workers_removed int)
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql as $$
 declare
   c record;
   r record;

@@ -4,7 +4,7 @@
 
 create or replace function orchestrator.acquire_leadership(
   p_worker_id text, p_length interval, out is_leader boolean, out term bigint, out until timestamptz)
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql as $$
 #variable_conflict use_column
 begin
   -- A lease that ends later than one from now was written before the clock was set back: nobody would lead until then.
@@ -33,7 +33,7 @@ comment on function orchestrator.acquire_leadership(text, interval) is
   'Extends this worker''s leadership by p_length from now, or elects it if nobody leads. term rises at each election.';
 
 create or replace function orchestrator.resign_leadership(p_worker_id text, p_term bigint) returns boolean
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql as $$
 begin
   update orchestrator.workers w set is_leader = false where w.id = p_worker_id and w.is_leader and w.leader_term = p_term;
   return found;
@@ -42,7 +42,7 @@ comment on function orchestrator.resign_leadership(text, bigint) is 'Ends a term
 
 -- Whether this worker leads in this term; locks its row, so that nobody is elected before the caller's transaction ends.
 create or replace function orchestrator._leads(p_worker_id text, p_term bigint) returns boolean
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql as $$
 begin
   perform from orchestrator.workers w
   where w.id = p_worker_id and w.is_leader and w.leader_term = p_term and w.leader_until > clock_timestamp() for no key update;
@@ -53,9 +53,7 @@ end $$;
 create or replace function orchestrator.prune(
   p_worker_id text, p_term bigint, p_completed interval, p_dead_letter interval, p_limit int default 1000,
   out completed int, out dead_letters int, out more boolean)
-language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan
-set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
+language plpgsql as $$
 declare
   v_cursor uuid;
   v_ids uuid[];

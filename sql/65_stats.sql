@@ -105,8 +105,7 @@ $$;
 -- What was enqueued from p_from on, by the name it counts under: below p_to, and beyond.
 create or replace function orchestrator._count_enqueued(p_from uuid, p_to uuid, p_limit int)
 returns table (type text, settled bigint, beyond bigint)
-language sql stable
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+language sql stable as $$
   select coalesce(s.type, 'other'), count(*) filter (where t.id < p_to), count(*) filter (where t.id >= p_to)
   from (select t.id, t.type from orchestrator.tasks t where t.id >= p_from order by t.id limit p_limit) t
   left join orchestrator.type_stats s on s.type = t.type and t.id >= s.since
@@ -116,8 +115,7 @@ $$;
 -- Failed attempts by type among the first 20,000 events after p_after, and how many of them ended the task.
 create or replace function orchestrator._count_failures(p_after bigint)
 returns table (type text, failed bigint, dead bigint)
-language sql stable
-set search_path = pg_catalog, pg_temp set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
+language sql stable as $$
   select coalesce(s.type, 'other'), count(*) filter (where e.event = 'failed'), count(*) filter (where e.event = 'dead_letter')
   from (select e.task_id, e.event from orchestrator.task_events e where e.id > p_after order by e.id limit 20000) e
   cross join lateral (select t.type from orchestrator.tasks t where t.id = e.task_id limit 1) t
@@ -128,7 +126,7 @@ $$;
 -- Gives each registered type a row, and up to 200 others: first those that wait, then those enqueued lately. When these rows
 -- are used up and another type waits, those of idle types are added to other, so that no task is counted twice or lost.
 create or replace function orchestrator._name_types(p_since uuid) returns void
-language plpgsql set search_path = pg_catalog, pg_temp set enable_seqscan = off set enable_bitmapscan = off as $$
+language plpgsql as $$
 declare
   v_room int;
   v_waiting text[];
@@ -169,7 +167,7 @@ end $$;
 
 create or replace function orchestrator.sample_stats(
   p_worker_id text, p_term bigint, p_limit int default 2000000, p_lag interval default '5 seconds')
-returns double precision language plpgsql set search_path = pg_catalog, pg_temp as $$
+returns double precision language plpgsql as $$
 declare
   v_start timestamptz;
   v_to uuid;
@@ -212,7 +210,7 @@ comment on function orchestrator.sample_stats(text, bigint, int, interval) is
 -- settled yet, and a counter must not fall. The recent sums begin after a complete count, since catching up on millions looks
 -- like as many endings. Returns how many tasks it went through along the primary key.
 create or replace function orchestrator._store_counts(p_state orchestrator.stats_state, p_to uuid, p_limit int, p_at timestamptz) returns bigint
-language sql set search_path = pg_catalog, pg_temp as $$
+language sql set enable_hashjoin = on as $$
   with enqueued as materialized (select * from orchestrator._count_enqueued(p_state.cursor, p_to, p_limit)),
   live as materialized (
     select coalesce(s.type, 'other') as type, sum(l.waiting) as waiting, min(l.oldest) as oldest, sum(l.scheduled) as scheduled,
@@ -250,9 +248,7 @@ $$;
 
 -- Looks at the first 500 tasks claimed since the last look, and at those that had not ended then, and notes how long they took.
 create or replace function orchestrator._sample_runs(inout last_claim bigint, inout watched uuid[])
-language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan
-set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
+language plpgsql as $$
 #variable_conflict use_variable
 declare
   v_newest bigint := coalesce((select t.claim_id from orchestrator.tasks t where t.claim_id is not null order by t.claim_id desc limit 1), 0);
@@ -275,7 +271,7 @@ begin
 end $$;
 
 create or replace function orchestrator._keep_sample(p_at timestamptz) returns void
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql as $$
 begin
   -- half a second early is on time, since counts come every 2 seconds or so
   if exists (select from orchestrator.stats_samples s where s.at > p_at - interval '9.5 seconds' and s.at <= p_at) then return; end if;

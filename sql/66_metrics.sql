@@ -2,7 +2,7 @@
 -- A type counts under the name of its policy, so the number of series follows what is registered, never what is enqueued.
 
 create or replace function orchestrator.metrics() returns jsonb
-language sql stable set search_path = pg_catalog, pg_temp as $$
+language sql stable as $$
   with labels as (
     select n.type, coalesce(sum(t.waiting), 0) as waiting, coalesce(sum(t.scheduled), 0) as scheduled,
            coalesce(sum(t.in_flight), 0) as in_flight, coalesce(sum(t.dead_letters), 0) as dead_letters,

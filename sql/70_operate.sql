@@ -2,8 +2,7 @@
 -- no claim: asking a task to stop doesn't take it off its claim; the outcome does.
 
 create or replace function orchestrator.cancel_task(p_id uuid) returns text
-language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+language plpgsql as $$
 declare
   t record;   -- not the whole row: an operator has no right on payloads
 begin
@@ -34,8 +33,7 @@ comment on function orchestrator.cancel_task(uuid) is
   'handler does. Of one that has ended returns the status, of an unknown one not_found.';
 
 create or replace function orchestrator.retry_task(p_id uuid) returns text
-language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+language plpgsql as $$
 declare
   t record;   -- not the whole row: an operator has no right on payloads
 begin
@@ -56,8 +54,7 @@ comment on function orchestrator.retry_task(uuid) is
   'another status that status; of an unknown one not_found.';
 
 create or replace function orchestrator.retry_dead_letters(p_type text default null, p_limit int default 1000) returns int
-language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+language plpgsql as $$
 declare
   v_id uuid;
   v_n int := 0;
@@ -77,7 +74,7 @@ comment on function orchestrator.retry_dead_letters(text, int) is
 -- How many types that are registered, have ready tasks or are handled as part of a pattern does a type or pattern cover? Refuses
 -- what is neither a type nor a pattern.
 create or replace function orchestrator._matching(p_type text) returns int
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+language plpgsql stable as $$
 begin
   if p_type is distinct from '*' then
     perform orchestrator._check_task(coalesce(orchestrator._prefix(p_type), p_type), 0, null, null, null);
@@ -89,7 +86,7 @@ begin
 end $$;
 
 create or replace function orchestrator.pause_type(p_type text, out changed boolean, out matching int)
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql as $$
 begin
   matching := orchestrator._matching(p_type);
   insert into orchestrator.task_types as t (type, paused) values (p_type, true)
@@ -101,7 +98,7 @@ comment on function orchestrator.pause_type(text) is
   'types it covers. Raises OR001.';
 
 create or replace function orchestrator.resume_type(p_type text, out changed boolean, out matching int)
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql as $$
 begin
   matching := orchestrator._matching(p_type);
   update orchestrator.task_types t set paused = false, updated_at = clock_timestamp() where t.type = p_type and t.paused;

@@ -118,7 +118,7 @@ comment on view orchestrator.queue_stats is
 
 -- The first reason that holds, in words for whoever is on call.
 create or replace function orchestrator.explain_task(p_id uuid) returns text
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+language plpgsql stable as $$
 declare
   t orchestrator._bare_tasks;
   v_workers int;
@@ -159,14 +159,14 @@ create or replace function orchestrator._count_of(p_n bigint, p_noun text) retur
 language sql immutable parallel safe return p_n || ' ' || p_noun || case when p_n = 1 then '' else 's' end;
 
 create or replace function orchestrator._events(p_task_id uuid, p_redact boolean) returns jsonb
-language sql stable set search_path = pg_catalog, pg_temp as $$
+language sql stable as $$
   select coalesce(jsonb_agg(jsonb_build_object('at', e.at, 'event', e.event, 'attempt', e.attempt, 'worker_id', e.worker_id,
                                                'detail', case when p_redact then orchestrator.redact_text(e.detail) else e.detail end) order by e.id), '[]')
   from orchestrator.task_events e where e.task_id = p_task_id
 $$;
 
 create or replace function orchestrator.show_task(p_id uuid) returns jsonb
-language sql stable set search_path = pg_catalog, pg_temp as $$
+language sql stable as $$
   select to_jsonb(t) || jsonb_build_object(
     'payload', r.payload, 'result', r.result, 'progress', r.progress, 'last_error', orchestrator.redact_text(t.last_error),
     'claim_id', t.claim_id::text, 'max_retries', coalesce(t.max_retries, (orchestrator._policy(t.type)).max_retries),
@@ -178,7 +178,7 @@ comment on function orchestrator.show_task(uuid) is
   'text), explain_task, and its events. Null if there is none.';
 
 create or replace function orchestrator.get_task(p_id uuid) returns jsonb
-language sql stable set search_path = pg_catalog, pg_temp as $$
+language sql stable as $$
   select to_jsonb(t) || jsonb_build_object('events', orchestrator._events(t.id, false)) from orchestrator.tasks t where t.id = p_id
 $$;
 comment on function orchestrator.get_task(uuid) is

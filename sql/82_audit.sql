@@ -24,7 +24,7 @@ language sql immutable parallel safe as $$
 $$;
 
 create or replace function orchestrator.audit() returns table (invariant text, task_id uuid, worker_id text, detail text)
-language sql stable set search_path = pg_catalog, pg_temp as $$
+language sql stable as $$
   with in_flight as materialized (
     select t.id, t.claim_id, t.worker_id, t.status from orchestrator.tasks t where t.status in ('claimed', 'running')),
   held as (select f.claim_id, count(*) as n from in_flight f where f.claim_id is not null group by 1),

@@ -8,7 +8,7 @@ language sql volatile parallel safe
 return case when p_at is not null then greatest(round(extract(epoch from clock_timestamp() - p_at), 3), 0)::double precision end;
 
 create or replace function orchestrator._api_types() returns jsonb
-language sql set search_path = pg_catalog, pg_temp as $$
+language sql as $$
   with handled as (select w.handles, count(*) as n from orchestrator.workers w where w.declared_dead_at is null group by 1),
   listed as (
     select coalesce(s.type, p.type) as type, coalesce(s.type = 'other' and p.type is null, false) as others
@@ -28,7 +28,7 @@ $$;
 
 -- overdue: it has been silent for longer than the leader's lease lasts from one heartbeat to its end.
 create or replace function orchestrator._api_workers() returns jsonb
-language sql set search_path = pg_catalog, pg_temp as $$
+language sql as $$
   select coalesce(jsonb_agg(jsonb_build_object(
     'id', w.id, 'hostname', w.hostname, 'version', w.version, 'pool_size', w.pool_size, 'up', orchestrator._age(w.started_at),
     'heartbeat', orchestrator._age(w.last_heartbeat), 'leads', w.is_leader and w.leader_until > clock_timestamp(), 'term', w.leader_term,
@@ -40,7 +40,7 @@ language sql set search_path = pg_catalog, pg_temp as $$
 $$;
 
 create or replace function orchestrator.api_overview() returns jsonb
-language sql set search_path = pg_catalog, pg_temp as $$
+language sql as $$
   select jsonb_build_object(
     'now', extract(epoch from clock_timestamp()),
     'schema_version', orchestrator.schema_version(),
@@ -59,7 +59,7 @@ comment on function orchestrator.api_overview() is
   'and p95 of sampled runs) and workers, as the leader counted counts.age seconds ago. Ages and durations in seconds.';
 
 create or replace function orchestrator._check_range(p_field text, p_value int, p_max int) returns int
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+language plpgsql stable as $$
 begin
   if p_value is null or p_value not between 1 and p_max then
     perform orchestrator._invalid(p_field, format('must be a whole number from 1 to %s', p_max), 'Leave it out for the default.');
@@ -68,15 +68,15 @@ begin
 end $$;
 
 create or replace function orchestrator.api_history(p_minutes int default 15) returns jsonb
-language sql stable set search_path = pg_catalog, pg_temp as $$
+language sql stable as $$
   select jsonb_build_object(
     'now', extract(epoch from clock_timestamp()),
     'columns', '["at", "waiting", "scheduled", "in_flight", "dead_letters", "enqueued_total", "ended_total"]'::jsonb,
     'samples', (select coalesce(jsonb_agg(jsonb_build_array(
                   round(extract(epoch from s.at), 3), s.waiting, s.scheduled, s.in_flight, s.dead_letters, s.enqueued_total, s.ended_total)
                   order by s.at), '[]')
-                from orchestrator.stats_samples s
-                where s.at > clock_timestamp() - make_interval(mins => orchestrator._check_range('minutes', p_minutes, 120))))
+                from orchestrator.stats_samples s where s.at > clock_timestamp() - make_interval(mins => c.minutes)))
+  from (select orchestrator._check_range('minutes', p_minutes, 120) as minutes offset 0) c   -- checked, however empty samples is
 $$;
 comment on function orchestrator.api_history(int) is
   'p_minutes (1 to 120): the samples of all types together of that time, about every 10 seconds. Raises OR001.';
@@ -87,9 +87,7 @@ comment on function orchestrator.api_history(int) is
 -- index to themselves. The limits in lateral subqueries keep the planner from turning a join around, to walk all tasks.
 create or replace function orchestrator._walk_state(p_state text, p_type text, p_skip int, p_bound int)
 returns table (place bigint, id uuid, type text, status text)
-language sql stable
-set search_path = pg_catalog, pg_temp
-set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
+language sql stable as $$
   select p_skip + row_number() over (), x.id, x.type, x.status::text from (
     (select t.id, t.type, t.status from orchestrator.tasks t
      where p_state = 'ready' and p_type is null and t.queued_at is not null order by t.type, t.priority desc, t.queued_at offset p_skip limit p_bound)
@@ -114,8 +112,7 @@ $$;
 -- The ids on a page of one state, how many tasks it looked at, and where the next page begins. Looks at 10,000 at most.
 create or replace function orchestrator._page_in_state(p_state text, p_type text, p_status text, p_skip int, p_limit int,
                                                        out ids uuid[], out looked int, out next bigint)
-language sql stable
-set search_path = pg_catalog, pg_temp as $$
+language sql stable as $$
   with bound as materialized (select case when p_status is null and (p_type is null or p_state = 'ready') then p_limit else 10000 end as n),
   walked as materialized (select w.* from bound b cross join lateral orchestrator._walk_state(p_state, p_type, p_skip, b.n) w),
   page as materialized (
@@ -130,9 +127,7 @@ $$;
 -- The same by id, the newest first, from p_from to p_to and before p_before: next is the id to go on before, back_to its time.
 create or replace function orchestrator._page_by_id(p_from uuid, p_to uuid, p_before uuid, p_type text, p_statuses text[], p_limit int,
                                                     out ids uuid[], out looked int, out next uuid, out back_to timestamptz)
-language sql stable
-set search_path = pg_catalog, pg_temp
-set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
+language sql stable as $$
   with walked as materialized (
     select t.id, t.type, t.status::text, t.created_at from orchestrator.tasks t where t.id >= p_from and t.id <= p_to and t.id < p_before
     order by t.id desc limit case when p_type is null and p_statuses is null then p_limit else 10000 end),
@@ -149,7 +144,7 @@ $$;
 
 create or replace function orchestrator.api_tasks(
   p_id text default null, p_type text default null, p_status text default null, p_before text default null, p_limit int default 50)
-returns jsonb language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+returns jsonb language plpgsql stable as $$
 declare
   v_prefix text := lower(replace(btrim(p_id), '-', ''));
   v_type text := nullif(p_type, '');
@@ -194,7 +189,7 @@ comment on function orchestrator.api_tasks(text, text, text, text, int) is
   'that is not full may have a next. looked: at how many; back_to: how far back it got; cut: a state''s list ends at 100,000. Raises OR001.';
 
 create or replace function orchestrator._check_search(p_prefix text, p_status text, p_before text, p_states text[]) returns void
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+language plpgsql stable as $$
 declare
   v_known text[] := '{ready,scheduled,in_flight}' || array_remove(enum_range(null::orchestrator.task_status)::text[], 'failed');   -- none rests in failed
 begin
@@ -211,7 +206,7 @@ begin
 end $$;
 
 create or replace function orchestrator._task_summary(t orchestrator._bare_tasks) returns jsonb
-language sql set search_path = pg_catalog, pg_temp as $$
+language sql as $$
   select jsonb_build_object('id', t.id, 'type', t.type, 'status', t.status, 'priority', t.priority, 'attempts', t.attempts,
     'max_retries', coalesce(t.max_retries, (orchestrator._policy(t.type)).max_retries), 'worker_id', t.worker_id,
     'created_at', t.created_at, 'queued_at', t.queued_at, 'claimed_at', t.claimed_at, 'started_at', t.started_at, 'completed_at', t.completed_at,
@@ -224,18 +219,14 @@ language sql set search_path = pg_catalog, pg_temp as $$
 $$;
 
 create or replace function orchestrator._task_summaries(p_ids uuid[]) returns jsonb
-language sql
-set search_path = pg_catalog, pg_temp
-set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
+language sql as $$
   select coalesce(jsonb_agg(orchestrator._task_summary(x.t) order by u.place), '[]')
   from unnest(p_ids) with ordinality u(id, place)
   cross join lateral (select t from orchestrator._bare_tasks t where t.id = u.id limit 1) x
 $$;
 
 create or replace function orchestrator.api_failures(p_type text default null, p_limit int default 50) returns jsonb
-language sql
-set search_path = pg_catalog, pg_temp
-set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
+language sql as $$
   select jsonb_build_object('now', extract(epoch from clock_timestamp()), 'failures', (
     select coalesce(jsonb_agg(jsonb_build_object('event', f.id, 'task_id', f.task_id, 'type', f.type, 'status', f.status, 'attempt', f.attempt,
                                                  'worker_id', f.worker_id, 'age', orchestrator._age(f.at),
@@ -249,5 +240,5 @@ comment on function orchestrator.api_failures(text, int) is
   'p_type, p_limit (1 to 200): failed attempts among the last 5000 events, the newest first, with the error. Raises OR001.';
 
 create or replace function orchestrator.api_task(p_id uuid) returns jsonb
-language sql stable set search_path = pg_catalog, pg_temp as $$ select orchestrator.show_task(p_id) $$;
+language sql stable as $$ select orchestrator.show_task(p_id) $$;
 comment on function orchestrator.api_task(uuid) is 'One task''s whole story (show_task); null if there is none.';
