@@ -14,36 +14,33 @@ language sql as $$
     select coalesce(s.type, p.type) as type, coalesce(s.type = 'other' and p.type is null, false) as others
     from orchestrator.type_stats s full join orchestrator.task_types p on p.type = s.type
     where s.type is not null or right(p.type, 1) not in ('*', ':') order by 1 limit 1000)
-  select coalesce(jsonb_agg(jsonb_build_object(
-    'type', y.type, 'others', y.others, 'waiting', coalesce(s.waiting, 0), 'scheduled', coalesce(s.scheduled, 0),
-    'in_flight', coalesce(s.in_flight, 0), 'dead_letters', coalesce(s.dead_letters, 0), 'oldest_waiting', orchestrator._age(s.oldest_ready_at),
-    'enqueued_total', coalesce(s.enqueued_total, 0), 'paused',
-    exists (select from orchestrator.task_types p where p.paused and not y.others and y.type like p.likes),
-    'workers', case when not y.others then (select coalesce(sum(h.n), 0) from handled h where y.type like any (h.handles)) end,
-    'per_second', r.per_second, 'enqueued_per_second', r.enqueued_per_second, 'failure_share', r.failure_share,
-    'median', r.median, 'p95', r.p95) order by y.others, y.type), '[]')
-  from listed y left join orchestrator.type_stats s on s.type = y.type left join orchestrator._recent r on r.type = y.type
-  where not y.others or s.enqueued_total > 0
+  select coalesce(jsonb_agg(to_jsonb(t) order by t.others, t.type), '[]')
+  from (select y.type, y.others, coalesce(s.waiting, 0) as waiting, coalesce(s.scheduled, 0) as scheduled, coalesce(s.in_flight, 0) as in_flight,
+          coalesce(s.dead_letters, 0) as dead_letters, coalesce(s.enqueued_total, 0) as enqueued_total, orchestrator._age(s.oldest_ready_at) as oldest_waiting,
+          exists (select from orchestrator.task_types p where p.paused and not y.others and y.type like p.likes) as paused,
+          case when not y.others then (select coalesce(sum(h.n), 0) from handled h where y.type like any (h.handles)) end as workers,
+          r.per_second, r.enqueued_per_second, r.failure_share, r.median, r.p95
+        from listed y left join orchestrator.type_stats s on s.type = y.type left join orchestrator._recent r on r.type = y.type
+        where not y.others or s.enqueued_total > 0) t
 $$;
 
 -- overdue: it has been silent for longer than the leader's lease lasts from one heartbeat to its end.
 create or replace function orchestrator._api_workers() returns jsonb
 language sql as $$
-  select coalesce(jsonb_agg(jsonb_build_object(
-    'id', w.id, 'hostname', w.hostname, 'version', w.version, 'pool_size', w.pool_size, 'up', orchestrator._age(w.started_at),
-    'heartbeat', orchestrator._age(w.last_heartbeat), 'leads', w.is_leader and w.leader_until > clock_timestamp(), 'term', w.leader_term,
-    'overdue', coalesce(clock_timestamp() - w.last_heartbeat > (select l.leader_until - l.last_heartbeat from orchestrator.workers l where l.is_leader), false),
-    'declared_dead', w.declared_dead_at is not null, 'stopping', w.stopping_at is not null, 'idle', w.idle,
-    'in_flight', (select coalesce(sum(c.open_tasks), 0) from orchestrator.claims c where c.worker_id = w.id),
-    'handles', (select jsonb_agg(replace(replace(h, '\', ''), '%', '*') order by h) from unnest(w.handles) h)) order by w.started_at, w.id), '[]')
-  from (select * from orchestrator.workers w order by w.started_at limit 500) w
+  select coalesce(jsonb_agg(to_jsonb(x) - 'started_at' order by x.started_at, x.id), '[]')
+  from (select w.started_at, w.id, w.hostname, w.version, w.pool_size, w.idle, orchestrator._age(w.started_at) as up, w.leader_term as term,
+          orchestrator._age(w.last_heartbeat) as heartbeat, w.is_leader and w.leader_until > clock_timestamp() as leads,
+          coalesce(clock_timestamp() - w.last_heartbeat > (select l.leader_until - l.last_heartbeat from orchestrator.workers l where l.is_leader), false) as overdue,
+          w.declared_dead_at is not null as declared_dead, w.stopping_at is not null as stopping,
+          (select coalesce(sum(c.open_tasks), 0) from orchestrator.claims c where c.worker_id = w.id) as in_flight,
+          (select jsonb_agg(replace(replace(h, '\', ''), '%', '*') order by h) from unnest(w.handles) h) as handles
+        from orchestrator.workers w order by w.started_at limit 500) x
 $$;
 
 create or replace function orchestrator.api_overview() returns jsonb
 language sql as $$
   select jsonb_build_object(
-    'now', extract(epoch from clock_timestamp()),
-    'schema_version', orchestrator.schema_version(),
+    'now', extract(epoch from clock_timestamp()), 'schema_version', orchestrator.schema_version(),
     'counts', (select jsonb_build_object('age', orchestrator._age(s.counted_at), 'took', extract(epoch from s.took), 'complete', s.complete)
                from orchestrator.stats_state s),
     'totals', (select jsonb_build_object(
@@ -51,8 +48,7 @@ language sql as $$
                  'dead_letters', coalesce(sum(t.dead_letters), 0), 'oldest_waiting', orchestrator._age(min(t.oldest_ready_at)),
                  'enqueued_total', coalesce(sum(t.enqueued_total), 0), 'ended_total', (select s.ended_total from orchestrator.stats_state s))
                from orchestrator.type_stats t),
-    'types', orchestrator._api_types(),
-    'workers', orchestrator._api_workers())
+    'types', orchestrator._api_types(), 'workers', orchestrator._api_workers())
 $$;
 comment on function orchestrator.api_overview() is
   'Totals, types (counts, paused, how many live workers handle them, rate and share of failures of the last 15 minutes or so, p50 '
@@ -83,63 +79,53 @@ comment on function orchestrator.api_history(int) is
 
 -- Lists -------------------------------------------------------------------------------------------------------------------
 
--- Walks the index of one state from its p_skip-th task, and looks at p_bound tasks. Ready tasks of a type or pattern have an
--- index to themselves. The limits in lateral subqueries keep the planner from turning a join around, to walk all tasks.
-create or replace function orchestrator._walk_state(p_state text, p_type text, p_skip int, p_bound int)
+-- Walks the index of one state from its p_skip-th task, or the ids that begin with p_prefix from p_before down, and looks at
+-- p_bound tasks. Ready tasks of a type or pattern have an index to themselves. The limits in lateral subqueries keep the planner
+-- from turning a join around, to walk all tasks.
+create or replace function orchestrator._walk(p_walk text, p_skip int, p_before uuid, p_prefix text, p_type text, p_bound int)
 returns table (place bigint, id uuid, type text, status text)
 language sql stable as $$
-  select p_skip + row_number() over (), x.id, x.type, x.status::text from (
+  select row_number() over (), x.id, x.type, x.status::text from (
     (select t.id, t.type, t.status from orchestrator.tasks t
-     where p_state = 'ready' and p_type is null and t.queued_at is not null order by t.type, t.priority desc, t.queued_at offset p_skip limit p_bound)
+     where p_walk = 'ready' and p_type is null and t.queued_at is not null order by t.type, t.priority desc, t.queued_at offset p_skip limit p_bound)
     union all
     (select t.id, t.type, t.status from unnest(case when orchestrator._prefix(p_type) is null then array[p_type]
        else array(select orchestrator._ready_types(orchestrator._prefix(p_type), '{}')) end) with ordinality u(type, o)
      cross join lateral (select t.id, t.type, t.status, t.priority, t.queued_at from orchestrator.tasks t
-       where p_state = 'ready' and t.queued_at is not null and t.type = u.type order by t.priority desc, t.queued_at limit p_skip + p_bound) t
+       where p_walk = 'ready' and t.queued_at is not null and t.type = u.type order by t.priority desc, t.queued_at limit p_skip + p_bound) t
      order by u.o, t.priority desc, t.queued_at offset p_skip limit p_bound)
     union all
     (select t.id, t.type, t.status from orchestrator.tasks t
-     where p_state = 'scheduled' and t.next_retry_at is not null order by t.next_retry_at offset p_skip limit p_bound)
+     where p_walk = 'scheduled' and t.next_retry_at is not null order by t.next_retry_at offset p_skip limit p_bound)
     union all
-    (select t.id, t.type, t.status from (select c.id from orchestrator.claims c where p_state = 'in_flight' order by c.id) c
+    (select t.id, t.type, t.status from (select c.id from orchestrator.claims c where p_walk = 'in_flight' order by c.id) c
      cross join lateral (select t.id, t.type, t.status from orchestrator.tasks t
        where t.claim_id = c.id and t.status in ('claimed', 'running') limit 10000000) t offset p_skip limit p_bound)
     union all
     (select t.id, t.type, t.status from orchestrator.tasks t
-     where p_state = 'dead_letter' and t.dead_at is not null order by t.dead_at desc offset p_skip limit p_bound)) x
+     where p_walk = 'dead_letter' and t.dead_at is not null order by t.dead_at desc offset p_skip limit p_bound)
+    union all
+    (select t.id, t.type, t.status from orchestrator.tasks t
+     where p_walk = 'ids' and t.id >= rpad(p_prefix, 32, '0')::uuid and t.id <= rpad(p_prefix, 32, 'f')::uuid
+       and t.id < coalesce(p_before, 'ffffffff-ffff-ffff-ffff-ffffffffffff') order by t.id desc limit p_bound)) x
 $$;
 
--- The ids on a page of one state, how many tasks it looked at, and where the next page begins. Looks at 10,000 at most.
-create or replace function orchestrator._page_in_state(p_state text, p_type text, p_status text, p_skip int, p_limit int,
-                                                       out ids uuid[], out looked int, out next bigint)
+-- The ids on a page of one walk, how many tasks it looked at, and at which it stopped: null at the end of the walk. Looks at 10,000 at most.
+create or replace function orchestrator._page(
+  p_walk text, p_skip int, p_before uuid, p_prefix text, p_type text, p_statuses text[], p_limit int,
+  out ids uuid[], out looked int, out stopped bigint, out last uuid)
 language sql stable as $$
-  with bound as materialized (select case when p_status is null and (p_type is null or p_state = 'ready') then p_limit else 10000 end as n),
-  walked as materialized (select w.* from bound b cross join lateral orchestrator._walk_state(p_state, p_type, p_skip, b.n) w),
+  with bound as (select case when p_statuses is null and (p_type is null or p_walk = 'ready') then p_limit else 10000 end as n),
+  walked as materialized (select w.* from bound b cross join lateral orchestrator._walk(p_walk, p_skip, p_before, p_prefix, p_type, b.n) w),
   page as materialized (
     select w.place, w.id from walked w
-    where (p_type is null or w.type like orchestrator._like(p_type)) and (p_status is null or w.status = p_status) order by w.place limit p_limit)
-  select coalesce((select array_agg(p.id order by p.place) from page p), '{}'), (select count(*)::int from walked),
-         case when (select count(*) from page) = p_limit then (select max(p.place) from page p)
-              when (select count(*) from walked) = b.n then p_skip + b.n end
-  from bound b
-$$;
-
--- The same by id, the newest first, from p_from to p_to and before p_before: next is the id to go on before, back_to its time.
-create or replace function orchestrator._page_by_id(p_from uuid, p_to uuid, p_before uuid, p_type text, p_statuses text[], p_limit int,
-                                                    out ids uuid[], out looked int, out next uuid, out back_to timestamptz)
-language sql stable as $$
-  with walked as materialized (
-    select t.id, t.type, t.status::text, t.created_at from orchestrator.tasks t where t.id >= p_from and t.id <= p_to and t.id < p_before
-    order by t.id desc limit case when p_type is null and p_statuses is null then p_limit else 10000 end),
-  page as materialized (
-    select w.id from walked w
     where (p_type is null or w.type like orchestrator._like(p_type)) and (p_statuses is null or w.status = any (p_statuses))
-    order by w.id desc limit p_limit),
-  last as (select case when (select count(*) from page) = p_limit then (select p.id from page p order by p.id limit 1)
-                       when (select count(*) from walked) = 10000 then (select w.id from walked w order by w.id limit 1) end as id)
-  select coalesce((select array_agg(p.id order by p.id desc) from page p), '{}'), (select count(*)::int from walked w where w.id >= coalesce(l.id, w.id)),
-         l.id, (select w.created_at from walked w where w.id = l.id)
-  from last l
+    order by w.place limit p_limit),
+  stop as (select case when (select count(*) from page) = p_limit then (select max(p.place) from page p)
+                       when (select count(*) from walked) = b.n then b.n end as place from bound b)
+  select array(select p.id from page p order by p.place), (select count(*)::int from walked w where w.place <= coalesce(s.place, w.place)),
+         s.place, (select w.id from walked w where w.place = s.place)
+  from stop s
 $$;
 
 create or replace function orchestrator.api_tasks(
@@ -149,38 +135,41 @@ declare
   v_prefix text := lower(replace(btrim(p_id), '-', ''));
   v_type text := nullif(p_type, '');
   v_left int := orchestrator._check_range('limit', p_limit, 200);
-  v_states text[] := case when v_prefix is not null then '{}'
+  v_walks text[] := case when v_prefix is not null then '{ids}'
     when p_status in ('ready', 'scheduled', 'in_flight', 'dead_letter') then array[p_status]
     when p_status in ('claimed', 'running') then '{in_flight}' when p_status = 'retry_scheduled' then '{scheduled}'
-    when p_status is null and v_type is not null then '{in_flight,ready,scheduled,dead_letter}' else '{}' end;
-  v_next text := coalesce(p_before, v_states[1] || '+0', 'ffffffff-ffff-ffff-ffff-ffffffffffff');
+    when p_status is null and v_type is not null then '{in_flight,ready,scheduled,dead_letter,ids}' else '{ids}' end;
+  v_walk text := case when p_before ~ '\+' then split_part(p_before, '+', 1) when p_before is not null then 'ids' else v_walks[1] end;
+  v_skip int;
+  v_before uuid;
   v_ids uuid[] := '{}';
   v_looked int := 0;
-  v_back_to timestamptz;
   v_cut boolean := false;
   r record;
 begin
-  perform orchestrator._check_search(v_prefix, p_status, p_before, v_states);
-  while v_left > 0 and v_looked < 10000 and v_next is not null loop
-    if v_next ~ '\+' then
-      select * into r from orchestrator._page_in_state(split_part(v_next, '+', 1), v_type,
-        case when p_status in ('claimed', 'running', 'retry_scheduled') then p_status end, split_part(v_next, '+', 2)::int, v_left);
-      v_cut := v_cut or coalesce(r.next >= 100000, false);
-      v_next := case when r.next < 100000 then split_part(v_next, '+', 1) || '+' || r.next
-        else coalesce(v_states[array_position(v_states, split_part(v_next, '+', 1)) + 1] || '+0',
-                      case when p_status is null then 'ffffffff-ffff-ffff-ffff-ffffffffffff' end) end;
-    else
-      select * into r from orchestrator._page_by_id(rpad(coalesce(v_prefix, ''), 32, '0')::uuid, rpad(coalesce(v_prefix, ''), 32, 'f')::uuid,
-        v_next::uuid, v_type, case when p_status is not null then array[p_status] when v_states <> '{}' then '{completed,cancelled}' end, v_left);
-      v_next := r.next;
-      v_back_to := r.back_to;
-    end if;
+  perform orchestrator._check_search(v_prefix, p_status, p_before, v_walks);
+  v_skip := case when v_walk = 'ids' then 0 else coalesce(split_part(p_before, '+', 2)::int, 0) end;
+  v_before := case when v_walk = 'ids' then p_before end;
+  while v_left > 0 and v_looked < 10000 and v_walk is not null loop
+    r := orchestrator._page(v_walk, v_skip, v_before, coalesce(v_prefix, ''), v_type,
+      case when p_status <> v_walk then array[p_status] when v_walk = 'ids' and cardinality(v_walks) > 1 then '{completed,cancelled}' end, v_left);
     v_ids := v_ids || r.ids;
     v_left := v_left - cardinality(r.ids);
     v_looked := v_looked + r.looked;
+    v_skip := v_skip + r.stopped;
+    if v_walk = 'ids' then
+      v_before := r.last;
+      v_walk := case when v_before is not null then 'ids' end;
+    elsif v_skip < 100000 is not true then
+      v_cut := v_cut or v_skip is not null;
+      v_skip := 0;
+      v_walk := v_walks[array_position(v_walks, v_walk) + 1];
+    end if;
   end loop;
-  return jsonb_build_object('now', extract(epoch from clock_timestamp()), 'tasks', orchestrator._task_summaries(v_ids),
-                            'next', v_next, 'cut', v_cut, 'looked', v_looked, 'back_to', v_back_to);
+  return jsonb_build_object(
+    'now', extract(epoch from clock_timestamp()), 'tasks', orchestrator._task_summaries(v_ids), 'cut', v_cut, 'looked', v_looked,
+    'next', case when v_walk = 'ids' then coalesce(v_before::text, 'ffffffff-ffff-ffff-ffff-ffffffffffff') else v_walk || '+' || v_skip end,
+    'back_to', (select t.created_at from orchestrator.tasks t where t.id = v_before));
 end $$;
 comment on function orchestrator.api_tasks(text, text, text, text, int) is
   'Search: an id or its beginning; a type, or types by their beginning (mail: or mail*); a status (also ready, scheduled, in_flight); '
@@ -188,10 +177,12 @@ comment on function orchestrator.api_tasks(text, text, text, text, int) is
   'type alone: in flight, ready, scheduled, dead letters, then what has ended. Each page looks at 10,000 tasks or a few more, so one '
   'that is not full may have a next. looked: at how many; back_to: how far back it got; cut: a state''s list ends at 100,000. Raises OR001.';
 
-create or replace function orchestrator._check_search(p_prefix text, p_status text, p_before text, p_states text[]) returns void
+create or replace function orchestrator._check_search(p_prefix text, p_status text, p_before text, p_walks text[]) returns void
 language plpgsql stable as $$
 declare
   v_known text[] := '{ready,scheduled,in_flight}' || array_remove(enum_range(null::orchestrator.task_status)::text[], 'failed');   -- none rests in failed
+  v_walk text := case when p_before ~ '^[0-9a-f]{8}-([0-9a-f]{4}-){3}[0-9a-f]{12}$' then 'ids'
+    when p_before ~ '^\w+\+\d{1,5}$' then nullif(split_part(p_before, '+', 1), 'ids') end;
 begin
   if p_prefix !~ '^[0-9a-f]{1,32}$' then
     perform orchestrator._invalid('id', 'must be the beginning of a task''s id', 'Digits and a to f.');
@@ -199,23 +190,21 @@ begin
     perform orchestrator._invalid('status', 'is unknown', 'One of ' || array_to_string(v_known, ', ') || '.');
   elsif p_prefix is not null and p_status in ('ready', 'scheduled', 'in_flight') then
     perform orchestrator._invalid('status', 'goes with an id only as tasks have it', 'Such as pending, running or dead_letter.');
-  elsif (p_before ~ '^\w+\+\d{1,5}$' and split_part(p_before, '+', 1) = any (p_states)
-         or p_before ~ '^[0-9a-f]{8}-([0-9a-f]{4}-){3}[0-9a-f]{12}$' and (p_states = '{}' or p_status is null)) is false then
+  elsif p_before is not null and v_walk = any (p_walks) is not true then
     perform orchestrator._invalid('before', 'must be what the page before gave as next', 'Leave it out for the first page.');
   end if;
 end $$;
 
 create or replace function orchestrator._task_summary(t orchestrator._bare_tasks) returns jsonb
 language sql as $$
-  select jsonb_build_object('id', t.id, 'type', t.type, 'status', t.status, 'priority', t.priority, 'attempts', t.attempts,
-    'max_retries', coalesce(t.max_retries, (orchestrator._policy(t.type)).max_retries), 'worker_id', t.worker_id,
-    'created_at', t.created_at, 'queued_at', t.queued_at, 'claimed_at', t.claimed_at, 'started_at', t.started_at, 'completed_at', t.completed_at,
-    'dead_at', t.dead_at, 'next_retry_at', t.next_retry_at, 'cancel_requested_at', t.cancel_requested_at,
-    'last_error', left(orchestrator.redact_text(t.last_error), 500), 'payload', r.preview,
-    'due_in', round(extract(epoch from t.next_retry_at - clock_timestamp()), 3))
-    || case when t.status in ('claimed', 'running')
-         then jsonb_build_object('age', orchestrator._age(coalesce(t.started_at, t.claimed_at)), 'progress', r.progress) else '{}' end
-  from orchestrator._redacted_tasks r where r.id = t.id
+  select to_jsonb(x) || case when t.status in ('claimed', 'running')
+    then jsonb_build_object('age', orchestrator._age(coalesce(t.started_at, t.claimed_at)), 'progress', r.progress) else '{}' end
+  from orchestrator._redacted_tasks r cross join lateral (
+    select t.id, t.type, t.status, t.priority, t.attempts, coalesce(t.max_retries, (orchestrator._policy(t.type)).max_retries) as max_retries,
+      t.worker_id, t.created_at, t.queued_at, t.claimed_at, t.started_at, t.completed_at, t.dead_at, t.next_retry_at, t.cancel_requested_at,
+      left(orchestrator.redact_text(t.last_error), 500) as last_error, r.preview as payload,
+      round(extract(epoch from t.next_retry_at - clock_timestamp()), 3) as due_in) x
+  where r.id = t.id
 $$;
 
 create or replace function orchestrator._task_summaries(p_ids uuid[]) returns jsonb
@@ -227,14 +216,13 @@ $$;
 
 create or replace function orchestrator.api_failures(p_type text default null, p_limit int default 50) returns jsonb
 language sql as $$
-  select jsonb_build_object('now', extract(epoch from clock_timestamp()), 'failures', (
-    select coalesce(jsonb_agg(jsonb_build_object('event', f.id, 'task_id', f.task_id, 'type', f.type, 'status', f.status, 'attempt', f.attempt,
-                                                 'worker_id', f.worker_id, 'age', orchestrator._age(f.at),
-                                                 'error', left(orchestrator.redact_text(f.detail), 500)) order by f.id desc), '[]')
-    from (select e.*, t.type, t.status from (select * from orchestrator.task_events e order by e.id desc limit 5000) e
-          left join lateral (select t.type, t.status from orchestrator.tasks t where t.id = e.task_id limit 1) t on true
-          where e.event = 'failed' and (p_type is null or t.type = p_type)
-          order by e.id desc limit orchestrator._check_range('limit', p_limit, 200)) f))
+  select jsonb_build_object('now', extract(epoch from clock_timestamp()), 'failures', coalesce(jsonb_agg(to_jsonb(f) order by f.event desc), '[]'))
+  from (select e.id as event, e.task_id, t.type, t.status, e.attempt, e.worker_id, orchestrator._age(e.at) as age,
+               left(orchestrator.redact_text(e.detail), 500) as error
+        from (select * from orchestrator.task_events e order by e.id desc limit 5000) e
+        left join lateral (select t.type, t.status from orchestrator.tasks t where t.id = e.task_id limit 1) t on true
+        where e.event = 'failed' and (p_type is null or t.type = p_type)
+        order by e.id desc limit orchestrator._check_range('limit', p_limit, 200)) f
 $$;
 comment on function orchestrator.api_failures(text, int) is
   'p_type, p_limit (1 to 200): failed attempts among the last 5000 events, the newest first, with the error. Raises OR001.';
