@@ -18,8 +18,8 @@ begin
   end if;
 end $$;
 
--- Null, or why a payload is refused. Its size is that of its text, since jsonb's own says little: a value read from a table may
--- be compressed, and 1e100000 takes ten bytes. claim_tasks relies on the bound of 32: an honest 1e-308 takes 27 times its bytes as text.
+-- Why a payload is refused, by the size of its text: a stored jsonb may be compressed, and 1e100000 takes ten bytes. claim_tasks
+-- relies on the bound of 32: an honest 1e-308 takes 27 times its bytes as text.
 create or replace function orchestrator._large_payload_problem(p_payload jsonb) returns text
 language plpgsql stable parallel safe as $$
 declare
@@ -36,7 +36,7 @@ create or replace function orchestrator._payload_problem(p_payload jsonb) return
 language sql stable parallel safe
 return case when octet_length(p_payload::text) >= 1000 then orchestrator._large_payload_problem(p_payload) end;
 
--- Wakes workers up, if one that handles this type waits for work. The notification is empty: whoever may connect can send one.
+-- The notification is empty: whoever may connect can send one.
 create or replace function orchestrator._notify_idle(p_type text) returns void
 language plpgsql as $$
 begin
@@ -133,10 +133,9 @@ begin
   return query select u.o::int, u.id, u.id = u.own from unnest(v_found, v_ids) with ordinality u(id, own, o);
 end $$;
 comment on function orchestrator.enqueue_many(text, jsonb[], int, text[], int, timestamptz) is
-  'Adds a task for each payload, in one statement, and returns (ordinal from 1, id, created). created is false where the '
-  'idempotency key was known, in the table or earlier in the array. Raises OR001, and then adds none.';
+  'Adds a task for each payload and returns (ordinal from 1, id, created). created is false where the idempotency key was known, '
+  'in the table or earlier in the array. Raises OR001, and then adds none.';
 
--- problem: why the line can't be enqueued.
 create or replace function orchestrator._read_line(
   p_line text, p_defaults jsonb, out problem text, out type text, out payload jsonb, out priority int, out idempotency_key text,
   out max_retries int, out run_at timestamptz)
@@ -200,6 +199,6 @@ begin
   end loop;
 end $$;
 comment on function orchestrator.enqueue_lines(text[], jsonb, boolean) is
-  'Enqueues lines of JSON {type, payload, priority, idempotency_key, max_retries, run_at}, with p_defaults for fields that a '
-  'line leaves out. Returns for each line but blank ones its number from 1 and either the id and whether it was created, or '
-  'the problem. p_stop: the first line with a problem ends it, and nothing behind that line is enqueued.';
+  'Enqueues lines of JSON {type, payload, priority, idempotency_key, max_retries, run_at}; p_defaults: for fields that a line leaves '
+  'out. Returns for each line but blank ones its number from 1 and its id and whether it was created, or the problem. p_stop: the '
+  'first problem ends it, and nothing behind that line is enqueued.';

@@ -1,9 +1,8 @@
 -- Claiming. claim_tasks writes tasks, one row of claims and sometimes lanes; start_tasks and promote_due write tasks.
 -- Locks: claims (start_tasks) → tasks. Claims of tasks skip what others have locked, so no claim waits for another. A large
 -- claim also takes a place in line (an advisory lock), which it only tries.
--- The planner settings on the hot functions are needed: a plan cached while a table was empty would scan it whole ever after.
 
--- Called only where one of these is so: a call of its own would cost each claim 3%.
+-- Called only where it refuses: a call of its own would cost each claim 3%.
 create or replace function orchestrator._refuse_claim(p_worker_id text, p_limit int, p_bytes bigint) returns void
 language plpgsql stable as $$
 begin
@@ -18,7 +17,7 @@ end $$;
 
 -- The types with this prefix that may have ready tasks, except paused ones, from type to type along the ready index: at most
 -- 1,000, and 1,000 more from one that the leader takes by chance, so that none is always left out. A type with floors bounds
--- each look, since an old snapshot keeps dead entries there; it is returned whether or not it has ready tasks.
+-- each look, since an old snapshot keeps dead entries there; it is returned in any case.
 create or replace function orchestrator._ready_types(p_prefix text, p_paused text[]) returns setof text language plpgsql stable as $$
 declare
   v_from text := p_prefix;   -- lower types are done with
@@ -59,7 +58,6 @@ begin
   end loop;
 end $$;
 
--- Of types and patterns the types that may be claimed now.
 create or replace function orchestrator._claimable(p_types text[]) returns text[]
 language plpgsql stable as $$
 declare
@@ -72,8 +70,8 @@ begin
     where orchestrator._prefix(u.type) is not null);
 end $$;
 
--- The next lane of a type that has ready tasks, or that has a floor (then head may be null). Where there are floors, an old
--- snapshot keeps dead index entries: such a lane is looked up from its floor, and only what lies between two of them is walked.
+-- The next lane of a type that has ready tasks, or a floor (then head may be null). A lane with a floor is looked up from there,
+-- and only what lies between two of them is walked.
 create or replace function orchestrator._next_lane(p_type text, p_below bigint) returns table (priority int, head timestamptz)
 language sql stable begin atomic
   select coalesce(t.priority, f.priority),
@@ -91,7 +89,7 @@ language sql stable begin atomic
 end;
 
 -- The lanes of these types that have ready tasks, each with the queued_at of its oldest. A type is walked from priority to
--- priority along the ready index, so that its empty lanes cost nothing, however many there are.
+-- priority along the ready index: empty lanes cost nothing.
 create or replace function orchestrator._ready_lanes(p_types text[])
 returns table (type text, priority int, head timestamptz) language plpgsql stable as $$
 #variable_conflict use_column
@@ -127,13 +125,13 @@ begin
   end if;
 end $$;
 
--- Ascending in time, and never given out twice, even if a crash forgets claims: microseconds since 2025, and a number below 1024
--- by chance. Lasts until 2310. Two claims that agree in both meet at the primary key, and one fails.
+-- Ascending, and never given out twice, even if a crash forgets claims: microseconds since 2025 (until 2310), and a number below
+-- 1024 by chance. Two claims that agree in both meet at the primary key.
 create or replace function orchestrator._new_claim_id() returns bigint
 language sql volatile parallel safe
 return (extract(epoch from clock_timestamp() - timestamptz '2025-01-01 00:00:00+00') * 1000000)::bigint * 1024 + floor(random() * 1024)::bigint;
 
--- No less than the bytes of a payload's text, without reading what is stored apart. enqueue holds the factor of 32.
+-- At least the bytes of a payload's text, without reading what is stored apart. enqueue holds the factor of 32.
 create or replace function orchestrator._most_bytes(p_payload jsonb) returns bigint
 language sql stable parallel safe
 return case when pg_column_compression(p_payload) is null then 32 * pg_column_size(p_payload)::bigint else 262144 end;
@@ -146,8 +144,7 @@ begin
                 order by t.queued_at limit p_n) l);
 end $$;
 
--- Only lanes that much was taken from need a floor some day. So a lane is noted by chance, once in 50 tasks taken: single claims
--- don't pay for it, and types that come once leave no lane.
+-- Only lanes that much was taken from need a floor some day. So claims note a lane by chance, once in 50 tasks taken.
 create or replace function orchestrator._note_lane(p_type text, p_priority int) returns void
 language plpgsql as $$
 begin
@@ -157,10 +154,10 @@ begin
 end $$;
 
 -- Highest priority first. Within one priority, every lane with work gives an equal share, in the order of their oldest tasks,
--- and what one lane leaves the others give in the next pass. A lane is one index range scan from its oldest ready task, so the
--- cost doesn't depend on how much waits, here or in lanes of other types.
--- Large claims at the same time would meet at the same rows, and stepping over a row that another has locked takes 1.2 µs. So
--- each takes a place in line, and starts as many shares further on where a lane holds that much: four workers drain 8% more.
+-- and what one lane leaves the others give in the next pass. A lane is one index range scan from its oldest ready task: the cost
+-- doesn't depend on how much waits.
+-- Large claims at the same time would step over rows that others have locked, at 1.2 µs each. So each takes a place in line, and
+-- starts as many shares further on where a lane holds that much: four workers drain 8% more.
 -- A claim that might exceed p_bytes weighs what it takes; where that is too much, it goes on with as few tasks as the largest
 -- payloads allow.
 create or replace function orchestrator.claim_tasks(p_worker_id text, p_types text[], p_limit int, p_bytes bigint default 67108864)
@@ -245,13 +242,13 @@ begin
     end loop;
     v_first := v_last + 1;
   end loop;
-  -- If a crash forgets the claim, its tasks are pending again, as after any crash of their worker.
+  -- If a crash forgets the claim, its tasks are pending again.
   if v_claimed > 0 and set_config('synchronous_commit', 'off', true) = 'off' then
     insert into orchestrator.claims (id, worker_id, claimed_at, open_tasks) values (v_claim_id, p_worker_id, v_now, v_claimed);
   end if;
 end $$;
 comment on function orchestrator.claim_tasks(text, text[], int, bigint) is
-  'Claims up to p_limit ready tasks for a registered worker, under one claim: of the types and patterns (a:, a:*, *) in p_types, '
+  'Claims up to p_limit ready tasks of the types and patterns (a:, a:*, *) in p_types for a registered worker, under one claim, '
   'with p_bytes of payloads at most (or a single task). attempts: started before this one; waited: seconds since it became ready; '
   'recoveries > 0: call start_tasks before its handler. Its transaction commits without waiting for the flush. Raises OR001, OR003.';
 
@@ -264,7 +261,7 @@ begin
   perform from orchestrator.claims c where c.id = p_claim_id for no key update;
   if not found then return 0; end if;
   v_now := clock_timestamp();
-  -- "is not distinct from": no index can serve it, so the planner can't walk the claim for each id
+  -- "is not distinct from": no index serves it, so the planner can't walk the claim for each id
   update orchestrator.tasks t
   set status = 'running', started_at = v_now, updated_at = v_now, attempts = attempts + 1
   where t.id = any (p_ids) and t.claim_id is not distinct from p_claim_id and t.status = 'claimed';
@@ -272,7 +269,7 @@ begin
   return v_started;
 end $$;
 comment on function orchestrator.start_tasks(bigint, uuid[]) is
-  'Marks claimed tasks as running, and counts the attempt. Returns how many; where fewer than asked, the claim no longer holds the rest.';
+  'Marks claimed tasks as running, and counts the attempt. Returns how many: the claim no longer holds the rest.';
 
 create or replace function orchestrator.promote_due(p_limit int default 1000, out promoted int, out next_in double precision)
 language plpgsql as $$
@@ -293,5 +290,5 @@ begin
   from orchestrator.tasks t where t.next_retry_at is not null order by t.next_retry_at limit 1;
 end $$;
 comment on function orchestrator.promote_due(int) is
-  'Makes delayed tasks and retries whose time has come ready, at the tail of their lanes. Every worker calls it, about once a '
-  'second, so that retries flow without a leader. Returns how many, and the seconds until the next is due (null: none).';
+  'Makes delayed tasks and retries whose time has come ready, at the tail of their lanes; every worker calls it about once a '
+  'second. Returns how many, and the seconds until the next is due (null: none).';

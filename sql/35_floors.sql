@@ -1,14 +1,14 @@
 -- Lane floors: a lower bound on queued_at for each lane, so that claims skip the dead index entries that an old snapshot keeps.
 -- Writes lane_floors, lanes and leader_state. Lock order: the leader's row → leader_state → lane_floors, as a table. The leader
--- only tries that lock, and waits for nothing while it has it. Those who put tasks back share it to the end of their
--- transaction, and may take the next claim's lock after it (release_forgotten, recover_orphans): sharing never waits for sharing.
+-- only tries that lock. Those who put tasks back share it to the end of their transaction, and may take the next claim's lock
+-- after it (release_forgotten, recover_orphans): sharing never waits for sharing.
 
--- Who may still commit a queued_at older than now? Those who hold a write lock on tasks: pg_locks shows them, prepared
+-- Only those who hold a write lock on tasks may still commit a queued_at older than now: pg_locks shows them, prepared
 -- transactions too. So take the time first and the list after; when none of the list is left, nothing older can appear.
--- It needs queued_at = clock_timestamp() taken inside the INSERT or UPDATE, and READ COMMITTED in all who take part.
--- A lane's floor is the lowest of its newest generation: a raise writes generation + 1, a lowering writes into the current
--- one, so lowerings commute with each other and none is lost to a raise. A lane without a floor is looked at from its very
--- beginning, so dropping one hides nothing; under the lock, so that no lowering still to commit outlives its generation.
+-- It needs queued_at = clock_timestamp() inside the INSERT or UPDATE, and READ COMMITTED in all who take part.
+-- A raise writes generation + 1, a lowering writes into the current one, so lowerings commute and none is lost to a raise. A lane
+-- without a floor is looked at from its very beginning, so dropping one hides nothing; under the lock, so that no lowering still
+-- to commit outlives its generation.
 
 create or replace function orchestrator._tasks_writers() returns text[]
 language sql stable as $$
@@ -39,7 +39,7 @@ begin
   end loop;
 end $$;
 
--- The lock that keeps others from putting tasks back; only tried. Others can't hold it without rights on the table.
+-- Keeps others from putting tasks back; only tried. Others can't hold it without rights on the table.
 create or replace function orchestrator._lock_floors() returns boolean
 language plpgsql as $$
 begin
@@ -57,7 +57,7 @@ declare
 begin
   select * into s from orchestrator.leader_state for no key update;
   if s.candidate is not null then
-    -- a prepared transaction keeps its number, but after a restart has another, -1/…, so that holds any candidate back
+    -- a prepared transaction has another number after a restart, -1/…: that holds any candidate back
     if not exists (select from unnest(orchestrator._tasks_writers()) v where v = any (s.candidate_vxids) or v like '-1/%') then
       s.safe_floor := s.candidate;
       s.candidate := null;
@@ -75,7 +75,7 @@ begin
   return s.safe_floor;
 end $$;
 
--- The oldest ready task of a lane, looked for from a floor; null: nothing is ready. '-infinity' walks all dead entries.
+-- The oldest ready task of a lane from a floor on. '-infinity' walks all dead entries.
 create or replace function orchestrator._lane_head(p_type text, p_priority int, p_floor timestamptz) returns timestamptz
 language plpgsql stable as $$
 begin
@@ -83,8 +83,8 @@ begin
           where t.type = p_type and t.priority = p_priority and t.queued_at >= p_floor order by t.queued_at limit 1);
 end $$;
 
--- Whether looking for the oldest ready task takes p_slow or longer, twice in a row: after a rest the first look is slow by
--- itself, and it marks the entries that no snapshot needs any longer, which makes the second one quick.
+-- Whether looking for the oldest ready task takes p_slow or longer, twice in a row: the first look after a rest is slow by
+-- itself, and marks the entries that no snapshot needs any longer.
 create or replace function orchestrator._is_slow(p_type text, p_priority int, p_floor timestamptz, p_slow interval, out slow boolean, out head timestamptz)
 language plpgsql as $$
 declare
@@ -98,7 +98,6 @@ begin
   end loop;
 end $$;
 
--- Raises the floor of one lane if that is worth a row: only where dead entries make the look slow.
 create or replace function orchestrator._raise_floor(p_type text, p_priority int, p_safe timestamptz, p_slow interval) returns boolean
 language plpgsql as $$
 declare
@@ -117,8 +116,8 @@ begin
   return true;
 end $$;
 
--- The floors that have not risen for a minute and no longer help, in any order. Asking walks what the old snapshot keeps, so it
--- takes at most about 100 ms, and a 200th of the time: the others' turn comes.
+-- Floors that have not risen for a minute and no longer help, in any order. Asking walks what the old snapshot keeps, so it
+-- takes at most about 100 ms, and a 200th of the time.
 create or replace function orchestrator._idle_floors(p_slow interval, out types text[], out priorities int[])
 language plpgsql as $$
 declare
@@ -157,12 +156,11 @@ begin
   return v_changed + coalesce(cardinality(v_idle.types), 0);
 end $$;
 comment on function orchestrator.raise_floors(text, bigint, interval) is
-  'The leader''s: raises the floors of lanes where looking for the oldest ready task takes p_slow or longer, and drops floors '
-  'without which it is quicker. Returns how many of both; null under a stale term. Call it in a transaction of its own: it keeps '
-  'the lock on floors to the end.';
+  'The leader''s: raises the floors of lanes where looking for the oldest ready task takes p_slow or longer, and drops those that '
+  'no longer help. Returns how many of both; null under a stale term. Locks floors to the end of its transaction.';
 
--- The net under it all: walks the ready index from lane to lane, each from its very beginning, and lowers a floor that hides a
--- task. On its way it takes a type by chance, from which claims of a pattern with very many types look on.
+-- The net under it all: walks the ready index from lane to lane, each from its very beginning. On its way it takes a type by
+-- chance, from which claims of a pattern with very many types look on.
 create or replace function orchestrator.rescan_lanes(p_worker_id text, p_term bigint, p_budget interval default '20 milliseconds') returns int
 language plpgsql as $$
 declare
@@ -201,5 +199,5 @@ begin
   return v_mended;
 end $$;
 comment on function orchestrator.rescan_lanes(text, bigint, interval) is
-  'The leader''s: looks for ready tasks below the floor of their lane (after a step of the clock), lowers those floors, for '
-  'about p_budget, and goes on next time where it stopped. Returns how many lanes were mended, normally 0; null under a stale term.';
+  'The leader''s: lowers floors that hide ready tasks (after a step of the clock), for about p_budget, and goes on next time where '
+  'it stopped. Returns how many, normally 0; null under a stale term.';

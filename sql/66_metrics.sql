@@ -1,5 +1,5 @@
 -- What the leader exports of the whole queue at /metrics. Reads type_stats, stats_state, task_types and workers; writes nothing.
--- A type counts under the name of its policy, so the number of series follows what is registered, never what is enqueued.
+-- The number of series follows what is registered, never what is enqueued.
 
 create or replace function orchestrator.metrics() returns jsonb
 language sql stable as $$
@@ -8,7 +8,7 @@ language sql stable as $$
            coalesce(sum(t.in_flight), 0) as in_flight, coalesce(sum(t.dead_letters), 0) as dead_letters,
            coalesce(extract(epoch from max(s.counted_at - t.oldest_ready_at)), 0) as oldest_seconds,
            coalesce(sum(t.enqueued_total), 0) as enqueued_total
-    -- first all labels, so that each series is there from the start, at 0
+    -- first all labels: each series is there from the start, at 0
     from (select p.type, null as counted from orchestrator.task_types p where p.max_retries is not null
           union all select coalesce(orchestrator._registered_as(c.type), 'other'), c.type from orchestrator.type_stats c) n
     cross join orchestrator.stats_state s left join orchestrator.type_stats t on t.type = n.counted
@@ -20,5 +20,5 @@ language sql stable as $$
     'dead_workers', (select count(*) from orchestrator.workers w where w.declared_dead_at is not null))
 $$;
 comment on function orchestrator.metrics() is
-  'The counts of type_stats by registered type or pattern (the rest is other), how old they are in seconds (null: never '
-  'counted), live workers, and workers declared dead whose tasks are still to be recovered. Its cost doesn''t depend on the backlog.';
+  'The counts of type_stats by registered type or pattern (the rest is other), their age in seconds (null: never counted), live '
+  'workers, and dead ones that are still to be recovered.';

@@ -1,5 +1,5 @@
--- What an operator does: cancel, retry, pause. Writes tasks, task_events, task_types, sometimes lanes. Each locks task rows and
--- no claim: asking a task to stop doesn't take it off its claim; the outcome does.
+-- What an operator does: cancel, retry, pause. Writes tasks, task_events, task_types, sometimes lanes. Locks task rows and no
+-- claim: asking a task to stop doesn't take it off its claim; the outcome does.
 
 create or replace function orchestrator.cancel_task(p_id uuid) returns text
 language plpgsql as $$
@@ -30,7 +30,7 @@ begin
 end $$;
 comment on function orchestrator.cancel_task(uuid) is
   'Cancels a waiting task at once (returns cancelled); asks one in flight to stop (cancelling): it ends as cancelled when its '
-  'handler does. Of one that has ended returns the status, of an unknown one not_found.';
+  'handler does. Else returns the status of what has ended, or not_found.';
 
 create or replace function orchestrator.retry_task(p_id uuid) returns text
 language plpgsql as $$
@@ -50,8 +50,8 @@ begin
   return 'pending';
 end $$;
 comment on function orchestrator.retry_task(uuid) is
-  'Puts a dead letter or a cancelled task back in the queue, at the tail, with all its retries. Returns pending; of a task in '
-  'another status that status; of an unknown one not_found.';
+  'Puts a dead letter or a cancelled task back at the tail of its lane, with all its retries. Returns pending, else the status '
+  'that it has, or not_found.';
 
 create or replace function orchestrator.retry_dead_letters(p_type text default null, p_limit int default 1000) returns int
 language plpgsql as $$
@@ -68,11 +68,10 @@ begin
   return v_n;
 end $$;
 comment on function orchestrator.retry_dead_letters(text, int) is
-  'Retries up to p_limit (at most 10000) dead letters of a type or pattern (null: all), the oldest first. Returns how many: call it again until '
-  'that is 0.';
+  'Retries up to p_limit (at most 10000) dead letters of a type or pattern (null: all), the oldest first. Returns how many: call it '
+  'again until that is 0.';
 
--- How many types that are registered, have ready tasks or are handled as part of a pattern does a type or pattern cover? Refuses
--- what is neither a type nor a pattern.
+-- How many types that are registered, ready, or handled as part of a pattern does a type or pattern cover?
 create or replace function orchestrator._matching(p_type text) returns int
 language plpgsql stable as $$
 begin

@@ -1,8 +1,8 @@
 -- What a person looks at: views, statistics, the story of a task. Reads only. Payloads, results and errors are shown with their
 -- secrets blanked; each view has the predicate of the index that serves it (ready, due, in flight, dead).
--- Functions whose names begin with _ and that have no search_path of their own are called by functions that pin it.
 
--- Whether a key, split into words (apiKey, API_KEY and api-key are api_key), names a secret.
+
+-- Whether a key names a secret, split into words: apiKey, API_KEY and api-key are api_key.
 create or replace function orchestrator._names_a_secret(p_key text) returns boolean
 language sql immutable parallel safe as $$
   select p_key ~* 'pass|pwd|secret|token|key|credential|authorization' and k.words !~ '_(env|file|type|count|limit)$' and k.words ~
@@ -16,9 +16,8 @@ language sql immutable parallel safe set search_path = pg_catalog, pg_temp as $$
                         '((?:pass(?:word|wd|phrase)|pwd|secret|token|api_?key)=)[^\s,;&''")]+', '\1[redacted]', 'gi')
 $$;
 comment on function orchestrator.redact_text(text) is
-  'The same text with passwords blanked: in URLs (scheme://user:password@host) and after password= or token=.';
+  'The text with passwords blanked: in URLs (scheme://user:password@host) and after password= or token=.';
 
--- One JSON value, p_depth levels deep.
 create or replace function orchestrator._redact(p_json jsonb, p_depth int) returns jsonb
 language sql immutable parallel safe as $$
   select case jsonb_typeof(p_json)
@@ -38,11 +37,11 @@ $$;
 create or replace function orchestrator.redact(p_json jsonb) returns jsonb
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp as $$ select orchestrator._redact(p_json, 50) $$;
 comment on function orchestrator.redact(jsonb) is
-  'The same JSON to be shown: "[redacted]" for values whose keys name a secret as a whole word (password, apiKey, access_token; not '
-  'max_tokens) unless they end in _env, _file, _type, _count or _limit; passwords in texts as redact_text has it; whatever is '
-  'nested over 50 levels deep, and numbers that a browser or Python can''t read, as text.';
+  'The JSON to be shown: "[redacted]" for values whose keys name a secret as a whole word (password, apiKey, access_token; not '
+  'max_tokens) unless they end in _env, _file, _type, _count or _limit; passwords in texts as redact_text has it; as text, what '
+  'is nested over 50 levels deep, and numbers that a browser or Python can''t read.';
 
--- The names and values of an object in the order in which they were written.
+-- An object as names and values in the order in which they were written.
 create or replace function orchestrator._in_order(p_json json) returns jsonb
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp as $$
   select case when json_typeof(p_json) = 'object' then
@@ -50,7 +49,7 @@ language sql immutable parallel safe set search_path = pg_catalog, pg_temp as $$
      from json_each(p_json) with ordinality e) else orchestrator.redact(p_json::jsonb) end
 $$;
 
--- The first 200 characters, or the size of what is too large to be looked through for a list.
+-- The first 200 characters, or the size of what is too large for a list.
 create or replace function orchestrator._preview(p_payload jsonb) returns text
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp as $$
   select case when p_payload = '{}' then null
@@ -58,7 +57,7 @@ language sql immutable parallel safe set search_path = pg_catalog, pg_temp as $$
               else '[' || pg_size_pretty(pg_column_size(p_payload)::bigint) || ' stored]' end
 $$;
 
--- For those who have no right on payloads: tasks without them, to be passed on as whole rows, and payloads with secrets blanked.
+-- For those who have no right on payloads.
 create or replace view orchestrator._bare_tasks as
   select t.id, t.type, t.status, t.priority, t.idempotency_key, t.worker_id, t.claim_id, t.created_at, t.queued_at, t.claimed_at,
          t.started_at, t.completed_at, t.updated_at, t.attempts, t.max_retries, t.last_error, t.next_retry_at, t.dead_at,
@@ -85,16 +84,15 @@ create or replace view orchestrator.running_tasks as
          t.attempts, t.cancel_requested_at, orchestrator.redact(t.progress::jsonb) as progress, orchestrator.redact(t.payload) as payload
   from orchestrator.claims c join orchestrator.tasks t on t.claim_id = c.id
   where t.status in ('claimed', 'running');
-comment on view orchestrator.running_tasks is
-  'Tasks in flight. A quick one goes from claimed to completed in one step; those that last are marked as running.';
+comment on view orchestrator.running_tasks is 'Tasks in flight. Quick ones go from claimed to completed; those that last are marked as running.';
 
 create or replace view orchestrator.dead_letters as
   select t.id, t.type, t.priority, t.dead_at, t.attempts, orchestrator.redact_text(t.last_error) as last_error, t.worker_id, t.created_at,
          t.idempotency_key, orchestrator.redact(t.payload) as payload
   from orchestrator.tasks t where t.dead_at is not null;
-comment on view orchestrator.dead_letters is 'Tasks that failed for good; retry_task or retry_dead_letters puts them back.';
+comment on view orchestrator.dead_letters is 'Tasks that failed for good.';
 
--- What type_stats says of the last 15 minutes or so, as of now.
+-- What type_stats says of the last 15 minutes or so.
 create or replace view orchestrator._recent as
   select s.type, s.median, s.p95, s.recent_ended * d.decay / d.seconds as per_second, s.recent_enqueued * d.decay / d.seconds as enqueued_per_second,
          case when s.recent_attempts * d.decay >= 0.05 then least(s.recent_failures / s.recent_attempts, 1) end as failure_share
@@ -113,10 +111,9 @@ create or replace view orchestrator.queue_stats as
   from types y left join counted c using (type) left join orchestrator._recent r using (type)
   order by y.type;
 comment on view orchestrator.queue_stats is
-  'By type, counted live: ready, scheduled for later, in flight, dead letters, the age of the oldest ready one, and whether the type '
-  'is paused. From type_stats: tasks ended per second and the share of failed attempts lately, seconds that runs took.';
+  'By type, counted live: ready, scheduled, in flight, dead letters, the age of the oldest ready one, and whether the type is '
+  'paused. From type_stats: tasks ended per second and share of failed attempts lately, seconds that runs took.';
 
--- The first reason that holds, in words for whoever is on call.
 create or replace function orchestrator.explain_task(p_id uuid) returns text
 language plpgsql stable as $$
 declare
@@ -174,13 +171,12 @@ language sql stable as $$
   from orchestrator._bare_tasks t join orchestrator._redacted_tasks r on r.id = t.id where t.id = p_id
 $$;
 comment on function orchestrator.show_task(uuid) is
-  'One task''s whole story as JSON: its row (secrets blanked; progress as [[name, value], …] in the handler''s order; claim_id as '
-  'text), explain_task, and its events. Null if there is none.';
+  'A task''s whole story: its row (secrets blanked; progress as [[name, value], …] in the handler''s order; claim_id as text), '
+  'explain_task, and its events. Null if there is none.';
 
 create or replace function orchestrator.get_task(p_id uuid) returns jsonb
 language sql stable as $$
   select to_jsonb(t) || jsonb_build_object('events', orchestrator._events(t.id, false)) from orchestrator.tasks t where t.id = p_id
 $$;
 comment on function orchestrator.get_task(uuid) is
-  'One task''s row as it is, nothing blanked, and its events, for the program that owns it. Needs the right to read payloads. '
-  'Null if there is none.';
+  'A task''s row and its events, nothing blanked, for the program that owns it and may read payloads. Null if there is none.';

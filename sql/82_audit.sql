@@ -1,7 +1,5 @@
--- The audit: looks for each invariant that the data can show, in one statement, so in one snapshot. Reads only, locks nothing,
--- and reads tasks whole a few times.
+-- The audit: looks for each invariant that the data can show, in one statement, so in one snapshot. Reads only, and locks nothing.
 
--- The first rule that one row of tasks breaks, or null.
 create or replace function orchestrator._broken_rule(t orchestrator._bare_tasks) returns text
 language sql immutable parallel safe as $$
   select case
@@ -107,5 +105,5 @@ language sql stable as $$
   order by 1, 2, 3
 $$;
 comment on function orchestrator.audit() is
-  'One row for each violation of what must always hold; none on a healthy database. Reads tasks whole a few times, so it takes '
-  'seconds for millions of rows. task_id and worker_id are null where they don''t apply.';
+  'One row for each violation of what must always hold; none on a healthy database. Reads tasks whole a few times: seconds for '
+  'millions of rows.';

@@ -1,11 +1,10 @@
--- Who may do what. Loaded last: it takes from PUBLIC whatever the files before it created. Four roles without a login, to be granted
--- to those who have one: `grant orchestrator_worker to my_service`. Every function runs with its caller's rights, so the rights on
--- tables and columns decide; functions are granted by their names. Nobody but the owner has DDL rights.
+-- Who may do what. Loaded last: it takes from PUBLIC whatever the files before created. Every function runs with its caller's
+-- rights, so those on tables and columns decide. Four roles without a login: `grant orchestrator_worker to my_service`.
 --   orchestrator_producer   enqueues; can't read a payload back
 --   orchestrator_worker     runs a worker, and serves its page and metrics; a handler that enqueues needs orchestrator_producer too
 --   orchestrator_operator   cancels, retries, pauses, and looks; a worker whose page may act needs it too
---   orchestrator_auditor    looks: views, lists, audit. It has no right on payloads and results, and sees them with secrets blanked
--- Roles belong to the whole server. Where the installing role may not create them, a notice says so and the rest still works.
+--   orchestrator_auditor    looks: views, lists, audit, with the secrets of payloads and results blanked
+-- Where the installing role may not create roles, a notice says so and the rest still works.
 
 revoke all on schema orchestrator from public;
 revoke all on all tables in schema orchestrator from public;
@@ -48,7 +47,7 @@ begin
   execute format('grant usage on schema orchestrator to %s', v_all);
   execute format('grant usage on type orchestrator.task_status to %s', v_all);
 
-  -- Helpers and pure functions do nothing that their caller may not; the others go to those whose task they are.
+  -- helpers and pure functions do nothing that their caller may not
   for r in
     select p.oid::regprocedure as signature, case
       when p.proname ~ '^_' or p.provolatile = 'i' then v_all
