@@ -37,7 +37,7 @@ end $$;
 
 create or replace function orchestrator.schema_version() returns int
 language sql immutable parallel safe as $$ select 1 $$;
-comment on function orchestrator.schema_version() is 'The version of this schema. A worker starts only on the one that it knows.';
+comment on function orchestrator.schema_version is 'The version of this schema. A worker starts only on the one that it knows.';
 
 do $$
 begin
@@ -61,7 +61,7 @@ end $$;
 -- Functions without a search_path can be inlined: a standard body (return, begin atomic) is bound when it is created.
 create or replace function orchestrator.longest_delay() returns interval
 language sql immutable parallel safe return interval '3650 days';
-comment on function orchestrator.longest_delay() is 'The longest delay, snooze or wait for a retry: 3650 days.';
+comment on function orchestrator.longest_delay is 'The longest delay, snooze or wait for a retry: 3650 days.';
 
 create or replace function orchestrator._kept(p_text text) returns text
 language sql immutable parallel safe return left(p_text, 8000);

@@ -73,7 +73,7 @@ begin
   end if;
   return v_id;
 end $$;
-comment on function orchestrator.enqueue(text, jsonb, int, text, int, timestamptz) is
+comment on function orchestrator.enqueue is
   'Adds a task in the caller''s transaction and returns its id. A repeated (type, idempotency_key) returns the id of the first '
   'task and changes nothing. p_max_retries null: the policy of the type. p_run_at: not before that moment. Raises OR001.';
 
@@ -132,7 +132,7 @@ begin
   end if;
   return query select u.o::int, u.id, u.id = u.own from unnest(v_found, v_ids) with ordinality u(id, own, o);
 end $$;
-comment on function orchestrator.enqueue_many(text, jsonb[], int, text[], int, timestamptz) is
+comment on function orchestrator.enqueue_many is
   'Adds a task for each payload and returns (ordinal from 1, id, created). created is false where the idempotency key was known, '
   'in the table or earlier in the array. Raises OR001, and then adds none.';
 
@@ -198,7 +198,7 @@ begin
     end if;
   end loop;
 end $$;
-comment on function orchestrator.enqueue_lines(text[], jsonb, boolean) is
+comment on function orchestrator.enqueue_lines is
   'Enqueues lines of JSON {type, payload, priority, idempotency_key, max_retries, run_at}; p_defaults: for fields that a line leaves '
   'out. Returns for each line but blank ones its number from 1 and its id and whether it was created, or the problem. p_stop: the '
   'first problem ends it, and nothing behind that line is enqueued.';

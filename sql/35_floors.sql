@@ -155,7 +155,7 @@ begin
     and not exists (select from orchestrator.lane_floors f where f.type = n.type and f.priority = n.priority);
   return v_changed + coalesce(cardinality(v_idle.types), 0);
 end $$;
-comment on function orchestrator.raise_floors(text, bigint, interval) is
+comment on function orchestrator.raise_floors is
   'The leader''s: raises the floors of lanes where looking for the oldest ready task takes p_slow or longer, and drops those that '
   'no longer help. Returns how many of both; null under a stale term. Locks floors to the end of its transaction.';
 
@@ -198,6 +198,6 @@ begin
   where (rescan_type, sampled_type) is distinct from (v_type, v_sampled);
   return v_mended;
 end $$;
-comment on function orchestrator.rescan_lanes(text, bigint, interval) is
+comment on function orchestrator.rescan_lanes is
   'The leader''s: lowers floors that hide ready tasks (after a step of the clock), for about p_budget, and goes on next time where '
   'it stopped. Returns how many, normally 0; null under a stale term.';

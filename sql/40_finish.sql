@@ -19,7 +19,7 @@ returns interval language sql immutable parallel safe begin atomic
             extract(epoch from orchestrator.longest_delay())::double precision))
   from orchestrator._default_policy() d;
 end;
-comment on function orchestrator.retry_delay(int, interval, interval, double precision) is
+comment on function orchestrator.retry_delay is
   'base · 2^(attempt − 1), at most max, times a factor from a half (random = 0) to 1 (random = 1). Safe for any input.';
 
 -- The registered name that applies to a type: itself, else the longest pattern.
@@ -94,7 +94,7 @@ begin
     v_from := v_to + 1;
   end loop;
 end $$;
-comment on function orchestrator.complete_tasks(bigint[], int[], uuid[], jsonb[]) is
+comment on function orchestrator.complete_tasks is
   'Completes tasks grouped by claim: p_ids holds p_counts[i] tasks of p_claim_ids[i], one claim after another; p_results, if '
   'given, one for each. Returns only those that did not complete: cancelled or rejected.';
 
@@ -174,7 +174,7 @@ begin
     return next;
   end loop;
 end $$;
-comment on function orchestrator.fail_tasks(bigint[], uuid[], text[], text[], interval[], boolean[]) is
+comment on function orchestrator.fail_tasks is
   'Records a failed attempt of each task, named by its claim: a retry after p_retry_afters[i] (null: the policy''s backoff), or a '
   'dead letter if permanent or its retries are used up. p_tracebacks[i] is kept in the event. Returns the status of each, or rejected.';
 
@@ -183,7 +183,7 @@ create or replace function orchestrator.fail_task(
 returns text language sql as $$
   select f.outcome from orchestrator.fail_tasks(array[p_claim_id], array[p_id], array[p_error], null, array[p_retry_after], array[p_permanent]) f
 $$;
-comment on function orchestrator.fail_task(bigint, uuid, text, interval, boolean) is 'fail_tasks for one task: returns its status or rejected.';
+comment on function orchestrator.fail_task is 'fail_tasks for one task: returns its status or rejected.';
 
 -- Puts tasks of a locked claim back to their old places, uncharged.
 create or replace function orchestrator._release(p_claim_id bigint, p_ids uuid[], p_event text, p_recovered boolean) returns int
@@ -230,7 +230,7 @@ begin
   v_n := orchestrator._lock_and_end_cancelled(p_claim_id, v_ids);
   return v_n + orchestrator._release(p_claim_id, v_ids, 'released', false);
 end $$;
-comment on function orchestrator.release_tasks(bigint, uuid[]) is
+comment on function orchestrator.release_tasks is
   'Gives tasks of a claim back (p_ids null: all), uncharged and at their old places. Returns how many left the claim.';
 
 create or replace function orchestrator.release_forgotten(p_worker_id text, p_known bigint[]) returns int
@@ -244,7 +244,7 @@ begin
   end loop;
   return v_n;
 end $$;
-comment on function orchestrator.release_forgotten(text, bigint[]) is
+comment on function orchestrator.release_forgotten is
   'Releases a worker''s claims but p_known: those whose answer was lost. Returns how many tasks left them.';
 
 create or replace function orchestrator.snooze_task(p_claim_id bigint, p_id uuid, p_delay interval) returns text
@@ -267,7 +267,7 @@ begin
   perform orchestrator._shrink_claim(p_claim_id, 1);
   return 'snoozed';
 end $$;
-comment on function orchestrator.snooze_task(bigint, uuid, interval) is
+comment on function orchestrator.snooze_task is
   'Puts a task off, uncharged. Returns snoozed, cancelled or rejected. Raises OR001.';
 
 create or replace function orchestrator.record_progress(p_claim_id bigint, p_id uuid, p_progress json) returns boolean
@@ -278,7 +278,7 @@ begin
   where t.id = p_id and t.claim_id is not distinct from p_claim_id and t.status in ('claimed', 'running');
   return found;
 end $$;
-comment on function orchestrator.record_progress(bigint, uuid, json) is 'Keeps the progress of a task. Returns whether the claim still holds it.';
+comment on function orchestrator.record_progress is 'Keeps the progress of a task. Returns whether the claim still holds it.';
 
 create or replace function orchestrator.note_lost_result(p_id uuid, p_problem text) returns boolean
 language plpgsql as $$
@@ -287,5 +287,5 @@ begin
   perform orchestrator._add_event(p_id, 'result_lost', null, null, p_problem);
   return true;
 end $$;
-comment on function orchestrator.note_lost_result(uuid, text) is
+comment on function orchestrator.note_lost_result is
   'Records that the result of a completed task could not be kept. Returns whether there is such a task.';

@@ -22,7 +22,7 @@ begin
   where (tt.max_retries, tt.base_delay, tt.max_delay, tt.timeout)
         is distinct from (excluded.max_retries, excluded.base_delay, excluded.max_delay, excluded.timeout);
 end $$;
-comment on function orchestrator.register_worker(text, text, int, text, jsonb) is
+comment on function orchestrator.register_worker is
   'Registers a worker under a new id, and the policies of its handlers: {type or pattern: {max_retries, base_delay, max_delay, '
   'timeout}}, in seconds, with defaults of 3, 1, 3600 and none.';
 
@@ -30,7 +30,7 @@ create or replace function orchestrator.announce_stop(p_id text) returns void
 language sql as $$
   update orchestrator.workers w set stopping_at = clock_timestamp(), idle = false where w.id = p_id and w.stopping_at is null
 $$;
-comment on function orchestrator.announce_stop(text) is 'A worker claims no more, and ends when its tasks have.';
+comment on function orchestrator.announce_stop is 'A worker claims no more, and ends when its tasks have.';
 
 create or replace function orchestrator.unregister_worker(p_id text) returns boolean
 language plpgsql as $$
@@ -40,7 +40,7 @@ begin
   update orchestrator.workers w set declared_dead_at = clock_timestamp(), is_leader = false, idle = false where w.id = p_id;
   return false;
 end $$;
-comment on function orchestrator.unregister_worker(text) is
+comment on function orchestrator.unregister_worker is
   'Removes a worker that stops. One that still holds claims is declared dead instead, to be recovered: then false.';
 
 create or replace function orchestrator.heartbeat(p_id text) returns table (worker_id text, last_heartbeat timestamptz)
@@ -51,14 +51,14 @@ begin
   update orchestrator.workers w set last_heartbeat = clock_timestamp() where w.id = p_id and w.declared_dead_at is null;
   return query select w.id, w.last_heartbeat from orchestrator.workers w where w.declared_dead_at is null;
 end $$;
-comment on function orchestrator.heartbeat(text) is
+comment on function orchestrator.heartbeat is
   'Records that a worker is alive. Returns all live workers. One that is not among them was declared dead, and must register under a new id.';
 
 create or replace function orchestrator.cancelling_tasks(p_id text) returns setof uuid
 language sql stable as $$
   select t.id from orchestrator.tasks t where t.cancel_requested_at is not null and t.worker_id = p_id and t.status in ('claimed', 'running')
 $$;
-comment on function orchestrator.cancelling_tasks(text) is 'The tasks of a worker that were asked to stop.';
+comment on function orchestrator.cancelling_tasks is 'The tasks of a worker that were asked to stop.';
 
 create or replace function orchestrator.set_idle(p_id text, p_idle boolean) returns void
 language plpgsql as $$
@@ -66,7 +66,7 @@ begin
   perform set_config('synchronous_commit', 'off', true);   -- nothing is lost if a crash forgets it
   update orchestrator.workers w set idle = p_idle where w.id = p_id and w.idle <> p_idle;
 end $$;
-comment on function orchestrator.set_idle(text, boolean) is
+comment on function orchestrator.set_idle is
   'Marks a worker as waiting for work, so that enqueue notifies it. It must look once more after this.';
 
 -- Recovers tasks of a locked claim: asked to cancel → cancelled; running → a failed attempt; not yet started → back to its old
@@ -133,7 +133,7 @@ begin
   get diagnostics v_n = row_count;
   return v_n;
 end $$;
-comment on function orchestrator.declare_dead(text, bigint, text[], timestamptz[]) is
+comment on function orchestrator.declare_dead is
   'The leader''s: declares the workers p_ids dead whose last heartbeat still is p_seen[i], which the leader saw WORKER_TIMEOUT ago '
   'by its own clock: a step of the server''s means nothing. Returns how many; null under a stale term.';
 
@@ -147,7 +147,7 @@ begin
   get diagnostics declared = row_count;
   select count(*) into living from orchestrator.workers w where w.id <> p_worker_id and w.declared_dead_at is null;
 end $$;
-comment on function orchestrator.declare_disconnected_dead(text) is
+comment on function orchestrator.declare_disconnected_dead is
   'For a single instance at its start: declares all workers dead that have no connection. Returns how many, and how many others live.';
 
 create or replace function orchestrator.recover_orphans(
@@ -177,7 +177,7 @@ begin
     and not exists (select from orchestrator.claims cl where cl.worker_id = w.id);
   get diagnostics workers_removed = row_count;
 end $$;
-comment on function orchestrator.recover_orphans(text, bigint, int) is
+comment on function orchestrator.recover_orphans is
   'The leader''s: takes about p_limit tasks from workers that are dead or gone. Those not started go back to their old places, '
   'uncharged; for running ones it is a failed attempt. dead_letters: how many ended as such, by type. failed: rows that '
   'could not be recovered. A worker''s row goes with its last claim. Nulls under a stale term.';

@@ -29,7 +29,7 @@ begin
 exception when unique_violation then   -- another one was elected between the look and the update
   is_leader := false;
 end $$;
-comment on function orchestrator.acquire_leadership(text, interval) is
+comment on function orchestrator.acquire_leadership is
   'Extends this worker''s leadership by p_length from now, or elects it if nobody leads. term rises at each election.';
 
 create or replace function orchestrator.resign_leadership(p_worker_id text, p_term bigint) returns boolean
@@ -38,7 +38,7 @@ begin
   update orchestrator.workers w set is_leader = false where w.id = p_worker_id and w.is_leader and w.leader_term = p_term;
   return found;
 end $$;
-comment on function orchestrator.resign_leadership(text, bigint) is 'Ends a term early: the next leader need not wait for the lease.';
+comment on function orchestrator.resign_leadership is 'Ends a term early: the next leader need not wait for the lease.';
 
 -- Locks the leader's row, so that nobody is elected before the caller's transaction ends.
 create or replace function orchestrator._leads(p_worker_id text, p_term bigint) returns boolean
@@ -86,6 +86,6 @@ begin
     delete from orchestrator.task_events e where e.task_id = any (v_ids);
   end if;
 end $$;
-comment on function orchestrator.prune(text, bigint, interval, interval, int) is
+comment on function orchestrator.prune is
   'The leader''s: deletes tasks that completed or were cancelled p_completed ago, and dead letters of p_dead_letter ago (0: kept '
   'for ever), with their events. Looks at p_limit tasks of each. more: call it again at once. Nulls under a stale term.';

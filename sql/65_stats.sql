@@ -237,7 +237,7 @@ begin
   perform orchestrator._keep_sample(s.counted_at);
   return extract(epoch from s.next_at - s.counted_at);
 end $$;
-comment on function orchestrator.sample_stats(text, bigint, int, interval) is
+comment on function orchestrator.sample_stats is
   'The leader''s: counts tasks into type_stats, and every 10 seconds into stats_samples, unless the next count isn''t due. Goes '
   'through at most p_limit tasks of the primary key a call, and settles those older than p_lag before the safe floor. Returns the '
   'seconds until the next count is due; null under a stale term.';

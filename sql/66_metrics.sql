@@ -19,6 +19,6 @@ language sql stable as $$
     'workers', (select count(*) from orchestrator.workers w where w.declared_dead_at is null),
     'dead_workers', (select count(*) from orchestrator.workers w where w.declared_dead_at is not null))
 $$;
-comment on function orchestrator.metrics() is
+comment on function orchestrator.metrics is
   'The counts of type_stats by registered type or pattern (the rest is other), their age in seconds (null: never counted), live '
   'workers, and dead ones that are still to be recovered.';

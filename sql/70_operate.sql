@@ -28,7 +28,7 @@ begin
   end if;
   return t.status;
 end $$;
-comment on function orchestrator.cancel_task(uuid) is
+comment on function orchestrator.cancel_task is
   'Cancels a waiting task at once (returns cancelled); asks one in flight to stop (cancelling): it ends as cancelled when its '
   'handler does. Else returns the status of what has ended, or not_found.';
 
@@ -49,7 +49,7 @@ begin
   perform orchestrator._notify_idle(t.type);
   return 'pending';
 end $$;
-comment on function orchestrator.retry_task(uuid) is
+comment on function orchestrator.retry_task is
   'Puts a dead letter or a cancelled task back at the tail of its lane, with all its retries. Returns pending, else the status '
   'that it has, or not_found.';
 
@@ -67,7 +67,7 @@ begin
   end loop;
   return v_n;
 end $$;
-comment on function orchestrator.retry_dead_letters(text, int) is
+comment on function orchestrator.retry_dead_letters is
   'Retries up to p_limit (at most 10000) dead letters of a type or pattern (null: all), the oldest first. Returns how many: call it '
   'again until that is 0.';
 
@@ -92,7 +92,7 @@ begin
   on conflict (type) do update set paused = true, updated_at = clock_timestamp() where not t.paused;
   changed := found;
 end $$;
-comment on function orchestrator.pause_type(text) is
+comment on function orchestrator.pause_type is
   'Keeps tasks of a type or pattern from being claimed; those in flight go on. Returns whether that is new, and how many known '
   'types it covers. Raises OR001.';
 
@@ -106,5 +106,5 @@ begin
     perform pg_notify('orchestrator', '');
   end if;
 end $$;
-comment on function orchestrator.resume_type(text) is
+comment on function orchestrator.resume_type is
   'Undoes pause_type for the same type or pattern. Returns whether it was paused, and how many known types it covers. Raises OR001.';

@@ -15,7 +15,7 @@ language sql immutable parallel safe set search_path = pg_catalog, pg_temp as $$
   select regexp_replace(regexp_replace(p_text, '(://[^\s:/@]*):(?!\d+[/?#])\S*@', '\1:[redacted]@', 'g'),
                         '((?:pass(?:word|wd|phrase)|pwd|secret|token|api_?key)=)[^\s,;&''")]+', '\1[redacted]', 'gi')
 $$;
-comment on function orchestrator.redact_text(text) is
+comment on function orchestrator.redact_text is
   'The text with passwords blanked: in URLs (scheme://user:password@host) and after password= or token=.';
 
 create or replace function orchestrator._redact(p_json jsonb, p_depth int) returns jsonb
@@ -36,7 +36,7 @@ $$;
 
 create or replace function orchestrator.redact(p_json jsonb) returns jsonb
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp as $$ select orchestrator._redact(p_json, 50) $$;
-comment on function orchestrator.redact(jsonb) is
+comment on function orchestrator.redact is
   'The JSON to be shown: "[redacted]" for values whose keys name a secret as a whole word (password, apiKey, access_token; not '
   'max_tokens) unless they end in _env, _file, _type, _count or _limit; passwords in texts as redact_text has it; as text, what '
   'is nested over 50 levels deep, and numbers that a browser or Python can''t read.';
@@ -150,7 +150,7 @@ begin
                     case when v_ahead = 1000 then '1000 or more' else v_ahead::text end, orchestrator._count_of(v_workers, 'live worker'));
   end case;
 end $$;
-comment on function orchestrator.explain_task(uuid) is 'Why a task is where it is, in one sentence, and what to do about it.';
+comment on function orchestrator.explain_task is 'Why a task is where it is, in one sentence, and what to do about it.';
 
 create or replace function orchestrator._count_of(p_n bigint, p_noun text) returns text
 language sql immutable parallel safe return p_n || ' ' || p_noun || case when p_n = 1 then '' else 's' end;
@@ -170,7 +170,7 @@ language sql stable as $$
     'explanation', orchestrator.explain_task(t.id), 'events', orchestrator._events(t.id, true))
   from orchestrator._bare_tasks t join orchestrator._redacted_tasks r on r.id = t.id where t.id = p_id
 $$;
-comment on function orchestrator.show_task(uuid) is
+comment on function orchestrator.show_task is
   'A task''s whole story: its row (secrets blanked; progress as [[name, value], …] in the handler''s order; claim_id as text), '
   'explain_task, and its events. Null if there is none.';
 
@@ -178,5 +178,5 @@ create or replace function orchestrator.get_task(p_id uuid) returns jsonb
 language sql stable as $$
   select to_jsonb(t) || jsonb_build_object('events', orchestrator._events(t.id, false)) from orchestrator.tasks t where t.id = p_id
 $$;
-comment on function orchestrator.get_task(uuid) is
+comment on function orchestrator.get_task is
   'A task''s row and its events, nothing blanked, for the program that owns it and may read payloads. Null if there is none.';

@@ -104,6 +104,6 @@ language sql stable as $$
                ('stats_state', (select count(*) from orchestrator.stats_state))) o(name, n) where o.n = 0
   order by 1, 2, 3
 $$;
-comment on function orchestrator.audit() is
+comment on function orchestrator.audit is
   'One row for each violation of what must always hold; none on a healthy database. Reads tasks whole a few times: seconds for '
   'millions of rows.';

@@ -50,7 +50,7 @@ language sql as $$
                from orchestrator.type_stats t),
     'types', orchestrator._api_types(), 'workers', orchestrator._api_workers())
 $$;
-comment on function orchestrator.api_overview() is
+comment on function orchestrator.api_overview is
   'Totals, types (counts, paused, how many live workers handle them, rate and share of failures of the last 15 minutes or so, p50 '
   'and p95 of sampled runs) and workers, as the leader counted counts.age seconds ago. Ages and durations in seconds.';
 
@@ -74,7 +74,7 @@ language sql stable as $$
                 from orchestrator.stats_samples s where s.at > clock_timestamp() - make_interval(mins => c.minutes)))
   from (select orchestrator._check_range('minutes', p_minutes, 120) as minutes offset 0) c   -- checked, however empty samples is
 $$;
-comment on function orchestrator.api_history(int) is
+comment on function orchestrator.api_history is
   'p_minutes (1 to 120): the samples of all types together of that time, about every 10 seconds. Raises OR001.';
 
 -- Lists -------------------------------------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ begin
     'next', case when v_walk = 'ids' then coalesce(v_before::text, 'ffffffff-ffff-ffff-ffff-ffffffffffff') else v_walk || '+' || v_skip end,
     'back_to', (select t.created_at from orchestrator.tasks t where t.id = v_before));
 end $$;
-comment on function orchestrator.api_tasks(text, text, text, text, int) is
+comment on function orchestrator.api_tasks is
   'Search: an id or its beginning; a type, or types by their beginning (mail: or mail*); a status (also ready, scheduled, in_flight); '
   'p_limit (1 to 200); p_before: next of the page before. States with an index come in its order, all else by id, the newest first; a '
   'type alone: in flight, ready, scheduled, dead letters, then what has ended. Each page looks at 10,000 tasks or a few more, so one '
@@ -224,9 +224,9 @@ language sql as $$
         where e.event = 'failed' and (p_type is null or t.type = p_type)
         order by e.id desc limit orchestrator._check_range('limit', p_limit, 200)) f
 $$;
-comment on function orchestrator.api_failures(text, int) is
+comment on function orchestrator.api_failures is
   'p_type, p_limit (1 to 200): failed attempts among the last 5000 events, the newest first, with the error. Raises OR001.';
 
 create or replace function orchestrator.api_task(p_id uuid) returns jsonb
 language sql stable as $$ select orchestrator.show_task(p_id) $$;
-comment on function orchestrator.api_task(uuid) is 'One task''s whole story (show_task); null if there is none.';
+comment on function orchestrator.api_task is 'One task''s whole story (show_task); null if there is none.';
