@@ -124,9 +124,9 @@ language sql volatile parallel safe
 return (extract(epoch from clock_timestamp() - timestamptz '2025-01-01 00:00:00+00') * 1000000)::bigint * 1024 + floor(random() * 1024)::bigint;
 
 -- At least the bytes of a payload's text, without reading what is stored apart. enqueue holds the factor of 32.
-create or replace function orchestrator._most_bytes(p_payload jsonb) returns bigint
+create or replace function orchestrator._most_bytes(p_payload jsonb) returns int
 language sql stable parallel safe
-return case when pg_column_compression(p_payload) is null then 32 * pg_column_size(p_payload)::bigint else 262144 end;
+return case when pg_column_compression(p_payload) is null then 32 * pg_column_size(p_payload) else 262144 end;
 
 create or replace function orchestrator._too_heavy(p_type text, p_priority int, p_from timestamptz, p_n int, p_most bigint) returns boolean
 language plpgsql stable as $$
@@ -210,7 +210,7 @@ begin
             order by t.queued_at limit least(v_share, v_left) for no key update skip locked)
           update orchestrator.tasks t
           set status = 'claimed', worker_id = p_worker_id, claim_id = v_claim_id, claimed_at = v_now, updated_at = v_now, queued_at = null
-          from pick p where t.ctid = p.tid and (not v_weigh or (select avg(q.bytes) from pick q) <= v_most)
+          from pick p where t.ctid = p.tid and (not v_weigh or (select sum(q.bytes) <= v_most * count(*) from pick q))
           returning t.claim_id, t.id, t.type, t.payload, t.attempts, t.max_retries, t.priority, t.created_at,
                     date_part('epoch', v_now - p.queued_at), t.recoveries;
         get diagnostics v_taken = row_count;
