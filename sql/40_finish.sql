@@ -185,8 +185,9 @@ returns text language sql as $$
 $$;
 comment on function orchestrator.fail_task is 'fail_tasks for one task: returns its status or rejected.';
 
--- Puts tasks of a locked claim back to their old places, uncharged.
-create or replace function orchestrator._release(p_claim_id bigint, p_ids uuid[], p_event text, p_recovered boolean) returns int
+-- Puts tasks of a locked claim back to their old places, or off by p_delay, uncharged.
+create or replace function orchestrator._release(
+  p_claim_id bigint, p_ids uuid[], p_event text, p_recovered boolean, p_delay interval default null) returns int
 language plpgsql as $$
 declare
   v_n int;
@@ -204,15 +205,18 @@ begin
         order by t.id for no key update) t;
   with released as (
     update orchestrator.tasks t
-    set status = 'pending', queued_at = t.created_at, worker_id = null, claim_id = null, claimed_at = null, started_at = null,
-        progress = null, attempts = t.attempts - (t.status = 'running')::int, recoveries = t.recoveries + p_recovered::int,
-        updated_at = clock_timestamp()
+    set status = 'pending', queued_at = case when p_delay is null then t.created_at end, next_retry_at = clock_timestamp() + p_delay,
+        worker_id = null, claim_id = null, claimed_at = null, started_at = null, progress = null, updated_at = clock_timestamp(),
+        attempts = t.attempts - (t.status = 'running')::int, recoveries = t.recoveries + p_recovered::int
     where t.id = any (v_ids)
     returning t.type, t.priority, t.queued_at)
   select count(*), array_agg(type), array_agg(priority), array_agg(queued_at) into v_n, v_types, v_priorities, v_heads from released;
-  perform orchestrator._add_event(u.id, p_event, null, u.worker, null) from unnest(v_ids, v_workers) u(id, worker);
+  perform orchestrator._add_event(u.id, p_event, null, u.worker, 'for ' || extract(epoch from p_delay)::numeric(15, 3) || ' s')
+  from unnest(v_ids, v_workers) u(id, worker);
   perform orchestrator._shrink_claim(p_claim_id, v_n);
-  perform orchestrator._put_back(v_types, v_priorities, v_heads);
+  if p_delay is null then
+    perform orchestrator._put_back(v_types, v_priorities, v_heads);
+  end if;
   return v_n;
 end $$;
 
@@ -249,23 +253,14 @@ comment on function orchestrator.release_forgotten is
 
 create or replace function orchestrator.snooze_task(p_claim_id bigint, p_id uuid, p_delay interval) returns text
 language plpgsql as $$
-declare
-  v_worker text;
 begin
   if p_delay is null or p_delay < interval '0' or p_delay > orchestrator.longest_delay() then
     perform orchestrator._invalid('delay', 'must be from 0 to 3650 days', 'Give it as an interval.');
   end if;
-  select c.worker_id into v_worker from orchestrator.claims c where c.id = p_claim_id for no key update;
+  perform from orchestrator.claims c where c.id = p_claim_id for no key update;
   if not found then return 'rejected'; end if;
   if orchestrator._lock_and_end_cancelled(p_claim_id, array[p_id]) > 0 then return 'cancelled'; end if;
-  update orchestrator.tasks t
-  set status = 'pending', next_retry_at = clock_timestamp() + p_delay, worker_id = null, claim_id = null, claimed_at = null,
-      started_at = null, progress = null, attempts = t.attempts - (t.status = 'running')::int, updated_at = clock_timestamp()
-  where t.id = p_id and t.claim_id is not distinct from p_claim_id and t.status in ('claimed', 'running');
-  if not found then return 'rejected'; end if;
-  perform orchestrator._add_event(p_id, 'snoozed', null, v_worker, 'for ' || extract(epoch from p_delay)::numeric(15, 3) || ' s');
-  perform orchestrator._shrink_claim(p_claim_id, 1);
-  return 'snoozed';
+  return case orchestrator._release(p_claim_id, array[p_id], 'snoozed', false, p_delay) when 0 then 'rejected' else 'snoozed' end;
 end $$;
 comment on function orchestrator.snooze_task is
   'Puts a task off, uncharged. Returns snoozed, cancelled or rejected. Raises OR001.';

@@ -40,7 +40,6 @@ MUTANTS = [
     Mutant("fence of _fail", "40_finish", "_fail", FENCE, "true", "finish claim"),
     Mutant("fence of _release", "40_finish", "_release", FENCE, "true", "finish claim"),
     Mutant("fence of _lock_and_end_cancelled", "40_finish", "_lock_and_end_cancelled", FENCE, "true", "finish claim"),
-    Mutant("fence of snooze_task", "40_finish", "snooze_task", FENCE, "true", "finish claim"),
     Mutant("fence of record_progress", "40_finish", "record_progress", FENCE, "true", "finish claim"),
     Mutant("fence of start_tasks", "30_claim", "start_tasks", FENCE, "true", "finish claim"),
     Mutant("what a lane leaves is left", "30_claim", "claim_tasks", "while v_left > 0 and v_lanes > 0 loop", "for pass in 1..1 loop",
