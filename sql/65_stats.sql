@@ -1,10 +1,10 @@
--- Counting, done by the leader, once for the page, the metrics and psql. Writes type_stats, stats_state and stats_samples; reads
--- tasks, claims, task_types and task_events. Lock order: the leader's row → leader_state → stats_state → type_stats.
--- What waits is counted along the partial indexes, in one snapshot with what was enqueued: a million ready tasks take 0.08 s. The
--- next count comes 200 times as long after a count as that took, at most a minute later: less than 1% of one core.
--- Each task ever enqueued is counted once, along the primary key, which is time. Tasks below the cursor are settled: the cursor
--- stays below the safe floor (35_floors.sql), so nobody can still commit there. Visible tasks above it are counted anew each
--- time, so a long transaction holds back nothing but the cursor. What ended = enqueued - waiting - scheduled - in flight.
+-- Counting, done by the leader, once for the page, the metrics and psql. Writes type_stats, stats_state and stats_samples.
+-- Lock order: the leader's row → leader_state → stats_state → type_stats.
+-- What waits is counted along the partial indexes: a million ready tasks take 0.08 s. The next count comes 200 times as long after
+-- a count as that took, at most a minute later: less than 1% of one core.
+-- Each task ever enqueued is counted once, along the primary key, which is time. Tasks below the cursor are settled: it stays
+-- below the safe floor (35_floors.sql), so nobody can still commit there. Those above it are counted anew each time, so a long
+-- transaction holds back nothing but the cursor. What ended = enqueued - waiting - scheduled - in flight.
 
 create table if not exists orchestrator.type_stats (
   type            text collate "C" primary key,
@@ -16,13 +16,8 @@ create table if not exists orchestrator.type_stats (
   oldest_ready_at timestamptz,
   settled         bigint not null default 0,   -- of enqueued_total, those below the cursor
   enqueued_total  bigint not null default 0,
-  -- sums that decay with a time constant of 15 minutes, as a load average does: recent_ended / recent_seconds is the throughput
   recent_at       timestamptz,
-  recent_seconds  double precision not null default 0,
-  recent_enqueued double precision not null default 0,
-  recent_ended    double precision not null default 0,
-  recent_attempts double precision not null default 0,
-  recent_failures double precision not null default 0,
+  recent          double precision[] not null default '{0,0,0,0,0}',   -- see _recent
   runs            real[] not null default '{}',   -- seconds that the latest 100 sampled runs took
   median          real,
   p95             real
@@ -58,8 +53,7 @@ create table if not exists orchestrator.stats_samples (
 comment on table orchestrator.stats_samples is
   'The counts of all types together, about every 10 seconds, for the last 2 hours. Throughput is the difference of two samples.';
 
--- What waits or rests, by type, each along its partial index. At most 5 million of each kind, so that even a huge backlog is
--- counted within seconds.
+-- What waits or rests, by type, each along its partial index: at most 5 million, so that it takes seconds at worst.
 create or replace function orchestrator._count_live()
 returns table (type text, waiting bigint, oldest timestamptz, scheduled bigint, in_flight bigint, dead_letters bigint)
 language sql stable
@@ -88,8 +82,8 @@ create or replace view orchestrator._unregistered as
   select s.* from orchestrator.type_stats s
   where s.type <> 'other' and not exists (select from orchestrator.task_types p where p.type = s.type);
 
--- Gives each registered type a row, and up to 200 others: first those that wait, then those enqueued lately. When these rows
--- are used up and another type waits, those of idle types are added to other, so that no task is counted twice or lost.
+-- Gives each registered type a row, and up to 200 others: first those that wait, then those enqueued lately. When these are used
+-- up and another type waits, those of idle types are added to other.
 create or replace function orchestrator._name_types(p_since uuid) returns void
 language plpgsql as $$
 declare
@@ -121,8 +115,8 @@ begin
 end $$;
 
 -- One statement, so one snapshot: what ended is a difference of these counts. greatest: retention may delete what is not
--- settled yet, and a counter must not fall. The recent sums begin after a complete count, since catching up on millions looks
--- like as many endings. Returns how many tasks it went through along the primary key.
+-- settled yet, and a counter must not fall. The recent sums begin after a complete count: catching up looks like as many
+-- endings. Returns how many tasks it went through along the primary key.
 create or replace function orchestrator._store_counts(p_state orchestrator.stats_state, p_to uuid, p_limit int, p_at timestamptz) returns bigint
 language sql set enable_hashjoin = on as $$
   with counts as (
@@ -144,7 +138,7 @@ language sql set enable_hashjoin = on as $$
            sum(c.failed) as failed, sum(c.dead) as dead
     from counts c left join orchestrator.type_stats s on s.type = c.type group by 1),
   changes as (
-    select c.*, n.enqueued_total, n.enqueued_total - k.enqueued_total as enqueued, n.seconds, exp(-n.seconds / 900) as decay,
+    select c.*, n.enqueued_total, n.enqueued_total - k.enqueued_total as enqueued, n.seconds,
            greatest(n.enqueued_total - c.waiting - c.scheduled - c.in_flight
                     - (k.enqueued_total - k.waiting - k.scheduled - k.in_flight), 0) as ended
     from counted c join orchestrator.type_stats k on k.type = c.type
@@ -155,19 +149,16 @@ language sql set enable_hashjoin = on as $$
     update orchestrator.type_stats s
     set waiting = c.waiting, scheduled = c.scheduled, in_flight = c.in_flight, dead_letters = c.dead_letters,
         oldest_ready_at = c.oldest, settled = s.settled + c.settled, enqueued_total = c.enqueued_total, recent_at = p_at,
-        recent_seconds = s.recent_seconds * c.decay + c.seconds * p_state.complete::int,
-        recent_enqueued = s.recent_enqueued * c.decay + c.enqueued * p_state.complete::int,
-        recent_ended = s.recent_ended * c.decay + c.ended * p_state.complete::int,
-        recent_failures = s.recent_failures * c.decay + c.failed * p_state.complete::int,
-        recent_attempts = s.recent_attempts * c.decay + (greatest(c.ended - c.dead, 0) + c.failed) * p_state.complete::int
+        recent = (select array_agg(r.old * exp(-c.seconds / 900) + r.new * p_state.complete::int order by r.o)
+                  from unnest(s.recent, array[c.seconds, c.enqueued, c.ended, greatest(c.ended - c.dead, 0) + c.failed, c.failed])
+                  with ordinality r(old, new, o))
     from changes c
     where c.type = s.type and (s.waiting, s.scheduled, s.in_flight, s.dead_letters, s.oldest_ready_at, s.enqueued_total, 0, 0)
           is distinct from (c.waiting, c.scheduled, c.in_flight, c.dead_letters, c.oldest, c.enqueued_total, c.settled, c.failed))
   select coalesce(sum(c.seen), 0)::bigint from counted c
 $$;
 
--- The first 500 tasks claimed after each count are followed to their ends. What completed before it was marked as running has run
--- since its claim.
+-- Follows the first 500 tasks claimed after each count to their ends.
 create or replace function orchestrator._sample_runs(p_last bigint, p_watched uuid[]) returns void
 language plpgsql as $$
 declare

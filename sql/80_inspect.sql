@@ -72,11 +72,8 @@ create or replace view orchestrator._redacted_tasks as
 create or replace view orchestrator.pending_tasks as
   select t.id, t.type, t.priority, t.status, t.queued_at as ready_since, t.next_retry_at, t.attempts,
          orchestrator.redact_text(t.last_error) as last_error, t.created_at, t.idempotency_key, orchestrator.redact(t.payload) as payload
-  from orchestrator.tasks t where t.queued_at is not null
-  union all
-  select t.id, t.type, t.priority, t.status, null, t.next_retry_at, t.attempts, orchestrator.redact_text(t.last_error), t.created_at,
-         t.idempotency_key, orchestrator.redact(t.payload)
-  from orchestrator.tasks t where t.next_retry_at is not null;
+  from (select * from orchestrator.tasks where queued_at is not null
+        union all select * from orchestrator.tasks where next_retry_at is not null) t;
 comment on view orchestrator.pending_tasks is 'Tasks that wait: ready since ready_since, or not before next_retry_at.';
 
 create or replace view orchestrator.running_tasks as
@@ -92,13 +89,14 @@ create or replace view orchestrator.dead_letters as
   from orchestrator.tasks t where t.dead_at is not null;
 comment on view orchestrator.dead_letters is 'Tasks that failed for good.';
 
--- What type_stats says of the last 15 minutes or so.
+-- type_stats.recent has sums that decay with a time constant of 15 minutes, as a load average does: seconds, tasks enqueued and
+-- ended, attempts, failed attempts.
 create or replace view orchestrator._recent as
-  select s.type, s.median, s.p95, s.recent_ended * d.decay / d.seconds as per_second, s.recent_enqueued * d.decay / d.seconds as enqueued_per_second,
-         case when s.recent_attempts * d.decay >= 0.05 then least(s.recent_failures / s.recent_attempts, 1) end as failure_share
+  select s.type, s.median, s.p95, s.recent[3] * d.decay / d.seconds as per_second, s.recent[2] * d.decay / d.seconds as enqueued_per_second,
+         case when s.recent[4] * d.decay >= 0.05 then least(s.recent[5] / s.recent[4], 1) end as failure_share
   from orchestrator.type_stats s
   cross join lateral (select greatest(extract(epoch from clock_timestamp() - s.recent_at), 0)::double precision as idle) i
-  cross join lateral (select exp(-i.idle / 900) as decay, nullif(s.recent_seconds * exp(-i.idle / 900) + i.idle, 0) as seconds) d;
+  cross join lateral (select exp(-i.idle / 900) as decay, nullif(s.recent[1] * exp(-i.idle / 900) + i.idle, 0) as seconds) d;
 
 create or replace view orchestrator.queue_stats as
   with counted as (select * from orchestrator._count_live()),
@@ -128,8 +126,7 @@ begin
   select p.type into v_paused from orchestrator.task_types p   -- by its own name or by a pattern
   where p.paused and t.type like p.likes order by p.type = t.type desc limit 1;
   case
-    when t.status in ('completed', 'cancelled') then
-      return format('%s at %s', t.status, t.completed_at);
+    when t.status in ('completed', 'cancelled') then return format('%s at %s', t.status, t.completed_at);
     when t.status = 'dead_letter' then
       return format('gave up after %s at %s: select orchestrator.retry_task(%L) tries again', orchestrator._count_of(t.attempts, 'attempt'), t.dead_at, t.id);
     when t.status in ('claimed', 'running') then
@@ -137,15 +134,13 @@ begin
         case when t.cancel_requested_at is not null then ', asked to stop at ' || t.cancel_requested_at else '' end,
         coalesce((select ', whose last heartbeat is ' || extract(epoch from clock_timestamp() - w.last_heartbeat)::int || ' s old'
                   from orchestrator.workers w where w.id = t.worker_id), ', which is gone: the leader will recover it'));
-    when v_workers = 0 then
-      return format('no live worker handles %s: start one with a handler for it', t.type);
-    when v_paused is not null then
-      return format('%s is paused: select orchestrator.resume_type(%L)', v_paused, v_paused);
+    when v_workers = 0 then return format('no live worker handles %s: start one with a handler for it', t.type);
+    when v_paused is not null then return format('%1$s is paused: select orchestrator.resume_type(%1$L)', v_paused);
     when t.next_retry_at is not null then
       return format('not before %s (%s)', t.next_retry_at, case when t.attempts > 0 then 'a retry of attempt ' || t.attempts else 'scheduled' end);
     else
-      select count(*) into v_ahead from (select from orchestrator.tasks x where x.type = t.type and x.priority = t.priority
-                                         and x.queued_at < t.queued_at limit 1000) a;
+      select count(*) into v_ahead
+      from (select from orchestrator.tasks x where x.type = t.type and x.priority = t.priority and x.queued_at < t.queued_at limit 1000) a;
       return format('ready; %s of the same type and priority are before it, for %s',
                     case when v_ahead = 1000 then '1000 or more' else v_ahead::text end, orchestrator._count_of(v_workers, 'live worker'));
   end case;
