@@ -3,51 +3,39 @@
 --   enqueue → claim_tasks → [start_tasks] → complete_tasks
 --                         → fail_tasks → (retry_scheduled) promote_due → claim_tasks … or (dead_letter) retry_task
 --                         → release_tasks | snooze_task → claim_tasks …
--- What a crash may forget, since it is made again (claims, heartbeats, promotions, progress, floors, counts, retention), commits
--- without waiting for the flush: set_config('synchronous_commit', 'off', true).
+-- What is made again after a crash (claims, heartbeats, progress, floors, counts …) commits without waiting for the flush.
 -- Lock order everywhere: the leader's row in workers → other workers → claims (ascending id) → tasks → lane_floors (35_floors.sql).
 
--- Nothing in other schemas shadows a built-in in constraints, views, defaults and inlined functions, which are bound by this path.
+-- constraints, views, defaults and inlined functions are bound by this path
 set local search_path = pg_catalog, pg_temp;
 
--- One installation at a time. Anybody may hold this key, so the wait ends; PostgreSQL rolls one of two back at worst.
 do $$
 begin
+  -- One installation at a time. Anybody may hold this key, so the wait ends; PostgreSQL rolls one of two back at worst.
   for i in 1..600 loop
     exit when pg_try_advisory_xact_lock(hashtext('orchestrator.install'));
     perform pg_sleep(0.1);
   end loop;
-end $$;
-
-do $$   -- not "if not exists", which needs the right to create one where it is there
-begin
+  -- not "if not exists", which needs the right to create one where it is there
   if to_regnamespace('orchestrator') is null then create schema orchestrator; end if;
-end $$;
-comment on schema orchestrator is 'A durable task queue: its functions enqueue, claim, retry and recover tasks.';
-
-do $$
-begin
   if to_regprocedure('orchestrator.schema_version()') is not null then
     if orchestrator.schema_version() > 1 then
       raise exception 'the schema orchestrator is of version %, newer than these files (1)', orchestrator.schema_version()
         using errcode = 'OR004', hint = 'Install with the newer release, or run the newer orchestrator.py.';
     end if;
   end if;
-end $$;
-
-create or replace function orchestrator.schema_version() returns int
-language sql immutable parallel safe as $$ select 1 $$;
-comment on function orchestrator.schema_version is 'The version of this schema. A worker starts only on the one that it knows.';
-
-do $$
-begin
   if to_regtype('orchestrator.task_status') is null then
     create type orchestrator.task_status as enum
       ('pending', 'claimed', 'running', 'completed', 'failed', 'retry_scheduled', 'dead_letter', 'cancelled');
   end if;
 end $$;
+comment on schema orchestrator is 'A durable task queue: its functions enqueue, claim, retry and recover tasks.';
 comment on type orchestrator.task_status is
   'pending → claimed → running → completed | retry_scheduled | dead_letter | cancelled. failed is an event, and never at rest.';
+
+create or replace function orchestrator.schema_version() returns int
+language sql immutable parallel safe as $$ select 1 $$;
+comment on function orchestrator.schema_version is 'The version of this schema. A worker starts only on the one that it knows.';
 
 -- Private SQLSTATEs, each raised with a message that names the field or the way out:
 --   OR001 invalid input    OR002 the claim is no longer held    OR003 the worker is not registered, or was declared dead

@@ -16,8 +16,8 @@ begin
 end $$;
 
 -- The types with this prefix that may have ready tasks, except paused ones, from type to type along the ready index: at most
--- 1,000, and 1,000 more from one that the leader takes by chance, so that none is always left out. A type with floors bounds
--- each look, since an old snapshot keeps dead entries there; it is returned in any case.
+-- 1,000, and 1,000 more from one that the leader takes by chance, so that none is always left out. A type with floors is returned
+-- in any case, and bounds each look, since an old snapshot keeps dead entries there.
 create or replace function orchestrator._ready_types(p_prefix text, p_paused text[]) returns setof text language plpgsql stable as $$
 declare
   v_from text := p_prefix;   -- lower types are done with
@@ -88,20 +88,19 @@ language sql stable begin atomic
   where coalesce(t.priority, f.priority) is not null;
 end;
 
--- The lanes of these types that have ready tasks, each with the queued_at of its oldest. A type is walked from priority to
--- priority along the ready index: empty lanes cost nothing.
-create or replace function orchestrator._ready_lanes(p_types text[])
+-- The lanes of these types that have ready tasks, each with the queued_at of its oldest, along the ready index: empty lanes cost nothing.
+create or replace function orchestrator._ready_lanes(p_types text[], p_below_floors boolean default false)
 returns table (type text, priority int, head timestamptz) language plpgsql stable as $$
 #variable_conflict use_column
 begin
-  if exists (select from orchestrator.lane_floors) then
+  if not p_below_floors and exists (select from orchestrator.lane_floors) then
     return query
       with recursive lane as (
         select u.type, n.priority, n.head from unnest(p_types) u(type) cross join lateral orchestrator._next_lane(u.type, 2147483648) n
         union all
         select l.type, n.priority, n.head from lane l cross join lateral orchestrator._next_lane(l.type, l.priority) n)
       select l.type, l.priority, l.head from lane l where l.head is not null;
-  else   -- the same, quicker
+  else
     return query
       with recursive lane as (
         select u.type, h.priority, h.queued_at
@@ -117,13 +116,12 @@ begin
   end if;
 end $$;
 
--- Ascending, and never given out twice, even if a crash forgets claims: microseconds since 2025 (until 2310), and a number below
--- 1024 by chance. Two claims that agree in both meet at the primary key.
+-- Ascending, and never given out twice, even if a crash forgets claims: microseconds since 2025 (until 2310) and 10 random bits.
 create or replace function orchestrator._new_claim_id() returns bigint
 language sql volatile parallel safe
 return (extract(epoch from clock_timestamp() - timestamptz '2025-01-01 00:00:00+00') * 1000000)::bigint * 1024 + floor(random() * 1024)::bigint;
 
--- At least the bytes of a payload's text, without reading what is stored apart. enqueue holds the factor of 32.
+-- At least the bytes of a payload's text, without reading what is stored apart (_large_payload_problem).
 create or replace function orchestrator._most_bytes(p_payload jsonb) returns int
 language sql stable parallel safe
 return case when pg_column_compression(p_payload) is null then 32 * pg_column_size(p_payload) else 262144 end;
@@ -136,7 +134,7 @@ begin
                 order by t.queued_at limit p_n) l);
 end $$;
 
--- Only lanes that much was taken from need a floor some day. So claims note a lane by chance, once in 50 tasks taken.
+-- Only lanes that much is taken from need a floor some day: claims note a lane once in 50 tasks, by chance.
 create or replace function orchestrator._note_lane(p_type text, p_priority int) returns void
 language plpgsql as $$
 begin
@@ -146,12 +144,11 @@ begin
 end $$;
 
 -- Highest priority first. Within one priority, every lane with work gives an equal share, in the order of their oldest tasks,
--- and what one lane leaves the others give in the next pass. A lane is one index range scan from its oldest ready task: the cost
--- doesn't depend on how much waits.
--- Large claims at the same time would step over rows that others have locked, at 1.2 µs each. So each takes a place in line, and
--- starts as many shares further on where a lane holds that much: four workers drain 8% more.
--- A claim that might exceed p_bytes weighs what it takes; where that is too much, it goes on with as few tasks as the largest
--- payloads allow.
+-- and what one lane leaves the others give in the next pass. A lane is one index range scan from its oldest ready task.
+-- Stepping over a row that another claim has locked takes 1.2 µs. So each large claim takes a place in line, and starts as many
+-- shares further on where a lane holds that much: four workers drain 8% more.
+-- A claim that might exceed p_bytes weighs what it takes; if that is too much, it goes on with as few as the largest payloads allow.
+-- It is one long function, since a call for each lane would cost more than the rest of the loop.
 create or replace function orchestrator.claim_tasks(p_worker_id text, p_types text[], p_limit int, p_bytes bigint default 67108864)
 returns table (claim_id bigint, id uuid, type text, payload jsonb, attempts int, max_retries int, priority int,
                created_at timestamptz, waited double precision, recoveries int)
@@ -160,7 +157,7 @@ language plpgsql as $$
 declare
   v_types text[];
   v_priorities int[];
-  v_heads timestamptz[];   -- of each lane, where to look from; null: nothing is left there
+  v_heads timestamptz[];   -- where to look from; null: nothing is left there
   v_first int := 1;        -- the lanes of one priority are v_first to v_last
   v_last int;
   v_lanes int;             -- of them with something left
@@ -200,7 +197,7 @@ begin
           v_from := (
             select t.queued_at from orchestrator.tasks t
             where t.type = v_types[i] and t.priority = v_priorities[i] and t.queued_at >= v_heads[i]
-            order by t.queued_at offset v_place::bigint * v_share limit 1);   -- null, so none, in a shorter lane: see the next pass
+            order by t.queued_at offset v_place::bigint * v_share limit 1);   -- null, so none, in a shorter lane
         end if;
         return query
           -- materialized: a join might run LIMIT … SKIP LOCKED again, and claim more than the limit
@@ -225,7 +222,7 @@ begin
           v_left := least(v_left, greatest((p_bytes - v_claimed * v_most) / 262144, (v_claimed = 0)::int));
           exit;   -- and pass again, with smaller shares
         end if;
-        if v_taken < v_share and v_from = v_heads[i] then   -- it has no more; where it started further on, there may be some before
+        if v_taken < v_share and v_from = v_heads[i] then   -- where it started further on, there may be some before
           v_heads[i] := null;
           v_lanes := v_lanes - 1;
         end if;

@@ -56,21 +56,16 @@ declare
   s orchestrator.leader_state;
 begin
   select * into s from orchestrator.leader_state for no key update;
-  if s.candidate is not null then
+  for look in 1..2 loop   -- for the last candidate, then for a new one
+    if s.candidate is null then
+      s.candidate := clock_timestamp();
+      s.candidate_vxids := orchestrator._tasks_writers();
+    end if;
     -- a prepared transaction has another number after a restart, -1/…: that holds any candidate back
-    if not exists (select from unnest(orchestrator._tasks_writers()) v where v = any (s.candidate_vxids) or v like '-1/%') then
-      s.safe_floor := s.candidate;
-      s.candidate := null;
-    end if;
-  end if;
-  if s.candidate is null then
-    s.candidate := clock_timestamp();
-    s.candidate_vxids := orchestrator._tasks_writers();
-    if s.candidate_vxids = '{}' then
-      s.safe_floor := s.candidate;
-      s.candidate := null;
-    end if;
-  end if;
+    exit when exists (select from unnest(orchestrator._tasks_writers()) v where v = any (s.candidate_vxids) or v like '-1/%');
+    s.safe_floor := s.candidate;
+    s.candidate := null;
+  end loop;
   update orchestrator.leader_state set safe_floor = s.safe_floor, candidate = s.candidate, candidate_vxids = s.candidate_vxids;
   return s.safe_floor;
 end $$;
@@ -169,28 +164,23 @@ declare
   v_seen int := 0;
   v_type text;
   v_sampled text;
-  v_floor timestamptz;
   l record;
 begin
   perform set_config('synchronous_commit', 'off', true);
   if not orchestrator._leads(p_worker_id, p_term) then return null; end if;
   select coalesce(s.rescan_type, '') into v_type from orchestrator.leader_state s;
   loop
-    select t.type, t.priority, t.queued_at into l from orchestrator.tasks t
-    where t.queued_at is not null and t.type > v_type order by t.type, t.priority desc, t.queued_at limit 1;
-    if not found then v_type := null; exit; end if;
-    v_type := l.type;
+    v_type := (select t.type from orchestrator.tasks t where t.queued_at is not null and t.type > v_type
+               order by t.type, t.priority desc, t.queued_at limit 1);
+    exit when v_type is null;
     v_seen := v_seen + 1;
     if random() * v_seen < 1 then v_sampled := v_type; end if;
-    while found loop
-      v_floor := (select f.floor from orchestrator.lane_floors f where f.type = l.type and f.priority = l.priority
-                  order by f.generation desc, f.floor limit 1);
-      if l.queued_at < v_floor then
-        perform orchestrator._put_back(array[l.type], array[l.priority], array[l.queued_at]);
+    for l in select * from orchestrator._ready_lanes(array[v_type], p_below_floors => true) loop
+      if l.head < (select f.floor from orchestrator.lane_floors f where f.type = l.type and f.priority = l.priority
+                   order by f.generation desc, f.floor limit 1) then
+        perform orchestrator._put_back(array[l.type], array[l.priority], array[l.head]);
         v_mended := v_mended + 1;
       end if;
-      select t.type, t.priority, t.queued_at into l from orchestrator.tasks t
-      where t.queued_at is not null and t.type = v_type and t.priority < l.priority order by t.type, t.priority desc, t.queued_at limit 1;
     end loop;
     exit when clock_timestamp() > v_until;
   end loop;

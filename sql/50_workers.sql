@@ -106,17 +106,15 @@ begin
     delete from orchestrator.claims c where c.id = p_claim_id;
     return;
   end if;
-  begin
-    return query select r.*, 0 from orchestrator._recover_tasks(p_claim_id, v_ids, p_error) r;
-    return;
-  exception when others then null;
-  end;
-  for i in 1..cardinality(v_ids) loop
+  for i in 0..cardinality(v_ids) loop   -- 0: all together
     begin
-      return query select r.*, 0 from orchestrator._recover_tasks(p_claim_id, v_ids[i:i], p_error) r;
+      return query select r.*, 0 from orchestrator._recover_tasks(p_claim_id, case when i = 0 then v_ids else v_ids[i:i] end, p_error) r;
+      exit when i = 0;
     exception when others then
-      raise warning 'task % could not be recovered: %', v_ids[i], sqlerrm;
-      return query select 0, 0, '{}'::text[], 0, 1;
+      if i > 0 then
+        raise warning 'task % could not be recovered: %', v_ids[i], sqlerrm;
+        return query select 0, 0, '{}'::text[], 0, 1;
+      end if;
     end;
   end loop;
 end $$;

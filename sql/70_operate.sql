@@ -35,10 +35,9 @@ comment on function orchestrator.cancel_task is
 create or replace function orchestrator.retry_task(p_id uuid) returns text
 language plpgsql as $$
 declare
-  t record;   -- not the whole row: an operator has no right on payloads
+  t record;
 begin
-  select x.status, x.worker_id, x.cancel_requested_at, x.type, x.priority, x.queued_at into t
-  from orchestrator.tasks x where x.id = p_id for no key update;
+  select x.status, x.type into t from orchestrator.tasks x where x.id = p_id for no key update;
   if not found then return 'not_found'; end if;
   if t.status not in ('dead_letter', 'cancelled') then return t.status; end if;
   update orchestrator.tasks x
