@@ -1,7 +1,6 @@
 -- What a person looks at: views, statistics, the story of a task. Reads only. Payloads, results and errors are shown with their
 -- secrets blanked; each view has the predicate of the index that serves it (ready, due, in flight, dead).
 
-
 -- Whether a key names a secret, split into words: apiKey, API_KEY and api-key are api_key.
 create or replace function orchestrator._names_a_secret(p_key text) returns boolean
 language sql immutable parallel safe as $$
@@ -20,13 +19,14 @@ comment on function orchestrator.redact_text is
 
 create or replace function orchestrator._redact(p_json jsonb, p_depth int) returns jsonb
 language sql immutable parallel safe as $$
-  select case jsonb_typeof(p_json)
-    when 'object' then case when p_depth = 0 then '"[nested too deeply]"' else
+  select case case when p_depth = 0 and jsonb_typeof(p_json) in ('object', 'array') then 'deep' else jsonb_typeof(p_json) end
+    when 'deep' then '"[nested too deeply]"'
+    when 'object' then
       (select coalesce(jsonb_object_agg(e.key, case when orchestrator._names_a_secret(e.key) and jsonb_typeof(e.value) <> 'null' then '"[redacted]"'
-                                                    else orchestrator._redact(e.value, p_depth - 1) end), '{}') from jsonb_each(p_json) e) end
-    when 'array' then case when p_depth = 0 then '"[nested too deeply]"' else
+                                                    else orchestrator._redact(e.value, p_depth - 1) end), '{}') from jsonb_each(p_json) e)
+    when 'array' then
       (select coalesce(jsonb_agg(orchestrator._redact(a.value, p_depth - 1) order by a.ordinality), '[]')
-       from jsonb_array_elements(p_json) with ordinality a) end
+       from jsonb_array_elements(p_json) with ordinality a)
     when 'number' then case when length(p_json::text) < 16 then p_json
       when length(p_json::text) > 100 then to_jsonb(format('[a number of %s digits]', length(p_json::text)))
       when abs(p_json::numeric) > 9007199254740992 then to_jsonb(p_json::text) else p_json end
