@@ -13,7 +13,7 @@ begin
     perform orchestrator._invalid('idempotency_key', 'must be 1 to 255 bytes', 'Leave it out, or hash a longer key.');
   elsif p_max_retries not between 0 and 1000 then
     perform orchestrator._invalid('max_retries', 'must be from 0 to 1000', 'Leave it out for the policy of the type.');
-  elsif p_run_at = 'infinity' or p_run_at = '-infinity' or p_run_at > clock_timestamp() + orchestrator.longest_delay() then
+  elsif not isfinite(p_run_at) or p_run_at > clock_timestamp() + orchestrator.longest_delay() then
     perform orchestrator._invalid('run_at', 'must be a moment within the next 3650 days', 'Leave it out to run at once.');
   end if;
 end $$;

@@ -78,6 +78,11 @@ set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off s
   ) u group by 1
 $$;
 
+create or replace view orchestrator._totals as
+  select coalesce(sum(s.waiting), 0) as waiting, coalesce(sum(s.scheduled), 0) as scheduled, coalesce(sum(s.in_flight), 0) as in_flight,
+         coalesce(sum(s.dead_letters), 0) as dead_letters, coalesce(sum(s.enqueued_total), 0) as enqueued_total, min(s.oldest_ready_at) as oldest
+  from orchestrator.type_stats s;
+
 create or replace view orchestrator._unregistered as
   select s.* from orchestrator.type_stats s
   where s.type <> 'other' and not exists (select from orchestrator.task_types p where p.type = s.type);
@@ -91,7 +96,7 @@ declare
   v_waiting int;   -- of them
 begin
   insert into orchestrator.type_stats (type, since)
-  select 'other', p_since union select p.type, p_since from orchestrator.task_types p where right(p.type, 1) not in ('*', ':')
+  select 'other', p_since union select p.type, p_since from orchestrator.task_types p where orchestrator._prefix(p.type) is null
   on conflict (type) do nothing;
   select array_agg(y.type order by y.late, y.type), count(*) filter (where y.late = 0) into v_new, v_waiting
   from (select u.type, min(u.late) as late
@@ -187,9 +192,8 @@ begin
   if exists (select from orchestrator.stats_samples s where s.at > p_at - interval '9.5 seconds' and s.at <= p_at) then return; end if;
   delete from orchestrator.stats_samples s where s.at < p_at - interval '2 hours' or s.at > p_at;
   insert into orchestrator.stats_samples
-  select p_at, sum(t.waiting), sum(t.scheduled), sum(t.in_flight), sum(t.dead_letters), sum(t.enqueued_total),
-         (select s.ended_total from orchestrator.stats_state s where s.complete)
-  from orchestrator.type_stats t;
+  select p_at, t.waiting, t.scheduled, t.in_flight, t.dead_letters, t.enqueued_total, case when s.complete then s.ended_total end
+  from orchestrator._totals t left join orchestrator.stats_state s on true;
 end $$;
 
 create or replace function orchestrator.sample_stats(
@@ -224,7 +228,7 @@ begin
   update orchestrator.stats_state o
   set cursor = v_to, counted_at = s.counted_at, took = s.took, next_at = s.next_at, complete = s.complete, last_event = v_event,
       ended_total = case when s.complete then n.ended else o.ended_total end
-  from (select sum(t.enqueued_total - t.waiting - t.scheduled - t.in_flight) as ended from orchestrator.type_stats t) n;
+  from (select t.enqueued_total - t.waiting - t.scheduled - t.in_flight as ended from orchestrator._totals t) n;
   perform orchestrator._keep_sample(s.counted_at);
   return extract(epoch from s.next_at - s.counted_at);
 end $$;

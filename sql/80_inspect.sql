@@ -101,7 +101,7 @@ create or replace view orchestrator._recent as
 create or replace view orchestrator.queue_stats as
   with counted as (select * from orchestrator._count_live()),
   types as (
-    select c.type from counted c union select p.type from orchestrator.task_types p where right(p.type, 1) not in ('*', ':')
+    select c.type from counted c union select p.type from orchestrator.task_types p where orchestrator._prefix(p.type) is null
     union select s.type from orchestrator.type_stats s where s.type <> 'other')
   select y.type, coalesce(c.waiting, 0) as waiting, coalesce(c.scheduled, 0) as scheduled, coalesce(c.in_flight, 0) as in_flight,
          coalesce(c.dead_letters, 0) as dead_letters, coalesce(clock_timestamp() - c.oldest, interval '0') as oldest_waiting_age,

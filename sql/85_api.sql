@@ -13,7 +13,7 @@ language sql as $$
   listed as (
     select coalesce(s.type, p.type) as type, coalesce(s.type = 'other' and p.type is null, false) as others
     from orchestrator.type_stats s full join orchestrator.task_types p on p.type = s.type
-    where s.type is not null or right(p.type, 1) not in ('*', ':') order by 1 limit 1000)
+    where s.type is not null or orchestrator._prefix(p.type) is null order by 1 limit 1000)
   select coalesce(jsonb_agg(to_jsonb(t) order by t.others, t.type), '[]')
   from (select y.type, y.others, coalesce(s.waiting, 0) as waiting, coalesce(s.scheduled, 0) as scheduled, coalesce(s.in_flight, 0) as in_flight,
           coalesce(s.dead_letters, 0) as dead_letters, coalesce(s.enqueued_total, 0) as enqueued_total, orchestrator._age(s.oldest_ready_at) as oldest_waiting,
@@ -41,14 +41,10 @@ create or replace function orchestrator.api_overview() returns jsonb
 language sql as $$
   select jsonb_build_object(
     'now', extract(epoch from clock_timestamp()), 'schema_version', orchestrator.schema_version(),
-    'counts', (select jsonb_build_object('age', orchestrator._age(s.counted_at), 'took', extract(epoch from s.took), 'complete', s.complete)
-               from orchestrator.stats_state s),
-    'totals', (select jsonb_build_object(
-                 'waiting', coalesce(sum(t.waiting), 0), 'scheduled', coalesce(sum(t.scheduled), 0), 'in_flight', coalesce(sum(t.in_flight), 0),
-                 'dead_letters', coalesce(sum(t.dead_letters), 0), 'oldest_waiting', orchestrator._age(min(t.oldest_ready_at)),
-                 'enqueued_total', coalesce(sum(t.enqueued_total), 0), 'ended_total', (select s.ended_total from orchestrator.stats_state s))
-               from orchestrator.type_stats t),
+    'counts', jsonb_build_object('age', orchestrator._age(s.counted_at), 'took', extract(epoch from s.took), 'complete', s.complete),
+    'totals', to_jsonb(t) - 'oldest' || jsonb_build_object('oldest_waiting', orchestrator._age(t.oldest), 'ended_total', s.ended_total),
     'types', orchestrator._api_types(), 'workers', orchestrator._api_workers())
+  from orchestrator._totals t left join orchestrator.stats_state s on true
 $$;
 comment on function orchestrator.api_overview is
   'Totals, types (counts, paused, how many live workers handle them, rate and share of failures of the last 15 minutes or so, p50 '
