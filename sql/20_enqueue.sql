@@ -31,7 +31,7 @@ begin
     when v_bytes > 32 * pg_column_size(p_payload) and pg_column_compression(p_payload) is null then 'has numbers of too many digits' end;
 end $$;
 
--- Below 1,000 bytes nothing but the size is worth a look.
+-- Payloads below 1,000 bytes need no closer look.
 create or replace function orchestrator._payload_problem(p_payload jsonb) returns text
 language sql stable parallel safe
 return case when octet_length(p_payload::text) >= 1000 then orchestrator._large_payload_problem(p_payload) end;

@@ -138,14 +138,14 @@ declare
   v_walk text := case when p_before ~ '\+' then split_part(p_before, '+', 1) when p_before is not null then 'ids' else v_walks[1] end;
   v_skip int;
   v_before uuid;
-  v_ids uuid[] := '{}';
+  v_ids uuid[] := array[]::uuid[];
   v_looked int := 0;
   v_cut boolean := false;
   r record;
 begin
   perform orchestrator._check_search(v_prefix, p_status, p_before, v_walks);
   v_skip := case when v_walk = 'ids' then 0 else coalesce(split_part(p_before, '+', 2)::int, 0) end;
-  v_before := case when v_walk = 'ids' then p_before end;
+  v_before := case when v_walk = 'ids' then p_before::uuid end;
   while v_left > 0 and v_looked < 10000 and v_walk is not null loop
     r := orchestrator._page(v_walk, v_skip, v_before, coalesce(v_prefix, ''), v_type,
       case when p_status <> v_walk then array[p_status] when v_walk = 'ids' and cardinality(v_walks) > 1 then '{completed,cancelled}' end, v_left);
