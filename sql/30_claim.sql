@@ -6,11 +6,8 @@
 create or replace function orchestrator._refuse_claim(p_worker_id text, p_limit int, p_bytes bigint) returns void
 language plpgsql stable as $$
 begin
-  if p_limit is null or p_limit < 0 then   -- null would be no limit at all
-    perform orchestrator._invalid('limit', 'must be 0 or more', 'How many tasks this worker has room for.');
-  elsif p_bytes is null or p_bytes < 1 then
-    perform orchestrator._invalid('bytes', 'must be 1 or more', 'How many bytes of payloads this worker has room for.');
-  end if;
+  perform orchestrator._invalid(f.field, format('must be %s or more', f.least), 'How much this worker has room for.')
+  from (values ('limit', p_limit, 0), ('bytes', p_bytes, 1)) f(field, n, least) where (f.n >= f.least) is not true;
   raise exception 'worker % is not registered, or was declared dead', p_worker_id
     using errcode = 'OR003', hint = 'Register again, under a new id.';
 end $$;
