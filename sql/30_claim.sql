@@ -131,7 +131,7 @@ begin
                 order by t.queued_at limit p_n) l);
 end $$;
 
--- Only lanes that much is taken from need a floor some day: claims note a lane once in 50 tasks, by chance.
+-- Only lanes that much is taken from need a floor some day: claims note a lane once in 500 tasks, by chance.
 create or replace function orchestrator._note_lane(p_type text, p_priority int) returns void
 language plpgsql as $$
 begin
@@ -210,7 +210,7 @@ begin
         get diagnostics v_taken = row_count;
         v_claimed := v_claimed + v_taken;
         v_left := v_left - v_taken;
-        if v_taken > random() * 50 then
+        if v_taken > random() * 500 then
           perform orchestrator._note_lane(v_types[i], v_priorities[i]);
         end if;
         exit when v_left <= 0;

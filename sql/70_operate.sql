@@ -14,7 +14,7 @@ begin
     set status = 'cancelled', completed_at = clock_timestamp(), updated_at = clock_timestamp(), queued_at = null, next_retry_at = null
     where x.id = p_id;
     perform orchestrator._add_event(p_id, 'cancelled', null, null, null);
-    if t.queued_at is not null and random() < 0.02 then   -- as a claim does
+    if t.queued_at is not null and random() < 0.002 then   -- as a claim does
       perform orchestrator._note_lane(t.type, t.priority);
     end if;
     return 'cancelled';
