@@ -1258,7 +1258,8 @@ def _outcome_of(task: Task, error: BaseException) -> Outcome:
     if isinstance(error, Retry):
         return Outcome("failed", clean_text(message_of(error)), after=error.after)
     if isinstance(error, Cancelled) and task.cancel_reason is not None:
-        return Outcome("failed", task.timeout_text) if task.cancel_reason == "timeout" else Outcome("released")
+        timed_out = task.cancel_reason == "timeout"
+        return Outcome("failed", task.timeout_text) if timed_out else Outcome("released")
     return Outcome("failed", describe_error(error), traceback=describe_traceback(error))
 
 

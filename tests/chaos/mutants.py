@@ -191,7 +191,8 @@ MUTANTS = [
     Mutant("due by a volatile function", "30_claim", "promote_due",
            "t.next_retry_at <= v_now", "t.next_retry_at <= clock_timestamp()", "plans promote"),
     Mutant("every enqueue notifies", "20_enqueue", "_notify_idle", "w.idle and", "", "enqueue notifies"),
-    Mutant("claims walk what is dead", "30_claim", "_ready_lanes", "exists (select from orchestrator.lane_floors)", "false", "floors old_snapshot"),
+    Mutant("claims walk what is dead", "30_claim", "_ready_lanes", "exists (select from orchestrator.lane_floors)", "false",
+           "floors old_snapshot"),
     # orchestrator.py: the pool, which needs no database
     python("a ticket keeps its neighbours", "Pool.supervise", "if (idle := self.idle()) and", "if (idle := self.idle()) and False and",
            "pool slow_task or idle_threads or rescue"),
