@@ -1283,7 +1283,8 @@ def _outcome_of(task: Task, error: BaseException) -> Outcome:
     if isinstance(error, Retry):
         return Outcome("failed", clean_text(message_of(error)), after=error.after)
     if isinstance(error, Cancelled) and task.cancel_reason is not None:
-        return Outcome("failed", task.timeout_text) if task.cancel_reason == "timeout" else Outcome("released")
+        timed_out = task.cancel_reason == "timeout"
+        return Outcome("failed", task.timeout_text) if timed_out else Outcome("released")
     return Outcome("failed", describe_error(error), traceback=describe_traceback(error))
 
 
@@ -1699,11 +1700,6 @@ class Loop:
         worker = self.worker
         try:
             self.run()
-        except ConfigError as error:   # the schema has another version
-            worker.fatal = error
-            log.error("%s", error)
-            worker.stopped.wait()
-            self.close()
         except BaseException as error:   # no memory, or a bug: a worker that lacks a thread must end
             said = f"the {self.name} thread ended: {describe_error(error)}"
             worker.fatal = worker.fatal or RuntimeError(said)
@@ -2281,7 +2277,7 @@ class ReportLoop(TasksInHand):
             task.outcome = Outcome("failed", ascii(f"{text}: {error_line(error)}"[:ERROR_LIMIT])[1:-1])
 
     def _report_completed(self, tasks: list[Task]) -> None:
-        """Report tasks that all returned something, or all returned nothing."""
+        """Of tasks that all returned something, or all returned nothing."""
         by_claim = grouped(tasks, lambda task: task.claim_id)
         tasks = [task for group in by_claim.values() for task in group]
         results = None if tasks[0].outcome is None else texts([t.outcome.text for t in tasks if t.outcome])
@@ -2394,13 +2390,21 @@ class HeartbeatLoop(Loop):
             with contextlib.suppress(ConfigError):
                 self.worker.revive()
 
+    def run(self) -> None:
+        try:
+            super().run()
+        except ConfigError as error:   # such as a schema of another version
+            self.worker.fatal = error
+            log.error("%s", error)
+            # Until the report loop has given back what this worker holds.
+            self.worker.stopped.wait()
+            self.close()
+
     def close(self) -> None:
-        worker = self.worker
+        # This ends its term, too.
         with contextlib.suppress(psycopg.Error):
-            if worker.term is not None:
-                self.link.call("resign_leadership", worker.id, worker.term)
-            if worker.registered.is_set():
-                self.link.call("unregister_worker", worker.id)
+            if self.worker.registered.is_set():
+                self.link.call("unregister_worker", self.worker.id)
         super().close()
 
     def register(self) -> None:
@@ -2433,12 +2437,11 @@ class HeartbeatLoop(Loop):
 
     def _define(self, title: str, given: dict[str, Any], function: str) -> None:
         """Once: what somebody removes later does not come back while this worker runs. Raises ConfigError."""
-        while given:
-            name, each = next(iter(given.items()))
+        for name, each in list(given.items()):
             try:
                 self.link.call(function, *each.arguments(name, self.worker.router.encode))
             except (ValueError, psycopg.Error) as error:
-                if isinstance(error, psycopg.Error) and error.sqlstate != "OR001":
+                if getattr(error, "sqlstate", "OR001") != "OR001":
                     raise
                 raise ConfigError(f"{title}[{name!r}]: {error_line(error)}") from None
             del given[name]
@@ -2531,10 +2534,8 @@ class WorkerStatus:
 
     worker_id: str
     leads: bool
-    # health: what is wrong with this process
-    problems: list[str]
-    # readiness: that, and why it can't take work just now
-    not_ready: list[str]
+    problems: list[str]    # health: what is wrong with this process
+    not_ready: list[str]   # readiness: that, and why it can't take work just now
     pool_size: int
     prefetch: int
     loop_lag: float
@@ -2710,6 +2711,7 @@ class Client:
             self.config = Config.load(settings, environ={})
             self._wrong = error
         self.router = Router(json_default)
+        # Written, as the config, by whoever opens or closes, under the lock.
         self._embedded: Any = None
         self._reset()
         _clients.add(self)
@@ -2740,8 +2742,9 @@ class Client:
         payload = {} if payload is None else payload
         if idempotency_key is None:
             return EnqueuedId(self._call(
-                connection, "enqueue", check_text("type", type), to_json("payload", payload, self.router.encode),
-                check_priority(priority), None, check_retries(max_retries), _run_at(run_at, delay),
+                connection, "enqueue", check_text("type", type),
+                to_json("payload", payload, self.router.encode), check_priority(priority), None,
+                check_retries(max_retries), _run_at(run_at, delay),
                 None if concurrency_key is None else _key("concurrency_key", concurrency_key),
                 self._meta(meta))[0][0])
         try:
@@ -2767,11 +2770,13 @@ class Client:
         keys, turns = (None if given is None else texts([
             None if key is None else _key(f"{name}_keys[{n}]", key) for n, key in enumerate(given, 1)])
             for name, given in (("idempotency", idempotency_keys), ("concurrency", concurrency_keys)))
-        text = texts([to_json(f"payloads[{n}]", payload, self.router.encode) for n, payload in enumerate(payloads, 1)])
+        encode = self.router.encode
+        text = texts([to_json(f"payloads[{n}]", payload, encode) for n, payload in enumerate(payloads, 1)])
         if len(text) > 8 * CALL_LIMIT:
             raise ValueError(f"payloads: over {8 * CALL_LIMIT >> 20} MiB in one call; add them in several")
-        rows = self._call(connection, "enqueue_many", check_text("type", type), text, check_priority(priority),
-                          keys, check_retries(max_retries), _run_at(run_at, delay), turns, self._meta(meta))
+        rows = self._call(
+            connection, "enqueue_many", check_text("type", type), text, check_priority(priority), keys,
+            check_retries(max_retries), _run_at(run_at, delay), turns, self._meta(meta))
         return [EnqueuedId(str(task_id), created) for _, task_id, created in sorted(rows)]
 
     def schedule(self, name: str, cron: str, type: str, payload: Any = None, *, timezone: str = "UTC",
@@ -2895,6 +2900,7 @@ class Orchestrator(Client):
     def __init__(self, database_url: str | None = None,
                  handlers: Mapping[str, Handler | Callable[[Task], Any]] | None = None, *,
                  json_default: Callable[[Any], Any] | None = None, **settings: Any) -> None:
+        # Written by the callers of start() and stop().
         self.worker: Worker | None = None
         self._http: Any = None
         super().__init__(json_default, {"database_url": database_url, **settings})

@@ -1,23 +1,19 @@
 -- The schema `orchestrator`: a durable task queue whose logic is in SQL. Load the files of this folder in the order of their
--- names, in one transaction: `cat sql/*.sql | psql -1 -v ON_ERROR_STOP=1`, or `python orchestrator.py install`. Loading them
--- again is safe. The life of a task, in function names:
+-- names, in one transaction, as `python orchestrator.py install` does; loading them again is safe. The life of a task:
 --   enqueue → claim_tasks → [start_tasks] → complete_tasks
 --                         → fail_tasks → (retry_scheduled) promote_due → claim_tasks … or (dead_letter) retry_task
 --                         → release_tasks | snooze_task → claim_tasks …
 -- schedule → promote_due enqueues, at each fire time.
--- Whoever writes what a crash may forget without harm (claims, heartbeats, promotions, progress, floors, counts, retention: they
--- are made again) commits without waiting for the flush: set_config('synchronous_commit', 'off', true). Enqueued tasks and
--- outcomes, starts that are charged, registrations, terms, deaths and what operators do wait for it.
+-- What is made again after a crash (claims, heartbeats, progress, floors, counts …) commits without waiting for the flush.
 -- Lock order everywhere: the leader's row in workers → other workers → claims (ascending id) → tasks → lane_floors (35_floors.sql).
 -- A schedule's row is locked before those of tasks; promote_due skips one that is locked.
 
--- Constraints, views, defaults and inlined functions are bound to what this path finds: nothing in other schemas shadows a built-in.
+-- constraints, views, defaults and inlined functions are bound by this path
 set local search_path = pg_catalog, pg_temp;
 
--- One installation at a time. Anybody may hold this key, so waiting for it has an end: two installations at once are rolled
--- back by PostgreSQL at worst.
 do $$
 begin
+  -- One installation at a time. Anybody may hold this key, so the wait ends; PostgreSQL rolls one of two back at worst.
   for i in 1..600 loop
     exit when pg_try_advisory_xact_lock(hashtext('orchestrator.install'));
     perform pg_sleep(0.1);
@@ -28,7 +24,7 @@ do $$
 begin
   if to_regnamespace('orchestrator') is null then   -- else somebody made it for a role that may not
     create schema orchestrator;
-    comment on schema orchestrator is 'Task orchestrator: tasks are enqueued, claimed, retried and recovered by the functions of this schema.';
+    comment on schema orchestrator is 'A durable task queue: its functions enqueue, claim, retry and recover tasks.';
   end if;
   if to_regprocedure('orchestrator.schema_version()') is not null then
     if orchestrator.schema_version() > 1 then
@@ -36,44 +32,37 @@ begin
         using errcode = 'OR004', hint = 'Install with the newer release, or run the newer orchestrator.py.';
     end if;
   end if;
-end $$;
-
-create or replace function orchestrator.schema_version() returns int
-language sql immutable parallel safe as $$ select 1 $$;
-comment on function orchestrator.schema_version() is 'The version of this schema. A worker refuses to start on a version that it does not know.';
-
-do $$
-begin
   if to_regtype('orchestrator.task_status') is null then
     create type orchestrator.task_status as enum
       ('pending', 'claimed', 'running', 'completed', 'failed', 'retry_scheduled', 'dead_letter', 'cancelled');
   end if;
 end $$;
 comment on type orchestrator.task_status is
-  'pending → claimed → running → completed | retry_scheduled | dead_letter | cancelled. failed is the moment between running '
-  'and retry_scheduled or dead_letter: task_events records it, no row rests in it.';
+  'pending → claimed → running → completed | retry_scheduled | dead_letter | cancelled. failed is an event, and never at rest.';
+
+create or replace function orchestrator.schema_version() returns int
+language sql immutable parallel safe as $$ select 1 $$;
+comment on function orchestrator.schema_version is 'The version of this schema. A worker starts only on the one that it knows.';
 
 -- Private SQLSTATEs, each raised with a message that names the field or the way out:
 --   OR001 invalid input    OR002 the claim is no longer held    OR003 the worker is not registered, or was declared dead
 --   OR004 schema version   OR005 needs READ COMMITTED
 create or replace function orchestrator._invalid(p_field text, p_problem text, p_hint text) returns void
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql as $$
 begin
   raise exception '%: %', p_field, p_problem using errcode = 'OR001', column = p_field, hint = p_hint;
 end $$;
 
--- A function without search_path of its own can be inlined. Its body is standard SQL (return, begin atomic), which is bound to
--- built-in functions and operators when it is created.
+-- Functions without a search_path can be inlined: a standard body (return, begin atomic) is bound when it is created.
 create or replace function orchestrator.longest_delay() returns interval
 language sql immutable parallel safe return interval '3650 days';
-comment on function orchestrator.longest_delay() is 'The longest delay, snooze or wait for a retry: 3650 days.';
+comment on function orchestrator.longest_delay is 'The longest delay, snooze or wait for a retry: 3650 days.';
 
--- An error or event detail as far as it is kept.
 create or replace function orchestrator._kept(p_text text) returns text
 language sql immutable parallel safe return left(p_text, 8000);
 
--- UUIDv7: ordered by time, so that the primary key is history by time. PostgreSQL 18 has it; before, 48 bits of Unix
--- milliseconds, 12 bits of the fraction below (as PostgreSQL 18 does), and the rest from gen_random_uuid().
+-- UUIDv7, ordered by time: the primary key is history. Before PostgreSQL 18: 48 bits of Unix milliseconds, 12 of the fraction
+-- below, the rest from gen_random_uuid().
 do $do$
 begin
   if to_regprocedure('pg_catalog.uuidv7()') is not null then
@@ -89,7 +78,7 @@ begin
   end if;
 end $do$;
 
--- n of them, ascending: one is drawn, and its last 48 bits count up (RFC 9562, 6.2, method 2). Drawing each costs 2.6 µs, this 0.6.
+-- n of them, ascending: the last 48 bits of one count up (RFC 9562, 6.2, method 2). Drawing each costs 2.6 µs, this 0.6.
 create or replace function orchestrator._uuidv7s(p_n int) returns uuid[]
 language sql volatile parallel safe begin atomic
   select array(select (left(u.id, 24) || lpad(to_hex((('x' || right(u.id, 12))::bit(48)::bigint >> 1) + o), 12, '0'))::uuid
@@ -97,21 +86,20 @@ language sql volatile parallel safe begin atomic
   from (select orchestrator._uuidv7()::text as id) u;
 end;
 
--- The smallest UUIDv7 of a moment: tasks with a smaller id were created before it.
+-- The smallest UUIDv7 of a moment.
 create or replace function orchestrator._uuid_at(p_at timestamptz) returns uuid
 language sql immutable parallel safe
 return (lpad(to_hex(greatest(floor(extract(epoch from p_at) * 1000), 0)::bigint), 12, '0') || '70008000000000000000')::uuid;
 
--- Of the pattern `a:` or `a:*` the prefix `a:`; null of a type. This is the only place that knows what a pattern is.
+-- The prefix `a:` of the pattern `a:` or `a:*`; null of a type. Only this function knows what a pattern is.
 create or replace function orchestrator._prefix(p_pattern text) returns text
 language sql immutable parallel safe return case when right(p_pattern, 1) in ('*', ':') then rtrim(p_pattern, '*') end;
 
--- A type or pattern as a LIKE pattern, as task_types.likes and workers.handles keep it.
 create or replace function orchestrator._like(p_pattern text) returns text
 language sql immutable parallel safe
 return replace(replace(replace(coalesce(orchestrator._prefix(p_pattern), p_pattern), E'\\', E'\\\\'), '%', E'\\%'), '_', E'\\_')
        || case when orchestrator._prefix(p_pattern) is not null then '%' else '' end;
 
--- The application_name of a worker's heartbeat connection: pg_stat_activity shows by it that the worker is alive.
+-- The application_name of a worker's heartbeat connection.
 create or replace function orchestrator._application_name(p_worker_id text) returns text
 language sql immutable parallel safe return 'orchestrator ' || right(p_worker_id, 50);

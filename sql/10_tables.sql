@@ -1,7 +1,6 @@
 -- Tables and indexes. The rule that makes it fast: no index on tasks may mention status, started_at, completed_at,
--- updated_at, worker_id, result, progress or last_error (keys, INCLUDE or WHERE). Changing a column that an index mentions
--- rules out PostgreSQL's heap-only update, and completing a task must be heap-only. Hence queued_at, next_retry_at and
--- dead_at, each set only while the task waits for that, carry the partial indexes.
+-- updated_at, worker_id, result, progress or last_error (keys, INCLUDE or WHERE), or completing a task would no longer be a
+-- heap-only update. So partial indexes are on queued_at, next_retry_at and dead_at, each set only while the task waits for that.
 -- Types are collated "C": the types under a prefix are then one range of the ready index.
 
 create table if not exists orchestrator.tasks (
@@ -36,32 +35,30 @@ create table if not exists orchestrator.tasks (
   expires_at          timestamptz,
   meta                jsonb,
   primary key (id) with (fillfactor = 45),
-  -- Few and short, since PostgreSQL parses each of them anew for each statement: fourteen took 27 µs of a bare insert's 38.
-  -- They refuse what would stop others, and what an update by hand gets wrong. audit() knows all the rules.
-  constraint a_status_has_its_time check (isfinite(coalesce(case status
-    when 'pending' then coalesce(queued_at, next_retry_at, parked_at, blocked_until) when 'retry_scheduled' then next_retry_at
-    when 'claimed' then claimed_at when 'running' then started_at
-    when 'dead_letter' then dead_at else completed_at end, 'infinity'))),
-  constraint a_task_rests_in_one_place check (
-    num_nonnulls(queued_at, next_retry_at, parked_at, completed_at, dead_at) <= 1 and status <> 'failed' and octet_length(type) <= 255)
-) with (fillfactor = 32);   -- room for the next versions on the page: completions stay heap-only even while the claims of several
-                          -- workers keep old versions from being pruned (at 40, half of them did not)
+  -- Few and short: PostgreSQL parses them anew for each statement, and fourteen took 27 µs of a bare insert's 38. They refuse
+  -- what would stop others, and what an update by hand gets wrong. audit() knows all the rules.
+  constraint a_status_has_its_time check (case status
+    when 'pending' then case when isfinite(coalesce(queued_at, next_retry_at, parked_at, blocked_until)) and octet_length(type) <= 255 then created_at end
+    when 'retry_scheduled' then next_retry_at when 'claimed' then claimed_at when 'running' then started_at
+    when 'completed' then completed_at when 'cancelled' then completed_at when 'dead_letter' then dead_at end is not null),
+  constraint a_task_rests_in_one_place check (num_nonnulls(queued_at, next_retry_at, parked_at, completed_at, dead_at) <= 1)
+) with (fillfactor = 32);   -- completions stay heap-only even while several workers' claims keep old versions (at 40, half did not)
 comment on table orchestrator.tasks is 'One row for each task, waiting, in flight or ended. Written by the functions of this schema only.';
-comment on column orchestrator.tasks.id is 'UUIDv7, so ordered by creation.';
+comment on column orchestrator.tasks.id is 'A UUIDv7: ordered by creation.';
 comment on column orchestrator.tasks.type is 'Which handler runs it, such as task:backup; 1 to 255 bytes.';
 comment on column orchestrator.tasks.payload is 'The handler''s input, at most 256 KiB of JSON.';
-comment on column orchestrator.tasks.priority is 'Higher is claimed first; default 0.';
-comment on column orchestrator.tasks.idempotency_key is 'Unique within its type for as long as the row is kept.';
+comment on column orchestrator.tasks.priority is 'Higher is claimed first.';
+comment on column orchestrator.tasks.idempotency_key is 'Unique within its type while the row is kept.';
 comment on column orchestrator.tasks.worker_id is 'The worker that has it, or had it when it ended; null while waiting.';
-comment on column orchestrator.tasks.claim_id is 'The claim that has it: the fence that each outcome must name.';
-comment on column orchestrator.tasks.queued_at is 'Its place in its lane (type, priority), oldest first; set while it is ready to be claimed.';
-comment on column orchestrator.tasks.attempts is 'Attempts started. It becomes a dead letter when an attempt fails and attempts > max_retries.';
-comment on column orchestrator.tasks.max_retries is 'Retries after the first attempt, 0 to 1000; null: what task_types says of the type (3 if nothing).';
+comment on column orchestrator.tasks.claim_id is 'The claim that has it, which each outcome must name.';
+comment on column orchestrator.tasks.queued_at is 'Its place in its lane (type, priority), oldest first; set while it is ready.';
+comment on column orchestrator.tasks.attempts is 'Attempts started. One that fails and is above max_retries makes a dead letter.';
+comment on column orchestrator.tasks.max_retries is 'Retries after the first attempt, 0 to 1000; null: as task_types says.';
 comment on column orchestrator.tasks.next_retry_at is 'When a delayed, snoozed or failed task becomes ready.';
 comment on column orchestrator.tasks.cancel_requested_at is 'When a task in flight was asked to stop.';
-comment on column orchestrator.tasks.recoveries is 'How often it was taken from a dead worker; if ever, it is marked running before its handler starts.';
+comment on column orchestrator.tasks.recoveries is 'How often it was taken from a dead worker; from then on it is marked running first.';
 comment on column orchestrator.tasks.result is 'What the handler returned.';
-comment on column orchestrator.tasks.progress is 'The progress that its handler reported last.';
+comment on column orchestrator.tasks.progress is 'The progress that the handler reported last.';
 comment on column orchestrator.tasks.concurrency_key is 'Whose turn it takes under a limit for each key (limit_type), such as a tenant; 1 to 255 bytes.';
 comment on column orchestrator.tasks.parked_at is 'Its place in its lane (as queued_at), kept while as many tasks of its key are in flight as the limit parked_by allows.';
 comment on column orchestrator.tasks.after is 'The tasks that it waited for.';
@@ -79,38 +76,32 @@ create table if not exists orchestrator.claims (
   constraint open_tasks_is_positive check (open_tasks > 0)
 ) with (fillfactor = 50);
 comment on table orchestrator.claims is
-  'One row for each batch of tasks a worker holds: the fence (its id), the in-flight index (joined with tasks.claim_id) and '
-  'the lease that recovery walks. open_tasks = its tasks in claimed or running; the row goes with the last of them.';
+  'A batch of tasks that a worker holds: the fence (its id), the in-flight index (joined with tasks.claim_id) and the lease that '
+  'recovery walks. open_tasks of them are claimed or running; the row goes with the last.';
 
 create table if not exists orchestrator.workers (
-  id               text primary key,
+  id               text primary key,   -- hostname:pid:random, new at every start and after being declared dead
   hostname         text not null,
   started_at       timestamptz not null default clock_timestamp(),
   last_heartbeat   timestamptz not null default clock_timestamp(),
   pool_size        int not null,
   version          text not null,
-  handles          text[] not null default '{}',
-  idle             boolean not null default false,
+  handles          text[] not null default '{}',     -- types and patterns, as LIKE patterns
+  idle             boolean not null default false,   -- only then does enqueue notify, which serialises commits
   is_leader        boolean not null default false,
   leader_until     timestamptz,
-  leader_term      bigint,
-  stopping_at      timestamptz,
+  leader_term      bigint,        -- rises at each election; every function of the leader names it
+  stopping_at      timestamptz,   -- since when it claims no more
   declared_dead_at timestamptz,
   constraint leader_has_term_and_lease check (not is_leader or (leader_term is not null and leader_until is not null))
 ) with (fillfactor = 50);
 create sequence if not exists orchestrator.leader_terms;
-comment on table orchestrator.workers is 'One row for each live worker process, and for each dead one whose claims are still to be recovered.';
-comment on column orchestrator.workers.id is 'hostname:pid:random, new at every start and after being declared dead.';
-comment on column orchestrator.workers.handles is 'The types and patterns that it has handlers for, as LIKE patterns.';
-comment on column orchestrator.workers.stopping_at is 'Since when it claims no more and only lets its tasks end.';
-comment on column orchestrator.workers.idle is 'Set while it waits for work. Only then does enqueue send NOTIFY, which serialises commits.';
-comment on column orchestrator.workers.leader_term is 'Rises at each election. Every function of the leader names it.';
-comment on sequence orchestrator.leader_terms is 'The numbers of leadership terms.';
+comment on table orchestrator.workers is 'Live worker processes, and dead ones whose claims are still to be recovered.';
 
 create table if not exists orchestrator.task_types (
   type        text collate "C" primary key,
   likes       text collate "C" generated always as (orchestrator._like(type)) stored,
-  max_retries int,
+  max_retries int,   -- null: no worker registered it, it is only paused or was
   base_delay  interval,
   max_delay   interval,
   timeout     interval,
@@ -118,10 +109,8 @@ create table if not exists orchestrator.task_types (
   updated_at  timestamptz not null default clock_timestamp()
 );
 comment on table orchestrator.task_types is
-  'The retry policy of a type or pattern, written when a worker registers its handlers, and whether it is paused. Policies '
-  'are in SQL, since recovery applies them to types that the leader has no handler for.';
-comment on column orchestrator.task_types.likes is 'The type or pattern as a LIKE pattern.';
-comment on column orchestrator.task_types.max_retries is 'Null: no worker registered it; the row only says whether it is paused.';
+  'The retry policy of a type or pattern, written when a worker registers its handlers (recovery needs it where the leader has '
+  'no handler), and whether it is paused.';
 
 create table if not exists orchestrator.task_events (
   id        bigint generated always as identity primary key,
@@ -134,7 +123,7 @@ create table if not exists orchestrator.task_events (
 );
 comment on table orchestrator.task_events is
   'What happened to a task apart from success: failed, retry_scheduled, dead_letter, released, recovered, snoozed, '
-  'cancel_requested, cancelled, retried, result_lost. The newest 100 events of each task are kept as long as the task.';
+  'cancel_requested, cancelled, retried, result_lost. The newest 100 of each task are kept as long as it.';
 
 create table if not exists orchestrator.lanes (
   type     text collate "C" not null,
@@ -142,8 +131,8 @@ create table if not exists orchestrator.lanes (
   noted_at timestamptz not null default clock_timestamp()
 );
 comment on table orchestrator.lanes is
-  'The lanes (type, priority) that many ready tasks were taken from lately. Only those can hold so many dead index entries '
-  'that the leader has to raise their floors. It has no unique key, so that noting a lane never waits.';
+  'The lanes (type, priority) that many ready tasks were taken from lately: only their floors may have to rise. Without a unique '
+  'key, so that noting a lane never waits.';
 
 create table if not exists orchestrator.lane_floors (
   type       text collate "C" not null,
@@ -152,8 +141,8 @@ create table if not exists orchestrator.lane_floors (
   floor      timestamptz not null
 );
 comment on table orchestrator.lane_floors is
-  'For a lane, the queued_at below which nothing is ready: the lowest floor of its newest generation. A claim starts there '
-  'instead of walking the dead index entries that an old snapshot keeps.';
+  'The queued_at below which a lane has nothing ready: the lowest floor of its newest generation. A claim starts there instead of '
+  'walking the dead index entries that an old snapshot keeps.';
 
 create table if not exists orchestrator.leader_state (
   one             boolean primary key default true check (one),
@@ -166,8 +155,8 @@ create table if not exists orchestrator.leader_state (
   sampled_type    text collate "C"
 );
 comment on table orchestrator.leader_state is
-  'The leader''s notes, one row: how far floors may rise, when to look for floors that no longer help, where pruning and the '
-  'rescan stopped, and a type taken by chance from those that have ready tasks.';
+  'The leader''s notes, one row: how far floors may rise, when to drop some, where pruning and the rescan stopped, and a type '
+  'taken by chance from those that are ready.';
 create table if not exists orchestrator.type_limits (
   type        text collate "C" primary key,
   likes       text collate "C" generated always as (orchestrator._like(type)) stored,
@@ -230,10 +219,10 @@ begin
   end loop;
 end $$;
 
--- not "on conflict", which waits for a leader that updates the row: it may be waiting for the locks of this installation
+-- not "on conflict", which waits for a leader that updates the row, and may itself wait for this installation
 insert into orchestrator.leader_state (one) select true where not exists (select from orchestrator.leader_state);
 
--- After a restore of data alone, sequences stand before numbers that are in use.
+-- A restore of data alone leaves sequences behind.
 select setval('orchestrator.task_events_id_seq', m.id) from (select max(id) as id from orchestrator.task_events) m
 where m.id > coalesce(pg_sequence_last_value('orchestrator.task_events_id_seq'), 0);
 select setval('orchestrator.leader_terms', m.term) from (select max(leader_term) as term from orchestrator.workers) m

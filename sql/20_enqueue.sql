@@ -1,9 +1,9 @@
 -- Enqueuing. Writes tasks only. Locks nothing but the rows that it inserts; a repeated idempotency key waits for the
--- transaction that inserted it first. Everything happens in the caller's transaction: commit = enqueued.
+-- transaction that inserted it first.
 
--- Refuses what a task can't be, without ever echoing a payload.
+-- Never echoes a payload.
 create or replace function orchestrator._check_task(p_type text, p_priority int, p_key text, p_max_retries int, p_run_at timestamptz)
-returns void language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+returns void language plpgsql stable as $$
 begin
   if p_type is null or octet_length(p_type) not between 1 and 255 or p_type ~ '[[:cntrl:]*]' then
     perform orchestrator._invalid('type', 'must be 1 to 255 bytes, without control characters or *', 'Use a name such as task:backup.');
@@ -13,13 +13,13 @@ begin
     perform orchestrator._invalid('idempotency_key', 'must be 1 to 255 bytes', 'Leave it out, or hash a longer key.');
   elsif p_max_retries not between 0 and 1000 then
     perform orchestrator._invalid('max_retries', 'must be from 0 to 1000', 'Leave it out for the policy of the type.');
-  elsif p_run_at = 'infinity' or p_run_at = '-infinity' or p_run_at > clock_timestamp() + orchestrator.longest_delay() then
+  elsif not isfinite(p_run_at) or p_run_at > clock_timestamp() + orchestrator.longest_delay() then
     perform orchestrator._invalid('run_at', 'must be a moment within the next 3650 days', 'Leave it out to run at once.');
   end if;
 end $$;
 
 create or replace function orchestrator._check_extras(p_concurrency_key text, p_meta jsonb)
-returns void language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+returns void language plpgsql stable as $$
 begin
   if octet_length(p_concurrency_key) not between 1 and 255 then
     perform orchestrator._invalid('concurrency_key', 'must be 1 to 255 bytes', 'Leave it out, or hash a longer key.');
@@ -28,9 +28,10 @@ begin
   end if;
 end $$;
 
--- claim_tasks relies on the bound of 32: an honest 1e-308 takes 27 times its bytes as text.
+-- Why a payload is refused, by the size of its text: a stored jsonb may be compressed, and 1e100000 takes ten bytes. claim_tasks
+-- relies on the bound of 32: an honest 1e-308 takes 27 times its bytes as text.
 create or replace function orchestrator._large_payload_problem(p_payload jsonb) returns text
-language plpgsql stable parallel safe set search_path = pg_catalog, pg_temp as $$
+language plpgsql stable parallel safe as $$
 declare
   v_bytes int := octet_length(p_payload::text);
 begin
@@ -40,21 +41,14 @@ begin
     when v_bytes > 32 * pg_column_size(p_payload) and pg_column_compression(p_payload) is null then 'has numbers of too many digits' end;
 end $$;
 
--- Null, or why a payload is refused. Its size is that of its text, since jsonb's own says little: a value read from a table
--- may be compressed, and a number such as 1e100000 takes ten bytes. Below 1,000 bytes nothing else is worth a look.
+-- Payloads below 1,000 bytes need no closer look.
 create or replace function orchestrator._payload_problem(p_payload jsonb) returns text
 language sql stable parallel safe
 return case when octet_length(p_payload::text) >= 1000 then orchestrator._large_payload_problem(p_payload) end;
 
-create or replace function orchestrator._refuse_payload(p_field text, p_problem text) returns void
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-begin
-  perform orchestrator._invalid(p_field, p_problem, 'Store the data elsewhere and enqueue a reference to it.');
-end $$;
-
--- Wakes workers up, if one that handles this type waits for work. The notification is empty: whoever may connect can send one.
+-- The notification is empty: whoever may connect can send one.
 create or replace function orchestrator._notify_idle(p_type text) returns void
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql as $$
 begin
   if exists (select from orchestrator.workers w where w.idle and p_type like any (w.handles)) then
     perform pg_notify('orchestrator', '');
@@ -64,8 +58,7 @@ end $$;
 create or replace function orchestrator.enqueue(
   p_type text, p_payload jsonb default '{}', p_priority int default 0, p_idempotency_key text default null,
   p_max_retries int default null, p_run_at timestamptz default null, p_concurrency_key text default null, p_meta jsonb default null)
-returns uuid language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+returns uuid language plpgsql as $$
 declare
   v_id uuid;
   v_later timestamptz := case when p_run_at > clock_timestamp() then p_run_at end;
@@ -73,7 +66,7 @@ declare
 begin
   perform orchestrator._check_task(p_type, p_priority, p_idempotency_key, p_max_retries, p_run_at);
   if v_problem is not null then
-    perform orchestrator._refuse_payload('payload', v_problem);
+    perform orchestrator._invalid('payload', v_problem, 'Store the data elsewhere and enqueue a reference to it.');
   end if;
   if p_concurrency_key is not null or p_meta is not null then
     perform orchestrator._check_extras(p_concurrency_key, p_meta);
@@ -93,7 +86,7 @@ begin
   end if;
   return v_id;
 end $$;
-comment on function orchestrator.enqueue(text, jsonb, int, text, int, timestamptz, text, jsonb) is
+comment on function orchestrator.enqueue is
   'Adds a task in the caller''s transaction and returns its id. A repeated (type, idempotency_key) returns the id of the first '
   'task and changes nothing. p_max_retries null: the policy of the type. p_run_at: not before that moment. p_concurrency_key: see '
   'limit_type. p_meta: a JSON object of at most 8 KiB beside the payload, never redacted. Raises OR001.';
@@ -101,19 +94,20 @@ comment on function orchestrator.enqueue(text, jsonb, int, text, int, timestampt
 create or replace function orchestrator.enqueue_many(
   p_type text, p_payloads jsonb[], p_priority int default 0, p_idempotency_keys text[] default null,
   p_max_retries int default null, p_run_at timestamptz default null, p_concurrency_keys text[] default null, p_meta jsonb default null)
-returns table (ordinal int, id uuid, created boolean) language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan as $$
+returns table (ordinal int, id uuid, created boolean) language plpgsql as $$
 #variable_conflict use_column
 declare
   v_n int := coalesce(cardinality(p_payloads), 0);
   v_later timestamptz := case when p_run_at > clock_timestamp() then p_run_at end;
   v_ids uuid[];
+  v_found uuid[];   -- the task of each payload, new or known
   v_bad int;
 begin
   perform orchestrator._check_task(p_type, p_priority, null, p_max_retries, p_run_at);
   select o into v_bad from unnest(p_payloads) with ordinality u(p, o) where orchestrator._payload_problem(p) is not null limit 1;
   if found then
-    perform orchestrator._refuse_payload(format('payloads[%s]', v_bad), orchestrator._payload_problem(p_payloads[v_bad]));
+    perform orchestrator._invalid(format('payloads[%s]', v_bad), orchestrator._payload_problem(p_payloads[v_bad]),
+                                  'Store the data elsewhere and enqueue references to it.');
   end if;
   if cardinality(p_idempotency_keys) <> v_n then
     perform orchestrator._invalid('idempotency_keys', 'must be as many as the payloads', 'Use null for a task without a key.');
@@ -128,61 +122,44 @@ begin
   perform orchestrator._check_extras(k, p_meta) from unnest(coalesce(p_concurrency_keys, array[null])) k where k is not null or p_meta is not null;
   if v_n = 0 then return; end if;
 
-  -- takes the lock on tasks before the ids are drawn, so that nothing that reads by id passes them unseen; LOCK TABLE would
-  -- need more rights than a producer has
+  -- locks tasks before the ids are drawn, so that nothing that reads by id passes them unseen; LOCK TABLE needs more rights
   insert into orchestrator.tasks (type) select '' where false;
   v_ids := orchestrator._uuidv7s(v_n);
+  v_found := v_ids;
   if p_idempotency_keys is null then
     insert into orchestrator.tasks (id, type, payload, priority, max_retries, queued_at, next_retry_at, concurrency_key, meta)
     select u.id, p_type, coalesce(u.payload, '{}'), p_priority, p_max_retries, case when v_later is null then clock_timestamp() end, v_later,
            u.turn, p_meta
     from unnest(v_ids, p_payloads, p_concurrency_keys) u(id, payload, turn);
-    return query select o::int, u.id, true from unnest(v_ids) with ordinality u(id, o);
   else
-    return query select * from orchestrator._enqueue_keyed(p_type, v_ids, p_payloads, p_priority, p_idempotency_keys, p_max_retries, v_later,
-                                                               p_concurrency_keys, p_meta);
+    loop
+      insert into orchestrator.tasks (id, type, payload, priority, idempotency_key, max_retries, queued_at, next_retry_at, concurrency_key, meta)
+      select u.id, p_type, coalesce(u.payload, '{}'), p_priority, u.key, p_max_retries, case when v_later is null then clock_timestamp() end, v_later,
+             u.turn, p_meta
+      from unnest(v_ids, p_payloads, p_idempotency_keys, p_concurrency_keys) with ordinality u(id, payload, key, turn, o)
+      where not exists (select from orchestrator.tasks t where t.id = u.id)
+      order by u.key, u.o   -- so that two callers with the same keys don't deadlock
+      on conflict (type, idempotency_key) where idempotency_key is not null do nothing;
+      v_found := array(
+        select case when u.key is null then u.id
+                    else (select t.id from orchestrator.tasks t where t.type = p_type and t.idempotency_key = u.key) end
+        from unnest(v_ids, p_idempotency_keys) with ordinality u(id, key, o) order by u.o);
+      exit when array_position(v_found, null) is null;   -- else one was pruned between the two statements: it is ours to insert
+    end loop;
   end if;
   if v_later is null then
     perform orchestrator._notify_idle(p_type);
   end if;
+  return query select u.o::int, u.id, u.id = u.own from unnest(v_found, v_ids) with ordinality u(id, own, o);
 end $$;
-comment on function orchestrator.enqueue_many(text, jsonb[], int, text[], int, timestamptz, text[], jsonb) is
-  'Adds a task for each payload, in one statement, and returns (ordinal from 1, id, created). created is false where the '
-  'idempotency key was known, in the table or earlier in the array. p_meta is that of them all. Raises OR001, and then adds none.';
+comment on function orchestrator.enqueue_many is
+  'Adds a task for each payload and returns (ordinal from 1, id, created). created is false where the idempotency key was known, '
+  'in the table or earlier in the array. p_meta is that of them all. Raises OR001, and then adds none.';
 
--- Inserts in the order of the keys, so that two callers with the same keys don't deadlock.
-create or replace function orchestrator._enqueue_keyed(
-  p_type text, p_ids uuid[], p_payloads jsonb[], p_priority int, p_keys text[], p_max_retries int, p_later timestamptz,
-  p_concurrency_keys text[], p_meta jsonb)
-returns table (ordinal int, id uuid, created boolean) language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan
-set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
-#variable_conflict use_column
-declare
-  v_ids uuid[];
-begin
-  loop
-    insert into orchestrator.tasks (id, type, payload, priority, idempotency_key, max_retries, queued_at, next_retry_at, concurrency_key, meta)
-    select u.id, p_type, coalesce(u.payload, '{}'), p_priority, u.key, p_max_retries,
-           case when p_later is null then clock_timestamp() end, p_later, u.turn, p_meta
-    from unnest(p_ids, p_payloads, p_keys, p_concurrency_keys) with ordinality u(id, payload, key, turn, o)
-    where not exists (select from orchestrator.tasks t where t.id = u.id)
-    order by u.key, u.o
-    on conflict (type, idempotency_key) where idempotency_key is not null do nothing;
-    v_ids := array(
-      select case when u.key is null then u.id
-                  else (select t.id from orchestrator.tasks t where t.type = p_type and t.idempotency_key = u.key) end
-      from unnest(p_ids, p_keys) with ordinality u(id, key, o) order by u.o);
-    exit when array_position(v_ids, null) is null;   -- else one was pruned between the two statements: it is ours to insert
-  end loop;
-  return query select u.o::int, u.id, u.id = u.own from unnest(v_ids, p_ids) with ordinality u(id, own, o);
-end $$;
-
--- A line of a file of tasks, with defaults for what it leaves out; problem: why it can't be enqueued.
 create or replace function orchestrator._read_line(
   p_line text, p_defaults jsonb, out problem text, out type text, out payload jsonb, out priority int, out idempotency_key text,
   out max_retries int, out run_at timestamptz, out concurrency_key text, out meta jsonb)
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+language plpgsql stable as $$
 #variable_conflict use_column
 declare
   v jsonb;
@@ -194,18 +171,14 @@ begin
     return;
   end if;
   v := p_defaults || (select coalesce(jsonb_object_agg(e.key, e.value), '{}') from jsonb_each(v) e where e.value <> 'null');
-  select case
-      when e.key <> all ('{type, payload, priority, idempotency_key, max_retries, run_at, concurrency_key, meta}')
-        then format('%s: there is no such field; there are type, payload, priority, idempotency_key, max_retries, run_at, concurrency_key, meta',
-                    left(e.key, 50))
-      when e.key in ('priority', 'max_retries') then e.key || ': must be a whole number'
-      when e.key = 'run_at' then 'run_at: must be a moment such as 2030-01-31T12:00:00+00:00'
-      else e.key || ': must be a string' end
-  into problem from jsonb_each(v) e
-  where case when e.key in ('priority', 'max_retries') then jsonb_typeof(e.value) <> 'number' or e.value::text !~ '^-?[0-9]{1,9}$'
-    when e.key = 'run_at' then e.value::text !~ '^"[0-9]{4}-[0-9]{2}-[0-9]{2}[T ][0-9]{2}:[0-9]{2}(:[0-9]{2}([.][0-9]+)?)?(Z|[+-][0-9]{2}(:?[0-9]{2})?)"$'
-    when e.key in ('type', 'idempotency_key', 'concurrency_key') then jsonb_typeof(e.value) <> 'string'
-    else e.key not in ('payload', 'meta') end limit 1;
+  select left(e.key, 50) || ': ' || coalesce(f.rule, 'there is no such field; there are type, payload, priority, idempotency_key, max_retries, run_at, concurrency_key, meta')
+  into problem
+  from jsonb_each(v) e left join (values
+    ('type', '^"', 'must be a string'), ('payload', '', ''), ('meta', '', ''), ('concurrency_key', '^"', 'must be a string'), ('priority', '^-?[0-9]{1,9}$', 'must be a whole number'),
+    ('idempotency_key', '^"', 'must be a string'), ('max_retries', '^-?[0-9]{1,9}$', 'must be a whole number'),
+    ('run_at', '^"\d{4}-\d\d-\d\d[T ][\d:.]+(Z|[+-][\d:]+)"$', 'must be a moment such as 2030-01-31T12:00:00+00:00')) f(field, form, rule)
+    on f.field = e.key
+  where f.field is null or e.value::text !~ f.form limit 1;
   if problem is not null then return; end if;
   v_reading := 'run_at';
   run_at := (v ->> 'run_at')::timestamptz;
@@ -221,7 +194,7 @@ end $$;
 
 -- Lines that agree in all but payload and keys go in together.
 create or replace function orchestrator.enqueue_lines(p_lines text[], p_defaults jsonb default '{}', p_stop boolean default false)
-returns table (line int, id uuid, created boolean, problem text) language plpgsql set search_path = pg_catalog, pg_temp as $$
+returns table (line int, id uuid, created boolean, problem text) language plpgsql as $$
 #variable_conflict use_column
 declare
   g record;
@@ -248,7 +221,7 @@ begin
     end if;
   end loop;
 end $$;
-comment on function orchestrator.enqueue_lines(text[], jsonb, boolean) is
-  'Enqueues lines of JSON {type, payload, priority, idempotency_key, max_retries, run_at, concurrency_key, meta}, with p_defaults for fields that a '
-  'line leaves out. Returns for each line but blank ones its number from 1 and either the id and whether it was created, or '
-  'the problem. p_stop: the first line with a problem ends it, and nothing behind that line is enqueued.';
+comment on function orchestrator.enqueue_lines is
+  'Enqueues lines of JSON {type, payload, priority, idempotency_key, max_retries, run_at, concurrency_key, meta}; p_defaults: for fields that a line leaves '
+  'out. Returns for each line but blank ones its number from 1 and its id and whether it was created, or the problem. p_stop: the '
+  'first problem ends it, and nothing behind that line is enqueued.';

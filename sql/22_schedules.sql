@@ -23,8 +23,8 @@ create table if not exists orchestrator.schedules (
   constraint missed_is_one_all_or_none check (missed in ('one', 'all', 'none')),
   constraint a_failed_schedule_is_paused check (last_error is null or paused)
 ) with (fillfactor = 50);
-do $$
-begin   -- not "if not exists": see 10_tables.sql
+do $$   -- as in 10_tables.sql
+begin
   if to_regclass('orchestrator.schedules_due') is null then
     create index schedules_due on orchestrator.schedules (next_at) where not paused;
   end if;
@@ -58,7 +58,7 @@ begin
   elsif not exists (select from pg_timezone_names z where z.name = p_timezone) then   -- at time zone would take "Berlin1", too
     perform orchestrator._invalid('timezone', format('there is no %L', p_timezone), 'Such as UTC or Europe/Berlin: see pg_timezone_names.');
   elsif orchestrator._payload_problem(p_payload) is not null then
-    perform orchestrator._refuse_payload('payload', orchestrator._payload_problem(p_payload));
+    perform orchestrator._invalid('payload', orchestrator._payload_problem(p_payload), 'Store the data elsewhere, and a reference to it here.');
   end if;
   perform orchestrator._check_task(p_type, p_priority, null, p_max_retries, null);
   select f.at into v_next from orchestrator.fire_times(p_cron, p_timezone, clock_timestamp(), 1) f(at);

@@ -2,27 +2,21 @@
 -- schedules through 22_schedules.sql. Limits: 32_limits.sql.
 -- Locks: claims (start_tasks) → tasks. Claims of tasks skip what others have locked, so no claim waits for another. A large
 -- claim also takes a place in line (an advisory lock), which it only tries.
--- The planner settings on the hot functions are needed: a plan cached while a table was empty would scan it whole ever after.
 
--- Called only where one of these is so: a call of its own would cost each claim 3%.
+-- Called only where it refuses: a call of its own would cost each claim 3%.
 create or replace function orchestrator._refuse_claim(p_worker_id text, p_limit int, p_bytes bigint) returns void
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+language plpgsql stable as $$
 begin
-  if p_limit is null or p_limit < 0 then   -- null would be no limit at all
-    perform orchestrator._invalid('limit', 'must be 0 or more', 'How many tasks this worker has room for.');
-  elsif p_bytes is null or p_bytes < 1 then
-    perform orchestrator._invalid('bytes', 'must be 1 or more', 'How many bytes of payloads this worker has room for.');
-  end if;
+  perform orchestrator._invalid(f.field, format('must be %s or more', f.least), 'How much this worker has room for.')
+  from (values ('limit', p_limit, 0), ('bytes', p_bytes, 1)) f(field, n, least) where (f.n >= f.least) is not true;
   raise exception 'worker % is not registered, or was declared dead', p_worker_id
     using errcode = 'OR003', hint = 'Register again, under a new id.';
 end $$;
 
 -- The types with this prefix that may have ready tasks, except paused ones, from type to type along the ready index: at most
--- 1,000, and 1,000 more from one that the leader takes by chance, so that none is always left out. A type with floors bounds
--- each look, since an old snapshot keeps dead entries there; it is returned whether or not it has ready tasks.
-create or replace function orchestrator._ready_types(p_prefix text, p_paused text[]) returns setof text language plpgsql stable
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan
-set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
+-- 1,000, and 1,000 more from one that the leader takes by chance, so that none is always left out. A type with floors is returned
+-- in any case, and bounds each look, since an old snapshot keeps dead entries there.
+create or replace function orchestrator._ready_types(p_prefix text, p_paused text[]) returns setof text language plpgsql stable as $$
 declare
   v_from text := p_prefix;   -- lower types are done with
   v_left int := 1000;
@@ -62,9 +56,8 @@ begin
   end loop;
 end $$;
 
--- Of types and patterns the types that may be claimed now.
 create or replace function orchestrator._claimable(p_types text[]) returns text[]
-language plpgsql stable set search_path = pg_catalog, pg_temp set enable_seqscan = off as $$
+language plpgsql stable as $$
 declare
   v_paused text[] := array(select p.likes from orchestrator.task_types p where p.paused);
 begin
@@ -75,8 +68,8 @@ begin
     where orchestrator._prefix(u.type) is not null);
 end $$;
 
--- The next lane of a type that has ready tasks, or that has a floor (then head may be null). Where there are floors, an old
--- snapshot keeps dead index entries: such a lane is looked up from its floor, and only what lies between two of them is walked.
+-- The next lane of a type that has ready tasks, or a floor (then head may be null). A lane with a floor is looked up from there,
+-- and only what lies between two of them is walked.
 create or replace function orchestrator._next_lane(p_type text, p_below bigint) returns table (priority int, head timestamptz)
 language sql stable begin atomic
   select coalesce(t.priority, f.priority),
@@ -93,69 +86,55 @@ language sql stable begin atomic
   where coalesce(t.priority, f.priority) is not null;
 end;
 
--- The lanes of these types that have ready tasks, each with the queued_at of its oldest. A type is walked from priority to
--- priority along the ready index, so that its empty lanes cost nothing, however many there are.
-create or replace function orchestrator._ready_lanes(p_types text[])
-returns table (type text, priority int, head timestamptz) language plpgsql stable
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan
-set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
+-- The lanes of these types that have ready tasks, each with the queued_at of its oldest, along the ready index: empty lanes cost nothing.
+create or replace function orchestrator._ready_lanes(p_types text[], p_below_floors boolean default false)
+returns table (type text, priority int, head timestamptz) language plpgsql stable as $$
 #variable_conflict use_column
-declare
-  v_floored text[];
-  v_plain text[];
 begin
-  select array_agg(u.type) filter (where f.found), array_agg(u.type) filter (where f.found is null) into v_floored, v_plain
-  from unnest(p_types) u(type)
-  left join lateral (   -- limit 1: the newest come first, so the dead ones are not read
-    select true as found from orchestrator.lane_floors f where f.type = u.type limit 1) f on true;
-  return query
-    with recursive lane as (
-      select u.type, h.priority, h.queued_at
-      from unnest(v_plain) u(type)
-      cross join lateral (
-        select t.priority, t.queued_at from orchestrator.tasks t
-        where t.type = u.type and t.queued_at is not null order by t.priority desc, t.queued_at limit 1) h
-      union all
-      select l.type, h.priority, h.queued_at
-      from lane l
-      cross join lateral (
-        select t.priority, t.queued_at from orchestrator.tasks t
-        where t.type = l.type and t.priority < l.priority and t.queued_at is not null order by t.priority desc, t.queued_at limit 1) h)
-    select l.type, l.priority, l.queued_at from lane l;
-  if v_floored is not null then
+  if not p_below_floors and exists (select from orchestrator.lane_floors) then
     return query
       with recursive lane as (
-        select u.type, n.priority, n.head from unnest(v_floored) u(type) cross join lateral orchestrator._next_lane(u.type, 2147483648) n
+        select u.type, n.priority, n.head from unnest(p_types) u(type) cross join lateral orchestrator._next_lane(u.type, 2147483648) n
         union all
         select l.type, n.priority, n.head from lane l cross join lateral orchestrator._next_lane(l.type, l.priority) n)
       select l.type, l.priority, l.head from lane l where l.head is not null;
+  else
+    return query
+      with recursive lane as (
+        select u.type, h.priority, h.queued_at
+        from unnest(p_types) u(type) cross join lateral (
+          select t.priority, t.queued_at from orchestrator.tasks t
+          where t.type = u.type and t.queued_at is not null order by t.priority desc, t.queued_at limit 1) h
+        union all
+        select l.type, h.priority, h.queued_at
+        from lane l cross join lateral (
+          select t.priority, t.queued_at from orchestrator.tasks t
+          where t.type = l.type and t.priority < l.priority and t.queued_at is not null order by t.priority desc, t.queued_at limit 1) h)
+      select l.type, l.priority, l.queued_at from lane l;
   end if;
 end $$;
 
--- Ascending in time, and never given out twice, even if a crash forgets claims: microseconds since 2025, and a number below 1024
--- by chance. Lasts until 2310. Two claims that agree in both meet at the primary key, and one fails.
+-- Ascending, and never given out twice, even if a crash forgets claims: microseconds since 2025 (until 2310) and 10 random bits.
 create or replace function orchestrator._new_claim_id() returns bigint
 language sql volatile parallel safe
 return (extract(epoch from clock_timestamp() - timestamptz '2025-01-01 00:00:00+00') * 1000000)::bigint * 1024 + floor(random() * 1024)::bigint;
 
--- No less than the bytes of a payload's text, without reading what is stored apart. enqueue holds the factor of 32.
-create or replace function orchestrator._most_bytes(p_payload jsonb) returns bigint
+-- At least the bytes of a payload's text, without reading what is stored apart (_large_payload_problem).
+create or replace function orchestrator._most_bytes(p_payload jsonb) returns int
 language sql stable parallel safe
-return case when pg_column_compression(p_payload) is null then 32 * pg_column_size(p_payload)::bigint else 262144 end;
+return case when pg_column_compression(p_payload) is null then 32 * pg_column_size(p_payload) else 262144 end;
 
 create or replace function orchestrator._too_heavy(p_type text, p_priority int, p_from timestamptz, p_n int, p_most bigint) returns boolean
-language plpgsql stable
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+language plpgsql stable as $$
 begin
   return (select coalesce(avg(orchestrator._most_bytes(l.payload)), 0) > p_most
           from (select t.payload from orchestrator.tasks t where t.type = p_type and t.priority = p_priority and t.queued_at >= p_from
                 order by t.queued_at limit p_n) l);
 end $$;
 
--- Only lanes that much was taken from need a floor some day. So a lane is noted by chance, once in 50 tasks taken: single claims
--- don't pay for it, and types that come once leave no lane.
+-- Only lanes that much is taken from need a floor some day: claims note a lane once in 500 tasks, by chance.
 create or replace function orchestrator._note_lane(p_type text, p_priority int) returns void
-language plpgsql set search_path = pg_catalog, pg_temp set enable_seqscan = off as $$
+language plpgsql as $$
 begin
   if not exists (select from orchestrator.lanes l where l.type = p_type and l.priority = p_priority) then
     insert into orchestrator.lanes (type, priority) values (p_type, p_priority);
@@ -163,23 +142,20 @@ begin
 end $$;
 
 -- Highest priority first. Within one priority, every lane with work gives an equal share, in the order of their oldest tasks,
--- and what one lane leaves the others give in the next pass. A lane is one index range scan from its oldest ready task, so the
--- cost doesn't depend on how much waits, here or in lanes of other types.
--- Large claims at the same time would meet at the same rows, and stepping over a row that another has locked takes 1.2 µs. So
--- each takes a place in line, and starts as many shares further on where a lane holds that much: four workers drain 8% more.
--- A claim that might exceed p_bytes weighs what it takes; where that is too much, it goes on with as few tasks as the largest
--- payloads allow.
+-- and what one lane leaves the others give in the next pass. A lane is one index range scan from its oldest ready task.
+-- Stepping over a row that another claim has locked takes 1.2 µs. So each large claim takes a place in line, and starts as many
+-- shares further on where a lane holds that much: four workers drain 8% more.
+-- A claim that might exceed p_bytes weighs what it takes; if that is too much, it goes on with as few as the largest payloads allow.
+-- It is one long function, since a call for each lane would cost more than the rest of the loop.
 create or replace function orchestrator.claim_tasks(p_worker_id text, p_types text[], p_limit int, p_bytes bigint default 67108864)
 returns table (claim_id bigint, id uuid, type text, payload jsonb, attempts int, max_retries int, priority int,
                created_at timestamptz, waited double precision, recoveries int, meta jsonb)
-language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan
-set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
+language plpgsql as $$
 #variable_conflict use_column
 declare
   v_types text[];
   v_priorities int[];
-  v_heads timestamptz[];   -- of each lane, where to look from; null: nothing is left there
+  v_heads timestamptz[];   -- where to look from; null: nothing is left there
   v_asked text[] := p_types;
   v_limited boolean;
   v_limits text[];         -- of each lane, the limit that it is under
@@ -241,7 +217,7 @@ begin
           v_from := (
             select t.queued_at from orchestrator.tasks t
             where t.type = v_types[i] and t.priority = v_priorities[i] and t.queued_at >= v_heads[i]
-            order by t.queued_at offset v_place::bigint * v_share limit 1);   -- null, so none, in a shorter lane: see the next pass
+            order by t.queued_at offset v_place::bigint * v_share limit 1);   -- null, so none, in a shorter lane
         end if;
         return query
           -- materialized: a join might run LIMIT … SKIP LOCKED again, and claim more than the limit
@@ -251,13 +227,13 @@ begin
             order by t.queued_at limit least(v_share, v_left) for no key update skip locked)
           update orchestrator.tasks t
           set status = 'claimed', worker_id = p_worker_id, claim_id = v_claim_id, claimed_at = v_now, updated_at = v_now, queued_at = null
-          from pick p where t.ctid = p.tid and (not v_weigh or (select avg(q.bytes) from pick q) <= v_most)
+          from pick p where t.ctid = p.tid and (not v_weigh or (select sum(q.bytes) <= v_most * count(*) from pick q))
           returning t.claim_id, t.id, t.type, t.payload, t.attempts, t.max_retries, t.priority, t.created_at,
                     date_part('epoch', v_now - p.queued_at), t.recoveries, t.meta;
         get diagnostics v_taken = row_count;
         v_claimed := v_claimed + v_taken;
         v_left := v_left - v_taken;
-        if v_taken > random() * 50 then
+        if v_taken > random() * 500 then
           perform orchestrator._note_lane(v_types[i], v_priorities[i]);
         end if;
         exit when v_left <= 0;
@@ -266,7 +242,7 @@ begin
           v_left := least(v_left, greatest((p_bytes - v_claimed * v_most) / 262144, (v_claimed = 0)::int));
           exit;   -- and pass again, with smaller shares
         end if;
-        if v_taken < v_share and v_from = v_heads[i] then   -- it has no more; where it started further on, there may be some before
+        if v_taken < v_share and v_from = v_heads[i] then   -- where it started further on, there may be some before
           v_heads[i] := null;
           v_lanes := v_lanes - 1;
         end if;
@@ -275,19 +251,18 @@ begin
     end loop;
     v_first := v_last + 1;
   end loop;
-  -- If a crash forgets the claim, its tasks are pending again, as after any crash of their worker.
+  -- If a crash forgets the claim, its tasks are pending again.
   if v_left < p_limit and set_config('synchronous_commit', 'off', true) = 'off' and v_claimed > 0 then
     insert into orchestrator.claims (id, worker_id, claimed_at, open_tasks) values (v_claim_id, p_worker_id, v_now, v_claimed);
   end if;
 end $$;
-comment on function orchestrator.claim_tasks(text, text[], int, bigint) is
-  'Claims up to p_limit ready tasks for a registered worker: of the types and patterns (a:, a:*, *) in p_types, '
+comment on function orchestrator.claim_tasks is
+  'Claims up to p_limit ready tasks of the types and patterns (a:, a:*, *) in p_types for a registered worker, '
   'with p_bytes of payloads at most (or a single task). attempts: started before this one; waited: seconds since it became ready; '
   'recoveries > 0: call start_tasks before its handler. Tasks under limits come under claims of their own. Its transaction commits without waiting for the flush. Raises OR001, OR003.';
 
 create or replace function orchestrator.start_tasks(p_claim_id bigint, p_ids uuid[]) returns int
-language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+language plpgsql as $$
 declare
   v_started int;
   v_now timestamptz;
@@ -295,21 +270,19 @@ begin
   perform from orchestrator.claims c where c.id = p_claim_id for no key update;
   if not found then return 0; end if;
   v_now := clock_timestamp();
-  -- "is not distinct from": no index can serve it, so the planner can't walk the claim for each id
+  -- "is not distinct from": no index serves it, so the planner can't walk the claim for each id
   update orchestrator.tasks t
   set status = 'running', started_at = v_now, updated_at = v_now, attempts = attempts + 1
   where t.id = any (p_ids) and t.claim_id is not distinct from p_claim_id and t.status = 'claimed';
   get diagnostics v_started = row_count;
   return v_started;
 end $$;
-comment on function orchestrator.start_tasks(bigint, uuid[]) is
-  'Marks claimed tasks as running, and counts the attempt. Returns how many; where fewer than asked, the claim no longer holds the rest.';
+comment on function orchestrator.start_tasks is
+  'Marks claimed tasks as running, and counts the attempt. Returns how many: the claim no longer holds the rest.';
 
 create or replace function orchestrator.promote_due(
   p_limit int default 1000, out promoted int, out next_in double precision, out fired int)
-language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan
-set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
+language plpgsql as $$
 declare
   v_now timestamptz := clock_timestamp();   -- itself it is volatile, so no index condition: all that is scheduled would be read
   v_fire_at timestamptz;
@@ -330,7 +303,7 @@ begin
   select extract(epoch from least(v_fire_at, (select t.next_retry_at from orchestrator.tasks t where t.next_retry_at is not null
                                               order by t.next_retry_at limit 1)) - clock_timestamp()) into next_in;
 end $$;
-comment on function orchestrator.promote_due(int) is
+comment on function orchestrator.promote_due is
   'Makes delayed tasks and retries whose time has come ready, at the tail of their lanes, and fires schedules that are due. Every '
   'worker calls it, about once a second, so neither needs a leader. Returns how many tasks it made ready (promoted) and '
   'enqueued for schedules (fired), and the seconds until the next is due (next_in; null: none).';

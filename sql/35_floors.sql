@@ -1,17 +1,17 @@
 -- Lane floors: a lower bound on queued_at for each lane, so that claims skip the dead index entries that an old snapshot keeps.
 -- Writes lane_floors, lanes and leader_state. Lock order: the leader's row → leader_state → lane_floors, as a table. The leader
--- only tries that lock, and waits for nothing while it has it. Those who put tasks back share it to the end of their
--- transaction, and may take the next claim's lock after it (release_forgotten, recover_orphans): sharing never waits for sharing.
+-- only tries that lock. Those who put tasks back share it to the end of their transaction, and may take the next claim's lock
+-- after it (release_forgotten, recover_orphans): sharing never waits for sharing.
 
--- Who may still commit a queued_at older than now? Those who hold a write lock on tasks: pg_locks shows them, prepared
+-- Only those who hold a write lock on tasks may still commit a queued_at older than now: pg_locks shows them, prepared
 -- transactions too. So take the time first and the list after; when none of the list is left, nothing older can appear.
--- It needs queued_at = clock_timestamp() taken inside the INSERT or UPDATE, and READ COMMITTED in all who take part.
--- A lane's floor is the lowest of its newest generation: a raise writes generation + 1, a lowering writes into the current
--- one, so lowerings commute with each other and none is lost to a raise. A lane without a floor is looked at from its very
--- beginning, so dropping one hides nothing; under the lock, so that no lowering still to commit outlives its generation.
+-- It needs queued_at = clock_timestamp() inside the INSERT or UPDATE, and READ COMMITTED in all who take part.
+-- A raise writes generation + 1, a lowering writes into the current one, so lowerings commute and none is lost to a raise. A lane
+-- without a floor is looked at from its very beginning, so dropping one hides nothing; under the lock, so that no lowering still
+-- to commit outlives its generation.
 
 create or replace function orchestrator._tasks_writers() returns text[]
-language sql stable set search_path = pg_catalog, pg_temp as $$
+language sql stable as $$
   select coalesce(array_agg(l.virtualtransaction), '{}') from pg_locks l
   where l.locktype = 'relation' and l.relation = 'orchestrator.tasks'::regclass and l.granted
     and l.database = (select d.oid from pg_database d where d.datname = current_database())
@@ -21,7 +21,7 @@ $$;
 -- Called last by whoever puts tasks back at an old queued_at, in the same transaction.
 create or replace function orchestrator._put_back(p_types text[], p_priorities int[], p_heads timestamptz[], p_notify boolean default true)
 returns void
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql as $$
 declare
   r record;
 begin
@@ -40,9 +40,9 @@ begin
   end loop;
 end $$;
 
--- The lock that keeps others from putting tasks back; only tried. Others can't hold it without rights on the table.
+-- Keeps others from putting tasks back; only tried. Others can't hold it without rights on the table.
 create or replace function orchestrator._lock_floors() returns boolean
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql as $$
 begin
   lock table orchestrator.lane_floors in share row exclusive mode nowait;
   return true;
@@ -52,43 +52,37 @@ end $$;
 
 -- How far floors may rise: everything that will ever be queued below it is already visible.
 create or replace function orchestrator._advance_safe_floor() returns timestamptz
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql as $$
 declare
   s orchestrator.leader_state;
 begin
   select * into s from orchestrator.leader_state for no key update;
-  if s.candidate is not null then
-    -- a prepared transaction keeps its number, but after a restart has another, -1/…, so that holds any candidate back
-    if not exists (select from unnest(orchestrator._tasks_writers()) v where v = any (s.candidate_vxids) or v like '-1/%') then
-      s.safe_floor := s.candidate;
-      s.candidate := null;
+  for look in 1..2 loop   -- for the last candidate, then for a new one
+    if s.candidate is null then
+      s.candidate := clock_timestamp();
+      s.candidate_vxids := orchestrator._tasks_writers();
     end if;
-  end if;
-  if s.candidate is null then
-    s.candidate := clock_timestamp();
-    s.candidate_vxids := orchestrator._tasks_writers();
-    if s.candidate_vxids = '{}' then
-      s.safe_floor := s.candidate;
-      s.candidate := null;
-    end if;
-  end if;
+    -- a prepared transaction has another number after a restart, -1/…: that holds any candidate back
+    exit when exists (select from unnest(orchestrator._tasks_writers()) v where v = any (s.candidate_vxids) or v like '-1/%');
+    s.safe_floor := s.candidate;
+    s.candidate := null;
+  end loop;
   update orchestrator.leader_state set safe_floor = s.safe_floor, candidate = s.candidate, candidate_vxids = s.candidate_vxids;
   return s.safe_floor;
 end $$;
 
--- The oldest ready task of a lane, looked for from a floor; null: nothing is ready. '-infinity' walks all dead entries.
+-- The oldest ready task of a lane from a floor on. '-infinity' walks all dead entries.
 create or replace function orchestrator._lane_head(p_type text, p_priority int, p_floor timestamptz) returns timestamptz
-language plpgsql stable
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+language plpgsql stable as $$
 begin
   return (select t.queued_at from orchestrator.tasks t
           where t.type = p_type and t.priority = p_priority and t.queued_at >= p_floor order by t.queued_at limit 1);
 end $$;
 
--- Whether looking for the oldest ready task takes p_slow or longer, twice in a row: after a rest the first look is slow by
--- itself, and it marks the entries that no snapshot needs any longer, which makes the second one quick.
+-- Whether looking for the oldest ready task takes p_slow or longer, twice in a row: the first look after a rest is slow by
+-- itself, and marks the entries that no snapshot needs any longer.
 create or replace function orchestrator._is_slow(p_type text, p_priority int, p_floor timestamptz, p_slow interval, out slow boolean, out head timestamptz)
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql as $$
 declare
   v_looked_at timestamptz;
 begin
@@ -100,9 +94,8 @@ begin
   end loop;
 end $$;
 
--- Raises the floor of one lane if that is worth a row: only where dead entries make the look slow.
 create or replace function orchestrator._raise_floor(p_type text, p_priority int, p_safe timestamptz, p_slow interval) returns boolean
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql as $$
 declare
   v_generation bigint;
   v_floor timestamptz;
@@ -119,10 +112,10 @@ begin
   return true;
 end $$;
 
--- The floors that have not risen for a minute and no longer help, in any order. Asking walks what the old snapshot keeps, so it
--- takes at most about 100 ms, and a 200th of the time: the others' turn comes.
+-- Floors that have not risen for a minute and no longer help, in any order. Asking walks what the old snapshot keeps, so it
+-- takes at most about 100 ms, and a 200th of the time.
 create or replace function orchestrator._idle_floors(p_slow interval, out types text[], out priorities int[])
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql as $$
 declare
   v_start timestamptz := clock_timestamp();
 begin
@@ -135,7 +128,7 @@ begin
 end $$;
 
 create or replace function orchestrator.raise_floors(p_worker_id text, p_term bigint, p_slow interval default '30 microseconds') returns int
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql as $$
 declare
   v_changed int := 0;
   v_safe timestamptz;
@@ -158,44 +151,37 @@ begin
     and not exists (select from orchestrator.lane_floors f where f.type = n.type and f.priority = n.priority);
   return v_changed + coalesce(cardinality(v_idle.types), 0);
 end $$;
-comment on function orchestrator.raise_floors(text, bigint, interval) is
-  'The leader''s: raises the floors of lanes where looking for the oldest ready task takes p_slow or longer, and drops floors '
-  'without which it is quicker. Returns how many of both; null under a stale term. Call it in a transaction of its own: it keeps '
-  'the lock on floors to the end.';
+comment on function orchestrator.raise_floors is
+  'The leader''s: raises the floors of lanes where looking for the oldest ready task takes p_slow or longer, and drops those that '
+  'no longer help. Returns how many of both; null under a stale term. Locks floors to the end of its transaction.';
 
--- The net under it all: walks the ready index from lane to lane, each from its very beginning, and lowers a floor that hides a
--- task. On its way it takes a type by chance, from which claims of a pattern with very many types look on.
+-- The net under it all: walks the ready index from lane to lane, each from its very beginning. On its way it takes a type by
+-- chance, from which claims of a pattern with very many types look on.
 create or replace function orchestrator.rescan_lanes(p_worker_id text, p_term bigint, p_budget interval default '20 milliseconds') returns int
-language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+language plpgsql as $$
 declare
   v_mended int := 0;
   v_until timestamptz := clock_timestamp() + p_budget;
   v_seen int := 0;
   v_type text;
   v_sampled text;
-  v_floor timestamptz;
   l record;
 begin
   perform set_config('synchronous_commit', 'off', true);
   if not orchestrator._leads(p_worker_id, p_term) then return null; end if;
   select coalesce(s.rescan_type, '') into v_type from orchestrator.leader_state s;
   loop
-    select t.type, t.priority, t.queued_at into l from orchestrator.tasks t
-    where t.queued_at is not null and t.type > v_type order by t.type, t.priority desc, t.queued_at limit 1;
-    if not found then v_type := null; exit; end if;
-    v_type := l.type;
+    v_type := (select t.type from orchestrator.tasks t where t.queued_at is not null and t.type > v_type
+               order by t.type, t.priority desc, t.queued_at limit 1);
+    exit when v_type is null;
     v_seen := v_seen + 1;
     if random() * v_seen < 1 then v_sampled := v_type; end if;
-    while found loop
-      v_floor := (select f.floor from orchestrator.lane_floors f where f.type = l.type and f.priority = l.priority
-                  order by f.generation desc, f.floor limit 1);
-      if l.queued_at < v_floor then
-        perform orchestrator._put_back(array[l.type], array[l.priority], array[l.queued_at]);
+    for l in select * from orchestrator._ready_lanes(array[v_type], p_below_floors => true) loop
+      if l.head < (select f.floor from orchestrator.lane_floors f where f.type = l.type and f.priority = l.priority
+                   order by f.generation desc, f.floor limit 1) then
+        perform orchestrator._put_back(array[l.type], array[l.priority], array[l.head]);
         v_mended := v_mended + 1;
       end if;
-      select t.type, t.priority, t.queued_at into l from orchestrator.tasks t
-      where t.queued_at is not null and t.type = v_type and t.priority < l.priority order by t.type, t.priority desc, t.queued_at limit 1;
     end loop;
     exit when clock_timestamp() > v_until;
   end loop;
@@ -203,6 +189,6 @@ begin
   where (rescan_type, sampled_type) is distinct from (v_type, v_sampled);
   return v_mended;
 end $$;
-comment on function orchestrator.rescan_lanes(text, bigint, interval) is
-  'The leader''s: looks for ready tasks below the floor of their lane (after a step of the clock), lowers those floors, for '
-  'about p_budget, and goes on next time where it stopped. Returns how many lanes were mended, normally 0; null under a stale term.';
+comment on function orchestrator.rescan_lanes is
+  'The leader''s: lowers floors that hide ready tasks (after a step of the clock), for about p_budget, and goes on next time where '
+  'it stopped. Returns how many, normally 0; null under a stale term.';

@@ -1,9 +1,9 @@
 -- Ending an attempt: complete, fail, release, snooze. Each names its claim, the fence: a task that was recovered and claimed
--- again has another claim, so a late outcome changes nothing. Writes claims, tasks, task_events, and lane_floors where a task
--- is put back. Lock order: claims (ascending id) → tasks → lane_floors.
--- A task that was asked to cancel ends as cancelled, however its attempt ended.
+-- again has another claim, so a late outcome changes nothing, and is rejected. A task that was asked to cancel ends as
+-- cancelled, however its attempt ended. Writes claims, tasks, task_events, and lane_floors where a task is put back.
+-- Lock order: claims (ascending id) → tasks → lane_floors.
 
--- What applies where no handler says otherwise.
+
 create or replace function orchestrator._default_policy(out max_retries int, out base_delay interval, out max_delay interval)
 language sql immutable parallel safe begin atomic
   select 3, interval '1 second', interval '1 hour';
@@ -11,7 +11,7 @@ end;
 
 create or replace function orchestrator.retry_delay(p_attempt int, p_base interval, p_max interval, p_random double precision)
 returns interval language sql immutable parallel safe begin atomic
-  -- the exponent is bounded since 2^n overflows, the seconds since make_interval() of a huge number turns negative
+  -- bounded: 2^n overflows, and make_interval() of a huge number turns negative
   select make_interval(secs =>
     (0.5 + 0.5 * least(greatest(coalesce(p_random, 1), 0), 1))
     * least(greatest(extract(epoch from coalesce(p_base, d.base_delay)), 0)::double precision * power(2, least(greatest(coalesce(p_attempt, 1), 1) - 1, 60)),
@@ -19,27 +19,26 @@ returns interval language sql immutable parallel safe begin atomic
             extract(epoch from orchestrator.longest_delay())::double precision))
   from orchestrator._default_policy() d;
 end;
-comment on function orchestrator.retry_delay(int, interval, interval, double precision) is
-  'base · 2^(attempt − 1), at most max, times a factor from a half (random = 0) to 1 (random = 1). Pure; safe for any input.';
+comment on function orchestrator.retry_delay is
+  'base · 2^(attempt − 1), at most max, times a factor from a half (random = 0) to 1 (random = 1). Safe for any input.';
 
--- The registered name that applies to a type: itself, else the longest pattern that matches it. Names that are only paused
--- don't count.
+-- The registered name that applies to a type: itself, else the longest pattern.
 create or replace function orchestrator._registered_as(p_type text) returns text
-language sql stable set search_path = pg_catalog, pg_temp as $$
+language sql stable as $$
   select p.type from orchestrator.task_types p where p.max_retries is not null and p_type like p.likes
   order by p.type = p_type desc, length(p.type) desc limit 1
 $$;
 
 create or replace function orchestrator._policy(p_type text) returns orchestrator.task_types
-language sql stable set search_path = pg_catalog, pg_temp as $$
+language sql stable as $$
   select coalesce(p.type, p_type), p.likes, coalesce(p.max_retries, d.max_retries), coalesce(p.base_delay, d.base_delay),
          coalesce(p.max_delay, d.max_delay), p.timeout, p.paused, p.updated_at
   from orchestrator._default_policy() d left join orchestrator.task_types p on p.type = orchestrator._registered_as(p_type)
 $$;
 
--- Keeps the newest 100 events of a task: a task that snoozes for ever must not grow for ever.
+-- The newest 100 events of a task are kept, since it may snooze for ever.
 create or replace function orchestrator._add_event(p_task_id uuid, p_event text, p_attempt int, p_worker_id text, p_detail text) returns void
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql as $$
 begin
   insert into orchestrator.task_events (task_id, event, attempt, worker_id, detail)
   values (p_task_id, p_event, p_attempt, p_worker_id, orchestrator._kept(p_detail));
@@ -47,10 +46,9 @@ begin
     (select o.id from orchestrator.task_events o where o.task_id = p_task_id order by o.id desc offset 100 limit 1);
 end $$;
 
--- Takes ended tasks off their claim, whose row the caller has locked; the claim goes with the last of them.
+-- Takes ended tasks off their locked claim, which goes with the last of them.
 create or replace function orchestrator._shrink_claim(p_claim_id bigint, p_ended int) returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+language plpgsql as $$
 declare
   v_limit text;
   v_key text;
@@ -69,16 +67,13 @@ end $$;
 -- p_ids holds p_counts[i] tasks of p_claim_ids[i], one claim after another, and p_results (if not null) their results.
 create or replace function orchestrator.complete_tasks(
   p_claim_ids bigint[], p_counts int[], p_ids uuid[], p_results jsonb[] default null, p_again boolean default true)
-returns table (id uuid, outcome text) language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan
-set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
+returns table (id uuid, outcome text) language plpgsql as $$
 #variable_conflict use_column
 declare
   v_from int := 1;
   v_to int;
   v_ids uuid[];
   v_done int;
-  v_cancelled int;
   v_now timestamptz;
 begin
   perform from orchestrator.claims c where c.id = any (p_claim_ids) order by c.id for no key update;
@@ -93,32 +88,30 @@ begin
     update orchestrator.tasks t
     set status = 'completed', started_at = coalesce(t.started_at, t.claimed_at), completed_at = v_now, updated_at = v_now,
         attempts = t.attempts + (t.status = 'claimed')::int,
-        -- not a join with the results: planned while tasks was empty, that would walk it whole
+        -- not a join, which would walk the table
         result = case when p_results is not null then p_results[v_from - 1 + array_position(v_ids, t.id)] end
     where t.id = any (v_ids) and t.claim_id is not distinct from p_claim_ids[i]
       and t.status in ('claimed', 'running') and t.cancel_requested_at is null;
     get diagnostics v_done = row_count;
-    v_cancelled := 0;
     if v_done < cardinality(v_ids) then
-      v_cancelled := orchestrator._lock_and_end_cancelled(p_claim_ids[i], v_ids);
+      perform orchestrator._lock_and_end_cancelled(p_claim_ids[i], v_ids);
       return query
         select u.id, case when t.status = 'cancelled' and t.claim_id = p_claim_ids[i] then 'cancelled' else 'rejected' end
         from unnest(v_ids) u(id) left join orchestrator.tasks t on t.id = u.id
         where (p_again and t.status = 'completed' and t.claim_id = p_claim_ids[i]) is not true;   -- if true: a report sent again
     end if;
-    perform orchestrator._shrink_claim(p_claim_ids[i], v_done + v_cancelled);
+    perform orchestrator._shrink_claim(p_claim_ids[i], v_done);
     v_from := v_to + 1;
   end loop;
 end $$;
-comment on function orchestrator.complete_tasks(bigint[], int[], uuid[], jsonb[], boolean) is
+comment on function orchestrator.complete_tasks is
   'Completes tasks grouped by claim: p_ids holds p_counts[i] tasks of p_claim_ids[i], one claim after another; p_results, if '
   'given, one for each. Returns only those that did not complete: cancelled (it was asked for) or rejected (no longer of '
   'that claim; if p_again is false, also completed already: what commits with it must not commit twice).';
 
--- Of these tasks of a locked claim, ends those that were asked to cancel, and leaves the others locked: nobody can ask any more.
+-- Ends those of a locked claim's tasks that were asked to cancel, and leaves the others locked: nobody can ask any more.
 create or replace function orchestrator._lock_and_end_cancelled(p_claim_id bigint, p_ids uuid[]) returns int
-language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+language plpgsql as $$
 declare
   v_n int := 0;
   r record;
@@ -136,19 +129,20 @@ begin
     perform orchestrator._add_event(r.id, 'cancelled', r.attempts, r.worker_id, null);
     v_n := v_n + 1;
   end loop;
+  perform orchestrator._shrink_claim(p_claim_id, v_n);
   return v_n;
 end $$;
 
--- A failed attempt of a task whose claim the caller has locked. Returns the status that it got, or 'rejected'.
+-- A failed attempt of a task of a locked claim. Returns the status that it got, or 'rejected'.
 create or replace function orchestrator._fail(
   p_claim_id bigint, p_id uuid, p_error text, p_traceback text, p_retry_after interval, p_permanent boolean, p_recovered boolean)
-returns text language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+returns text language plpgsql as $$
 declare
   v_task orchestrator.tasks;
   v_policy orchestrator.task_types;
   v_attempts int;
   v_status orchestrator.task_status;
+  v_ends boolean;
   v_now timestamptz := clock_timestamp();
   v_delay interval;
 begin
@@ -160,30 +154,26 @@ begin
   v_status := (case when v_task.cancel_requested_at is not null then 'cancelled'
                    when p_permanent or v_attempts > least(coalesce(v_task.max_retries, v_policy.max_retries), 1000) then 'dead_letter'
                    else 'retry_scheduled' end)::orchestrator.task_status;
+  v_ends := v_status <> 'retry_scheduled';
   v_delay := least(greatest(coalesce(p_retry_after, orchestrator.retry_delay(v_attempts, v_policy.base_delay, v_policy.max_delay, random())),
                             interval '0'), orchestrator.longest_delay());
   update orchestrator.tasks t
   set status = v_status, attempts = v_attempts, last_error = orchestrator._kept(p_error), updated_at = v_now, cancel_requested_at = null,
-      claim_id = case when v_status <> 'retry_scheduled' then t.claim_id end,
-      worker_id = case when v_status <> 'retry_scheduled' then t.worker_id end,
-      claimed_at = case when v_status <> 'retry_scheduled' then t.claimed_at end,
-      started_at = case when v_status <> 'retry_scheduled' then coalesce(t.started_at, t.claimed_at) end,
-      completed_at = case when v_status = 'cancelled' then v_now end,
-      dead_at = case when v_status = 'dead_letter' then v_now end,
-      next_retry_at = case when v_status = 'retry_scheduled' then v_now + v_delay end,
-      recoveries = t.recoveries + p_recovered::int
+      claim_id = case when v_ends then t.claim_id end, worker_id = case when v_ends then t.worker_id end,
+      claimed_at = case when v_ends then t.claimed_at end, started_at = case when v_ends then coalesce(t.started_at, t.claimed_at) end,
+      completed_at = case when v_status = 'cancelled' then v_now end, dead_at = case when v_status = 'dead_letter' then v_now end,
+      next_retry_at = case when not v_ends then v_now + v_delay end, recoveries = t.recoveries + p_recovered::int
   where t.id = p_id;
   perform orchestrator._add_event(p_id, 'failed', v_attempts, v_task.worker_id, concat_ws(E'\n', p_error, p_traceback));
   perform orchestrator._add_event(p_id, v_status::text, v_attempts, v_task.worker_id,
-                               case when v_status = 'retry_scheduled' then 'in ' || extract(epoch from v_delay)::numeric(15, 3) || ' s'
-                                    when v_status = 'dead_letter' and p_permanent then 'permanent error'
-                                    when v_status = 'dead_letter' then 'retries used up' end);
+    case when not v_ends then 'in ' || extract(epoch from v_delay)::numeric(15, 3) || ' s'
+         when v_status = 'dead_letter' then case when p_permanent then 'permanent error' else 'retries used up' end end);
   return v_status;
 end $$;
 
 create or replace function orchestrator.fail_tasks(
   p_claim_ids bigint[], p_ids uuid[], p_errors text[], p_tracebacks text[], p_retry_afters interval[], p_permanents boolean[])
-returns table (id uuid, outcome text) language plpgsql set search_path = pg_catalog, pg_temp as $$
+returns table (id uuid, outcome text) language plpgsql as $$
 #variable_conflict use_column
 begin
   perform from orchestrator.claims c where c.id = any (p_claim_ids) order by c.id for no key update;
@@ -195,23 +185,21 @@ begin
     return next;
   end loop;
 end $$;
-comment on function orchestrator.fail_tasks(bigint[], uuid[], text[], text[], interval[], boolean[]) is
-  'Records a failed attempt of each task, named by its claim: a retry after p_retry_afters[i] (null: the policy''s backoff with '
-  'jitter), or a dead letter if permanent or its retries are used up. p_tracebacks[i] is kept in the event. Returns the status of '
-  'each, or rejected.';
+comment on function orchestrator.fail_tasks is
+  'Records a failed attempt of each task, named by its claim: a retry after p_retry_afters[i] (null: the policy''s backoff), or a '
+  'dead letter if permanent or its retries are used up. p_tracebacks[i] is kept in the event. Returns the status of each, or rejected.';
 
 create or replace function orchestrator.fail_task(
   p_claim_id bigint, p_id uuid, p_error text, p_retry_after interval default null, p_permanent boolean default false)
-returns text language sql set search_path = pg_catalog, pg_temp as $$
+returns text language sql as $$
   select f.outcome from orchestrator.fail_tasks(array[p_claim_id], array[p_id], array[p_error], null, array[p_retry_after], array[p_permanent]) f
 $$;
-comment on function orchestrator.fail_task(bigint, uuid, text, interval, boolean) is
-  'fail_tasks for one task: returns retry_scheduled, dead_letter, cancelled (it was asked for) or rejected.';
+comment on function orchestrator.fail_task is 'fail_tasks for one task: returns its status or rejected.';
 
--- Puts tasks of a locked claim back to their old places, and takes back an attempt that was counted.
-create or replace function orchestrator._release(p_claim_id bigint, p_ids uuid[], p_event text, p_recovered boolean) returns int
-language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+-- Puts tasks of a locked claim back to their old places, or off by p_delay, uncharged.
+create or replace function orchestrator._release(
+  p_claim_id bigint, p_ids uuid[], p_event text, p_recovered boolean, p_delay interval default null) returns int
+language plpgsql as $$
 declare
   v_n int;
   v_types text[];
@@ -228,21 +216,23 @@ begin
         order by t.id for no key update) t;
   with released as (
     update orchestrator.tasks t
-    set status = 'pending', queued_at = t.created_at, worker_id = null, claim_id = null, claimed_at = null, started_at = null,
-        progress = null, attempts = t.attempts - (t.status = 'running')::int, recoveries = t.recoveries + p_recovered::int,
-        updated_at = clock_timestamp()
+    set status = 'pending', queued_at = case when p_delay is null then t.created_at end, next_retry_at = clock_timestamp() + p_delay,
+        worker_id = null, claim_id = null, claimed_at = null, started_at = null, progress = null, updated_at = clock_timestamp(),
+        attempts = t.attempts - (t.status = 'running')::int, recoveries = t.recoveries + p_recovered::int
     where t.id = any (v_ids)
     returning t.type, t.priority, t.queued_at)
   select count(*), array_agg(type), array_agg(priority), array_agg(queued_at) into v_n, v_types, v_priorities, v_heads from released;
-  perform orchestrator._add_event(u.id, p_event, null, u.worker, null) from unnest(v_ids, v_workers) u(id, worker);
+  perform orchestrator._add_event(u.id, p_event, null, u.worker, 'for ' || extract(epoch from p_delay)::numeric(15, 3) || ' s')
+  from unnest(v_ids, v_workers) u(id, worker);
   perform orchestrator._shrink_claim(p_claim_id, v_n);
-  perform orchestrator._put_back(v_types, v_priorities, v_heads);
+  if p_delay is null then
+    perform orchestrator._put_back(v_types, v_priorities, v_heads);
+  end if;
   return v_n;
 end $$;
 
 create or replace function orchestrator.release_tasks(p_claim_id bigint, p_ids uuid[] default null) returns int
-language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+language plpgsql as $$
 declare
   v_ids uuid[] := p_ids;
   v_n int;
@@ -253,15 +243,13 @@ begin
     v_ids := array(select t.id from orchestrator.tasks t where t.claim_id = p_claim_id and t.status in ('claimed', 'running'));
   end if;
   v_n := orchestrator._lock_and_end_cancelled(p_claim_id, v_ids);
-  perform orchestrator._shrink_claim(p_claim_id, v_n);
   return v_n + orchestrator._release(p_claim_id, v_ids, 'released', false);
 end $$;
-comment on function orchestrator.release_tasks(bigint, uuid[]) is
-  'Gives tasks of a claim back (p_ids null: all), uncharged and at their old places; those asked to cancel end as cancelled. '
-  'Returns how many left the claim.';
+comment on function orchestrator.release_tasks is
+  'Gives tasks of a claim back (p_ids null: all), uncharged and at their old places. Returns how many left the claim.';
 
 create or replace function orchestrator.release_forgotten(p_worker_id text, p_known bigint[]) returns int
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql as $$
 declare
   v_id bigint;
   v_n int := 0;
@@ -271,56 +259,39 @@ begin
   end loop;
   return v_n;
 end $$;
-comment on function orchestrator.release_forgotten(text, bigint[]) is
-  'Releases the claims of a worker that it does not know of: they were committed, but the answer was lost. p_known: all claims '
-  'that it holds tasks of. Returns how many tasks left those claims.';
+comment on function orchestrator.release_forgotten is
+  'Releases a worker''s claims but p_known: those whose answer was lost. Returns how many tasks left them.';
 
 create or replace function orchestrator.snooze_task(p_claim_id bigint, p_id uuid, p_delay interval) returns text
-language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
-declare
-  v_worker text;
+language plpgsql as $$
 begin
   if p_delay is null or p_delay < interval '0' or p_delay > orchestrator.longest_delay() then
     perform orchestrator._invalid('delay', 'must be from 0 to 3650 days', 'Give it as an interval.');
   end if;
-  select c.worker_id into v_worker from orchestrator.claims c where c.id = p_claim_id for no key update;
+  perform from orchestrator.claims c where c.id = p_claim_id for no key update;
   if not found then return 'rejected'; end if;
-  if orchestrator._lock_and_end_cancelled(p_claim_id, array[p_id]) > 0 then
-    perform orchestrator._shrink_claim(p_claim_id, 1);
-    return 'cancelled';
-  end if;
-  update orchestrator.tasks t
-  set status = 'pending', next_retry_at = clock_timestamp() + p_delay, worker_id = null, claim_id = null, claimed_at = null,
-      started_at = null, progress = null, attempts = t.attempts - (t.status = 'running')::int, updated_at = clock_timestamp()
-  where t.id = p_id and t.claim_id is not distinct from p_claim_id and t.status in ('claimed', 'running');
-  if not found then return 'rejected'; end if;
-  perform orchestrator._add_event(p_id, 'snoozed', null, v_worker, 'for ' || extract(epoch from p_delay)::numeric(15, 3) || ' s');
-  perform orchestrator._shrink_claim(p_claim_id, 1);
-  return 'snoozed';
+  if orchestrator._lock_and_end_cancelled(p_claim_id, array[p_id]) > 0 then return 'cancelled'; end if;
+  return case orchestrator._release(p_claim_id, array[p_id], 'snoozed', false, p_delay) when 0 then 'rejected' else 'snoozed' end;
 end $$;
-comment on function orchestrator.snooze_task(bigint, uuid, interval) is
-  'Puts a task off, uncharged. Returns snoozed, cancelled (it was asked for) or rejected. Raises OR001.';
+comment on function orchestrator.snooze_task is
+  'Puts a task off, uncharged. Returns snoozed, cancelled or rejected. Raises OR001.';
 
 create or replace function orchestrator.record_progress(p_claim_id bigint, p_id uuid, p_progress json) returns boolean
-language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+language plpgsql as $$
 begin
   perform set_config('synchronous_commit', 'off', true);
   update orchestrator.tasks t set progress = p_progress, updated_at = clock_timestamp()
   where t.id = p_id and t.claim_id is not distinct from p_claim_id and t.status in ('claimed', 'running');
   return found;
 end $$;
-comment on function orchestrator.record_progress(bigint, uuid, json) is
-  'Keeps the progress that the handler of a task reports, in tasks.progress. Returns whether the claim still holds the task.';
+comment on function orchestrator.record_progress is 'Keeps the progress of a task. Returns whether the claim still holds it.';
 
 create or replace function orchestrator.note_lost_result(p_id uuid, p_problem text) returns boolean
-language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+language plpgsql as $$
 begin
   if not exists (select from orchestrator.tasks t where t.id = p_id and t.status = 'completed') then return false; end if;
   perform orchestrator._add_event(p_id, 'result_lost', null, null, p_problem);
   return true;
 end $$;
-comment on function orchestrator.note_lost_result(uuid, text) is
-  'Records that a completed task had a result that could not be kept. Returns whether the task is there and completed.';
+comment on function orchestrator.note_lost_result is
+  'Records that the result of a completed task could not be kept. Returns whether there is such a task.';

@@ -1,10 +1,10 @@
 -- Workers: registration, heartbeat, the idle mark, and recovery of what dead workers held. Writes workers, task_types, claims,
 -- tasks, task_events, lane_floors. Lock order: the leader's row → the dead worker's row → its claims (ascending id) → tasks →
--- lane_floors. The heartbeat touches workers alone, so that nothing else that is locked makes a worker seem dead.
+-- lane_floors. The heartbeat touches workers alone: no other lock makes a worker seem dead.
 
 create or replace function orchestrator.register_worker(
   p_id text, p_hostname text, p_pool_size int, p_version text, p_handlers jsonb default '{}') returns void
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql as $$
 begin
   insert into orchestrator.workers (id, hostname, pool_size, version, handles)
   values (p_id, p_hostname, p_pool_size, p_version, array(select orchestrator._like(k) from jsonb_object_keys(p_handlers) k))
@@ -22,59 +22,58 @@ begin
   where (tt.max_retries, tt.base_delay, tt.max_delay, tt.timeout)
         is distinct from (excluded.max_retries, excluded.base_delay, excluded.max_delay, excluded.timeout);
 end $$;
-comment on function orchestrator.register_worker(text, text, int, text, jsonb) is
-  'Registers a worker under a new id, with its handlers: {type or pattern: {max_retries, base_delay, max_delay, timeout}}, with '
-  'delays in seconds and defaults of 3, 1, 3600 and none. Their policies are written to task_types.';
+comment on function orchestrator.register_worker is
+  'Registers a worker under a new id, and the policies of its handlers: {type or pattern: {max_retries, base_delay, max_delay, '
+  'timeout}}, in seconds, with defaults of 3, 1, 3600 and none.';
 
 create or replace function orchestrator.announce_stop(p_id text) returns void
-language sql set search_path = pg_catalog, pg_temp as $$
+language sql as $$
   update orchestrator.workers w set stopping_at = clock_timestamp(), idle = false where w.id = p_id and w.stopping_at is null
 $$;
-comment on function orchestrator.announce_stop(text) is 'Says that a worker claims no more, and ends when its tasks have.';
+comment on function orchestrator.announce_stop is 'A worker claims no more, and ends when its tasks have.';
 
 create or replace function orchestrator.unregister_worker(p_id text) returns boolean
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql as $$
 begin
   delete from orchestrator.workers w where w.id = p_id and not exists (select from orchestrator.claims c where c.worker_id = p_id);
   if found then return true; end if;
   update orchestrator.workers w set declared_dead_at = clock_timestamp(), is_leader = false, idle = false where w.id = p_id;
   return false;
 end $$;
-comment on function orchestrator.unregister_worker(text) is
-  'Removes a worker that stops. One that still holds claims is declared dead instead, for the leader to recover them: then false.';
+comment on function orchestrator.unregister_worker is
+  'Removes a worker that stops. One that still holds claims is declared dead instead, to be recovered: then false.';
 
 create or replace function orchestrator.heartbeat(p_id text) returns table (worker_id text, last_heartbeat timestamptz)
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql as $$
 #variable_conflict use_column
 begin
   perform set_config('synchronous_commit', 'off', true);
   update orchestrator.workers w set last_heartbeat = clock_timestamp() where w.id = p_id and w.declared_dead_at is null;
   return query select w.id, w.last_heartbeat from orchestrator.workers w where w.declared_dead_at is null;
 end $$;
-comment on function orchestrator.heartbeat(text) is
-  'Records that a worker is alive. Returns all live workers, each with its last heartbeat. A worker that is not among them was '
-  'declared dead, and must register under a new id.';
+comment on function orchestrator.heartbeat is
+  'Records that a worker is alive. Returns all live workers. One that is not among them was declared dead, and must register under a new id.';
 
 create or replace function orchestrator.cancelling_tasks(p_id text) returns setof uuid
-language sql stable set search_path = pg_catalog, pg_temp set enable_seqscan = off as $$
+language sql stable as $$
   select t.id from orchestrator.tasks t where t.cancel_requested_at is not null and t.worker_id = p_id and t.status in ('claimed', 'running')
 $$;
-comment on function orchestrator.cancelling_tasks(text) is 'The tasks of a worker that were asked to stop.';
+comment on function orchestrator.cancelling_tasks is 'The tasks of a worker that were asked to stop.';
 
 create or replace function orchestrator.set_idle(p_id text, p_idle boolean) returns void
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql as $$
 begin
   perform set_config('synchronous_commit', 'off', true);   -- nothing is lost if a crash forgets it
   update orchestrator.workers w set idle = p_idle where w.id = p_id and w.idle <> p_idle;
 end $$;
-comment on function orchestrator.set_idle(text, boolean) is
-  'Marks a worker as waiting for work, so that enqueue notifies it. It must look for work once more after this.';
+comment on function orchestrator.set_idle is
+  'Marks a worker as waiting for work, so that enqueue notifies it. It must look once more after this.';
 
--- Recovers some tasks of a locked claim: asked to cancel → cancelled; running → a failed attempt; not yet started → back to its
--- old place, uncharged. dead: the types of those that became dead letters.
+-- Recovers tasks of a locked claim: asked to cancel → cancelled; running → a failed attempt; not yet started → back to its old
+-- place, uncharged. dead: the types of new dead letters.
 create or replace function orchestrator._recover_tasks(
   p_claim_id bigint, p_ids uuid[], p_error text, out released int, out retried int, out dead text[], out cancelled int)
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql as $$
 declare
   t record;
 begin
@@ -89,16 +88,14 @@ begin
       retried := retried + 1;
     end if;
   end loop;
-  perform orchestrator._shrink_claim(p_claim_id, cancelled + retried + cardinality(dead));
+  perform orchestrator._shrink_claim(p_claim_id, retried + cardinality(dead));
   released := orchestrator._release(p_claim_id, p_ids, 'recovered', true);
 end $$;
 
--- Recovers up to p_limit tasks of a claim, all together; if a row makes that fail, one by one, so that a bad row keeps back only
--- itself. Returns a row for each attempt.
+-- Recovers up to p_limit tasks of a claim, all together; if that fails, one by one, so that a bad row keeps back only itself.
 create or replace function orchestrator._recover_claim(p_claim_id bigint, p_error text, p_limit int)
 returns table (released int, retried int, dead text[], cancelled int, failed int)
-language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+language plpgsql as $$
 declare
   v_ids uuid[];
 begin
@@ -109,23 +106,21 @@ begin
     perform orchestrator._shrink_claim(p_claim_id, 2147483647);
     return;
   end if;
-  begin
-    return query select r.*, 0 from orchestrator._recover_tasks(p_claim_id, v_ids, p_error) r;
-    return;
-  exception when others then null;
-  end;
-  for i in 1..cardinality(v_ids) loop
+  for i in 0..cardinality(v_ids) loop   -- 0: all together
     begin
-      return query select r.*, 0 from orchestrator._recover_tasks(p_claim_id, v_ids[i:i], p_error) r;
+      return query select r.*, 0 from orchestrator._recover_tasks(p_claim_id, case when i = 0 then v_ids else v_ids[i:i] end, p_error) r;
+      exit when i = 0;
     exception when others then
-      raise warning 'task % could not be recovered: %', v_ids[i], sqlerrm;
-      return query select 0, 0, '{}'::text[], 0, 1;
+      if i > 0 then
+        raise warning 'task % could not be recovered: %', v_ids[i], sqlerrm;
+        return query select 0, 0, '{}'::text[], 0, 1;
+      end if;
     end;
   end loop;
 end $$;
 
 create or replace function orchestrator.declare_dead(p_worker_id text, p_term bigint, p_ids text[], p_seen timestamptz[]) returns int
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql as $$
 declare
   v_n int;
 begin
@@ -136,14 +131,13 @@ begin
   get diagnostics v_n = row_count;
   return v_n;
 end $$;
-comment on function orchestrator.declare_dead(text, bigint, text[], timestamptz[]) is
+comment on function orchestrator.declare_dead is
   'The leader''s: declares the workers p_ids dead whose last heartbeat still is p_seen[i], which the leader saw WORKER_TIMEOUT ago '
-  'by a clock of its own: a step of the server''s clock means nothing. Returns how many; null under a stale term.';
+  'by its own clock: a step of the server''s means nothing. Returns how many; null under a stale term.';
 
--- Takes no term: a single instance must not wait for the lease of a leader that is gone. That leader can't act any more either,
--- since it would do so on the connection that is missing here.
+-- Takes no term: a single instance must not wait for the lease of a leader that is gone, and can't act on a missing connection.
 create or replace function orchestrator.declare_disconnected_dead(p_worker_id text, out declared int, out living int)
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql as $$
 begin
   update orchestrator.workers w set declared_dead_at = clock_timestamp(), is_leader = false, idle = false
   where w.id <> p_worker_id and w.declared_dead_at is null and not exists (
@@ -151,14 +145,13 @@ begin
   get diagnostics declared = row_count;
   select count(*) into living from orchestrator.workers w where w.id <> p_worker_id and w.declared_dead_at is null;
 end $$;
-comment on function orchestrator.declare_disconnected_dead(text) is
-  'For a single instance at its start: declares all workers dead that have no connection. Returns how many, and how many others '
-  'are alive.';
+comment on function orchestrator.declare_disconnected_dead is
+  'For a single instance at its start: declares all workers dead that have no connection. Returns how many, and how many others live.';
 
 create or replace function orchestrator.recover_orphans(
   p_worker_id text, p_term bigint, p_limit int default 1000,
   out released int, out retried int, out dead_letters jsonb, out cancelled int, out failed int, out workers_removed int)
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql as $$
 declare
   c record;
   r record;
@@ -182,7 +175,7 @@ begin
     and not exists (select from orchestrator.claims cl where cl.worker_id = w.id);
   get diagnostics workers_removed = row_count;
 end $$;
-comment on function orchestrator.recover_orphans(text, bigint, int) is
-  'The leader''s: takes about p_limit tasks from workers that were declared dead or are gone. Those not started go back to their old '
-  'places, uncharged; for running ones it is a failed attempt. dead_letters: how many ended as such, by type. failed: rows that '
-  'could not be recovered. A worker''s row goes when its claims are gone. Nulls under a stale term.';
+comment on function orchestrator.recover_orphans is
+  'The leader''s: takes about p_limit tasks from workers that are dead or gone. Those not started go back to their old places, '
+  'uncharged; for running ones it is a failed attempt. dead_letters: how many ended as such, by type. failed: rows that '
+  'could not be recovered. A worker''s row goes with its last claim. Nulls under a stale term.';

@@ -1,13 +1,13 @@
 -- Leader election and retention. Writes workers, leader_state, tasks and task_events. Every function of the leader takes
 -- (worker, term), locks the leader's row to the end of its transaction, and does nothing under a stale term. Lock order: the
--- leader's row first, except that whoever is elected locks the leader of before, if nobody else has it.
+-- leader's row first, except that an election locks the leader of before, if nobody else has it.
 
 create or replace function orchestrator.acquire_leadership(
   p_worker_id text, p_length interval, out is_leader boolean, out term bigint, out until timestamptz)
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql as $$
 #variable_conflict use_column
 begin
-  -- A lease that ends later than one from now was written before the clock was set back: nobody would lead until then.
+  -- A lease that ends later than one from now is older than a step of the clock: nobody would lead until then.
   update orchestrator.workers w set leader_until = clock_timestamp() + p_length
   where w.id in (select o.id from orchestrator.workers o where o.is_leader and o.id <> p_worker_id
                    and o.leader_until > clock_timestamp() + p_length for no key update skip locked);
@@ -17,7 +17,7 @@ begin
   where w.id = p_worker_id and w.is_leader and w.leader_until > clock_timestamp() and w.declared_dead_at is null
   returning true, w.leader_term, w.leader_until into is_leader, term, until;
   if found then return; end if;
-  -- demote whoever's lease has run out; skip locked: the leader is just extending it, or maintaining
+  -- demote whoever's lease has run out; skip locked: the leader is just extending it, or at work
   update orchestrator.workers w set is_leader = false
   where w.id in (select o.id from orchestrator.workers o where o.is_leader and o.leader_until <= clock_timestamp() for no key update skip locked);
   if not exists (select from orchestrator.workers w where w.is_leader) then
@@ -29,33 +29,31 @@ begin
 exception when unique_violation then   -- another one was elected between the look and the update
   is_leader := false;
 end $$;
-comment on function orchestrator.acquire_leadership(text, interval) is
+comment on function orchestrator.acquire_leadership is
   'Extends this worker''s leadership by p_length from now, or elects it if nobody leads. term rises at each election.';
 
 create or replace function orchestrator.resign_leadership(p_worker_id text, p_term bigint) returns boolean
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql as $$
 begin
   update orchestrator.workers w set is_leader = false where w.id = p_worker_id and w.is_leader and w.leader_term = p_term;
   return found;
 end $$;
-comment on function orchestrator.resign_leadership(text, bigint) is 'Ends a term early, so that the next leader need not wait for its lease.';
+comment on function orchestrator.resign_leadership is 'Ends a term early: the next leader need not wait for the lease.';
 
--- Whether this worker leads in this term; locks its row, so that nobody is elected before the caller's transaction ends.
+-- Locks the leader's row, so that nobody is elected before the caller's transaction ends.
 create or replace function orchestrator._leads(p_worker_id text, p_term bigint) returns boolean
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql as $$
 begin
   perform from orchestrator.workers w
   where w.id = p_worker_id and w.is_leader and w.leader_term = p_term and w.leader_until > clock_timestamp() for no key update;
   return found;
 end $$;
 
--- Retention walks the primary key (history by time) from where it stopped; each call looks at p_limit tasks.
+-- Walks the primary key, history by time, from where it stopped.
 create or replace function orchestrator.prune(
   p_worker_id text, p_term bigint, p_completed interval, p_dead_letter interval, p_limit int default 1000,
   out completed int, out dead_letters int, out more boolean)
-language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan
-set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
+language plpgsql as $$
 declare
   v_cursor uuid;
   v_ids uuid[];
@@ -88,7 +86,6 @@ begin
     delete from orchestrator.task_events e where e.task_id = any (v_ids);
   end if;
 end $$;
-comment on function orchestrator.prune(text, bigint, interval, interval, int) is
+comment on function orchestrator.prune is
   'The leader''s: deletes tasks that completed or were cancelled p_completed ago, and dead letters of p_dead_letter ago (0: kept '
-  'for ever), with their events. Looks at p_limit tasks of each. Returns how many were deleted, and whether there may be more: '
-  'then call it again at once. Nulls under a stale term.';
+  'for ever), with their events. Looks at p_limit tasks of each. more: call it again at once. Nulls under a stale term.';

@@ -1,70 +1,46 @@
--- Counting, done by the leader, once for the page, the metrics and psql. Writes type_stats, stats_state and stats_samples; reads
--- tasks, claims, workers, task_types and task_events. Lock order: the leader's row → leader_state → stats_state → type_stats.
---
--- What waits is counted along the partial indexes, in one snapshot with what was enqueued. The next count comes 200 times as
--- long after a count as that count took, at most a minute later: less than 1% of one core. A million ready tasks take 0.08 s.
---
--- Each task ever enqueued is counted once, along the primary key, which is time. Tasks below the cursor are settled: the cursor
--- stays below the safe floor (35_floors.sql), so nobody can still commit there. Visible tasks above it are counted anew each
--- time, so a long transaction holds back nothing but the cursor. What ended = enqueued - waiting - parked - scheduled - in flight.
+-- Counting, done by the leader, once for the page, the metrics and psql. Writes type_stats, stats_state and stats_samples.
+-- Lock order: the leader's row → leader_state → stats_state → type_stats.
+-- What waits is counted along the partial indexes: a million ready tasks take 0.08 s. The next count comes 200 times as long after
+-- a count as that took, at most a minute later: less than 1% of one core.
+-- Each task ever enqueued is counted once, along the primary key, which is time. Tasks below the cursor are settled: it stays
+-- below the safe floor (35_floors.sql), so nobody can still commit there. Those above it are counted anew each time, so a long
+-- transaction holds back nothing but the cursor. What ended = enqueued - waiting - parked - scheduled - in flight.
 
 create table if not exists orchestrator.type_stats (
   type            text collate "C" primary key,
-  since           uuid not null,
-  waiting         bigint not null default 0,
-  parked          bigint not null default 0,
+  since           uuid not null,               -- tasks with a smaller id count as other: the type had no row yet
+  waiting         bigint not null default 0,   -- counting stops at 5 million of all types
+  parked          bigint not null default 0,   -- their concurrency key is full
   scheduled       bigint not null default 0,
   in_flight       bigint not null default 0,
   dead_letters    bigint not null default 0,
   oldest_ready_at timestamptz,
-  settled         bigint not null default 0,
+  settled         bigint not null default 0,   -- of enqueued_total, those below the cursor
   enqueued_total  bigint not null default 0,
   recent_at       timestamptz,
-  recent_seconds  double precision not null default 0,
-  recent_enqueued double precision not null default 0,
-  recent_ended    double precision not null default 0,
-  recent_attempts double precision not null default 0,
-  recent_failures double precision not null default 0,
-  runs            real[] not null default '{}',
+  recent          double precision[] not null default '{0,0,0,0,0}',   -- see _recent
+  runs            real[] not null default '{}',   -- seconds that the latest 100 sampled runs took
   median          real,
   p95             real
 ) with (fillfactor = 50);
 comment on table orchestrator.type_stats is
   'The counts of each registered type, of up to 200 other types that were seen, and of all the rest together as other. As of '
-  'stats_state.counted_at; queue_stats counts live.';
-comment on column orchestrator.type_stats.since is 'Tasks with a smaller id were enqueued before the type got its own row: they count as other.';
-comment on column orchestrator.type_stats.waiting is 'Ready to be claimed; counting stops at 5 million of all types.';
-comment on column orchestrator.type_stats.parked is 'Waiting for others of their concurrency key.';
-comment on column orchestrator.type_stats.scheduled is 'Delayed, snoozed or to be retried later.';
-comment on column orchestrator.type_stats.settled is 'Of enqueued_total, those below stats_state.cursor.';
-comment on column orchestrator.type_stats.enqueued_total is 'Tasks ever enqueued, each counted once; a repeated idempotency key is not counted. It never falls.';
-comment on column orchestrator.type_stats.recent_at is
-  'When the recent_ columns were last updated. They are sums that decay with a time constant of 15 minutes, as a load average '
-  'does: recent_ended / recent_seconds is the throughput. recent_failures are failed attempts of recent_attempts.';
-comment on column orchestrator.type_stats.runs is
-  'Seconds from start (from the claim, if it completed before it was marked as running) to completion of the latest 100 sampled '
-  'runs; median and p95 are theirs. The sample: the first 500 tasks claimed after each count, each followed to its end.';
+  'stats_state.counted_at; queue_stats counts live. enqueued_total counts each task once, and never falls.';
 
 create table if not exists orchestrator.stats_state (
   one         boolean primary key default true check (one),
-  cursor      uuid not null default '00000000-0000-0000-0000-000000000000',
+  cursor      uuid not null default '00000000-0000-0000-0000-000000000000',   -- tasks with a smaller id are settled
   counted_at  timestamptz,
   took        interval not null default '0',
   next_at     timestamptz,
-  complete    boolean not null default false,
-  ended_total bigint,
+  complete    boolean not null default false,   -- false while a count catches up on millions
+  ended_total bigint,                           -- falls when an ended task is retried; null until complete
   last_event  bigint,
   last_claim  bigint,
-  watched     uuid[] not null default '{}'
+  watched     uuid[] not null default '{}'      -- sampled tasks that had not ended at the last count
 ) with (fillfactor = 50);
 insert into orchestrator.stats_state (one) select true where not exists (select from orchestrator.stats_state);
 comment on table orchestrator.stats_state is 'When and how the counts in type_stats were taken; one row.';
-comment on column orchestrator.stats_state.cursor is 'Tasks with a smaller id are settled: counted for good.';
-comment on column orchestrator.stats_state.took is 'How long the last count took; the next comes 200 times that later, 2 seconds at least and a minute at most.';
-comment on column orchestrator.stats_state.complete is 'Whether the last count reached the newest task; false while it catches up on millions.';
-comment on column orchestrator.stats_state.ended_total is
-  'enqueued less waiting, parked, scheduled and in flight; it falls when an ended task is retried. Null until complete.';
-comment on column orchestrator.stats_state.watched is 'Sampled tasks that had not ended at the last count, at most 500.';
 
 create table if not exists orchestrator.stats_samples (
   at             timestamptz primary key,
@@ -79,8 +55,7 @@ create table if not exists orchestrator.stats_samples (
 comment on table orchestrator.stats_samples is
   'The counts of all types together, about every 10 seconds, for the last 2 hours. Throughput is the difference of two samples.';
 
--- What waits or rests, by type, each along its partial index. At most 5 million of each kind, so that even a huge backlog is
--- counted within seconds.
+-- What waits or rests, by type, each along its partial index: at most 5 million, so that it takes seconds at worst.
 create or replace function orchestrator._count_live()
 returns table (type text, waiting bigint, oldest timestamptz, parked bigint, scheduled bigint, in_flight bigint, dead_letters bigint)
 language sql stable
@@ -109,74 +84,127 @@ set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off s
   ) u group by 1
 $$;
 
--- What was enqueued from p_from on, by the name it counts under: below p_to, and beyond.
-create or replace function orchestrator._count_enqueued(p_from uuid, p_to uuid, p_limit int)
-returns table (type text, settled bigint, beyond bigint)
-language sql stable
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
-  select coalesce(s.type, 'other'), count(*) filter (where t.id < p_to), count(*) filter (where t.id >= p_to)
-  from (select t.id, t.type from orchestrator.tasks t where t.id >= p_from order by t.id limit p_limit) t
-  left join orchestrator.type_stats s on s.type = t.type and t.id >= s.since
-  group by 1
-$$;
+create or replace view orchestrator._totals as
+  select coalesce(sum(s.waiting), 0) as waiting, coalesce(sum(s.parked), 0) as parked, coalesce(sum(s.scheduled), 0) as scheduled, coalesce(sum(s.in_flight), 0) as in_flight,
+         coalesce(sum(s.dead_letters), 0) as dead_letters, coalesce(sum(s.enqueued_total), 0) as enqueued_total, min(s.oldest_ready_at) as oldest
+  from orchestrator.type_stats s;
 
--- Failed attempts by type among the first 20,000 events after p_after, and how many of them ended the task.
-create or replace function orchestrator._count_failures(p_after bigint)
-returns table (type text, failed bigint, dead bigint)
-language sql stable
-set search_path = pg_catalog, pg_temp set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
-  select coalesce(s.type, 'other'), count(*) filter (where e.event = 'failed'), count(*) filter (where e.event = 'dead_letter')
-  from (select e.task_id, e.event from orchestrator.task_events e where e.id > p_after order by e.id limit 20000) e
-  cross join lateral (select t.type from orchestrator.tasks t where t.id = e.task_id limit 1) t
-  left join orchestrator.type_stats s on s.type = t.type
-  where e.event in ('failed', 'dead_letter') group by 1
-$$;
+create or replace view orchestrator._unregistered as
+  select s.* from orchestrator.type_stats s
+  where s.type <> 'other' and not exists (select from orchestrator.task_types p where p.type = s.type);
 
--- Gives each registered type a row, and up to 200 others: first those that wait, then those enqueued lately. When these rows
--- are used up and another type waits, those of idle types are added to other, so that no task is counted twice or lost.
+-- Gives each registered type a row, and up to 200 others: first those that wait, then those enqueued lately. When these are used
+-- up and another type waits, those of idle types are added to other.
 create or replace function orchestrator._name_types(p_since uuid) returns void
-language plpgsql set search_path = pg_catalog, pg_temp set enable_seqscan = off set enable_bitmapscan = off as $$
+language plpgsql as $$
 declare
-  v_room int;
-  v_waiting text[];
+  v_new text[];
+  v_waiting int;   -- of them
 begin
   insert into orchestrator.type_stats (type, since)
-  select 'other', p_since
-  union
-  select p.type, p_since from orchestrator.task_types p where right(p.type, 1) not in ('*', ':')
+  select 'other', p_since union select p.type, p_since from orchestrator.task_types p where orchestrator._prefix(p.type) is null
   on conflict (type) do nothing;
-  v_waiting := array(
-    select y.type from (select t.type from orchestrator._ready_types('', '{}') t(type)
-                        union select t.type from (select t.type from orchestrator.tasks t where t.next_retry_at is not null
-                                                  order by t.next_retry_at limit 1000) t) y
-    where not exists (select from orchestrator.type_stats s where s.type = y.type) order by y.type);
-  select 200 - count(*) into v_room from orchestrator.type_stats s
-  where s.type <> 'other' and not exists (select from orchestrator.task_types p where p.type = s.type);
-  if v_room <= 0 and v_waiting <> '{}' then
+  select array_agg(y.type order by y.late, y.type), count(*) filter (where y.late = 0) into v_new, v_waiting
+  from (select u.type, min(u.late) as late
+        from (select r as type, 0 as late from orchestrator._ready_types('', '{}') r
+              union all
+              (select t.type, 0 from orchestrator.tasks t where t.next_retry_at is not null order by t.next_retry_at limit 1000)
+              union all
+              (select t.type, 1 from orchestrator.tasks t order by t.id desc limit 1000)) u
+        where not exists (select from orchestrator.type_stats s where s.type = u.type) group by u.type) y;
+  if v_waiting > 0 and (select count(*) from orchestrator._unregistered) >= 200 then
     with idle as (
       delete from orchestrator.type_stats s
-      where s.type <> 'other' and s.waiting + s.parked + s.scheduled + s.in_flight + s.dead_letters = 0
-        and not exists (select from orchestrator.task_types p where p.type = s.type)
-      returning s.settled, s.enqueued_total),
-    gone as (select count(*) as n, sum(i.settled) as settled, sum(i.enqueued_total) as enqueued from idle i)
+      where s.type in (select u.type from orchestrator._unregistered u where u.waiting + u.parked + u.scheduled + u.in_flight + u.dead_letters = 0)
+      returning s.settled, s.enqueued_total)
     update orchestrator.type_stats o set settled = o.settled + g.settled, enqueued_total = o.enqueued_total + g.enqueued
-    from gone g where o.type = 'other' and g.n > 0;
-    select 200 - count(*) into v_room from orchestrator.type_stats s
-    where s.type <> 'other' and not exists (select from orchestrator.task_types p where p.type = s.type);
+    from (select sum(i.settled) as settled, sum(i.enqueued_total) as enqueued from idle i having count(*) > 0) g where o.type = 'other';
   end if;
   insert into orchestrator.type_stats (type, since)
-  select y.type, p_since
-  from (select u.type, u.o from unnest(v_waiting) with ordinality u(type, o)
-        union all
-        select t.type, null from (select t.type from orchestrator.tasks t order by t.id desc limit 1000) t
-        where not exists (select from orchestrator.type_stats s where s.type = t.type) group by 1) y
-  order by y.o limit greatest(v_room, 0)
-  on conflict (type) do nothing;
+  select u.type, p_since from unnest(v_new) with ordinality u(type, o)
+  order by u.o limit (select greatest(200 - count(*), 0) from orchestrator._unregistered);
+end $$;
+
+-- One statement, so one snapshot: what ended is a difference of these counts. greatest: retention may delete what is not
+-- settled yet, and a counter must not fall. The recent sums begin after a complete count: catching up looks like as many
+-- endings. Returns how many tasks it went through along the primary key.
+create or replace function orchestrator._store_counts(p_state orchestrator.stats_state, p_to uuid, p_limit int, p_at timestamptz) returns bigint
+language sql set enable_hashjoin = on as $$
+  with counts as (
+    select l.*, 0 as settled, 0 as seen, 0 as failed, 0 as dead from orchestrator._count_live() l
+    union all
+    select coalesce(s.type, 'other'), 0, null, 0, 0, 0, 0, count(*) filter (where t.id < p_to), count(*), 0, 0
+    from (select t.id, t.type from orchestrator.tasks t where t.id >= p_state.cursor order by t.id limit p_limit) t
+    left join orchestrator.type_stats s on s.type = t.type and t.id >= s.since group by 1
+    union all
+    select t.type, 0, null, 0, 0, 0, 0, 0, 0, count(*) filter (where e.event = 'failed'), count(*) filter (where e.event = 'dead_letter')
+    from (select e.task_id, e.event from orchestrator.task_events e where e.id > p_state.last_event order by e.id limit 20000) e
+    cross join lateral (select t.type from orchestrator.tasks t where t.id = e.task_id limit 1) t
+    where e.event in ('failed', 'dead_letter') group by 1
+    union all
+    select k.type, 0, null, 0, 0, 0, 0, 0, 0, 0, 0 from orchestrator.type_stats k),
+  counted as materialized (
+    select coalesce(s.type, 'other') as type, sum(c.waiting) as waiting, min(c.oldest) as oldest, sum(c.parked) as parked, sum(c.scheduled) as scheduled,
+           sum(c.in_flight) as in_flight, sum(c.dead_letters) as dead_letters, sum(c.settled) as settled, sum(c.seen) as seen,
+           sum(c.failed) as failed, sum(c.dead) as dead
+    from counts c left join orchestrator.type_stats s on s.type = c.type group by 1),
+  changes as (
+    select c.*, n.enqueued_total, n.enqueued_total - k.enqueued_total as enqueued, n.seconds,
+           greatest(n.enqueued_total - c.waiting - c.parked - c.scheduled - c.in_flight
+                    - (k.enqueued_total - k.waiting - k.parked - k.scheduled - k.in_flight), 0) as ended
+    from counted c join orchestrator.type_stats k on k.type = c.type
+    cross join lateral (
+      select greatest(k.enqueued_total, k.settled + c.seen) as enqueued_total,
+             greatest(extract(epoch from p_at - coalesce(k.recent_at, p_state.counted_at, p_at)), 0)::double precision as seconds) n),
+  stored as (
+    update orchestrator.type_stats s
+    set waiting = c.waiting, parked = c.parked, scheduled = c.scheduled, in_flight = c.in_flight, dead_letters = c.dead_letters,
+        oldest_ready_at = c.oldest, settled = s.settled + c.settled, enqueued_total = c.enqueued_total, recent_at = p_at,
+        recent = (select array_agg(r.old * exp(-c.seconds / 900) + r.new * p_state.complete::int order by r.o)
+                  from unnest(s.recent, array[c.seconds, c.enqueued, c.ended, greatest(c.ended - c.dead, 0) + c.failed, c.failed])
+                  with ordinality r(old, new, o))
+    from changes c
+    where c.type = s.type and (s.waiting, s.parked, s.scheduled, s.in_flight, s.dead_letters, s.oldest_ready_at, s.enqueued_total, 0, 0)
+          is distinct from (c.waiting, c.parked, c.scheduled, c.in_flight, c.dead_letters, c.oldest, c.enqueued_total, c.settled, c.failed))
+  select coalesce(sum(c.seen), 0)::bigint from counted c
+$$;
+
+-- Follows the first 500 tasks claimed after each count to their ends.
+create or replace function orchestrator._sample_runs(p_last bigint, p_watched uuid[]) returns void
+language plpgsql as $$
+declare
+  v_newest bigint := coalesce((select t.claim_id from orchestrator.tasks t where t.claim_id is not null order by t.claim_id desc limit 1), 0);
+  v_ids uuid[] := p_watched || array(select t.id from orchestrator.tasks t where t.claim_id > least(coalesce(p_last, v_newest), v_newest)
+                                     order by t.claim_id limit 500);
+begin
+  with ended as (
+    select s.type, (array_agg(extract(epoch from t.completed_at - t.started_at)::real) || min(s.runs))[1:100] as runs
+    from orchestrator.tasks t join orchestrator.type_stats s
+      on s.type = coalesce((select k.type from orchestrator.type_stats k where k.type = t.type), 'other')
+    where t.id = any (v_ids) and t.status = 'completed' group by s.type)
+  update orchestrator.type_stats s set runs = r.runs, median = q.both[1], p95 = q.both[2]
+  from ended r cross join lateral (
+    select percentile_cont('{0.5,0.95}'::double precision[]) within group (order by u) as both from unnest(r.runs) u) q
+  where r.type = s.type;
+  update orchestrator.stats_state
+  set last_claim = v_newest,
+      watched = array(select t.id from orchestrator.tasks t where t.id = any (v_ids) and t.status in ('claimed', 'running') limit 500);
+end $$;
+
+create or replace function orchestrator._keep_sample(p_at timestamptz) returns void
+language plpgsql as $$
+begin
+  -- half a second early is on time, since counts come every 2 seconds or so
+  if exists (select from orchestrator.stats_samples s where s.at > p_at - interval '9.5 seconds' and s.at <= p_at) then return; end if;
+  delete from orchestrator.stats_samples s where s.at < p_at - interval '2 hours' or s.at > p_at;
+  insert into orchestrator.stats_samples
+  select p_at, t.waiting, t.scheduled, t.in_flight, t.dead_letters, t.enqueued_total, case when s.complete then s.ended_total end, t.parked
+  from orchestrator._totals t left join orchestrator.stats_state s on true;
 end $$;
 
 create or replace function orchestrator.sample_stats(
   p_worker_id text, p_term bigint, p_limit int default 2000000, p_lag interval default '5 seconds')
-returns double precision language plpgsql set search_path = pg_catalog, pg_temp as $$
+returns double precision language plpgsql as $$
 declare
   v_start timestamptz;
   v_to uuid;
@@ -191,6 +219,7 @@ begin
     return extract(epoch from s.next_at - v_start);
   end if;
   perform orchestrator._name_types(coalesce(orchestrator._uuid_at(s.counted_at + interval '10 milliseconds'), s.cursor));
+  -- the lag: an id is drawn a moment before the insert that brings it
   v_to := greatest(s.cursor, orchestrator._uuid_at(orchestrator._advance_safe_floor() - p_lag));
   select coalesce(max(e.id), 0) into v_event from orchestrator.task_events e;
   s.last_event := least(coalesce(s.last_event, v_event), v_event);   -- its sequence may have been set back
@@ -198,97 +227,18 @@ begin
   if not s.complete then
     v_to := least(v_to, (select t.id from orchestrator.tasks t where t.id >= s.cursor order by t.id offset p_limit limit 1));
   end if;
-  select r.last_claim, r.watched into s.last_claim, s.watched from orchestrator._sample_runs(s.last_claim, s.watched) r;
+  perform orchestrator._sample_runs(s.last_claim, s.watched);
   s.counted_at := clock_timestamp();
   s.took := s.counted_at - v_start;
   s.next_at := s.counted_at + least(greatest(200 * s.took, interval '2 seconds'), interval '1 minute');
   update orchestrator.stats_state o
-  set cursor = v_to, counted_at = s.counted_at, took = s.took, next_at = s.next_at, complete = s.complete,
-      ended_total = case when s.complete then n.ended else o.ended_total end,
-      last_event = v_event, last_claim = s.last_claim, watched = s.watched
-  from (select sum(t.enqueued_total - t.waiting - t.parked - t.scheduled - t.in_flight) as ended from orchestrator.type_stats t) n;
+  set cursor = v_to, counted_at = s.counted_at, took = s.took, next_at = s.next_at, complete = s.complete, last_event = v_event,
+      ended_total = case when s.complete then n.ended else o.ended_total end
+  from (select t.enqueued_total - t.waiting - t.parked - t.scheduled - t.in_flight as ended from orchestrator._totals t) n;
   perform orchestrator._keep_sample(s.counted_at);
   return extract(epoch from s.next_at - s.counted_at);
 end $$;
-comment on function orchestrator.sample_stats(text, bigint, int, interval) is
+comment on function orchestrator.sample_stats is
   'The leader''s: counts tasks into type_stats, and every 10 seconds into stats_samples, unless the next count isn''t due. Goes '
-  'through at most p_limit tasks of the primary key a call, and settles those older than p_lag before the safe floor. (An id is '
-  'drawn a moment before the insert that brings it.) Returns the seconds until the next count is due; null under a stale term.';
-
--- One statement, so one snapshot: what ended is a difference of these counts. greatest: retention may delete what is not
--- settled yet, and a counter must not fall. The recent sums begin after a complete count, since catching up on millions looks
--- like as many endings. Returns how many tasks it went through along the primary key.
-create or replace function orchestrator._store_counts(p_state orchestrator.stats_state, p_to uuid, p_limit int, p_at timestamptz) returns bigint
-language sql set search_path = pg_catalog, pg_temp as $$
-  with enqueued as materialized (select * from orchestrator._count_enqueued(p_state.cursor, p_to, p_limit)),
-  live as materialized (
-    select coalesce(s.type, 'other') as type, sum(l.waiting) as waiting, min(l.oldest) as oldest, sum(l.parked) as parked, sum(l.scheduled) as scheduled,
-           sum(l.in_flight) as in_flight, sum(l.dead_letters) as dead_letters
-    from orchestrator._count_live() l left join orchestrator.type_stats s on s.type = l.type group by 1),
-  failures as materialized (select * from orchestrator._count_failures(p_state.last_event)),
-  counted as (
-    select k.type, coalesce(l.waiting, 0) as waiting, coalesce(l.parked, 0) as parked, coalesce(l.scheduled, 0) as scheduled, coalesce(l.in_flight, 0) as in_flight,
-           coalesce(l.dead_letters, 0) as dead_letters, l.oldest, k.settled + coalesce(e.settled, 0) as settled,
-           greatest(k.enqueued_total, k.settled + coalesce(e.settled + e.beyond, 0)) as enqueued_total,
-           coalesce(f.failed, 0) as failed, coalesce(f.dead, 0) as dead
-    from orchestrator.type_stats k left join live l on l.type = k.type left join enqueued e on e.type = k.type
-    left join failures f on f.type = k.type),
-  changes as (
-    select c.*, case when p_state.complete then 1 else 0 end as known, c.enqueued_total - k.enqueued_total as enqueued,
-           greatest(c.enqueued_total - c.waiting - c.parked - c.scheduled - c.in_flight
-                    - (k.enqueued_total - k.waiting - k.parked - k.scheduled - k.in_flight), 0) as ended,
-           greatest(extract(epoch from p_at - coalesce(k.recent_at, p_state.counted_at, p_at)), 0)::double precision as seconds
-    from counted c join orchestrator.type_stats k on k.type = c.type),
-  stored as (
-    update orchestrator.type_stats s
-    set waiting = c.waiting, parked = c.parked, scheduled = c.scheduled, in_flight = c.in_flight, dead_letters = c.dead_letters,
-        oldest_ready_at = c.oldest, settled = c.settled, enqueued_total = c.enqueued_total, recent_at = p_at,
-        recent_seconds = s.recent_seconds * exp(-c.seconds / 900) + c.seconds * c.known,
-        recent_enqueued = s.recent_enqueued * exp(-c.seconds / 900) + c.enqueued * c.known,
-        recent_ended = s.recent_ended * exp(-c.seconds / 900) + c.ended * c.known,
-        recent_failures = s.recent_failures * exp(-c.seconds / 900) + c.failed * c.known,
-        recent_attempts = s.recent_attempts * exp(-c.seconds / 900) + (greatest(c.ended - c.dead, 0) + c.failed) * c.known
-    from changes c
-    where c.type = s.type
-      and (s.waiting, s.parked, s.scheduled, s.in_flight, s.dead_letters, s.oldest_ready_at, s.settled, s.enqueued_total, 0)
-          is distinct from (c.waiting, c.parked, c.scheduled, c.in_flight, c.dead_letters, c.oldest, c.settled, c.enqueued_total, c.failed))
-  select coalesce(sum(e.settled + e.beyond), 0)::bigint from enqueued e
-$$;
-
--- Looks at the first 500 tasks claimed since the last look, and at those that had not ended then, and notes how long they took.
-create or replace function orchestrator._sample_runs(inout last_claim bigint, inout watched uuid[])
-language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan
-set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
-#variable_conflict use_variable
-declare
-  v_newest bigint := coalesce((select t.claim_id from orchestrator.tasks t where t.claim_id is not null order by t.claim_id desc limit 1), 0);
-begin
-  watched := watched || array(select t.id from orchestrator.tasks t where t.claim_id > least(coalesce(last_claim, v_newest), v_newest)
-                              order by t.claim_id limit 500);
-  last_claim := v_newest;
-  with ended as materialized (
-    select coalesce(s.type, 'other') as type, extract(epoch from t.completed_at - t.started_at)::real as seconds
-    from orchestrator.tasks t left join orchestrator.type_stats s on s.type = t.type
-    where t.id = any (watched) and t.status = 'completed'),
-  runs as (
-    select s.type, (array_agg(e.seconds) || min(s.runs))[1:100] as runs
-    from ended e join orchestrator.type_stats s on s.type = e.type group by s.type)
-  update orchestrator.type_stats s set runs = r.runs, median = q.both[1], p95 = q.both[2]
-  from runs r cross join lateral (
-    select percentile_cont('{0.5,0.95}'::double precision[]) within group (order by u) as both from unnest(r.runs) u) q
-  where r.type = s.type;
-  watched := array(select t.id from orchestrator.tasks t where t.id = any (watched) and t.status in ('claimed', 'running') limit 500);
-end $$;
-
-create or replace function orchestrator._keep_sample(p_at timestamptz) returns void
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-begin
-  -- half a second early is on time, since counts come every 2 seconds or so
-  if exists (select from orchestrator.stats_samples s where s.at > p_at - interval '9.5 seconds' and s.at <= p_at) then return; end if;
-  delete from orchestrator.stats_samples s where s.at < p_at - interval '2 hours' or s.at > p_at;
-  insert into orchestrator.stats_samples
-  select p_at, sum(t.waiting), sum(t.scheduled), sum(t.in_flight), sum(t.dead_letters), sum(t.enqueued_total),
-         (select s.ended_total from orchestrator.stats_state s where s.complete), sum(t.parked)
-  from orchestrator.type_stats t;
-end $$;
+  'through at most p_limit tasks of the primary key a call, and settles those older than p_lag before the safe floor. Returns the '
+  'seconds until the next count is due; null under a stale term.';

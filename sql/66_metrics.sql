@@ -3,13 +3,13 @@
 -- A type counts under the name of its policy, so the number of series follows what is registered, never what is enqueued.
 
 create or replace function orchestrator.metrics() returns jsonb
-language sql stable set search_path = pg_catalog, pg_temp as $$
+language sql stable as $$
   with labels as (
     select n.type, coalesce(sum(t.waiting), 0) as waiting, coalesce(sum(t.parked), 0) as parked, coalesce(sum(t.scheduled), 0) as scheduled,
            coalesce(sum(t.in_flight), 0) as in_flight, coalesce(sum(t.dead_letters), 0) as dead_letters,
            coalesce(extract(epoch from max(s.counted_at - t.oldest_ready_at)), 0) as oldest_seconds,
            coalesce(sum(t.enqueued_total), 0) as enqueued_total
-    -- first all labels, so that each series is there from the start, at 0
+    -- first all labels: each series is there from the start, at 0
     from (select p.type, null as counted from orchestrator.task_types p where p.max_retries is not null
           union all select coalesce(orchestrator._registered_as(c.type), 'other'), c.type from orchestrator.type_stats c) n
     cross join orchestrator.stats_state s left join orchestrator.type_stats t on t.type = n.counted
@@ -25,7 +25,7 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
                       from orchestrator.schedules s where not s.paused),
     'schedules_failed', (select count(*) from orchestrator.schedules s where s.last_error is not null))
 $$;
-comment on function orchestrator.metrics() is
+comment on function orchestrator.metrics is
   'The counts of type_stats by registered type or pattern (the rest is other), how old they are in seconds (null: never '
   'counted), limits with what is in flight under them, live workers, workers declared dead whose tasks are still to be recovered, '
   'by how many seconds the latest schedule is late, and how many schedules could not fire. Its cost doesn''t depend on the backlog.';

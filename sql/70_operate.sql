@@ -1,9 +1,8 @@
--- What an operator does: cancel, retry, pause. Writes tasks, task_events, task_types, sometimes lanes. Each locks task rows and
--- no claim: asking a task to stop doesn't take it off its claim; the outcome does.
+-- What an operator does: cancel, retry, pause. Writes tasks, task_events, task_types, sometimes lanes. Locks task rows and no
+-- claim: asking a task to stop doesn't take it off its claim; the outcome does.
 
 create or replace function orchestrator.cancel_task(p_id uuid) returns text
-language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+language plpgsql as $$
 declare
   t record;   -- not the whole row: an operator has no right on payloads
 begin
@@ -19,7 +18,7 @@ begin
     if t.queued_at is not null and t.concurrency_key is not null then
       perform orchestrator._give_way(t.type, t.concurrency_key);
     end if;
-    if t.queued_at is not null and random() < 0.02 then   -- as a claim does
+    if t.queued_at is not null and random() < 0.002 then   -- as a claim does
       perform orchestrator._note_lane(t.type, t.priority);
     end if;
     return 'cancelled';
@@ -33,18 +32,16 @@ begin
   end if;
   return t.status;
 end $$;
-comment on function orchestrator.cancel_task(uuid) is
+comment on function orchestrator.cancel_task is
   'Cancels a waiting task at once (returns cancelled); asks one in flight to stop (cancelling): it ends as cancelled when its '
-  'handler does. Of one that has ended returns the status, of an unknown one not_found.';
+  'handler does. Else returns the status of what has ended, or not_found.';
 
 create or replace function orchestrator.retry_task(p_id uuid) returns text
-language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+language plpgsql as $$
 declare
-  t record;   -- not the whole row: an operator has no right on payloads
+  t record;
 begin
-  select x.status, x.worker_id, x.cancel_requested_at, x.type, x.priority, x.queued_at into t
-  from orchestrator.tasks x where x.id = p_id for no key update;
+  select x.status, x.type into t from orchestrator.tasks x where x.id = p_id for no key update;
   if not found then return 'not_found'; end if;
   if t.status not in ('dead_letter', 'cancelled') then return t.status; end if;
   update orchestrator.tasks x
@@ -55,13 +52,12 @@ begin
   perform orchestrator._notify_idle(t.type);
   return 'pending';
 end $$;
-comment on function orchestrator.retry_task(uuid) is
-  'Puts a dead letter or a cancelled task back in the queue, at the tail, with all its retries. Returns pending; of a task in '
-  'another status that status; of an unknown one not_found.';
+comment on function orchestrator.retry_task is
+  'Puts a dead letter or a cancelled task back at the tail of its lane, with all its retries. Returns pending, else the status '
+  'that it has, or not_found.';
 
 create or replace function orchestrator.retry_dead_letters(p_type text default null, p_limit int default 1000) returns int
-language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+language plpgsql as $$
 declare
   v_id uuid;
   v_n int := 0;
@@ -74,14 +70,13 @@ begin
   end loop;
   return v_n;
 end $$;
-comment on function orchestrator.retry_dead_letters(text, int) is
-  'Retries up to p_limit (at most 10000) dead letters of a type or pattern (null: all), the oldest first. Returns how many: call it again until '
-  'that is 0.';
+comment on function orchestrator.retry_dead_letters is
+  'Retries up to p_limit (at most 10000) dead letters of a type or pattern (null: all), the oldest first. Returns how many: call it '
+  'again until that is 0.';
 
--- How many types that are registered, have ready tasks or are handled as part of a pattern does a type or pattern cover? Refuses
--- what is neither a type nor a pattern.
+-- How many types that are registered, ready, or handled as part of a pattern does a type or pattern cover?
 create or replace function orchestrator._matching(p_type text) returns int
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+language plpgsql stable as $$
 begin
   if p_type is distinct from '*' then
     perform orchestrator._check_task(coalesce(orchestrator._prefix(p_type), p_type), 0, null, null, null);
@@ -93,19 +88,19 @@ begin
 end $$;
 
 create or replace function orchestrator.pause_type(p_type text, out changed boolean, out matching int)
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql as $$
 begin
   matching := orchestrator._matching(p_type);
   insert into orchestrator.task_types as t (type, paused) values (p_type, true)
   on conflict (type) do update set paused = true, updated_at = clock_timestamp() where not t.paused;
   changed := found;
 end $$;
-comment on function orchestrator.pause_type(text) is
+comment on function orchestrator.pause_type is
   'Keeps tasks of a type or pattern from being claimed; those in flight go on. Returns whether that is new, and how many known '
   'types it covers. Raises OR001.';
 
 create or replace function orchestrator.resume_type(p_type text, out changed boolean, out matching int)
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql as $$
 begin
   matching := orchestrator._matching(p_type);
   update orchestrator.task_types t set paused = false, updated_at = clock_timestamp() where t.type = p_type and t.paused;
@@ -114,5 +109,5 @@ begin
     perform pg_notify('orchestrator', '');
   end if;
 end $$;
-comment on function orchestrator.resume_type(text) is
+comment on function orchestrator.resume_type is
   'Undoes pause_type for the same type or pattern. Returns whether it was paused, and how many known types it covers. Raises OR001.';

@@ -1,7 +1,7 @@
 -- What a person looks at: views, statistics, the story of a task. Reads only. Payloads, results and errors are shown with their
 -- secrets blanked; each view has the predicate of the index that serves it (ready, due, in flight, dead).
 
--- Whether a key, split into words (apiKey, API_KEY and api-key are api_key), names a secret.
+-- Whether a key names a secret, split into words: apiKey, API_KEY and api-key are api_key.
 create or replace function orchestrator._names_a_secret(p_key text) returns boolean
 language sql immutable parallel safe begin atomic
   select p_key ~* 'pass|pwd|secret|token|key|credential|authorization' and k.words !~ '_(env|file|type|count|limit)$' and k.words ~
@@ -14,19 +14,19 @@ language sql immutable parallel safe set search_path = pg_catalog, pg_temp as $$
   select regexp_replace(regexp_replace(p_text, '(://[^\s:/@]*):(?!\d+[/?#])\S*@', '\1:[redacted]@', 'g'),
                         '((?:pass(?:word|wd|phrase)|pwd|secret|token|api_?key)=)[^\s,;&''")]+', '\1[redacted]', 'gi')
 $$;
-comment on function orchestrator.redact_text(text) is
-  'The same text with passwords blanked: in URLs (scheme://user:password@host) and after password= or token=.';
+comment on function orchestrator.redact_text is
+  'The text with passwords blanked: in URLs (scheme://user:password@host) and after password= or token=.';
 
--- One JSON value, p_depth levels deep. It has no search_path of its own, since that would cost each value 1 µs: its callers pin it.
 create or replace function orchestrator._redact(p_json jsonb, p_depth int) returns jsonb
 language sql immutable parallel safe as $$
-  select case jsonb_typeof(p_json)
-    when 'object' then case when p_depth = 0 then '"[nested too deeply]"' else
+  select case case when p_depth = 0 and jsonb_typeof(p_json) in ('object', 'array') then 'deep' else jsonb_typeof(p_json) end
+    when 'deep' then '"[nested too deeply]"'
+    when 'object' then
       (select coalesce(jsonb_object_agg(e.key, case when orchestrator._names_a_secret(e.key) and jsonb_typeof(e.value) <> 'null' then '"[redacted]"'
-                                                    else orchestrator._redact(e.value, p_depth - 1) end), '{}') from jsonb_each(p_json) e) end
-    when 'array' then case when p_depth = 0 then '"[nested too deeply]"' else
+                                                    else orchestrator._redact(e.value, p_depth - 1) end), '{}') from jsonb_each(p_json) e)
+    when 'array' then
       (select coalesce(jsonb_agg(orchestrator._redact(a.value, p_depth - 1) order by a.ordinality), '[]')
-       from jsonb_array_elements(p_json) with ordinality a) end
+       from jsonb_array_elements(p_json) with ordinality a)
     when 'number' then case when length(p_json::text) < 16 then p_json
       when length(p_json::text) > 100 then to_jsonb(format('[a number of %s digits]', length(p_json::text)))
       when abs(p_json::numeric) > 9007199254740992 then to_jsonb(p_json::text) else p_json end
@@ -36,12 +36,12 @@ $$;
 
 create or replace function orchestrator.redact(p_json jsonb) returns jsonb
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp as $$ select orchestrator._redact(p_json, 50) $$;
-comment on function orchestrator.redact(jsonb) is
-  'The same JSON to be shown: "[redacted]" for values whose keys name a secret as a whole word (password, apiKey, access_token; not '
-  'max_tokens) unless they end in _env, _file, _type, _count or _limit; passwords in texts as redact_text has it; whatever is '
-  'nested over 50 levels deep, and numbers that a browser or Python can''t read, as text.';
+comment on function orchestrator.redact is
+  'The JSON to be shown: "[redacted]" for values whose keys name a secret as a whole word (password, apiKey, access_token; not '
+  'max_tokens) unless they end in _env, _file, _type, _count or _limit; passwords in texts as redact_text has it; as text, what '
+  'is nested over 50 levels deep, and numbers that a browser or Python can''t read.';
 
--- The names and values of an object in the order in which they were written.
+-- An object as names and values in the order in which they were written.
 create or replace function orchestrator._in_order(p_json json) returns jsonb
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp as $$
   select case when json_typeof(p_json) = 'object' then
@@ -49,7 +49,7 @@ language sql immutable parallel safe set search_path = pg_catalog, pg_temp as $$
      from json_each(p_json) with ordinality e) else orchestrator.redact(p_json::jsonb) end
 $$;
 
--- The first 200 characters, or the size of what is too large to be looked through for a list.
+-- The first 200 characters, or the size of what is too large for a list.
 create or replace function orchestrator._preview(p_payload jsonb) returns text
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp as $$
   select case when p_payload = '{}' then null
@@ -57,7 +57,7 @@ language sql immutable parallel safe set search_path = pg_catalog, pg_temp as $$
               else '[' || pg_size_pretty(pg_column_size(p_payload)::bigint) || ' stored]' end
 $$;
 
--- For those who have no right on payloads: tasks without them, to be passed on as whole rows, and payloads with secrets blanked.
+-- For those who have no right on payloads.
 create or replace view orchestrator._bare_tasks as
   select t.id, t.type, t.status, t.priority, t.idempotency_key, t.worker_id, t.claim_id, t.created_at, t.queued_at, t.claimed_at,
          t.started_at, t.completed_at, t.updated_at, t.attempts, t.max_retries, t.last_error, t.next_retry_at, t.dead_at,
@@ -72,15 +72,9 @@ create or replace view orchestrator._redacted_tasks as
 create or replace view orchestrator.pending_tasks as
   select t.id, t.type, t.priority, t.status, t.queued_at as ready_since, t.next_retry_at, t.attempts,
          orchestrator.redact_text(t.last_error) as last_error, t.created_at, t.idempotency_key, orchestrator.redact(t.payload) as payload
-  from orchestrator.tasks t where t.queued_at is not null
-  union all
-  select t.id, t.type, t.priority, t.status, null, t.next_retry_at, t.attempts, orchestrator.redact_text(t.last_error), t.created_at,
-         t.idempotency_key, orchestrator.redact(t.payload)
-  from orchestrator.tasks t where t.next_retry_at is not null
-  union all
-  select t.id, t.type, t.priority, t.status, null, null, t.attempts, orchestrator.redact_text(t.last_error), t.created_at, t.idempotency_key,
-         orchestrator.redact(t.payload)
-  from orchestrator.tasks t where t.parked_at is not null;
+  from (select * from orchestrator.tasks where queued_at is not null
+        union all select * from orchestrator.tasks where next_retry_at is not null
+        union all select * from orchestrator.tasks where parked_at is not null) t;
 comment on view orchestrator.pending_tasks is
   'Tasks that wait: ready since ready_since, not before next_retry_at, or (with neither) until others of their concurrency key have ended.';
 
@@ -89,27 +83,27 @@ create or replace view orchestrator.running_tasks as
          t.attempts, t.cancel_requested_at, orchestrator.redact(t.progress::jsonb) as progress, orchestrator.redact(t.payload) as payload
   from orchestrator.claims c join orchestrator.tasks t on t.claim_id = c.id
   where t.status in ('claimed', 'running');
-comment on view orchestrator.running_tasks is
-  'Tasks in flight. A quick one goes from claimed to completed in one step; those that last are marked as running.';
+comment on view orchestrator.running_tasks is 'Tasks in flight. Quick ones go from claimed to completed; those that last are marked as running.';
 
 create or replace view orchestrator.dead_letters as
   select t.id, t.type, t.priority, t.dead_at, t.attempts, orchestrator.redact_text(t.last_error) as last_error, t.worker_id, t.created_at,
          t.idempotency_key, orchestrator.redact(t.payload) as payload
   from orchestrator.tasks t where t.dead_at is not null;
-comment on view orchestrator.dead_letters is 'Tasks that failed for good; retry_task or retry_dead_letters puts them back.';
+comment on view orchestrator.dead_letters is 'Tasks that failed for good.';
 
--- What type_stats says of the last 15 minutes or so, as of now.
+-- type_stats.recent has sums that decay with a time constant of 15 minutes, as a load average does: seconds, tasks enqueued and
+-- ended, attempts, failed attempts.
 create or replace view orchestrator._recent as
-  select s.type, s.median, s.p95, s.recent_ended * d.decay / d.seconds as per_second, s.recent_enqueued * d.decay / d.seconds as enqueued_per_second,
-         case when s.recent_attempts * d.decay >= 0.05 then least(s.recent_failures / s.recent_attempts, 1) end as failure_share
+  select s.type, s.median, s.p95, s.recent[3] * d.decay / d.seconds as per_second, s.recent[2] * d.decay / d.seconds as enqueued_per_second,
+         case when s.recent[4] * d.decay >= 0.05 then least(s.recent[5] / s.recent[4], 1) end as failure_share
   from orchestrator.type_stats s
   cross join lateral (select greatest(extract(epoch from clock_timestamp() - s.recent_at), 0)::double precision as idle) i
-  cross join lateral (select exp(-i.idle / 900) as decay, nullif(s.recent_seconds * exp(-i.idle / 900) + i.idle, 0) as seconds) d;
+  cross join lateral (select exp(-i.idle / 900) as decay, nullif(s.recent[1] * exp(-i.idle / 900) + i.idle, 0) as seconds) d;
 
 create or replace view orchestrator.queue_stats as
   with counted as (select * from orchestrator._count_live()),
   types as (
-    select c.type from counted c union select p.type from orchestrator.task_types p where right(p.type, 1) not in ('*', ':')
+    select c.type from counted c union select p.type from orchestrator.task_types p where orchestrator._prefix(p.type) is null
     union select s.type from orchestrator.type_stats s where s.type <> 'other')
   select y.type, coalesce(c.waiting, 0) as waiting, coalesce(c.parked, 0) as parked, coalesce(c.scheduled, 0) as scheduled, coalesce(c.in_flight, 0) as in_flight,
          coalesce(c.dead_letters, 0) as dead_letters, coalesce(clock_timestamp() - c.oldest, interval '0') as oldest_waiting_age,
@@ -117,12 +111,12 @@ create or replace view orchestrator.queue_stats as
   from types y left join counted c using (type) left join orchestrator._recent r using (type)
   order by y.type;
 comment on view orchestrator.queue_stats is
-  'By type, counted live: ready, parked (others of their concurrency key are in flight), scheduled for later, in flight, dead letters, the age of the oldest ready one, and whether the type '
-  'is paused. From type_stats: tasks ended per second and the share of failed attempts lately, seconds that runs took.';
+  'By type, counted live: ready, parked, scheduled, in flight, dead letters, the age of the oldest ready one, and whether the type is '
+  'paused. From type_stats: tasks ended per second and share of failed attempts lately, seconds that runs took.';
 
 -- The three tasks that have been in flight longest under a limit, of one key or of all, and their workers.
 create or replace function orchestrator._holders(p_limit text, p_key text) returns text
-language sql stable set search_path = pg_catalog, pg_temp as $$
+language sql stable as $$
   select ' (' || string_agg(format('%s by worker %s%s', h.id, h.worker_id, coalesce(', last heard of ' || extract(epoch from clock_timestamp() - w.last_heartbeat)::int || ' s ago',
                                                                                     ', which is gone')), ', ' order by h.claimed_at) || ')'
   from (select t.id, t.worker_id, t.claimed_at from orchestrator.claims c join orchestrator.tasks t on t.claim_id = c.id
@@ -130,9 +124,8 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
   left join orchestrator.workers w on w.id = h.worker_id
 $$;
 
--- The first reason that holds, in words for whoever is on call.
 create or replace function orchestrator.explain_task(p_id uuid) returns text
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+language plpgsql stable as $$
 declare
   t orchestrator._bare_tasks;
   v_workers int;
@@ -147,8 +140,7 @@ begin
   where p.paused and t.type like p.likes order by p.type = t.type desc limit 1;
   select * into l from orchestrator.limits x where x.type = orchestrator._limit_of(t.type);
   case
-    when t.status in ('completed', 'cancelled') then
-      return format('%s at %s', t.status, t.completed_at);
+    when t.status in ('completed', 'cancelled') then return format('%s at %s', t.status, t.completed_at);
     when t.status = 'dead_letter' then
       return format('gave up after %s at %s: select orchestrator.retry_task(%L) tries again', orchestrator._count_of(t.attempts, 'attempt'), t.dead_at, t.id);
     when t.status in ('claimed', 'running') then
@@ -156,10 +148,8 @@ begin
         case when t.cancel_requested_at is not null then ', asked to stop at ' || t.cancel_requested_at else '' end,
         coalesce((select ', whose last heartbeat is ' || extract(epoch from clock_timestamp() - w.last_heartbeat)::int || ' s old'
                   from orchestrator.workers w where w.id = t.worker_id), ', which is gone: the leader will recover it'));
-    when v_workers = 0 then
-      return format('no live worker handles %s: start one with a handler for it', t.type);
-    when v_paused is not null then
-      return format('%s is paused: select orchestrator.resume_type(%L)', v_paused, v_paused);
+    when v_workers = 0 then return format('no live worker handles %s: start one with a handler for it', t.type);
+    when v_paused is not null then return format('%1$s is paused: select orchestrator.resume_type(%1$L)', v_paused);
     when t.next_retry_at is not null then
       return format('not before %s (%s)', t.next_retry_at, case when t.attempts > 0 then 'a retry of attempt ' || t.attempts else 'scheduled' end);
     when t.parked_at is not null then
@@ -172,40 +162,39 @@ begin
       return format('ready, but %s have started under the limit %s within %s: the next may at %s; limit_type(%L, …) sets it',
                     l.started_lately, l.type, l.rate_per, l.next_start_at, l.type);
     else
-      select count(*) into v_ahead from (select from orchestrator.tasks x where x.type = t.type and x.priority = t.priority
-                                         and x.queued_at < t.queued_at limit 1000) a;
+      select count(*) into v_ahead
+      from (select from orchestrator.tasks x where x.type = t.type and x.priority = t.priority and x.queued_at < t.queued_at limit 1000) a;
       return format('ready; %s of the same type and priority are before it, for %s',
                     case when v_ahead = 1000 then '1000 or more' else v_ahead::text end, orchestrator._count_of(v_workers, 'live worker'));
   end case;
 end $$;
-comment on function orchestrator.explain_task(uuid) is 'Why a task is where it is, in one sentence, and what to do about it.';
+comment on function orchestrator.explain_task is 'Why a task is where it is, in one sentence, and what to do about it.';
 
 create or replace function orchestrator._count_of(p_n bigint, p_noun text) returns text
 language sql immutable parallel safe return p_n || ' ' || p_noun || case when p_n = 1 then '' else 's' end;
 
 create or replace function orchestrator._events(p_task_id uuid, p_redact boolean) returns jsonb
-language sql stable set search_path = pg_catalog, pg_temp as $$
+language sql stable as $$
   select coalesce(jsonb_agg(jsonb_build_object('at', e.at, 'event', e.event, 'attempt', e.attempt, 'worker_id', e.worker_id,
                                                'detail', case when p_redact then orchestrator.redact_text(e.detail) else e.detail end) order by e.id), '[]')
   from orchestrator.task_events e where e.task_id = p_task_id
 $$;
 
 create or replace function orchestrator.show_task(p_id uuid) returns jsonb
-language sql stable set search_path = pg_catalog, pg_temp as $$
+language sql stable as $$
   select to_jsonb(t) || jsonb_build_object(
     'payload', r.payload, 'result', r.result, 'progress', r.progress, 'meta', r.meta, 'last_error', orchestrator.redact_text(t.last_error),
     'claim_id', t.claim_id::text, 'max_retries', coalesce(t.max_retries, (orchestrator._policy(t.type)).max_retries),
     'explanation', orchestrator.explain_task(t.id), 'events', orchestrator._events(t.id, true))
   from orchestrator._bare_tasks t join orchestrator._redacted_tasks r on r.id = t.id where t.id = p_id
 $$;
-comment on function orchestrator.show_task(uuid) is
-  'One task''s whole story as JSON: its row (secrets blanked, but for meta; progress as [[name, value], …] in the handler''s order; claim_id as '
-  'text), explain_task, and its events. Null if there is none.';
+comment on function orchestrator.show_task is
+  'A task''s whole story: its row (secrets blanked, but for meta; progress as [[name, value], …] in the handler''s order; claim_id as text), '
+  'explain_task, and its events. Null if there is none.';
 
 create or replace function orchestrator.get_task(p_id uuid) returns jsonb
-language sql stable set search_path = pg_catalog, pg_temp as $$
+language sql stable as $$
   select to_jsonb(t) || jsonb_build_object('events', orchestrator._events(t.id, false)) from orchestrator.tasks t where t.id = p_id
 $$;
-comment on function orchestrator.get_task(uuid) is
-  'One task''s row as it is, nothing blanked, and its events, for the program that owns it. Needs the right to read payloads. '
-  'Null if there is none.';
+comment on function orchestrator.get_task is
+  'A task''s row and its events, nothing blanked, for the program that owns it and may read payloads. Null if there is none.';

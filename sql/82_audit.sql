@@ -1,7 +1,5 @@
--- The audit: looks for each invariant that the data can show, in one statement, so in one snapshot. Reads only, locks nothing,
--- and reads tasks whole a few times.
+-- The audit: looks for each invariant that the data can show, in one statement, so in one snapshot. Reads only, and locks nothing.
 
--- The first rule that one row of tasks breaks, or null.
 create or replace function orchestrator._broken_rule(t orchestrator._bare_tasks) returns text
 language sql immutable parallel safe as $$
   select case
@@ -30,38 +28,27 @@ language sql immutable parallel safe as $$
 $$;
 
 create or replace function orchestrator.audit() returns table (invariant text, task_id uuid, worker_id text, detail text)
-language sql stable set search_path = pg_catalog, pg_temp as $$
+language sql stable as $$
   with in_flight as materialized (
     select t.id, t.claim_id, t.worker_id, t.status, t.concurrency_key from orchestrator.tasks t where t.status in ('claimed', 'running')),
-  held as (select f.claim_id, count(*) as n from in_flight f where f.claim_id is not null group by 1),
-  ready as materialized (
-    select t.type, t.priority, min(t.queued_at) as head from orchestrator.tasks t where t.queued_at is not null group by 1, 2),
   floors as (
     select distinct on (f.type, f.priority) f.type, f.priority, f.floor from orchestrator.lane_floors f
     order by f.type, f.priority, f.generation desc, f.floor),
   policies as materialized (
     select y.type, p.max_retries, p.updated_at
-    from (select distinct t.type from orchestrator.tasks t where t.attempts > 1) y cross join lateral orchestrator._policy(y.type) p),
-  failures as (
-    select e.task_id, e.worker_id, e.attempt, e.event,
-           count(*) filter (where e.event = 'retried') over (partition by e.task_id order by e.id) as lives_before
-    from orchestrator.task_events e where e.event in ('failed', 'retried'))
+    from (select distinct t.type from orchestrator.tasks t where t.attempts > 1) y cross join lateral orchestrator._policy(y.type) p)
 
   select orchestrator._broken_rule(t), t.id, t.worker_id, 'status ' || t.status
   from orchestrator._bare_tasks t where orchestrator._broken_rule(t) is not null
   union all
-  select 'open_tasks is the number of its tasks in flight', null, c.worker_id,
-         format('claim %s: open_tasks is %s, in flight are %s', c.id, c.open_tasks, h.n)
-  from orchestrator.claims c join held h on h.claim_id = c.id where c.open_tasks <> h.n
+  select case when h.n > 0 then 'open_tasks is the number of its tasks in flight' else 'a claim has tasks in flight' end, null, c.worker_id,
+         format('claim %s: open_tasks is %s, in flight are %s', c.id, c.open_tasks, coalesce(h.n, 0))
+  from orchestrator.claims c left join (select f.claim_id, count(*) as n from in_flight f group by 1) h on h.claim_id = c.id
+  where c.open_tasks is distinct from h.n
   union all
-  select 'a claim has tasks in flight', null, c.worker_id, format('claim %s has none, open_tasks is %s', c.id, c.open_tasks)
-  from orchestrator.claims c where not exists (select from held h where h.claim_id = c.id)
-  union all
-  select 'a task in flight has a claim', f.id, f.worker_id, format('%s, there is no claim %s', f.status, f.claim_id)
-  from in_flight f where not exists (select from orchestrator.claims c where c.id = f.claim_id)
-  union all
-  select 'a task in flight is with the worker of its claim', f.id, f.worker_id, format('claim %s is of worker %s', c.id, c.worker_id)
-  from in_flight f join orchestrator.claims c on c.id = f.claim_id where f.worker_id is distinct from c.worker_id
+  select case when c.id is null then 'a task in flight has a claim' else 'a task in flight is with the worker of its claim' end, f.id, f.worker_id,
+         format('%s, claim %s of worker %s', f.status, f.claim_id, c.worker_id)
+  from in_flight f left join orchestrator.claims c on c.id = f.claim_id where c.id is null or f.worker_id is distinct from c.worker_id
   union all
   select 'a claim has the key of its tasks', f.id, f.worker_id, format('claim %s has the key %L, the task %L', c.id, c.key, f.concurrency_key)
   from in_flight f join orchestrator.claims c on c.id = f.claim_id left join orchestrator.type_limits l on l.type = c.limit_name
@@ -93,7 +80,9 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
   where t.attempts > coalesce(t.max_retries, p.max_retries) + 1 and (t.max_retries is not null or (p.updated_at > t.created_at) is not true)
   union all
   select 'an attempt fails once', f.task_id, min(f.worker_id), format('attempt %s failed %s times', f.attempt, count(*))
-  from failures f where f.event = 'failed' group by f.task_id, f.lives_before, f.attempt having count(*) > 1
+  from (select e.*, count(*) filter (where e.event = 'retried') over (partition by e.task_id order by e.id) as lives_before
+        from orchestrator.task_events e where e.event in ('failed', 'retried')) f
+  where f.event = 'failed' group by f.task_id, f.lives_before, f.attempt having count(*) > 1
   union all
   select 'what has completed stays so', t.id, t.worker_id, format('%s at %s, but it completed at %s', e.event, e.at, t.completed_at)
   from orchestrator.task_events e join orchestrator.tasks t on t.id = e.task_id
@@ -102,8 +91,7 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
       select from orchestrator.task_events n where n.id > e.id and n.id < e.id + 1000 and n.at < t.completed_at)
   union all
   select 'a ready task is not below the floor of its lane', t.id, null, format('queued at %s, floor %s', t.queued_at, f.floor)
-  from ready r join floors f on f.type = r.type and f.priority = r.priority and r.head < f.floor
-  join orchestrator.tasks t on t.type = r.type and t.priority = r.priority and t.queued_at < f.floor
+  from floors f join orchestrator.tasks t on t.type = f.type and t.priority = f.priority and t.queued_at < f.floor
   union all
   select 'an idempotency key is unique in its type', d.id, null, format('the key of task %s', d.first)
   from (select t.id, first_value(t.id) over (partition by t.type, t.idempotency_key order by t.id) as first
@@ -112,17 +100,12 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
   select 'an event belongs to a task', e.task_id, null, format('%s events of a task that is gone', count(*))
   from orchestrator.task_events e where not exists (select from orchestrator.tasks t where t.id = e.task_id) group by 2
   union all
-  select 'one worker leads at most', null, w.id, format('leader of term %s until %s', w.leader_term, w.leader_until)
-  from orchestrator.workers w where w.is_leader and (select count(*) from orchestrator.workers o where o.is_leader) > 1
-  union all
-  select 'a term has one leader', null, w.id, format('term %s is also that of worker %s', w.leader_term, o.id)
-  from orchestrator.workers w join orchestrator.workers o on o.leader_term = w.leader_term and o.id <> w.id
-  union all
-  select 'a worker declared dead neither leads nor waits for work', null, w.id, format('declared dead at %s', w.declared_dead_at)
-  from orchestrator.workers w where w.declared_dead_at is not null and (w.is_leader or w.idle)
-  union all
-  select 'a leader has a term and a lease', null, w.id, null
-  from orchestrator.workers w where w.is_leader and (w.leader_term is null or w.leader_until is null)
+  select v.invariant, null, w.id, format('term %s until %s, declared dead at %s', w.leader_term, w.leader_until, w.declared_dead_at)
+  from orchestrator.workers w cross join lateral (values
+    ('one worker leads at most', w.is_leader and (select count(*) from orchestrator.workers o where o.is_leader) > 1),
+    ('a term has one leader', exists (select from orchestrator.workers o where o.leader_term = w.leader_term and o.id <> w.id)),
+    ('a worker declared dead neither leads nor waits for work', w.declared_dead_at is not null and (w.is_leader or w.idle)),
+    ('a leader has a term and a lease', w.is_leader and num_nulls(w.leader_term, w.leader_until) > 0)) v(invariant, broken) where v.broken
   union all
   select 'a sequence is not behind its table', null, null, format('%s is at %s, the table at %s: install sets it right', b.name, b.at, b.newest)
   from (select 'task_events_id_seq' as name, q.last_value - (not q.is_called)::int as at, (select max(e.id) from orchestrator.task_events e) as newest
@@ -143,6 +126,6 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
       then (select f.at from orchestrator.fire_times(s.cron, s.timezone, s.next_at - interval '1 second', 1) f(at)) else s.next_at end
   order by 1, 2, 3
 $$;
-comment on function orchestrator.audit() is
-  'One row for each violation of what must always hold; none on a healthy database. Reads tasks whole a few times, so it takes '
-  'seconds for millions of rows. task_id and worker_id are null where they don''t apply.';
+comment on function orchestrator.audit is
+  'One row for each violation of what must always hold; none on a healthy database. Reads tasks whole a few times: seconds for '
+  'millions of rows.';

@@ -8,35 +8,33 @@ language sql volatile parallel safe
 return case when p_at is not null then greatest(round(extract(epoch from clock_timestamp() - p_at), 3), 0)::double precision end;
 
 create or replace function orchestrator._api_types() returns jsonb
-language sql set search_path = pg_catalog, pg_temp as $$
+language sql as $$
   with handled as (select w.handles, count(*) as n from orchestrator.workers w where w.declared_dead_at is null group by 1),
   listed as (
     select coalesce(s.type, p.type) as type, coalesce(s.type = 'other' and p.type is null, false) as others
     from orchestrator.type_stats s full join orchestrator.task_types p on p.type = s.type
-    where s.type is not null or right(p.type, 1) not in ('*', ':') order by 1 limit 1000)
-  select coalesce(jsonb_agg(jsonb_build_object(
-    'type', y.type, 'others', y.others, 'waiting', coalesce(s.waiting, 0), 'parked', coalesce(s.parked, 0), 'scheduled', coalesce(s.scheduled, 0),
-    'in_flight', coalesce(s.in_flight, 0), 'dead_letters', coalesce(s.dead_letters, 0), 'oldest_waiting', orchestrator._age(s.oldest_ready_at),
-    'enqueued_total', coalesce(s.enqueued_total, 0), 'paused',
-    exists (select from orchestrator.task_types p where p.paused and not y.others and y.type like p.likes),
-    'workers', case when not y.others then (select coalesce(sum(h.n), 0) from handled h where y.type like any (h.handles)) end,
-    'per_second', r.per_second, 'enqueued_per_second', r.enqueued_per_second, 'failure_share', r.failure_share,
-    'median', r.median, 'p95', r.p95) order by y.others, y.type), '[]')
-  from listed y left join orchestrator.type_stats s on s.type = y.type left join orchestrator._recent r on r.type = y.type
-  where not y.others or s.enqueued_total > 0
+    where s.type is not null or orchestrator._prefix(p.type) is null order by 1 limit 1000)
+  select coalesce(jsonb_agg(to_jsonb(t) order by t.others, t.type), '[]')
+  from (select y.type, y.others, coalesce(s.waiting, 0) as waiting, coalesce(s.parked, 0) as parked, coalesce(s.scheduled, 0) as scheduled, coalesce(s.in_flight, 0) as in_flight,
+          coalesce(s.dead_letters, 0) as dead_letters, coalesce(s.enqueued_total, 0) as enqueued_total, orchestrator._age(s.oldest_ready_at) as oldest_waiting,
+          exists (select from orchestrator.task_types p where p.paused and not y.others and y.type like p.likes) as paused,
+          case when not y.others then (select coalesce(sum(h.n), 0) from handled h where y.type like any (h.handles)) end as workers,
+          r.per_second, r.enqueued_per_second, r.failure_share, r.median, r.p95
+        from listed y left join orchestrator.type_stats s on s.type = y.type left join orchestrator._recent r on r.type = y.type
+        where not y.others or s.enqueued_total > 0) t
 $$;
 
 -- overdue: it has been silent for longer than the leader's lease lasts from one heartbeat to its end.
 create or replace function orchestrator._api_workers() returns jsonb
-language sql set search_path = pg_catalog, pg_temp as $$
-  select coalesce(jsonb_agg(jsonb_build_object(
-    'id', w.id, 'hostname', w.hostname, 'version', w.version, 'pool_size', w.pool_size, 'up', orchestrator._age(w.started_at),
-    'heartbeat', orchestrator._age(w.last_heartbeat), 'leads', w.is_leader and w.leader_until > clock_timestamp(), 'term', w.leader_term,
-    'overdue', coalesce(clock_timestamp() - w.last_heartbeat > (select l.leader_until - l.last_heartbeat from orchestrator.workers l where l.is_leader), false),
-    'declared_dead', w.declared_dead_at is not null, 'stopping', w.stopping_at is not null, 'idle', w.idle,
-    'in_flight', (select coalesce(sum(c.open_tasks), 0) from orchestrator.claims c where c.worker_id = w.id),
-    'handles', (select jsonb_agg(replace(replace(h, '\', ''), '%', '*') order by h) from unnest(w.handles) h)) order by w.started_at, w.id), '[]')
-  from (select * from orchestrator.workers w order by w.started_at limit 500) w
+language sql as $$
+  select coalesce(jsonb_agg(to_jsonb(x) - 'started_at' order by x.started_at, x.id), '[]')
+  from (select w.started_at, w.id, w.hostname, w.version, w.pool_size, w.idle, orchestrator._age(w.started_at) as up, w.leader_term as term,
+          orchestrator._age(w.last_heartbeat) as heartbeat, w.is_leader and w.leader_until > clock_timestamp() as leads,
+          coalesce(clock_timestamp() - w.last_heartbeat > (select l.leader_until - l.last_heartbeat from orchestrator.workers l where l.is_leader), false) as overdue,
+          w.declared_dead_at is not null as declared_dead, w.stopping_at is not null as stopping,
+          (select coalesce(sum(c.open_tasks), 0) from orchestrator.claims c where c.worker_id = w.id) as in_flight,
+          (select jsonb_agg(replace(replace(h, '\', ''), '%', '*') order by h) from unnest(w.handles) h) as handles
+        from orchestrator.workers w order by w.started_at limit 500) x
 $$;
 
 -- Trouble first, then what fires next.
@@ -64,29 +62,21 @@ language sql set search_path = pg_catalog, pg_temp as $$
 $$;
 
 create or replace function orchestrator.api_overview() returns jsonb
-language sql set search_path = pg_catalog, pg_temp as $$
+language sql as $$
   select jsonb_build_object(
-    'now', extract(epoch from clock_timestamp()),
-    'schema_version', orchestrator.schema_version(),
-    'counts', (select jsonb_build_object('age', orchestrator._age(s.counted_at), 'took', extract(epoch from s.took), 'complete', s.complete)
-               from orchestrator.stats_state s),
-    'totals', (select jsonb_build_object(
-                 'waiting', coalesce(sum(t.waiting), 0), 'parked', coalesce(sum(t.parked), 0), 'scheduled', coalesce(sum(t.scheduled), 0), 'in_flight', coalesce(sum(t.in_flight), 0),
-                 'dead_letters', coalesce(sum(t.dead_letters), 0), 'oldest_waiting', orchestrator._age(min(t.oldest_ready_at)),
-                 'enqueued_total', coalesce(sum(t.enqueued_total), 0), 'ended_total', (select s.ended_total from orchestrator.stats_state s))
-               from orchestrator.type_stats t),
-    'types', orchestrator._api_types(),
-    'limits', orchestrator._api_limits(),
-    'workers', orchestrator._api_workers(),
+    'now', extract(epoch from clock_timestamp()), 'schema_version', orchestrator.schema_version(),
+    'counts', jsonb_build_object('age', orchestrator._age(s.counted_at), 'took', extract(epoch from s.took), 'complete', s.complete),
+    'totals', to_jsonb(t) - 'oldest' || jsonb_build_object('oldest_waiting', orchestrator._age(t.oldest), 'ended_total', s.ended_total),
+    'types', orchestrator._api_types(), 'limits', orchestrator._api_limits(), 'workers', orchestrator._api_workers(),
     'schedules', orchestrator._api_schedules())
+  from orchestrator._totals t left join orchestrator.stats_state s on true
 $$;
-comment on function orchestrator.api_overview() is
-  'Totals, types (counts, paused, how many live workers handle them, rate and share of failures of the last 15 minutes or so, p50 and '
-  'p95 of sampled runs), limits and workers, as the leader counted counts.age seconds ago; up to 100 schedules. Ages and durations in '
-  'seconds.';
+comment on function orchestrator.api_overview is
+  'Totals, types (counts, paused, how many live workers handle them, rate and share of failures of the last 15 minutes or so, p50 '
+  'and p95 of sampled runs), limits and workers, as the leader counted counts.age seconds ago. Ages and durations in seconds.';
 
 create or replace function orchestrator._check_range(p_field text, p_value int, p_max int) returns int
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+language plpgsql stable as $$
 begin
   if p_value is null or p_value not between 1 and p_max then
     perform orchestrator._invalid(p_field, format('must be a whole number from 1 to %s', p_max), 'Leave it out for the default.');
@@ -95,183 +85,172 @@ begin
 end $$;
 
 create or replace function orchestrator.api_history(p_minutes int default 15) returns jsonb
-language sql stable set search_path = pg_catalog, pg_temp as $$
+language sql stable as $$
   select jsonb_build_object(
     'now', extract(epoch from clock_timestamp()),
     'columns', '["at", "waiting", "scheduled", "in_flight", "dead_letters", "enqueued_total", "ended_total", "parked"]'::jsonb,
     'samples', (select coalesce(jsonb_agg(jsonb_build_array(
                   round(extract(epoch from s.at), 3), s.waiting, s.scheduled, s.in_flight, s.dead_letters, s.enqueued_total, s.ended_total, s.parked)
                   order by s.at), '[]')
-                from orchestrator.stats_samples s
-                where s.at > clock_timestamp() - make_interval(mins => orchestrator._check_range('minutes', p_minutes, 120))))
+                from orchestrator.stats_samples s where s.at > clock_timestamp() - make_interval(mins => c.minutes)))
+  from (select orchestrator._check_range('minutes', p_minutes, 120) as minutes offset 0) c   -- checked, however empty samples is
 $$;
-comment on function orchestrator.api_history(int) is
+comment on function orchestrator.api_history is
   'p_minutes (1 to 120): the samples of all types together of that time, about every 10 seconds. Raises OR001.';
 
 -- Lists -------------------------------------------------------------------------------------------------------------------
 
--- Walks the index of one state, and looks at p_bound tasks: from the p_skip-th on, or in the state newest (all, by id) from those
--- before p_before whose id begins with p_id. Ready tasks of a type or pattern have an index to themselves. The limits in lateral
--- subqueries keep the planner from turning a join around, to walk all tasks.
-create or replace function orchestrator._walk_state(p_state text, p_type text, p_id text, p_skip int, p_before uuid, p_bound int)
+-- Walks the index of one state from its p_skip-th task, or the ids that begin with p_prefix from p_before down, and looks at
+-- p_bound tasks. Ready tasks of a type or pattern have an index to themselves. The limits in lateral subqueries keep the planner
+-- from turning a join around, to walk all tasks.
+create or replace function orchestrator._walk(p_walk text, p_skip int, p_before uuid, p_prefix text, p_type text, p_bound int)
 returns table (place bigint, id uuid, type text, status text)
-language sql stable
-set search_path = pg_catalog, pg_temp
-set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
-  select p_skip + row_number() over (), x.id, x.type, x.status::text from (
+language sql stable as $$
+  select row_number() over (), x.id, x.type, x.status::text from (
     (select t.id, t.type, t.status from orchestrator.tasks t
-     where p_state = 'newest' and t.id < p_before and t.id >= rpad(coalesce(p_id, ''), 32, '0')::uuid and t.id <= rpad(coalesce(p_id, ''), 32, 'f')::uuid
-     order by t.id desc limit p_bound)
-    union all
-    (select t.id, t.type, t.status from orchestrator.tasks t
-     where p_state = 'ready' and p_type is null and t.queued_at is not null order by t.type, t.priority desc, t.queued_at offset p_skip limit p_bound)
+     where p_walk = 'ready' and p_type is null and t.queued_at is not null order by t.type, t.priority desc, t.queued_at offset p_skip limit p_bound)
     union all
     (select t.id, t.type, t.status from unnest(case when orchestrator._prefix(p_type) is null then array[p_type]
        else array(select orchestrator._ready_types(orchestrator._prefix(p_type), '{}')) end) with ordinality u(type, o)
      cross join lateral (select t.id, t.type, t.status, t.priority, t.queued_at from orchestrator.tasks t
-       where p_state = 'ready' and t.queued_at is not null and t.type = u.type order by t.priority desc, t.queued_at limit p_skip + p_bound) t
+       where p_walk = 'ready' and t.queued_at is not null and t.type = u.type order by t.priority desc, t.queued_at limit p_skip + p_bound) t
      order by u.o, t.priority desc, t.queued_at offset p_skip limit p_bound)
     union all
     (select t.id, t.type, t.status from orchestrator.tasks t
-     where p_state = 'parked' and t.parked_at is not null order by t.parked_by, t.concurrency_key, t.type, t.priority desc, t.parked_at offset p_skip limit p_bound)
+     where p_walk = 'parked' and t.parked_at is not null order by t.parked_by, t.concurrency_key, t.type, t.priority desc, t.parked_at offset p_skip limit p_bound)
     union all
     (select t.id, t.type, t.status from orchestrator.tasks t
-     where p_state = 'scheduled' and t.next_retry_at is not null order by t.next_retry_at offset p_skip limit p_bound)
+     where p_walk = 'scheduled' and t.next_retry_at is not null order by t.next_retry_at offset p_skip limit p_bound)
     union all
-    (select t.id, t.type, t.status from (select c.id from orchestrator.claims c where p_state = 'in_flight' order by c.id) c
+    (select t.id, t.type, t.status from (select c.id from orchestrator.claims c where p_walk = 'in_flight' order by c.id) c
      cross join lateral (select t.id, t.type, t.status from orchestrator.tasks t
        where t.claim_id = c.id and t.status in ('claimed', 'running') limit 10000000) t offset p_skip limit p_bound)
     union all
     (select t.id, t.type, t.status from orchestrator.tasks t
-     where p_state = 'dead_letter' and t.dead_at is not null order by t.dead_at desc offset p_skip limit p_bound)) x
+     where p_walk = 'dead_letter' and t.dead_at is not null order by t.dead_at desc offset p_skip limit p_bound)
+    union all
+    (select t.id, t.type, t.status from orchestrator.tasks t
+     where p_walk = 'ids' and t.id >= rpad(p_prefix, 32, '0')::uuid and t.id <= rpad(p_prefix, 32, 'f')::uuid
+       and t.id < coalesce(p_before, 'ffffffff-ffff-ffff-ffff-ffffffffffff') order by t.id desc limit p_bound)) x
 $$;
 
--- The ids on a page of one state, how many tasks it looked at (10,000 at most), and where the next page begins.
-create or replace function orchestrator._page(p_state text, p_type text, p_id text, p_statuses text[], p_skip int, p_before uuid, p_limit int,
-                                              out ids uuid[], out looked int, out skip int, out before uuid)
-language sql stable set search_path = pg_catalog, pg_temp as $$
-  with bound as materialized (select case when p_statuses is null and (p_type is null or p_state = 'ready') then p_limit else 10000 end as n),
-  walked as materialized (select w.* from bound b cross join lateral orchestrator._walk_state(p_state, p_type, p_id, p_skip, p_before, b.n) w),
+-- The ids on a page of one walk, how many tasks it looked at, and at which it stopped: null at the end of the walk. Looks at 10,000 at most.
+create or replace function orchestrator._page(
+  p_walk text, p_skip int, p_before uuid, p_prefix text, p_type text, p_statuses text[], p_limit int,
+  out ids uuid[], out looked int, out stopped bigint, out last uuid)
+language sql stable as $$
+  with bound as (select case when p_statuses is null and (p_type is null or p_walk = 'ready') then p_limit else 10000 end as n),
+  walked as materialized (select w.* from bound b cross join lateral orchestrator._walk(p_walk, p_skip, p_before, p_prefix, p_type, b.n) w),
   page as materialized (
     select w.place, w.id from walked w
     where (p_type is null or w.type like orchestrator._like(p_type)) and (p_statuses is null or w.status = any (p_statuses))
     order by w.place limit p_limit),
-  last as (select case when (select count(*) from page) = p_limit then (select max(p.place) from page p)
-                       when (select count(*) from walked) = b.n then p_skip + b.n end as place from bound b)
-  select coalesce((select array_agg(p.id order by p.place) from page p), '{}'), (select count(*)::int from walked w where w.place <= coalesce(l.place, w.place)),
-         l.place::int, (select w.id from walked w where w.place = l.place)
-  from last l
+  stop as (select case when (select count(*) from page) = p_limit then (select max(p.place) from page p)
+                       when (select count(*) from walked) = b.n then b.n end as place from bound b)
+  select array(select p.id from page p order by p.place), (select count(*)::int from walked w where w.place <= coalesce(s.place, w.place)),
+         s.place, (select w.id from walked w where w.place = s.place)
+  from stop s
 $$;
 
 create or replace function orchestrator.api_tasks(
   p_id text default null, p_type text default null, p_status text default null, p_before text default null, p_limit int default 50)
-returns jsonb language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+returns jsonb language plpgsql stable as $$
 declare
-  v_id text := lower(replace(btrim(p_id), '-', ''));
+  v_prefix text := lower(replace(btrim(p_id), '-', ''));
   v_type text := nullif(p_type, '');
   v_left int := orchestrator._check_range('limit', p_limit, 200);
-  v_states text[] := case when v_id is not null then '{newest}'
+  v_walks text[] := case when v_prefix is not null then '{ids}'
     when p_status in ('ready', 'parked', 'scheduled', 'in_flight', 'dead_letter') then array[p_status]
     when p_status in ('claimed', 'running') then '{in_flight}' when p_status = 'retry_scheduled' then '{scheduled}'
-    when p_status is null and v_type is not null then '{in_flight,ready,parked,scheduled,dead_letter,newest}' else '{newest}' end;
-  v_statuses text[] := case when p_status in ('claimed', 'running', 'retry_scheduled') or v_states = '{newest}' and p_status is not null then array[p_status] end;
-  v_state text := v_states[1];
-  v_skip int := 0;
-  v_before uuid := 'ffffffff-ffff-ffff-ffff-ffffffffffff'::uuid;
-  v_ids uuid[] := '{}'::uuid[];
+    when p_status is null and v_type is not null then '{in_flight,ready,parked,scheduled,dead_letter,ids}' else '{ids}' end;
+  v_walk text := case when p_before ~ '\+' then split_part(p_before, '+', 1) when p_before is not null then 'ids' else v_walks[1] end;
+  v_skip int;
+  v_before uuid;
+  v_ids uuid[] := array[]::uuid[];
   v_looked int := 0;
   v_cut boolean := false;
   r record;
 begin
-  perform orchestrator._check_search(v_id, p_status, p_before, v_states);
-  if p_before ~ '\+' then
-    v_state := split_part(p_before, '+', 1);
-    v_skip := split_part(p_before, '+', 2)::int;
-  elsif p_before is not null then
-    v_state := 'newest';
-    v_before := p_before::uuid;
-  end if;
-  while v_left > 0 and v_looked < 10000 and v_state is not null loop
-    select * into r from orchestrator._page(v_state, v_type, v_id,
-      case when v_state = 'newest' and cardinality(v_states) > 1 then '{completed,cancelled}' else v_statuses end, v_skip, v_before, v_left);
+  perform orchestrator._check_search(v_prefix, p_status, p_before, v_walks);
+  v_skip := case when v_walk = 'ids' then 0 else coalesce(split_part(p_before, '+', 2)::int, 0) end;
+  v_before := case when v_walk = 'ids' then p_before::uuid end;
+  while v_left > 0 and v_looked < 10000 and v_walk is not null loop
+    r := orchestrator._page(v_walk, v_skip, v_before, coalesce(v_prefix, ''), v_type,
+      case when p_status <> v_walk then array[p_status] when v_walk = 'ids' and cardinality(v_walks) > 1 then '{completed,cancelled}' end, v_left);
     v_ids := v_ids || r.ids;
     v_left := v_left - cardinality(r.ids);
     v_looked := v_looked + r.looked;
-    v_skip := coalesce(r.skip, 0);
-    v_before := coalesce(r.before, v_before);
-    v_cut := v_cut or v_state <> 'newest' and v_skip >= 100000;
-    if r.skip is null or v_state <> 'newest' and v_skip >= 100000 then
+    v_skip := v_skip + r.stopped;
+    if v_walk = 'ids' then
+      v_before := r.last;
+      v_walk := case when v_before is not null then 'ids' end;
+    elsif v_skip < 100000 is not true then
+      v_cut := v_cut or v_skip is not null;
       v_skip := 0;
-      v_state := v_states[array_position(v_states, v_state) + 1];
-    elsif v_state = 'newest' then
-      v_skip := 0;
+      v_walk := v_walks[array_position(v_walks, v_walk) + 1];
     end if;
   end loop;
-  return jsonb_build_object('now', extract(epoch from clock_timestamp()), 'tasks', orchestrator._task_summaries(v_ids),
-    'next', case when v_state = 'newest' then v_before::text else v_state || '+' || v_skip end, 'cut', v_cut, 'looked', v_looked,
-    'back_to', (select t.created_at from orchestrator._bare_tasks t where t.id = v_before and v_state = 'newest'));
+  return jsonb_build_object(
+    'now', extract(epoch from clock_timestamp()), 'tasks', orchestrator._task_summaries(v_ids), 'cut', v_cut, 'looked', v_looked,
+    'next', case when v_walk = 'ids' then coalesce(v_before::text, 'ffffffff-ffff-ffff-ffff-ffffffffffff') else v_walk || '+' || v_skip end,
+    'back_to', (select t.created_at from orchestrator.tasks t where t.id = v_before));
 end $$;
-comment on function orchestrator.api_tasks(text, text, text, text, int) is
+comment on function orchestrator.api_tasks is
   'Search: an id or its beginning; a type, or types by their beginning (mail: or mail*); a status (also ready, parked, scheduled, in_flight); '
   'p_limit (1 to 200); p_before: next of the page before. States with an index come in its order, all else by id, the newest first; a '
   'type alone: in flight, ready, parked, scheduled, dead letters, then what has ended. Each page looks at 10,000 tasks or a few more, so one '
   'that is not full may have a next. looked: at how many; back_to: how far back it got; cut: a state''s list ends at 100,000. Raises OR001.';
 
-create or replace function orchestrator._check_search(p_id text, p_status text, p_before text, p_states text[]) returns void
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+create or replace function orchestrator._check_search(p_prefix text, p_status text, p_before text, p_walks text[]) returns void
+language plpgsql stable as $$
 declare
   v_known text[] := '{ready,parked,scheduled,in_flight}' || array_remove(enum_range(null::orchestrator.task_status)::text[], 'failed');   -- none rests in failed
+  v_walk text := case when p_before ~ '^[0-9a-f]{8}-([0-9a-f]{4}-){3}[0-9a-f]{12}$' then 'ids'
+    when p_before ~ '^\w+\+\d{1,5}$' then nullif(split_part(p_before, '+', 1), 'ids') end;
 begin
-  if p_id !~ '^[0-9a-f]{1,32}$' then
+  if p_prefix !~ '^[0-9a-f]{1,32}$' then
     perform orchestrator._invalid('id', 'must be the beginning of a task''s id', 'Digits and a to f.');
   elsif p_status <> all (v_known) then
     perform orchestrator._invalid('status', 'is unknown', 'One of ' || array_to_string(v_known, ', ') || '.');
-  elsif p_id is not null and p_status in ('ready', 'parked', 'scheduled', 'in_flight') then
+  elsif p_prefix is not null and p_status in ('ready', 'parked', 'scheduled', 'in_flight') then
     perform orchestrator._invalid('status', 'goes with an id only as tasks have it', 'Such as pending, running or dead_letter.');
-  elsif p_before is not null and not (case when p_before ~ '^\w+\+\d{1,5}$' then split_part(p_before, '+', 1) = any (array_remove(p_states, 'newest'))
-                 else p_before ~ '^[0-9a-f]{8}-([0-9a-f]{4}-){3}[0-9a-f]{12}$' and 'newest' = any (p_states) end) then
+  elsif p_before is not null and v_walk = any (p_walks) is not true then
     perform orchestrator._invalid('before', 'must be what the page before gave as next', 'Leave it out for the first page.');
   end if;
 end $$;
 
 create or replace function orchestrator._task_summary(t orchestrator._bare_tasks) returns jsonb
-language sql set search_path = pg_catalog, pg_temp as $$
-  select jsonb_build_object('id', t.id, 'type', t.type, 'status', t.status, 'priority', t.priority, 'attempts', t.attempts,
-    'max_retries', coalesce(t.max_retries, (orchestrator._policy(t.type)).max_retries), 'worker_id', t.worker_id,
-    'created_at', t.created_at, 'queued_at', t.queued_at, 'parked_at', t.parked_at, 'concurrency_key', t.concurrency_key, 'claimed_at', t.claimed_at, 'started_at', t.started_at, 'completed_at', t.completed_at,
-    'dead_at', t.dead_at, 'next_retry_at', t.next_retry_at, 'cancel_requested_at', t.cancel_requested_at,
-    'last_error', left(orchestrator.redact_text(t.last_error), 500), 'payload', r.preview,
-    'due_in', round(extract(epoch from t.next_retry_at - clock_timestamp()), 3))
-    || case when t.status in ('claimed', 'running')
-         then jsonb_build_object('age', orchestrator._age(coalesce(t.started_at, t.claimed_at)), 'progress', r.progress) else '{}' end
-  from orchestrator._redacted_tasks r where r.id = t.id
+language sql as $$
+  select to_jsonb(x) || case when t.status in ('claimed', 'running')
+    then jsonb_build_object('age', orchestrator._age(coalesce(t.started_at, t.claimed_at)), 'progress', r.progress) else '{}' end
+  from orchestrator._redacted_tasks r cross join lateral (
+    select t.id, t.type, t.status, t.priority, t.attempts, coalesce(t.max_retries, (orchestrator._policy(t.type)).max_retries) as max_retries,
+      t.worker_id, t.created_at, t.queued_at, t.parked_at, t.concurrency_key, t.claimed_at, t.started_at, t.completed_at, t.dead_at, t.next_retry_at, t.cancel_requested_at,
+      left(orchestrator.redact_text(t.last_error), 500) as last_error, r.preview as payload,
+      round(extract(epoch from t.next_retry_at - clock_timestamp()), 3) as due_in) x
+  where r.id = t.id
 $$;
 
 create or replace function orchestrator._task_summaries(p_ids uuid[]) returns jsonb
-language sql
-set search_path = pg_catalog, pg_temp
-set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
+language sql as $$
   select coalesce(jsonb_agg(orchestrator._task_summary(x.t) order by u.place), '[]')
   from unnest(p_ids) with ordinality u(id, place)
   cross join lateral (select t from orchestrator._bare_tasks t where t.id = u.id limit 1) x
 $$;
 
 create or replace function orchestrator.api_failures(p_type text default null, p_limit int default 50) returns jsonb
-language sql
-set search_path = pg_catalog, pg_temp
-set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
-  select jsonb_build_object('now', extract(epoch from clock_timestamp()), 'failures', (
-    select coalesce(jsonb_agg(jsonb_build_object('event', f.id, 'task_id', f.task_id, 'type', f.type, 'status', f.status, 'attempt', f.attempt,
-                                                 'worker_id', f.worker_id, 'age', orchestrator._age(f.at),
-                                                 'error', left(orchestrator.redact_text(f.detail), 500)) order by f.id desc), '[]')
-    from (select e.*, t.type, t.status from (select * from orchestrator.task_events e order by e.id desc limit 5000) e
-          left join lateral (select t.type, t.status from orchestrator.tasks t where t.id = e.task_id limit 1) t on true
-          where e.event = 'failed' and (p_type is null or t.type = p_type)
-          order by e.id desc limit orchestrator._check_range('limit', p_limit, 200)) f))
+language sql as $$
+  select jsonb_build_object('now', extract(epoch from clock_timestamp()), 'failures', coalesce(jsonb_agg(to_jsonb(f) order by f.event desc), '[]'))
+  from (select e.id as event, e.task_id, t.type, t.status, e.attempt, e.worker_id, orchestrator._age(e.at) as age,
+               left(orchestrator.redact_text(e.detail), 500) as error
+        from (select * from orchestrator.task_events e order by e.id desc limit 5000) e
+        left join lateral (select t.type, t.status from orchestrator.tasks t where t.id = e.task_id limit 1) t on true
+        where e.event = 'failed' and (p_type is null or t.type = p_type)
+        order by e.id desc limit orchestrator._check_range('limit', p_limit, 200)) f
 $$;
-comment on function orchestrator.api_failures(text, int) is
+comment on function orchestrator.api_failures is
   'p_type, p_limit (1 to 200): failed attempts among the last 5000 events, the newest first, with the error. Raises OR001.';
 
 create or replace function orchestrator.api_task(p_id uuid) returns jsonb
-language sql stable set search_path = pg_catalog, pg_temp as $$ select orchestrator.show_task(p_id) $$;
-comment on function orchestrator.api_task(uuid) is 'One task''s whole story (show_task); null if there is none.';
+language sql stable as $$ select orchestrator.show_task(p_id) $$;
+comment on function orchestrator.api_task is 'One task''s whole story (show_task); null if there is none.';

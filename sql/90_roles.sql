@@ -1,54 +1,43 @@
--- Who may do what. Loaded last: it takes from PUBLIC whatever the files before it created. Four roles without a login, to be granted
--- to those who have one: `grant orchestrator_worker to my_service`. Every function runs with its caller's rights, so the rights on
--- tables and columns decide; functions are granted by their names. Nobody but the owner has DDL rights.
+-- Who may do what. Loaded last: it takes from PUBLIC whatever the files before created. Every function runs with its caller's
+-- rights, so those on tables and columns decide. Four roles without a login: `grant orchestrator_worker to my_service`.
 --   orchestrator_producer   enqueues; can't read a payload back
 --   orchestrator_worker     runs a worker, which fires schedules and so may enqueue, and serves its page and metrics
 --   orchestrator_operator   cancels, retries, pauses, limits, defines and fires schedules, and looks; a worker whose page may act needs it too
---   orchestrator_auditor    looks: views, lists, audit. It has no right on payloads and results, and sees them with secrets blanked
--- Roles belong to the whole server. Where the installing role may not create them, a notice says so and the rest still works.
-
-revoke all on schema orchestrator from public;
-revoke all on all tables in schema orchestrator from public;
-revoke all on all sequences in schema orchestrator from public;
-revoke all on all functions in schema orchestrator from public;
-revoke all on type orchestrator.task_status from public;
-
-do $$
-declare
-  v_role text;
-begin
-  foreach v_role in array '{orchestrator_producer, orchestrator_worker, orchestrator_operator, orchestrator_auditor}'::text[] loop
-    if to_regrole(v_role) is null then
-      begin
-        execute format('create role %I nologin', v_role);
-      exception
-        when duplicate_object or unique_violation then null;   -- installed in another database at the same moment
-        when insufficient_privilege then
-          raise notice 'the role % is not there and may not be created: nothing is granted to it', v_role
-            using hint = 'Have an administrator create the four roles orchestrator_*, and install again.';
-      end;
-    end if;
-  end loop;
-end $$;
+--   orchestrator_auditor    looks: views, lists, audit, with the secrets of payloads and results blanked
+-- Where the installing role may not create roles, a notice says so and the rest still works.
 
 do $$
 declare
   r record;
+  v_role text;
+  v_missing boolean := false;
   v_all text := 'orchestrator_producer, orchestrator_worker, orchestrator_operator, orchestrator_auditor';
   v_look text := 'orchestrator_worker, orchestrator_operator, orchestrator_auditor';
   v_shown text;     -- what anyone may read of a task
   v_changed text;   -- what changes after a task was enqueued
 begin
-  if (select count(*) from unnest(string_to_array(v_all, ', ')) u where to_regrole(u) is not null) < 4 then return; end if;
+  foreach v_role in array string_to_array(v_all, ', ') loop
+    begin
+      if to_regrole(v_role) is null then execute format('create role %I nologin', v_role); end if;
+    exception
+      when duplicate_object or unique_violation then null;   -- installed in another database at the same moment
+      when insufficient_privilege then
+        v_missing := true;
+        raise notice 'the role % is not there and may not be created: nothing is granted to it', v_role
+          using hint = 'Have an administrator create the four roles orchestrator_*, and install again.';
+    end;
+  end loop;
 
   -- what an earlier release granted is not what this one does
-  execute format('revoke all on all tables in schema orchestrator from %s', v_all);
-  execute format('revoke all on all sequences in schema orchestrator from %s', v_all);
-  execute format('revoke all on all functions in schema orchestrator from %s', v_all);
-  execute format('grant usage on schema orchestrator to %s', v_all);
-  execute format('grant usage on type orchestrator.task_status to %s', v_all);
+  foreach v_role in array '{public}' || case when v_missing then '{}' else string_to_array(v_all, ', ') end loop
+    execute format('revoke all on all tables in schema orchestrator from %1$s; revoke all on all sequences in schema orchestrator from %1$s;
+                    revoke all on all functions in schema orchestrator from %1$s; revoke all on schema orchestrator from %1$s;
+                    revoke all on type orchestrator.task_status from %1$s', v_role);
+  end loop;
+  if v_missing then return; end if;
+  execute format('grant usage on schema orchestrator to %1$s; grant usage on type orchestrator.task_status to %1$s', v_all);
 
-  -- Helpers and pure functions do nothing that their caller may not; the others go to those whose task they are.
+  -- helpers and pure functions do nothing that their caller may not
   for r in
     select p.oid::regprocedure as signature, case
       when p.proname ~ '^_' or p.provolatile = 'i' then v_all

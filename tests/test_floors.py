@@ -387,11 +387,11 @@ def lanes(conn):
 
 def test_a_claim_notes_a_lane_that_much_was_taken_from_once(conn):
     assert lanes(conn) == []
-    enqueue_some(conn, 120)
-    enqueue_some(conn, 60, priority=3)
-    claim(conn, limit=1000)
-    enqueue_some(conn, 60)
-    claim(conn, limit=1000)
+    enqueue_some(conn, 1200)
+    enqueue_some(conn, 600, priority=3)
+    claim(conn, limit=2000)
+    enqueue_some(conn, 600)
+    claim(conn, limit=2000)
     assert lanes(conn) == [("t", 0), ("t", 3)]
 
 

@@ -73,8 +73,7 @@ def release(folder: Path, version: int) -> Path:
             + "create table if not exists orchestrator.claims"))
         edit(folder / "sql" / "70_operate.sql",
              ("retry_dead_letters(p_type text default null, p_limit int default 1000)",
-              "retry_dead_letters(p_type text default null, p_limit int default 1000, p_note text default null)"),
-             ("retry_dead_letters(text, int)", "retry_dead_letters(text, int, text)"))
+              "retry_dead_letters(p_type text default null, p_limit int default 1000, p_note text default null)"))
     for name, text in MIGRATIONS.items():
         if int(name[:3]) <= version:
             (folder / "sql" / "migrations" / name).write_text(text)

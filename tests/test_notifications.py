@@ -39,9 +39,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> collections.Counter[str]:
     counts: collections.Counter[str] = collections.Counter()
     run = Link._run
 
-    def counting(link: Link, form: tuple[Any, ...], *more: Any) -> Any:
-        counts[form[1]] += 1
-        return run(link, form, *more)
+    def counting(link: Link, columns: str, source: str, *more: Any) -> Any:
+        counts[source] += 1
+        return run(link, columns, source, *more)
 
     monkeypatch.setattr(Link, "_run", counting)
     return counts

@@ -482,12 +482,12 @@ def test_trouble_comes_first_idle_types_are_folded_and_a_filter_finds_them(conn:
 
 def test_a_type_says_how_it_does_lately(conn: Connection, page: Page) -> None:
     dead(conn, 3)
-    conn.execute("""update orchestrator.type_stats set recent_at = clock_timestamp(), recent_seconds = 100, recent_ended = 4200,
-        recent_attempts = 4200, recent_failures = 420, median = 0.25, p95 = 3 where type = 'ok'""")
+    conn.execute("""update orchestrator.type_stats set recent_at = clock_timestamp(),
+        recent = '{100, 4200, 4200, 4200, 420}', median = 0.25, p95 = 3 where type = 'ok'""")
     for head, said in (("State", "working"), ("Failing", "10%"), ("p50", "0.3 s"), ("p95", "3.0 s")):
         eventually(lambda head=head, said=said: cell(page, "types", "ok", head) == said)
     assert 30 < int(cell(page, "types", "ok", "Ended/s")) <= 42
-    conn.execute("update orchestrator.type_stats set recent_failures = 2100 where type = 'ok'")
+    conn.execute("update orchestrator.type_stats set recent[5] = 2100 where type = 'ok'")
     expect(page.locator("#attention")).to_contain_text("ok (50% of attempts)")
     assert page.locator("#types td.type a").first.inner_text() in ("fails", "ok")
 

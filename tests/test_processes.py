@@ -213,11 +213,11 @@ def test_all_idle_connections_of_many_threads_may_be_closed_at_once(installed: s
 def test_the_page_too_survives_a_closed_idle_connection(installed: str, conn: Connection) -> None:
     with running(installed, {"a": lambda task: None}) as app:
         server = app._http
-        assert server.ask("api_overview", {})
+        assert server.ask("api_overview", {}, False)
         server.link.connection.execute("set application_name = 'the page'")
         conn.execute("select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'the page'")
         eventually(lambda: not column(conn, "select pid from pg_stat_activity where application_name = 'the page'"))
-        assert server.ask("api_overview", {})
+        assert server.ask("api_overview", {}, False)
 
 
 def test_a_server_that_is_away_is_an_error_at_once_and_enqueuing_goes_on_when_it_is_back(installed: str) -> None:
