@@ -9,21 +9,21 @@
 
 -- The limit that a type is under; null: none.
 create or replace function orchestrator._limit_of(p_type text) returns text
-language sql stable set search_path = pg_catalog, pg_temp as $$
+language sql stable as $$
   select l.type from orchestrator.type_limits l where p_type like l.likes and num_nonnulls(l.max_running, l.max_per_key, l.rate) > 0
   order by l.type = p_type desc, length(l.type) desc limit 1
 $$;
 
 -- Whether claims are left that may hold tasks under this limit without saying so.
 create or replace function orchestrator._older_claims(p_name text, p_since bigint) returns boolean
-language sql stable set search_path = pg_catalog, pg_temp set enable_seqscan = off as $$
+language sql stable set enable_seqscan = off as $$
   select exists (select from orchestrator.claims c where c.id < coalesce(p_since, 9223372036854775807) and (c.limit_name is distinct from p_name or c.key is null))
 $$;
 
 -- What is in flight under a limit: of one key, or (null) in all.
 create or replace function orchestrator._in_flight(p_name text, p_since bigint, p_key text) returns int
 language plpgsql stable
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan
+set plan_cache_mode = force_generic_plan
 set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 declare
   v_n int;
@@ -47,7 +47,7 @@ end $$;
 -- whose row another transaction keeps locked, such as an operator's, is left out after a second: all else goes on.
 create or replace function orchestrator._lock_limits(p_types text[], p_claimable text[]) returns text[]
 language plpgsql
-set search_path = pg_catalog, pg_temp set lock_timeout = '1s' set enable_seqscan = off set enable_bitmapscan = off as $$
+set lock_timeout = '1s' set enable_seqscan = off set enable_bitmapscan = off as $$
 declare
   v_held text[] := array[]::text[];
   v_name text;
@@ -79,7 +79,7 @@ end $$;
 -- The types that tasks of a key (null: of each key) are parked of, one after another along the index.
 create or replace function orchestrator._parked_types(p_name text, p_key text) returns table (key text, type text)
 language sql stable
-set search_path = pg_catalog, pg_temp set enable_seqscan = off set enable_bitmapscan = off as $$
+set enable_seqscan = off set enable_bitmapscan = off as $$
   with recursive k as (
     (select t.concurrency_key as key, t.type from orchestrator.tasks t
      where t.parked_at is not null and t.parked_by = p_name and t.concurrency_key >= coalesce(p_key, '') order by t.concurrency_key, t.type limit 1)
@@ -97,7 +97,7 @@ $$;
 -- claims may end without leaving one. Returns whether tasks were put back.
 create or replace function orchestrator._return_parked(p_held text[]) returns boolean
 language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan
+set plan_cache_mode = force_generic_plan
 set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 declare
   v_back record;
@@ -139,7 +139,7 @@ end $$;
 -- The lanes of claim_tasks where there are limits, with the limit that each is under. Those whose limit isn't locked are left out.
 create or replace function orchestrator._limited_lanes(
   p_types text[], out types text[], out priorities int[], out heads timestamptz[], out limits text[])
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql as $$
 declare
   v_claimable text[] := orchestrator._claimable(p_types);
   v_held text[] := orchestrator._lock_limits(p_types, v_claimable);
@@ -156,7 +156,7 @@ end $$;
 -- How many of p_want tasks may start now under a limit that the caller has locked.
 create or replace function orchestrator._room(l orchestrator.type_limits, p_want int, p_now timestamptz) returns int
 language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
 begin
   if l.rate is not null then
     delete from orchestrator.starts s where s.limit_name = l.type and (s.at <= p_now - l.rate_per or s.at > p_now);   -- later: the clock was set back
@@ -175,7 +175,6 @@ create or replace function orchestrator._line_up(
   l orchestrator.type_limits, p_type text, p_priority int, p_from timestamptz, p_room int, p_n int,
   out tids tid[], out times timestamptz[], out keys text[], out parked tid[])
 language sql
-set search_path = pg_catalog, pg_temp
 set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
   with pick as materialized (
     select t.ctid as tid, t.queued_at, case when l.max_per_key is not null then t.concurrency_key end as key from orchestrator.tasks t
@@ -202,7 +201,7 @@ create or replace function orchestrator._claim_limited(
 returns table (claim_id bigint, id uuid, type text, payload jsonb, attempts int, max_retries int, priority int,
                created_at timestamptz, waited double precision, recoveries int, meta jsonb)
 language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan
+set plan_cache_mode = force_generic_plan
 set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 #variable_conflict use_column
 declare
@@ -249,7 +248,7 @@ end $$;
 -- A permit was given back, in the caller's transaction: leaves a note for its key, and wakes an idle worker if something waits.
 create or replace function orchestrator._give_back(p_name text, p_key text) returns void
 language plpgsql
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
 begin
   if p_key is not null then
     insert into orchestrator.freed_keys values (p_name, p_key);
@@ -263,14 +262,14 @@ end $$;
 
 -- A ready task left its lane unclaimed: if it was put back in its key's turn, another one may go on.
 create or replace function orchestrator._give_way(p_type text, p_key text) returns void
-language sql set search_path = pg_catalog, pg_temp as $$
+language sql as $$
   insert into orchestrator.freed_keys select l, p_key from orchestrator._limit_of(p_type) l where l is not null
 $$;
 
 create or replace function orchestrator.limit_type(
   p_type text, p_max_running int default null, p_max_per_key int default null, p_rate int default null, p_per interval default null,
   out changed boolean, out matching int)
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql as $$
 begin
   matching := orchestrator._matching(p_type);
   if least(p_max_running, p_max_per_key, p_rate) < 1 then

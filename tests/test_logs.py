@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import sys
+import types
 from typing import Any
 
 import psycopg
@@ -45,13 +46,12 @@ def test_a_text_line_has_time_level_and_message_which_says_everything():
 
 @pytest.mark.parametrize("as_json", [False, True])
 def test_a_line_of_a_handlers_own_logger_has_the_tasks_id(as_json):
-    class Task:
-        id = "some-id"
-    token = orchestrator._current_task.set(Task())
+    task = types.SimpleNamespace(id="some-id")
+    token = orchestrator._running_in.set(types.SimpleNamespace(task=task))
     try:
         own, ours = (_LogFormat(as_json).format(record(name=name)) for name in ("myapp", "orchestrator"))
     finally:
-        orchestrator._current_task.reset(token)
+        orchestrator._running_in.reset(token)
     assert "some-id" not in ours and "something happened" in own
     assert json.loads(own)["task_id"] == "some-id" if as_json else "[some-id] something happened" in own
 

@@ -203,7 +203,7 @@ def test_a_task_that_is_handed_over_twice_is_reported_once(installed: str, conn:
     """As by a thread that was ended from outside just after it handed it over."""
     enqueue_some(conn, 2, "a")
     with registered(installed) as worker:
-        tasks = claimed(worker)
+        tasks, worker.pool.interrupted = claimed(worker), True
         for task in (*tasks, *tasks):
             end(worker, task, None)
         worker.reports.poll()
