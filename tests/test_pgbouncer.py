@@ -105,7 +105,7 @@ def test_a_worker_runs_behind_it(pooled: str, conn: Connection) -> None:
         assert wait_for(app, paid)["status"] == "completed"
         eventually(lambda: value(conn, "select count(*) from orchestrator.tasks where id = any (%s) and status = 'completed'", ids) == 500)
         assert all(loop.link.pooled for loop in (worker.claims, worker.reports, worker.heartbeat))
-        assert not worker.counters.errors
+        assert not +worker.counters.errors
     assert value(conn, "select count(*) from ledger") == 8
     assert audit(conn) == []
 

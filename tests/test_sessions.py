@@ -118,7 +118,7 @@ def live(server: Server, url: str, look: Connection) -> None:
         look_at_everything(app, failed["id"])
         assert psql(server, url, f"select orchestrator.cancel_task('{later}'), orchestrator.retry_task('{later}')") == "cancelled|pending"
         assert app.call("pause_type", "fails")[0][0] is True
-        assert not worker_of(app).counters.errors, worker_of(app).counters.errors
+        assert not +worker_of(app).counters.errors, worker_of(app).counters.errors
     assert column(look, "select a::text from orchestrator.audit() a") == []
 
 
