@@ -516,7 +516,7 @@ class Service:
     def wait_ready(self, other_than: int = 0) -> dict[str, Any]:
         """What `show` tells of it, once it is ready with another process than that one."""
         def progress() -> dict[str, Any] | None:
-            shown = self.ask("select orchestrator.show_task(%s)", self.id)["result"]
+            shown = dict(self.ask("select orchestrator.show_task(%s)", self.id)["progress"] or [])
             return shown if self.status == "running" and shown and shown["ready"] and shown["pid"] != other_than else None
 
         return dict(eventually(progress, 60) or {})
