@@ -3198,7 +3198,7 @@ language sql stable as $$
   union all
   select 'what has completed stays so', t.id, t.worker_id, format('%s at %s, but it completed at %s', e.event, e.at, t.completed_at)
   from orchestrator.task_events e join orchestrator.tasks t on t.id = e.task_id
-  where t.status = 'completed' and e.event <> 'result_lost' and e.at > t.completed_at
+  where t.status = 'completed' and e.event <> 'result_lost' and e.at > t.completed_at and e.at <= clock_timestamp()   -- later: a clock set back
     and not exists (   -- the clock was set back in between: what came next says an earlier time
       select from orchestrator.task_events n where n.id > e.id and n.id < e.id + 1000 and n.at < t.completed_at)
   union all
