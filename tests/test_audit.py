@@ -194,19 +194,15 @@ def test_a_failure_after_the_completion(conn):
 
 
 def test_a_completion_after_the_clock_was_set_back_is_none_before_its_failure(conn):
-    """The task failed, the clock was set back by an hour, and then it completed; what happened to others since says which came first,
-    and so does an event that is still to come by the clock."""
-    id, ahead = enqueue(conn), enqueue(conn)
-    claim_id = claim(conn, limit=2)[0]["claim_id"]
-    complete(conn, claim_id, id, ahead)
-    conn.execute("update orchestrator.tasks set completed_at = completed_at - interval '2 hours' where id = %s", [id])
-    event = "insert into orchestrator.task_events (task_id, event, at) values (%s, 'failed', clock_timestamp() + %s::interval)"
-    conn.execute(event, [ahead, "1 hour"])
-    conn.execute(event, [id, "-1 hour"])
-    assert found(conn) == [("what has completed stays so", id, "w")]
-    other = enqueue(conn)
-    conn.execute(event, [other, "-3 hours"])
+    """The first attempt failed, the clock was set back by an hour, and then the second one completed."""
+    id = enqueue(conn)
+    complete(conn, claim_one(conn)[0], id)
+    conn.execute("update orchestrator.tasks set attempts = 2, max_retries = 1 where id = %s", [id])
+    event = "insert into orchestrator.task_events (task_id, event, attempt, at) values (%s, 'failed', %s, clock_timestamp() + '1 hour')"
+    conn.execute(event, [id, 1])
     assert found(conn) == []
+    conn.execute(event, [id, 2])
+    assert found(conn) == [("what has completed stays so", id, "w")]
 
 
 def test_ready_tasks_below_the_floor_of_their_lane(conn):
