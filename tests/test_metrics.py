@@ -258,7 +258,7 @@ def test_a_scrape_is_quick_with_20_types_and_100_000_tasks_waiting(installed, co
             began = time.perf_counter()
             text_of(address_of(app))
             seconds.append(time.perf_counter() - began)
-        assert min(seconds) < 0.05   # the machine may be busy with other tests
+        assert min(seconds) < 0.25   # a second and more if it asked the database; the machine may be busy with other tests
     finally:
         app.stop(0)
 
