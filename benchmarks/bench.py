@@ -231,10 +231,10 @@ def drain_life(url: str, count: int, kinds: list[str], handler: Any) -> float:
         starts(task)
         handler(task)
     with open(os.devnull, "w") as sink, worker(url, dict.fromkeys(kinds, wrapped)) as app:
-        assert app.worker is not None and app.worker.http is not None
+        http: Any = getattr(app, "_http", None) or app.worker.http   # type: ignore[union-attr]
         orchestrator.setup_logging(app.config)
         orchestrator.log.handlers[0].setStream(sink)   # type: ignore[attr-defined]
-        address = f"http://127.0.0.1:{app.worker.http.server_address[1]}/metrics"
+        address = f"http://127.0.0.1:{http.server_address[1]}/metrics"
 
         def scrape() -> None:
             while not stop.wait(1.0):

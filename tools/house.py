@@ -39,8 +39,10 @@ def figures(files: list[str], read: Callable[[str], str]) -> dict[str, str]:
     program = read("orchestrator.py")
     sql = "".join(read(name) for name in files if re.fullmatch(r"sql/\d\d_\w+\.sql", name))
     tree = ast.parse(program)
-    lengths = {match[1]: match[0].count("\n") + 1 for match in
-               re.finditer(r"(?ms)^create or replace function orchestrator\.(\w+).*?\$\$;$", sql)}
+    # to the end of its body: $$; or, of a body in standard SQL, end; or the end of the statement
+    starts = re.split(r"(?m)^(?=create or replace function orchestrator\.)", sql)[1:]
+    ends = (re.search(r"(?ms)\A.*?(?:\$\$(?:(?!\$\$).)*\$\$;|begin atomic.*?^end;|\breturn\s[^;]*;)$", start) for start in starts)
+    lengths = {start.split(".", 1)[1].split("(")[0]: end[0].count("\n") + 1 for start, end in zip(starts, ends, strict=True) if end}
     longest_sql = max(lengths, key=lambda name: lengths[name])
     attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
                   and isinstance(node.value, ast.Name) and node.value.id == "self"}
