@@ -3199,7 +3199,7 @@ language sql stable as $$
   -- by attempts, since a clock that was set back puts events after what they came before
   select 'what has completed stays so', t.id, t.worker_id, format('attempt %s %s, but attempt %s completed', e.attempt, e.event, t.attempts)
   from orchestrator.task_events e join orchestrator.tasks t on t.id = e.task_id
-  where t.status = 'completed' and e.event in ('failed', 'retry_scheduled', 'dead_letter') and e.attempt >= t.attempts
+  where t.status = 'completed' and e.event in ('failed', 'retry_scheduled', 'dead_letter', 'cancelled') and e.attempt >= t.attempts
     and not exists (select from orchestrator.task_events n where n.task_id = e.task_id and n.event = 'retried' and n.id > e.id)
   union all
   select 'a ready task is not below the floor of its lane', t.id, null, format('queued at %s, floor %s', t.queued_at, f.floor)
