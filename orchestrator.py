@@ -3726,9 +3726,10 @@ Orchestrator.embedded_server = Embedded
 
 
 # ================================================================================================= commands
-BATCH_LINES = 1000       # of a file, in one call
-BATCH_BYTES = 2 ** 22
+BATCH_BYTES = 2 ** 22    # of a file's lines, in one call
 LINE_BYTES = 2 ** 20     # a longer line can't be a task
+# What SQL can't say of a line, since it can't be sent.
+LONG_LINE, NO_TEXT = f"is longer than {LINE_BYTES} bytes", "is not UTF-8, or has a NUL character"
 RETRY_BATCH = 500        # dead letters retried in one call
 Command = Callable[["Args"], int]
 ARGUMENTS: dict[Command, list[Any]] = collections.defaultdict(list)
@@ -3738,6 +3739,7 @@ class Args(argparse.Namespace):
     """What the command line says: do_NAME runs the command NAME, whose help is its docstring."""
 
     app: Orchestrator
+    command, json, handlers = "run", False, None
 
 
 def arg(*names: str, **options: Any) -> Callable[[Command], Command]:
@@ -3748,9 +3750,29 @@ def arg(*names: str, **options: Any) -> Callable[[Command], Command]:
     return add
 
 
+def _payload(text: str) -> Any:
+    try:
+        return json.loads(text or "{}", parse_constant=int)   # which refuses NaN and Infinity
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"payload: is not JSON: {getattr(error, 'msg', error)}") from None
+
+
+def _moment(text: str) -> datetime:
+    """A local time is refused: it may come twice a year, or not at all."""
+    with contextlib.suppress(ValueError):
+        if (moment := datetime.fromisoformat(text)).tzinfo is not None:
+            return moment
+    raise ConfigError("--run-at: must be a moment with its time zone, such as 2030-01-31T12:00:00+00:00")
+
+
+def _options(args: Args, names: str) -> dict[str, Any]:
+    """The flags that are keyword arguments of the program's API, too."""
+    return {name: getattr(args, name) for name in names.split()}
+
+
 def do_run(args: Args) -> int:
     """run a worker (the default)"""
-    load_handlers(args.app.router, args.set_handlers or args.app.config.handlers)
+    load_handlers(args.app.router, args.handlers or args.app.config.handlers)
     args.app.run()
     return 0
 
@@ -3770,53 +3792,55 @@ def do_install(args: Args) -> int:
 
 
 @arg("type", nargs="?", help="such as task:backup")
-@arg("payload", nargs="?", help="JSON; default {}")
+@arg("payload", nargs="?", type=_payload, help="JSON; default {}")
 @arg("--priority", type=int, default=0, help="higher is claimed first; default 0")
-@arg("--key", help="idempotency key")
+@arg("--key", dest="idempotency_key", help="idempotency key")
 @arg("--concurrency-key", help="whose turn it takes under a limit for each key")
 @arg("--max-retries", type=int, help="default: the policy of the type")
 @arg("--delay", help="such as 10m, or a number of seconds")
-@arg("--run-at", help="such as 2030-01-31T12:00:00+00:00")
+@arg("--run-at", type=_moment, help="such as 2030-01-31T12:00:00+00:00")
 @arg("--file", help="JSON lines {type, payload, priority, idempotency_key, max_retries, run_at}, with the "
                     "other flags for what they leave out; - is standard input")
 @arg("--on-error", choices=("continue", "stop"), help="what to do at a bad line; default continue")
 def do_enqueue(args: Args) -> int:
     """add a task, or many from a file"""
-    delay = None if args.delay is None else check_seconds("--delay", args.delay)
-    run_at = None if args.run_at is None else _moment(args.run_at)
-    if delay is not None and run_at is not None:
-        raise ConfigError("--delay: give either --run-at or --delay")
     if args.file:
-        due = datetime.now().astimezone() + timedelta(seconds=delay) if delay else run_at
-        return _enqueue_file(args, due)
+        return _enqueue_file(args)
     if not args.type:
         raise ConfigError("TYPE: say which type to enqueue, or --file tasks.jsonl")
     if args.on_error:
         raise ConfigError("--on-error: goes with --file only")
-    task_id = args.app.enqueue(args.type, _payload(args.payload), priority=args.priority, delay=delay,
-                               idempotency_key=args.key, max_retries=args.max_retries, run_at=run_at,
-                               concurrency_key=args.concurrency_key)
+    task_id = args.app.enqueue(args.type, args.payload, **_options(
+        args, "priority idempotency_key concurrency_key max_retries delay run_at"))
     if not task_id.created:
-        print(f"the key {_cell(args.key)} is known: this is the id of the first task", file=sys.stderr)
+        print(f"the key {_cell(args.idempotency_key)} is known: this is the id of the first task",
+              file=sys.stderr)
     return _say(args, {"id": task_id, "created": task_id.created}, task_id)
 
 
-def _enqueue_file(args: Args, run_at: datetime | None) -> int:
+def _enqueue_file(args: Args) -> int:
     """Enqueue each line of a file, which may be of any size: it is read and sent in batches."""
-    if args.key is not None or args.payload is not None:
-        raise ConfigError(f"{'PAYLOAD' if args.key is None else '--key'}: belongs in the lines of the file")
-    defaults = {"type": args.type, "priority": check_priority(args.priority),
-                "max_retries": check_retries(args.max_retries), "run_at": run_at and run_at.isoformat()}
-    given = json.dumps({name: value for name, value in defaults.items() if value is not None})
+    for name, value in (("--key", args.idempotency_key), ("PAYLOAD", args.payload)):
+        if value is not None:
+            raise ConfigError(f"{name}: belongs in the lines of the file")
+    due = _run_at(args.run_at, args.delay)
+    if args.delay is not None:
+        due = datetime.now().astimezone() + timedelta(seconds=check_seconds("delay", args.delay))
+    check_priority(args.priority)
+    check_retries(args.max_retries)
+    defaults = {**_options(args, "type priority max_retries concurrency_key"), "run_at": due}
+    given = json.dumps({name: value for name, value in defaults.items() if value is not None}, default=str)
     counts, stop, before = collections.Counter(created=0, known=0, bad=0), args.on_error == "stop", 0
     try:
-        with contextlib.nullcontext(sys.stdin.buffer) if args.file == "-" else open(args.file, "rb") as file:
+        with open(0 if args.file == "-" else args.file, "rb") as file:
             for lines in _batches_of_lines(file):
-                rows = args.app.call("enqueue_lines", texts([line for line, _ in lines]), given, stop)
-                for number, _, created, problem in sorted(rows):
+                for number, _, created, problem in sorted(
+                        args.app.call("enqueue_lines", texts(lines), given, stop)):
                     counts["bad" if problem else "created" if created else "known"] += 1
                     if problem:
-                        print(f"line {before + number}: {lines[number - 1][1] or problem}", file=sys.stderr)
+                        line = lines[number - 1]
+                        print(f"line {before + number}:", line if line in (LONG_LINE, NO_TEXT) else problem,
+                              file=sys.stderr)
                 if stop and counts["bad"]:
                     break
                 before += len(lines)
@@ -3862,8 +3886,8 @@ def do_show(args: Args) -> int:
     if args.json:
         print(text)
         return 0
-    # Python refuses to parse a number of over 4300 digits
-    task = json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 1000 else digits)
+    sys.set_int_max_str_digits(0)   # a payload may have a number of any length
+    task = json.loads(text)
     events = task.pop("events")
     print(f"{task['type']} {task['id']}: {task['status']}\n  {task.pop('explanation')}")
     for name, value in task.items():
@@ -3923,21 +3947,13 @@ def _retry_dead_letters(args: Args) -> int:
 @arg("type")
 def do_pause(args: Args) -> int:
     """keep a type, or those of a pattern such as mail:, from being claimed"""
-    return _pause(args, "pause_type", "paused", "paused already")
+    return _changed(args, "paused", args.app.call("pause_type", args.type), "paused already", "paused")
 
 
 @arg("type")
 def do_resume(args: Args) -> int:
     """undo pause"""
-    return _pause(args, "resume_type", "resumed", "not paused")
-
-
-def _pause(args: Args, function: str, state: str, unchanged: str) -> int:
-    changed, matching = args.app.call(function, args.type)[0]
-    if matching == 0:
-        print(f"no known type matches {_cell(args.type)}", file=sys.stderr)
-    return _say(args, {state: args.type, "changed": changed, "matching": matching},
-                f"{_cell(args.type)} is {state if changed else unchanged}")
+    return _changed(args, "resumed", args.app.call("resume_type", args.type), "not paused", "resumed")
 
 
 def do_stats(args: Args) -> int:
@@ -3959,12 +3975,16 @@ def do_limit(args: Args) -> int:
     if rate is None:
         raise ConfigError("--rate: must be a number and a time, such as 14/1s")
     limit = Limit(args.max_running, args.max_per_key, *((int(rate[1]), rate[2]) if args.rate else ()))
-    changed, matching = args.app.call("limit_type", *limit.arguments(args.type))[0]
+    states = ("not limited", "no longer limited") if args.none else ("limited already", "limited")
+    return _changed(args, "limit", args.app.call("limit_type", *limit.arguments(args.type)), *states)
+
+
+def _changed(args: Args, name: str, rows: list[Row], *states: str) -> int:
+    changed, matching = rows[0]
     if matching == 0:
         print(f"no known type matches {_cell(args.type)}", file=sys.stderr)
-    state = ("limited already", "limited") if not args.none else ("not limited", "no longer limited")
-    return _say(args, {"limit": args.type, "changed": changed, "matching": matching},
-                f"{_cell(args.type)} is {state[changed]}")
+    return _say(args, {name: args.type, "changed": changed, "matching": matching},
+                f"{_cell(args.type)} is {states[changed]}")
 
 
 def do_limits(args: Args) -> int:
@@ -3976,18 +3996,17 @@ def do_limits(args: Args) -> int:
 @arg("name")
 @arg("cron", help="such as '30 3 * * mon-fri', @hourly or '@every 90 seconds'")
 @arg("type", help="such as task:backup")
-@arg("payload", nargs="?", help="JSON; default {}")
+@arg("payload", nargs="?", type=_payload, help="JSON; default {}")
 @arg("--timezone", default="UTC", help="such as Europe/Berlin; default UTC")
 @arg("--priority", type=int, default=0)
 @arg("--max-retries", type=int)
 @arg("--missed", choices=("one", "all", "none"), default="one",
      help="which of the times without a running worker to make up for; default the last one")
-@arg("--no-overlap", action="store_true", help="leave a time out while the last task is unfinished")
+@arg("--no-overlap", dest="overlap", action="store_false", help="leave a time out while the last task is unfinished")
 def do_schedule(args: Args) -> int:
     """enqueue a task at each time of a cron expression"""
-    next_at = args.app.schedule(args.name, args.cron, args.type, _payload(args.payload),
-                                timezone=args.timezone, priority=args.priority, max_retries=args.max_retries,
-                                missed=args.missed, overlap=not args.no_overlap)
+    next_at = args.app.schedule(args.name, args.cron, args.type, args.payload, **_options(
+        args, "timezone priority max_retries missed overlap"))
     text = next_at and next_at.isoformat()
     return _say(args, {"name": args.name, "next_at": text}, f"next at {text}" if text else "it is paused")
 
@@ -4022,8 +4041,7 @@ def do_fire(args: Args) -> int:
 def do_next(args: Args) -> int:
     """the next times of a cron expression"""
     number = check_whole("-n", args.number, 1, 1000)
-    rows = args.app.call("fire_times", p_cron=args.cron, p_timezone=args.timezone, p_n=number)
-    times = [datetime.fromisoformat(moment).isoformat() for (moment,) in rows]
+    times: list[Any] = args.app.json("fire_times", p_cron=args.cron, p_timezone=args.timezone, p_n=number)
     return _say(args, times, "\n".join(times) or "never")
 
 
@@ -4033,9 +4051,8 @@ def do_audit(args: Args) -> int:
     return _table(args, rows, "invariant task_id worker_id detail", 1 if rows else 0)
 
 
-@arg("psql_args", nargs=argparse.REMAINDER)
 def do_psql(args: Args) -> int:
-    """open psql on the database in use"""
+    """open psql on the database in use; what follows are psql's arguments"""
     args.app._open()
     psql = str(args.app._embedded.bin / "psql") if args.app._embedded else shutil.which("psql")
     if psql is None:
@@ -4045,7 +4062,7 @@ def do_psql(args: Args) -> int:
     environment = {**os.environ, **({"PGPASSWORD": password} if password else {})}
     signal.signal(signal.SIGINT, signal.SIG_IGN)   # Ctrl-C is psql's
     target = psycopg.conninfo.make_conninfo(**known)
-    return subprocess.run([psql, target, *args.psql_args], env=environment, check=False).returncode
+    return subprocess.run([psql, target, *args.unknown], env=environment, check=False).returncode
 
 
 def _say(args: Args, data: Any, text: str, code: int = 0) -> int:
@@ -4093,37 +4110,21 @@ def load_handlers(router: Router, name: str) -> None:
         getattr(router, name.lower()).update(given)
 
 
-def _payload(text: str | None) -> Any:
-    try:
-        return json.loads(text or "{}", parse_constant=int)   # which refuses NaN and Infinity
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"payload: is not JSON: {getattr(error, 'msg', error)}") from None
-
-
-def _moment(text: str) -> datetime:
-    """A local time is refused: it may come twice a year, or not at all."""
-    with contextlib.suppress(ValueError):
-        if (moment := datetime.fromisoformat(text)).tzinfo is not None:
-            return moment
-    raise ConfigError("--run-at: must be a moment with its time zone, such as 2030-01-31T12:00:00+00:00")
-
-
-def _batches_of_lines(file: Any) -> Iterator[list[tuple[str, str]]]:
-    """Each line, and what is wrong with it where it can't be sent; then "-" is sent, which is refused."""
-    batch: list[tuple[str, str]] = []
-    size = 0
-    for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES), b""), 1):
-        text, problem = "-", ""
+def _batches_of_lines(file: Any) -> Iterator[list[str]]:
+    """The lines; in place of one that can't be sent, what is wrong with it, which isn't JSON and is refused."""
+    batch: list[str] = []
+    size, encoding = 0, "utf-8-sig"
+    for line in iter(lambda: file.readline(LINE_BYTES), b""):
+        size += max(len(line), 4096)   # so a batch of short lines isn't too long for one call
+        long = False
         while not line.endswith(b"\n") and (rest := file.readline(LINE_BYTES)):
-            line, problem = rest, f"is longer than {LINE_BYTES} bytes"
-        if not problem:
-            try:
-                text = check_text("", line.decode("utf-8-sig" if number == 1 else "utf-8").strip())
-            except ValueError:
-                problem = "is not UTF-8, or has a NUL character"
-        batch.append((text, problem))
-        size += len(line)
-        if len(batch) == BATCH_LINES or size >= BATCH_BYTES:
+            line, long = rest, True
+        try:
+            batch.append(LONG_LINE if long else check_text("", line.decode(encoding).strip()))
+        except ValueError:
+            batch.append(NO_TEXT)
+        encoding = "utf-8"
+        if size >= BATCH_BYTES:
             yield batch
             batch, size = [], 0
     yield batch
@@ -4151,62 +4152,50 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}\n")
 
 
-def _settings(**options: Any) -> _Parser:
-    """--json and a flag for each setting."""
-    parser = _Parser(add_help=False, **options)
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    group = parser.add_argument_group("settings (environment variables of the same names in capitals)")
-    for field in dataclasses.fields(Config):
-        group.add_argument("--" + field.name.replace("_", "-"), dest="set_" + field.name, metavar="X",
-                           help=field.metadata["help"].replace("%", "%%"))
-    return parser
-
-
 def _parser() -> _Parser:
-    parser = _Parser(prog="orchestrator.py", description=__doc__, parents=[_settings()],
+    # Before a command and after it, --json and a flag for each setting.
+    settings = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
+    settings.add_argument("--json", action="store_true", help="print JSON")
+    group = settings.add_argument_group("settings (environment variables of the same names in capitals)")
+    for field in dataclasses.fields(Config):
+        group.add_argument("--" + field.name.replace("_", "-"), metavar="X",
+                           help=field.metadata["help"].replace("%", "%%"))
+    parser = _Parser(prog="orchestrator.py", description=__doc__, parents=[settings],
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version",
                         version=f"orchestrator {VERSION} (schema {SCHEMA_VERSION})")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    # after a command the same flags again, which leave alone what came before it
-    settings = _settings(argument_default=argparse.SUPPRESS)
     for name, function in list(globals().items()):
         if name.startswith("do_"):
             text = function.__doc__
             subparser = commands.add_parser(name[3:], help=text, description=text, parents=[settings])
             for names, options in ARGUMENTS[function]:
                 subparser.add_argument(*names, **options)
-    parser.set_defaults(command="run")
     return parser
 
 
-def _spell_out(words: Sequence[str]) -> list[str]:
+def _spell_out(words: Sequence[str]) -> Iterator[str]:
     """`--debug` alone means `--debug=true`; argparse would take a command that follows for the value."""
     switches = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(Config)
                 if field.metadata["parse"] is _boolean}
-    spelled = []
-    for word, following in zip(words, [*words, ""][1:], strict=True):
-        if word in switches:
-            try:
-                _boolean(following)
-            except ValueError:
-                word += "=true"
-        spelled.append(word)
-    return spelled
+    for word, following in zip(words, [*words, ""][1:], strict=False):
+        alone = word in switches
+        with contextlib.suppress(ValueError):
+            alone = alone and _boolean(following) is None
+        yield word + "=true" * alone
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns 0: done, 1: not found or refused, 2: bad input."""
     parser, args = _parser(), Args(app=None)
-    _, unknown = parser.parse_known_args(_spell_out(sys.argv[1:] if argv is None else argv), args)
-    if args.command == "psql":
-        args.psql_args = unknown + args.psql_args   # REMAINDER lacks the options that come first
-    elif unknown:
-        parser.error("unrecognized arguments: " + " ".join(unknown))
+    words = list(_spell_out(sys.argv[1:] if argv is None else argv))
     try:
+        _, args.unknown = parser.parse_known_args(words, args)
+        if args.unknown and args.command != "psql":
+            parser.error("unrecognized arguments: " + " ".join(args.unknown))
         # HANDLERS is a module's name, while Orchestrator takes the handlers themselves
-        args.app = Orchestrator(**{name.removeprefix("set_"): value for name, value in vars(args).items()
-                                   if name.startswith("set_") and name != "set_handlers"})
+        given = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(Config)}
+        args.app = Orchestrator(**{**given, "handlers": None})
         setup_logging(args.app.config, "" if args.command == "run" else "orchestrator")
         if args.command != "run" and not args.app.config.debug:
             log.setLevel(logging.WARNING)
@@ -4215,7 +4204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
     except psycopg.Error as error:
         print(f"error: DATABASE_URL: {database_problem(error)}", file=sys.stderr)
-    except SystemExit as end:   # of run(), which has said why
+    except SystemExit as end:   # of run() or argparse, which have said why
         return int(end.code or 0)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # whoever read our output has enough

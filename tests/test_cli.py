@@ -117,8 +117,8 @@ def test_arguments_that_do_not_exist_or_parse_end_with_2(cli: Callable[..., Answ
 
 def test_what_makes_no_sense_with_a_file_is_refused(cli: Callable[..., Answer], conn: Connection, tmp_path: Path) -> None:
     (tmp_path / "f").write_text('{"type": "a"}\n')
-    for args, words in ((["--key", "k"], "--key: "), (["a", '{"n": 1}'], "PAYLOAD: "), (["--delay", "soon"], "--delay: "),
-                        (["--delay", "1h", "--run-at", "2030-01-31T12:00Z"], "--delay: give either"),
+    for args, words in ((["--key", "k"], "--key: "), (["a", '{"n": 1}'], "PAYLOAD: "), (["--delay", "soon"], "delay: "),
+                        (["--delay", "1h", "--run-at", "2030-01-31T12:00Z"], "delay: give either"),
                         (["--run-at", "2030-01-31"], "--run-at: "), (["--priority", "1000001"], "priority: "),
                         (["--max-retries", "1001"], "max_retries: ")):
         refused(cli("enqueue", *args, "--file", str(tmp_path / "f")), words)
@@ -132,6 +132,12 @@ def test_a_delay_or_a_moment_is_the_default_of_a_files_lines(cli: Callable[..., 
         assert cli("enqueue", *args, "--file", str(tmp_path / "f")).out == "2 enqueued, 0 known already, 0 bad lines\n"
         assert value(conn, due, "a")
     assert value(conn, "select count(*) from orchestrator.tasks where next_retry_at = '2031-01-31 12:00Z'") == 2
+
+
+def test_a_concurrency_key_is_the_default_of_a_files_lines(cli: Callable[..., Answer], conn: Connection, tmp_path: Path) -> None:
+    (tmp_path / "f").write_text('{"type": "a"}\n{"type": "a", "concurrency_key": "own"}\n')
+    assert cli("enqueue", "--concurrency-key", "tenant", "--file", str(tmp_path / "f")).code == 0
+    assert column(conn, "select concurrency_key from orchestrator.tasks order by id") == ["tenant", "own"]
 
 
 def test_the_byte_order_mark_of_a_file_is_no_part_of_its_first_line(
