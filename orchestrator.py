@@ -3341,12 +3341,9 @@ class HttpRequest(http.server.BaseHTTPRequestHandler):
             raise Refused(400, "the address is malformed") from None
         path, posted = url.path, self.command == "POST"
         routes = ROUTES["POST" if posted else "GET"]
-        if posted:
-            self._authorize_post()
-        elif path in ("/health", "/ready"):
+        if path in ("/health", "/ready") and not posted:
             return self._health(path)
-        else:
-            self._authorize_get()
+        self._authorize()
         if path not in routes:
             raise Refused(404, f"there is {', '.join(routes)}")
         if path == "/":
@@ -3386,40 +3383,33 @@ class HttpRequest(http.server.BaseHTTPRequestHandler):
             raise Refused(400, f"{bad[0]}: send a JSON object of strings and whole numbers")
         return {name: value for name, value in body.items() if value is not None}
 
-    def _authorize_post(self) -> None:
-        """No other site's page can send this: a browser asks before it sends an Authorization header
-        to another site, and gets a 405."""
-        token = self.server.config.admin_token
-        if not token:
-            raise Refused(403, "this server is read-only: ADMIN_TOKEN is not set")
-        if not self._has("bearer", token):
-            raise Refused(401, "the admin token is missing or wrong", {"WWW-Authenticate": "Bearer"})
-
-    def _authorize_get(self) -> None:
+    def _authorize(self) -> None:
+        """Actions need ADMIN_TOKEN as a bearer. No other site's page can send that: a browser asks before it
+        sends an Authorization header to another site, and gets a 405."""
         wanted, admin = self.server.config.metrics_auth, self.server.config.admin_token
-        if wanted and not self._has("bearer", wanted, admin) and not self._has("basic", wanted):
+        posted = self.command == "POST"
+        if posted and not admin:
+            raise Refused(403, "this server is read-only: ADMIN_TOKEN is not set")
+        kind, _, text = self.headers.get("Authorization", "").partition(" ")
+        given = [text.encode("latin-1", "replace")] if kind.lower() == "bearer" else []
+        if kind.lower() == "basic" and not posted:
+            with contextlib.suppress(ValueError):
+                login = base64.b64decode(text, validate=True)
+                # user:password; or what is wanted is a token, which a browser can send only as a password
+                given = [login, login.partition(b":")[2]] if b":" in login else []
+        known = any([hmac.compare_digest(one, secret.encode()) for one in given
+                     for secret in (admin, "" if posted else wanted) if secret])
+        if posted and not known:
+            raise Refused(401, "the admin token is missing or wrong", {"WWW-Authenticate": "Bearer"})
+        if wanted and not known:
             raise Refused(401, "METRICS_AUTH is set: send it as Bearer token, or user and password",
                           {"WWW-Authenticate": 'Basic realm="orchestrator", charset="UTF-8"'})
         # a name that a website's owner points at 127.0.0.1 (DNS rebinding) must not read what only we may
         host = self.headers.get("Host", "localhost").lower()
         named = not re.fullmatch(r"(localhost|[0-9.]+|\[.+\])(:[0-9]*)?", host)
-        if not wanted and named and ipaddress.ip_address(str(self.server.server_address[0])).is_loopback:
+        if named and not known and ipaddress.ip_address(str(self.server.server_address[0])).is_loopback:
             raise Refused(403, "METRICS_HOST is a loopback address: ask for localhost or an address, "
                                "or set METRICS_AUTH")
-
-    def _has(self, kind: str, *secrets: str) -> bool:
-        """Whether the Authorization header is of this kind, and has one of the secrets."""
-        found, _, text = self.headers.get("Authorization", "").partition(" ")
-        given = [text.encode("latin-1", "replace")]
-        if kind == "basic":
-            try:
-                login = base64.b64decode(text, validate=True)
-            except ValueError:
-                return False
-            # user:password; or what is wanted is a token, which a browser can send only as a password
-            given = [login, login.partition(b":")[2]] if b":" in login else []
-        return found.lower() == kind and any(
-            hmac.compare_digest(one, secret.encode()) for one in given for secret in secrets if secret)
 
     def _health(self, path: str) -> None:
         status = self.server.status()
@@ -3491,32 +3481,30 @@ SOCKET_NAME = ".s.PGSQL.5432"
 SOCKET_PATH_LIMIT = 107   # bytes, in the kernel's sockaddr_un
 SHARED_FOLDER = Path("/var/lib/orchestrator")   # used by root alone, for what another user couldn't reach
 OUR_FILES = {"pgdata", "pgdata.new", "start.lock"}
-STOP = ("stop", "-D", "pgdata", "-m", "fast", "-w")
 # A process that stops the server when its last user is gone, by kill -9 too. It waits for watch.lock, which
-# every user holds, and decides under start.lock, as everybody does. Arguments: the postmaster's pid, the
-# server's user and group (or empty), and the command that stops it.
+# every user holds, and decides under start.lock, as everybody does. Argument: the postmaster's pid.
 WATCHER = """
-import fcntl, os, subprocess, sys
-pid, uid, gid, *stop = sys.argv[1:]
+import fcntl, os, signal, sys
 if os.fork():
     os._exit(0)
-def lock(name, how):
+def lock(name, how=0):
     file = open(name)
-    fcntl.flock(file, how)
+    fcntl.flock(file, fcntl.LOCK_EX | how)
     return file
+def free(name):
+    try:
+        return lock(name, fcntl.LOCK_NB)
+    except BlockingIOError:
+        return None
 while True:
-    lock("watch.lock", fcntl.LOCK_EX).close()
-    with lock("start.lock", fcntl.LOCK_EX):
-        if open("pgdata/postmaster.pid").readline().strip() != pid:
+    lock("watch.lock").close()
+    with lock("start.lock"):
+        if open("pgdata/postmaster.pid").readline().strip() != sys.argv[1] or free("server.lock"):
+            break   # its server has ended
+        if free("users.lock"):
+            os.kill(int(sys.argv[1]), signal.SIGINT)
+            lock("server.lock")
             break
-        if os.path.exists("/proc/self/cwd") and not os.path.samefile(f"/proc/{pid}/cwd", "pgdata"):
-            break
-        try:
-            users = lock("users.lock", fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            continue
-        subprocess.run(stop, **({"user": int(uid), "group": int(gid), "extra_groups": []} if uid else {}))
-        break
 """
 
 
@@ -3541,10 +3529,10 @@ class Embedded:
         """Make sure the server runs, and return its URL. Called again, start one that was killed."""
         try:
             self._prepare_folder()
-            with self._lock("start.lock", "LOCK_EX") as lock:
+            with self._lock("start.lock") as lock:
                 if not self._users:
                     # hardly waits: others decide under start.lock
-                    self._users = [self._lock(name, "LOCK_SH") for name in ("users.lock", "watch.lock")]
+                    self._users = [self._lock(name, shared=True) for name in ("users.lock", "watch.lock")]
                     self._pid = os.getpid()
                     atexit.register(self.close)
                 if not (self.data / "pgdata").exists():
@@ -3560,11 +3548,11 @@ class Embedded:
         """Give the server up, and stop it if no other process uses it."""
         if not self._users or self._pid != os.getpid():   # a forked child has its parent's lock, not its own
             return
-        import fcntl
         users, self._users = self._users, []
-        with contextlib.suppress(BlockingIOError, FileNotFoundError), self._lock("start.lock", "LOCK_EX"):
-            fcntl.flock(users[0], fcntl.LOCK_EX | fcntl.LOCK_NB)   # refused while others hold it shared
-            self._run(self.bin / "pg_ctl", *STOP)
+        with contextlib.suppress(BlockingIOError, FileNotFoundError), self._lock("start.lock"):
+            users[0].close()
+            with self._lock("users.lock", wait=False):
+                self._run(self.bin / "pg_ctl", "stop", "-D", "pgdata", "-m", "fast", "-w")
         for file in users:
             file.close()
         if self._short:
@@ -3624,15 +3612,19 @@ class Embedded:
     def _reaches(self, path: Path) -> bool:
         return self._run("test", "-x", path, folder="/").returncode == 0
 
-    def _lock(self, name: str, how: str) -> Any:
-        """A file of the folder, locked for as long as it is open."""
+    def _lock(self, name: str, shared: bool = False, wait: bool = True) -> Any:
+        """A file of the folder, locked for as long as it is open, also in a process that inherits it."""
         import fcntl  # not on Windows, where a program can enqueue all the same
 
-        file = os.open(self.data / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        if self._owner:
-            os.fchown(file, *self._owner)
-        fcntl.flock(file, getattr(fcntl, how))
-        return os.fdopen(file)
+        file = os.fdopen(os.open(self.data / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600))
+        try:
+            if self._owner:
+                os.fchown(file.fileno(), *self._owner)
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+        except OSError:   # another holds it
+            file.close()
+            raise
+        return file
 
     def _create(self, lock: Any) -> None:
         """Run initdb under another name, so that a half-made database is never taken for a whole one."""
@@ -3653,12 +3645,16 @@ class Embedded:
         while (state := pq.PGconn.ping(f"{self.url}&connect_timeout=5".encode())) != pq.Ping.OK:
             if state == pq.Ping.REJECT:   # it recovers from a crash, which may take long, or shuts down
                 give_up = time.monotonic() + 5
-            else:
-                self._remove_stale_locks()
+            # the server's processes inherit the lock, so there is none when it can be had
+            with contextlib.suppress(BlockingIOError), self._lock("server.lock", wait=False) as lock:
+                # or PostgreSQL refuses to start while the old pid exists, even as a zombie's or a stranger's
+                for stale in ("pgdata/postmaster.pid", f"{SOCKET_NAME}.lock"):
+                    (self.data / stale).unlink(missing_ok=True)
                 started = self._run(self.bin / "pg_ctl", "start", "-D", "pgdata", "-l", "postgres.log", "-w",
-                                    "-t", "86400", "-o", options)
+                                    "-t", "86400", "-o", options, keep=[lock.fileno()])
                 if started.returncode == 0:
                     return self._watch()
+                give_up = 0
             if time.monotonic() > give_up:
                 lines = (self.data / "postgres.log").read_text(errors="replace").splitlines()
                 raise OSError(f"the last lines of {self.data}/postgres.log are: " + " | ".join(lines[-3:]))
@@ -3667,26 +3663,11 @@ class Embedded:
 
     def _watch(self) -> None:
         pid = (self.data / "pgdata" / "postmaster.pid").read_text().split("\n")[0]
-        owner = map(str, self._owner or ("", ""))
         # where there is no interpreter to start, the next user adopts the server
         with contextlib.suppress(OSError):
-            subprocess.run(
-                [sys.executable, "-IS", "-c", WATCHER, pid, *owner, self.bin / "pg_ctl", *STOP], check=False,
-                cwd=self.data, start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL)
-
-    def _remove_stale_locks(self) -> None:
-        """Forget a server that was killed. PostgreSQL refuses to start while the old pid exists, even as a
-        zombie's or a stranger's. But where no process works in the data folder, there is no server."""
-        pgdata = self.data / "pgdata"
-        if not os.path.exists("/proc/self/cwd"):
-            return   # not Linux: PostgreSQL's own check has to do
-        for process in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):   # gone, a zombie, or another user's
-                if os.path.samefile(process / "cwd", pgdata):
-                    return
-        (pgdata / "postmaster.pid").unlink(missing_ok=True)
-        (self.data / f"{SOCKET_NAME}.lock").unlink(missing_ok=True)
+            subprocess.run([sys.executable, "-IS", "-c", WATCHER, pid], check=False, cwd=self.data,
+                           start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                           stderr=subprocess.DEVNULL)
 
     def _run(self, *command: Any, folder: Any = None, keep: Any = ()) -> subprocess.CompletedProcess[str]:
         """Run a program as the server's user, in a session of its own: Ctrl-C must not reach the server."""
@@ -4002,7 +3983,8 @@ def do_limits(args: Args) -> int:
 @arg("--max-retries", type=int)
 @arg("--missed", choices=("one", "all", "none"), default="one",
      help="which of the times without a running worker to make up for; default the last one")
-@arg("--no-overlap", dest="overlap", action="store_false", help="leave a time out while the last task is unfinished")
+@arg("--no-overlap", dest="overlap", action="store_false",
+     help="leave a time out while the last task is unfinished")
 def do_schedule(args: Args) -> int:
     """enqueue a task at each time of a cron expression"""
     next_at = args.app.schedule(args.name, args.cron, args.type, args.payload, **_options(
@@ -4111,7 +4093,7 @@ def load_handlers(router: Router, name: str) -> None:
 
 
 def _batches_of_lines(file: Any) -> Iterator[list[str]]:
-    """The lines; in place of one that can't be sent, what is wrong with it, which isn't JSON and is refused."""
+    """The lines; in place of one that can't be sent, what is wrong with it, which is refused, too."""
     batch: list[str] = []
     size, encoding = 0, "utf-8-sig"
     for line in iter(lambda: file.readline(LINE_BYTES), b""):
