@@ -45,25 +45,24 @@ comment on column orchestrator.schedules.last_fire_at is
 comment on column orchestrator.schedules.last_error is 'Why it could not fire and was paused; null: it was not, or a person paused it.';
 
 -- Refuses a definition that could never fire; returns its first fire time.
-create or replace function orchestrator._check_schedule(
-  p_name text, p_cron text, p_type text, p_payload jsonb, p_timezone text, p_priority int, p_max_retries int, p_missed text)
-returns timestamptz language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+create or replace function orchestrator._check_schedule(s orchestrator.schedules) returns timestamptz
+language plpgsql stable as $$
 declare
   v_next timestamptz;
 begin
-  if (octet_length(p_name) between 1 and 200 and p_name !~ '[[:cntrl:]]') is not true then
+  if (octet_length(s.name) between 1 and 200 and s.name !~ '[[:cntrl:]]') is not true then
     perform orchestrator._invalid('name', 'must be 1 to 200 bytes, without control characters', 'Use a name such as nightly-backup.');
-  elsif (p_missed in ('one', 'all', 'none')) is not true then
+  elsif (s.missed in ('one', 'all', 'none')) is not true then
     perform orchestrator._invalid('missed', 'must be one, all or none', 'What to make up for after a time without a running worker.');
-  elsif not exists (select from pg_timezone_names z where z.name = p_timezone) then   -- at time zone would take "Berlin1", too
-    perform orchestrator._invalid('timezone', format('there is no %L', p_timezone), 'Such as UTC or Europe/Berlin: see pg_timezone_names.');
-  elsif orchestrator._payload_problem(p_payload) is not null then
-    perform orchestrator._invalid('payload', orchestrator._payload_problem(p_payload), 'Store the data elsewhere, and a reference to it here.');
+  elsif not exists (select from pg_timezone_names z where z.name = s.timezone) then   -- at time zone would take "Berlin1", too
+    perform orchestrator._invalid('timezone', format('there is no %L', s.timezone), 'Such as UTC or Europe/Berlin: see pg_timezone_names.');
+  elsif orchestrator._payload_problem(s.payload) is not null then
+    perform orchestrator._invalid('payload', orchestrator._payload_problem(s.payload), 'Store the data elsewhere, and a reference to it here.');
   end if;
-  perform orchestrator._check_task(p_type, p_priority, null, p_max_retries, null);
-  select f.at into v_next from orchestrator.fire_times(p_cron, p_timezone, clock_timestamp(), 1) f(at);
+  perform orchestrator._check_task(s.type, s.priority, null, s.max_retries, null);
+  v_next := orchestrator.fire_times(s.cron, s.timezone, clock_timestamp(), 1);
   if v_next is null then
-    perform orchestrator._invalid('cron', format('%L never comes', p_cron), 'As 0 0 30 2 *: February has no 30th.');
+    perform orchestrator._invalid('cron', format('%L never comes', s.cron), 'As 0 0 30 2 *: February has no 30th.');
   end if;
   return v_next;
 end $$;
@@ -71,72 +70,69 @@ end $$;
 create or replace function orchestrator.schedule(
   p_name text, p_cron text, p_type text, p_payload jsonb default '{}', p_timezone text default 'UTC', p_priority int default 0,
   p_max_retries int default null, p_missed text default 'one', p_overlap boolean default true)
-returns timestamptz language plpgsql set search_path = pg_catalog, pg_temp as $$
+returns timestamptz language plpgsql as $$
 declare
-  v_next timestamptz;
+  o orchestrator.schedules;
+  n orchestrator.schedules;
 begin
-  p_payload := coalesce(p_payload, '{}');
-  p_overlap := coalesce(p_overlap, true);
-  -- without a lock, so that a deployment in a long transaction keeps no schedule from firing
-  if not exists (
-    select from orchestrator.schedules s
-    where s.name = p_name and (s.cron, s.timezone, s.type, s.payload, s.priority, s.max_retries, s.missed, s.overlap)
-      is not distinct from (p_cron, p_timezone, p_type, p_payload, p_priority, p_max_retries, p_missed, p_overlap))
-  then
-    v_next := orchestrator._check_schedule(p_name, p_cron, p_type, p_payload, p_timezone, p_priority, p_max_retries, p_missed);
-    insert into orchestrator.schedules as s (name, cron, timezone, type, payload, priority, max_retries, missed, overlap, next_at)
-    values (p_name, p_cron, p_timezone, p_type, p_payload, p_priority, p_max_retries, p_missed, p_overlap, v_next)
+  select * into o from orchestrator.schedules s where s.name = p_name;
+  n := o;
+  n.name := p_name; n.cron := p_cron; n.timezone := p_timezone; n.type := p_type; n.payload := coalesce(p_payload, '{}');
+  n.priority := p_priority; n.max_retries := p_max_retries; n.missed := p_missed; n.overlap := coalesce(p_overlap, true);
+  -- compared without a lock, so that a deployment in a long transaction keeps no schedule from firing
+  if n is distinct from o then
+    n.next_at := orchestrator._check_schedule(n);
+    n.paused := false;
+    n.last_error := null;
+    n.active_since := clock_timestamp();
+    n.updated_at := clock_timestamp();
+    insert into orchestrator.schedules as s values (n.*)
     on conflict (name) do update
-    set cron = p_cron, timezone = p_timezone, type = p_type, payload = p_payload, priority = p_priority, max_retries = p_max_retries,
-        missed = p_missed, overlap = p_overlap, updated_at = clock_timestamp(),
+    set (cron, timezone, type, payload, priority, max_retries, missed, overlap, updated_at)
+          = row (n.cron, n.timezone, n.type, n.payload, n.priority, n.max_retries, n.missed, n.overlap, n.updated_at),
         paused = s.paused and s.last_error is null, last_error = null,   -- one that failed gets another chance
         -- the same fire times: what was missed meanwhile is still due
-        next_at = case when (s.cron, s.timezone) = (p_cron, p_timezone) and s.last_error is null then s.next_at else v_next end,
-        active_since = case when (s.cron, s.timezone) = (p_cron, p_timezone) and s.last_error is null then s.active_since
-                            else clock_timestamp() end;
+        (next_at, active_since) = (
+          select case when same then s.next_at else n.next_at end, case when same then s.active_since else n.active_since end
+          from (select (s.cron, s.timezone) = (n.cron, n.timezone) and s.last_error is null as same) x);
   end if;
   return (select s.next_at from orchestrator.schedules s where s.name = p_name and not s.paused);
 end $$;
-comment on function orchestrator.schedule(text, text, text, jsonb, text, int, int, text, boolean) is
+comment on function orchestrator.schedule is
   'Creates or changes a schedule: at each of fire_times(p_cron, p_timezone), a task of that type is enqueued. Returns the next one '
   '(null: it is paused). The same definition again changes nothing; another cron or time zone counts from now on. p_missed: what of '
   'the times without a running worker is made up for, the last (one), all or none. p_overlap false: a time is left out while the '
   'last task is unfinished. Raises OR001.';
 
 create or replace function orchestrator.unschedule(p_name text) returns boolean
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-begin
-  delete from orchestrator.schedules s where s.name = p_name;
-  return found;
-end $$;
-comment on function orchestrator.unschedule(text) is 'Removes a schedule; its tasks stay. Returns whether there was one.';
+language sql as $$
+  with gone as (delete from orchestrator.schedules s where s.name = p_name returning 1) select exists (select from gone)
+$$;
+comment on function orchestrator.unschedule is 'Removes a schedule; its tasks stay. Returns whether there was one.';
 
 create or replace function orchestrator.pause_schedule(p_name text) returns boolean
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-begin
-  update orchestrator.schedules s set paused = true where s.name = p_name and not s.paused;
-  if found then return true; end if;
-  return (select false from orchestrator.schedules s where s.name = p_name);
-end $$;
-comment on function orchestrator.pause_schedule(text) is
+language sql as $$
+  with changed as (update orchestrator.schedules s set paused = true where s.name = p_name and not s.paused returning 1)
+  select exists (select from changed) from orchestrator.schedules s where s.name = p_name
+$$;
+comment on function orchestrator.pause_schedule is
   'Keeps a schedule from firing; its tasks stay. Returns whether that is new, null if there is no such schedule.';
 
 create or replace function orchestrator.resume_schedule(p_name text) returns boolean
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-begin
-  update orchestrator.schedules s
-  set paused = false, last_error = null, active_since = clock_timestamp(),
-      next_at = (select f.at from orchestrator.fire_times(s.cron, s.timezone, clock_timestamp(), 1) f(at))
-  where s.name = p_name and s.paused;
-  if found then return true; end if;
-  return (select false from orchestrator.schedules s where s.name = p_name);
-end $$;
-comment on function orchestrator.resume_schedule(text) is
+language sql as $$
+  with changed as (
+    update orchestrator.schedules s
+    set paused = false, last_error = null, active_since = clock_timestamp(),
+        next_at = (select f.at from orchestrator.fire_times(s.cron, s.timezone, clock_timestamp(), 1) f(at))
+    where s.name = p_name and s.paused returning 1)
+  select exists (select from changed) from orchestrator.schedules s where s.name = p_name
+$$;
+comment on function orchestrator.resume_schedule is
   'Has a paused schedule, also one that failed, go on with the next fire time from now. Returns whether it was paused, null if there '
   'is no such schedule.';
 
 create or replace function orchestrator.fire_schedule(p_name text) returns uuid
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql as $$
 declare
   s orchestrator.schedules;
   v_id uuid;
@@ -147,17 +143,15 @@ begin
   update orchestrator.schedules x set last_fire_at = clock_timestamp(), last_task_id = v_id where x.name = p_name;
   return v_id;
 end $$;
-comment on function orchestrator.fire_schedule(text) is
+comment on function orchestrator.fire_schedule is
   'Enqueues a schedule''s task now, even if it is paused; its fire times stay. Returns the task''s id, null if there is no such schedule.';
 
 create or replace function orchestrator._fire_key(p_name text, p_at timestamptz) returns text
-language sql immutable parallel safe set search_path = pg_catalog, pg_temp as $$
-  select 'schedule:' || p_name || ':' || to_char(p_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"')
-$$;
+language sql stable parallel safe return 'schedule:' || p_name || ':' || to_char(p_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"');
 
 -- Deals with what is due of one schedule, whose row the caller has locked. Returns how many tasks it enqueued.
 create or replace function orchestrator._fire(s orchestrator.schedules, p_now timestamptz) returns int
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql as $$
 declare
   v_at timestamptz;
   v_fired int := 0;
@@ -185,7 +179,7 @@ end $$;
 -- Fires up to 100 schedules that are due. next_fire_at: when to call again, null if there is nothing to wait for. A schedule that
 -- another transaction holds doesn't count: whoever holds it fires it, or it is found in a later call.
 create or replace function orchestrator._fire_schedules(p_now timestamptz, out fired int, out next_fire_at timestamptz)
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql as $$
 declare
   s orchestrator.schedules;
   v_seen boolean := false;
@@ -212,7 +206,7 @@ begin
 end $$;
 
 create or replace function orchestrator.schedule_history(p_name text, p_since timestamptz default now() - interval '1 day')
-returns table (fire_at timestamptz, task_id uuid, status text) language sql stable set search_path = pg_catalog, pg_temp as $$
+returns table (fire_at timestamptz, task_id uuid, status text) language sql stable as $$
   with fires as (   -- of earlier definitions, too
     select right(t.idempotency_key, 20)::timestamptz as at, t.id, t.status
     from orchestrator.schedules s join orchestrator.tasks t on t.type = s.type
@@ -225,7 +219,7 @@ returns table (fire_at timestamptz, task_id uuid, status text) language sql stab
     where s.name = p_name)
   select at, f.id, coalesce(f.status::text, 'no task') from expected e full join fires f using (at) order by 1
 $$;
-comment on function orchestrator.schedule_history(text, timestamptz) is
+comment on function orchestrator.schedule_history is
   'The fire times of a schedule since p_since, each with its task. no task: it was left out (see missed and overlap), or retention '
   'deleted the task. Goes back no further than tasks are kept, and for missing ones to active_since.';
 

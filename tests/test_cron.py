@@ -183,6 +183,7 @@ def test_an_unknown_zone_and_a_time_without_end_are_refused(pure):
 def test_fire_times_ends_after_n_times_or_at_until(pure):
     assert fires(pure, "* * * * *", n=0) == []
     assert len(fires(pure, "*/7 * * * *", n=3000)) == 3000
+    assert len(fires(pure, "@yearly", n=200)) == 200
     until = at("2026-11-26T12:30:00Z")
     assert fires(pure, "*/15 * * * *", n=10, until=until)[-1] == until and len(fires(pure, "@every 10 minutes", n=10, until=until)) == 3
     assert fires(pure, "*/15 * * * *", n=10, until=at("2026-11-26T12:14:59Z")) == []

@@ -120,7 +120,7 @@ MUTANTS = [
     Mutant("what isn't its fault pauses a schedule", "22_schedules", "_fire_schedules",
            "when transaction_rollback or", "when division_by_zero or", "schedules own_fault"),
     Mutant("a deployment forgets what was missed", "22_schedules", "schedule",
-           "then s.next_at else v_next end", "then v_next else v_next end", "schedules missed"),
+           "then s.next_at else n.next_at end", "then n.next_at else n.next_at end", "schedules missed"),
     Mutant("resumed, it makes up for the pause", "22_schedules", "resume_schedule",
            "(select f.at from orchestrator.fire_times(s.cron, s.timezone, clock_timestamp(), 1) f(at))", "s.next_at", "schedules paused"),
     Mutant("what was fired may be forgotten", "30_claim", "promote_due", "if fired = 0 then", "if true then", "schedules flush"),
