@@ -831,7 +831,6 @@ class Task:
     on_cancel: Callable[[], object] | None = None
     # what its pool thread does while it waits for the event loop
     calls: queue.SimpleQueue[Callable[[], None]] | None = None
-    deadline: float | None = None
     outcome: Outcome | None = INTERRUPTED
     # monotonic, monotonic (0: not started), how long its handler ran
     claimed = started = seconds = 0.0
@@ -862,8 +861,13 @@ class Task:
         return int(self._row[6])
 
     @property
+    def deadline(self) -> float | None:
+        return None if self.handler.timeout is None else float(self.started + self.handler.timeout)
+
+    @property
     def waited(self) -> float:
-        return float(self._row[8])
+        waited: float = self._row[8]
+        return waited
 
     @property
     def payload_length(self) -> int:
@@ -1190,9 +1194,13 @@ def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
             log.error("a callback interrupted the event loop, which goes on: %s", describe_error(error))
 
 
-def _exit_if_forked(pid: int) -> None:
+# Another object in each forked child: to ask for the process's id would cost each task 0.4 µs.
+_process = object()
+
+
+def _exit_if_forked(process: object) -> None:
     """End a child that a handler forked and that came back from it: it would keep the worker's port."""
-    if os.getpid() != pid:
+    if _process is not process:
         os._exit(0)
 
 
@@ -1208,7 +1216,7 @@ def _value_or_raise(end: End) -> Any:
 
 
 async def _await(task: Task, awaitable: Awaitable[Any]) -> End:
-    loop, running, pid = asyncio.get_running_loop(), asyncio.current_task(), os.getpid()
+    loop, running, process = asyncio.get_running_loop(), asyncio.current_task(), _process
     assert running is not None
     running.set_name(f"{task.type} {task.id}")
     _running_in.set(types.SimpleNamespace(task=task))
@@ -1222,7 +1230,7 @@ async def _await(task: Task, awaitable: Awaitable[Any]) -> End:
         return None, error
     finally:
         task.on_cancel = outer or task.on_cancel   # of async middleware around this one
-        _exit_if_forked(pid)
+        _exit_if_forked(process)
 
 
 def _is_async(function: Any) -> bool:
@@ -1339,9 +1347,13 @@ class Tally:
     def __init__(self, counts: Iterable[int] = (0,) * (len(BUCKETS) + 1), total: float = 0.0) -> None:
         self.counts, self.sum = list(counts), total
 
-    def add(self, values: Sequence[float]) -> None:
-        for value in values:
-            self.counts[bisect.bisect_left(BUCKETS, value)] += 1
+    def add(self, values: Iterable[float]) -> None:
+        values, done = sorted(values), 0   # and one search for each bound: 0.18 → 0.05 µs per value
+        for n, bound in enumerate((*BUCKETS, math.inf)):
+            upto = bisect.bisect_right(values, bound, done)
+            self.counts[n] += upto - done
+            if (done := upto) == len(values):
+                break
         self.sum += sum(values)
 
     def copy(self) -> Tally:
@@ -1414,7 +1426,7 @@ class Counters:
 
     def ran(self, tasks: Sequence[Task]) -> None:
         """Count the durations and waits of a batch, in one pass over each type's values."""
-        by_type = grouped(tasks, lambda task: task.type)
+        by_type = grouped(tasks, operator.attrgetter("type"))
         with self.lock:
             for kind, group in by_type.items():
                 label = self.label(kind)
@@ -1484,7 +1496,7 @@ class Pool:
     """Threads that run handlers. A ticket of n lets one thread take up to n tasks from `ready`."""
 
     def __init__(self, size: int, router: Router, counters: Counters) -> None:
-        self.size, self.router, self.counters, self.pid = size, router, counters, os.getpid()
+        self.size, self.router, self.counters = size, router, counters
         # The claim and the report loop add, any pool thread takes. A ticket of 0 ends a thread.
         self.ready: collections.deque[Task] = collections.deque()
         self.tickets: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -1590,7 +1602,7 @@ class Pool:
     def _run(self, slot: Slot) -> None:
         # Tight: what stands here costs every task.
         router, ready, finished = self.router, self.ready, self.finished
-        clock, getpid, pid = time.monotonic, os.getpid, self.pid
+        clock, process = time.monotonic, _process
         _running_in.set(slot)
         while not slot.abandoned and (left := self.tickets.get()):
             slot.ticket = left
@@ -1602,11 +1614,9 @@ class Pool:
                 except IndexError:
                     break
                 task.started = now
-                if task.handler.timeout is not None:
-                    task.deadline = now + task.handler.timeout
                 slot.task = task
                 run_task(router, task)
-                getpid() == pid or os._exit(0)   # a child that the handler forked and that came back
+                process is _process or os._exit(0)   # a child that the handler forked and that came back
                 now = clock()
                 task.seconds = now - task.started
                 finished.append(task)
@@ -3066,6 +3076,8 @@ _clients: weakref.WeakSet[Client] = weakref.WeakSet()
 
 
 def _after_fork() -> None:
+    global _process
+    _process = object()
     for client in list(_clients):
         client._reset()
 
