@@ -70,7 +70,8 @@ def test_a_worker_fires_what_is_due_runs_it_and_counts_it(installed: str, conn: 
     with running(installed, {"t": lambda task: task.payload}, claim_interval=60) as app:
         app.schedule("s", "@every 1 second", "t", {"n": 1})
         worker_of(app).pool.room.set()   # it would look within claim_interval by itself
-        worker_of(app).claims.promote_at = 0.0
+        claims = worker_of(app).claims
+        claims.chores[claims._promote_due].due = 0.0
         eventually(lambda: value(conn, "select count(*) from orchestrator.tasks where status = 'completed'") >= 2, 10)
         fired = worker_of(app).status().counters.schedules_fired
         assert 2 <= fired <= value(conn, "select count(*) from orchestrator.tasks")

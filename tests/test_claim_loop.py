@@ -117,19 +117,24 @@ def test_recovered_tasks_that_wait_for_their_start_count(installed: str) -> None
 
 def test_large_payloads_bound_what_a_worker_holds(installed: str) -> None:
     app = make_app(installed, {})
+    app.enqueue_many("a", ["x" * (2 ** 18 - 2)] * 300)
     with registered(installed) as worker:
         worker.pool.mean = 1e-6
-        for length, prefetch in ((100, 4000), (2 ** 18 - 2, 2 ** 8), (100, 4000)):
-            app.enqueue_many("a", ["x" * length] * 3)
-            held = claimed(worker)
-            assert worker.status().prefetch == prefetch
-            worker.claims._hand_out()   # nothing came: nothing is known of it
-            assert worker.status().prefetch == prefetch
-            worker.tasks = dict.fromkeys(map(str, range(int(1.5 * prefetch))), held[0])   # finished, not yet reported
-            worker.pool.ready.clear()
-            worker.claims.largest_payload = 1
-            assert worker.claims._room() == 10
-            worker.tasks = {task.id: task for task in held}
+        while (room := worker.claims._room()) > 0:
+            claimed(worker, room)
+        assert 128 < len(worker.tasks) <= 2 ** 8    # of 4,000
+        for id in list(worker.tasks)[:80]:
+            del worker.tasks[id]
+        assert worker.claims._room() > 0
+
+
+def test_what_is_full_of_bytes_still_claims_for_idle_threads(installed: str, ten_idle: None) -> None:
+    worker = at_rest(installed)
+    worker.pool.mean, worker.claims.largest = 1e-6, orchestrator.PAYLOAD_LIMIT
+    worker.tasks = {"1": blank(worker, orchestrator.PAYLOAD_LIMIT * 4 // 5)}
+    assert worker.claims._room() > 0
+    worker.pool.ready.extend([blank(worker)] * 10)    # those have something to do
+    assert worker.claims._room() == 0
 
 
 # -------------------------------------------------------------------------------------------------------------- how many bytes
@@ -173,13 +178,13 @@ def test_whatever_the_mix_of_sizes_a_worker_holds_no_more_bytes_than_its_limit(
 def test_a_full_worker_claims_no_more_until_something_ends(installed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     worker = at_rest(installed)
     worker.pool.mean = 1e-6
-    worker.claims.largest_payload = orchestrator.PAYLOAD_LIMIT
+    worker.claims.largest = orchestrator.PAYLOAD_LIMIT
     worker.tasks = {"1": blank(worker, 100)}
     assert worker.claims._bytes_left() == orchestrator.PAYLOAD_LIMIT - 100
     monkeypatch.setattr(orchestrator, "PAYLOAD_LIMIT", 100)
     assert worker.claims._bytes_left() == 0 and worker.claims._room() == 0
     worker.tasks = {}
-    assert worker.claims._bytes_left() == 50 and worker.claims.largest_payload == 1
+    assert worker.claims._bytes_left() == 50 and worker.claims.largest == 1
 
 
 # ------------------------------------------------------------------------------------------------------- what wakes it

@@ -17,7 +17,7 @@ import pytest
 
 import orchestrator
 from apps import make_app, running, story, wait_for, worker_of
-from orchestrator import Backoff, Discard, Handler, Orchestrator, Retry, Task, wont_mend
+from orchestrator import Discard, Handler, Orchestrator, Retry, Task, backoff, wont_mend
 from postgres import Server, eventually
 from steps import value
 
@@ -228,8 +228,7 @@ def test_enqueuing_there_says_what_to_check_in_one_line(server: Server, installe
 
 
 def test_tries_get_rarer_up_to_two_seconds_and_differ() -> None:
-    backoffs = [Backoff() for _ in range(20)]
-    waits = [[backoff.next() for backoff in backoffs] for _ in range(12)]
+    waits = [[backoff(tries) for _ in range(20)] for tries in range(12)]
     assert all(0.02 < wait <= 0.05 for wait in waits[0]) and all(1 <= wait <= 2 for wait in waits[-1])
     assert len(set(waits[-1])) > 10   # so that many workers don't come at once
 

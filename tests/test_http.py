@@ -512,7 +512,8 @@ def test_ready_turns_503_when_the_database_has_not_answered_lately(app):
         loop.link.call = lambda *_, loop=loop, meanwhile=None: fall_silent(loop)
         loop.bell.set()
     assert all(event.wait(10) for event in silent.values())   # what was under way has been answered by now
-    worker.reached_at -= 100
+    for loop in worker.loops:
+        loop.link.answered -= 100
     status, _, body = ask(port_of(app), "/ready")
     assert (status, json.loads(body)["problems"]) == (503, ["the database has not answered for 100 s"])
     assert ask(port_of(app), "/health")[0] == 200

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dis
 import inspect
 import select
 import threading
@@ -373,23 +374,24 @@ def test_an_exception_that_arrives_just_after_the_handler_returned_loses_no_outc
             patch.setattr(orchestrator, "run_task", and_raise)
             [task] = put(pool, "a")
             eventually(lambda: not pool.slots[0].thread.is_alive())
+        pool.supervise()
         assert list(pool.finished) == [task] and task.outcome == Outcome("completed", '{"n":7}')
         assert pool.running() == []
-        pool.supervise()
         put(pool, "a")
         eventually(lambda: len(pool.finished) == 2)
 
 
-def lines_after_the_handler() -> list[int]:
-    """The lines of Pool._run from the handler's return until the ticket is used up."""
+def lines_of_a_task() -> list[tuple[int, Outcome]]:
+    """The lines of Pool._run from the task's place in the slot until its ticket is used up, and how it has ended there."""
     lines, first = inspect.getsourcelines(Pool._run)
     texts = [line.split("#")[0].strip() for line in lines]
-    start, last = texts.index("run_task(router, task)"), texts.index("slot.ticket = 0")
-    return [first + n for n in range(start + 1, last) if texts[n] not in ("", "break")]
+    start, runs, last = map(texts.index, ("slot.task = task", "run_task(router, task)", "slot.ticket = 0"))
+    return [(first + n, orchestrator.INTERRUPTED if n <= runs else Outcome("completed", "7"))
+            for n in range(start + 1, last) if texts[n] not in ("", "break")]
 
 
-@pytest.mark.parametrize("line", lines_after_the_handler())
-def test_an_exception_at_any_line_after_the_handler_returned_loses_no_outcome(unsupervised: None, line: int) -> None:
+@pytest.mark.parametrize(("line", "outcome"), lines_of_a_task())
+def test_an_exception_at_any_line_loses_neither_a_task_nor_its_outcome(unsupervised: None, line: int, outcome: Outcome) -> None:
     def trace_calls(frame: Any, event: str, arg: Any) -> Any:
         return trace_lines if frame.f_code is Pool._run.__code__ else None
 
@@ -406,9 +408,20 @@ def test_an_exception_at_any_line_after_the_handler_returned_loses_no_outcome(un
     try:
         [task] = put(pool, "a")
         eventually(lambda: not pool.slots[0].thread.is_alive())
-        assert set(pool.finished) == {task} and task.outcome == Outcome("completed", "7")
+        pool.supervise()
+        assert set(pool.finished) == {task} and task.outcome == outcome
+        assert not pool.ready
     finally:
         pool.stop()
+
+
+def test_no_exception_comes_between_taking_a_task_and_its_place_in_the_slot() -> None:
+    """CPython looks for them at calls and jumps only: there are none between the two."""
+    names = [step.opname for step in dis.get_instructions(Pool._run)]
+    [start] = [n for n, step in enumerate(dis.get_instructions(Pool._run)) if step.opname == "FOR_ITER"]
+    placed = names.index("STORE_ATTR", start)
+    assert not any(word in name for name in names[start:placed] for word in ("CALL", "JUMP", "RESUME")), names[start:placed]
+    assert [step.argval for step in dis.get_instructions(Pool._run)][placed] == "task"
 
 
 def test_an_exception_while_the_handler_runs_is_a_failed_attempt(unsupervised: None) -> None:
@@ -438,7 +451,8 @@ def test_a_thread_lost_while_an_outcome_is_made_reports_that_it_was_ended(
     pool = make_pool(1, a=lambda task: 1 / 0)
     with started(pool):
         [task] = put(pool, "a")
-        eventually(lambda: pool.finished)
+        eventually(lambda: not pool.slots[0].thread.is_alive())
+        pool.supervise()
         assert list(pool.finished) == [task] and task.outcome is orchestrator.INTERRUPTED
 
 

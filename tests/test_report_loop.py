@@ -1,4 +1,4 @@
-"""The report loop: what the database refuses holds nothing up, giving back, careful starts, cancellations, dropped tasks."""
+"""The report loop: what the database refuses holds nothing up, giving back, careful starts, cancellations."""
 from __future__ import annotations
 
 import threading
@@ -54,7 +54,8 @@ def test_a_task_that_can_not_even_fail_is_given_back_and_holds_nothing_up(instal
     with running(installed, app):
         eventually(lambda: worker_of(app).counters.rejected["bad"] >= 1)
         assert wait_for(app, app.enqueue("good"))["status"] == "completed"
-        worker_of(app).claims.forgotten_at = 0.0   # it looks every 10 seconds
+        claims = worker_of(app).claims
+        claims.chores[claims._release_forgotten].due = 0.0   # it looks every 10 seconds
         eventually(lambda: worker_of(app).counters.rejected["bad"] >= 2)
         assert not worker_of(app).health()
     assert audit(conn) == []
@@ -239,7 +240,7 @@ def greedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Pool, "overloaded", lambda self: False)
 
 
-def test_what_could_not_be_given_back_runs_here(installed: str, conn: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_could_not_be_given_back_is_given_back_later(installed: str, conn: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
     overloaded, gate = threading.Event(), Gate()
 
     def no_database(self: ReportLoop, tasks: list[Task]) -> None:
@@ -247,15 +248,16 @@ def test_what_could_not_be_given_back_runs_here(installed: str, conn: Connection
 
     monkeypatch.setattr(Pool, "prefetch", lambda self: 20)
     monkeypatch.setattr(Pool, "overloaded", lambda self: overloaded.is_set())
-    monkeypatch.setattr(ReportLoop, "_release", no_database)
     with running(installed, {"a": gate}, worker_pool_size=1) as app:
         app.enqueue("a")
         gate.wait_started()
         app.enqueue_many("a", range(10))
         eventually(lambda: value(conn, "select count(*) from orchestrator.tasks where status = 'claimed'") == 10)
-        overloaded.set()
-        eventually(lambda: worker_of(app).counters.errors["connection"] >= 2)
-        overloaded.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(ReportLoop, "_report_released", no_database)
+            overloaded.set()
+            eventually(lambda: worker_of(app).counters.errors["connection"] >= 2)
+            overloaded.clear()
         gate.open.set()
         eventually(lambda: value(conn, "select count(*) from orchestrator.tasks where status = 'completed'") == 11)
     assert audit(conn) == []
@@ -270,12 +272,12 @@ def test_what_can_not_be_given_back_while_it_stops_does_not_start(
         tasks = claimed(worker)
         worker.draining.set()
         with monkeypatch.context() as patch:
-            patch.setattr(ReportLoop, "_release", no_database)
+            patch.setattr(ReportLoop, "_report_released", no_database)
             with pytest.raises(psycopg.OperationalError):
                 worker.reports.poll()
-        assert not worker.pool.ready and list(worker.reports.careful) == tasks
+        assert not worker.pool.ready and worker.reports.unreported == tasks
         worker.reports.poll()
-        assert worker.tasks == {} and not worker.reports.careful
+        assert worker.tasks == {} and not worker.reports.unreported
     assert column(conn, "select distinct status::text from orchestrator.tasks") == ["pending"]
 
 
@@ -288,7 +290,7 @@ def test_a_locked_row_keeps_no_other_from_being_given_back(
         holder.execute("select from orchestrator.tasks where id = %s for update", [tasks[1].id])
         worker.draining.set()
         worker.reports.poll()
-        assert list(worker.tasks.values()) == list(worker.reports.careful) == [tasks[1]]
+        assert list(worker.tasks.values()) == worker.reports.unreported == [tasks[1]] and not worker.pool.ready
         holder.rollback()
         worker.reports.locked[tasks[1]] = 0.0
         worker.reports.poll()
@@ -359,11 +361,10 @@ def test_recovered_tasks_start_one_after_the_other(installed: str, conn: Connect
         reports.poll()    # it has not started yet
         assert list(pool.ready) == [tasks[0]]
         pool.ready.clear()
-        tasks[0].started = time.monotonic()
-        reports.last_careful = (tasks[0], time.monotonic() + 60)
+        tasks[0].started = time.monotonic() + 60
         reports.poll()    # it runs, for less than CAREFUL_SECONDS
         assert not pool.ready
-        reports.last_careful = (tasks[0], time.monotonic() - orchestrator.CAREFUL_SECONDS)
+        tasks[0].started = time.monotonic() - orchestrator.CAREFUL_SECONDS
         reports.poll()    # it runs for longer: the next may start
         assert list(pool.ready) == [tasks[1]]
         pool.ready.clear()
@@ -608,37 +609,6 @@ def test_a_database_that_is_away_is_not_asked_again_and_again(installed: str, mo
         gate.open.set()
 
 
-# ------------------------------------------------------------------------------------------------------------ dropped tasks
-def test_a_task_that_its_thread_dropped_is_given_back_or_reported_if_it_ran(installed: str, conn: Connection) -> None:
-    enqueue_some(conn, 3, "a")
-    with registered(installed) as worker:
-        never, ran, waiting = claimed(worker)
-        for task in (never, ran):
-            worker.pool.ready.remove(task)    # and put nowhere else
-        ran.started, ran.outcome = time.monotonic(), Outcome("completed", "7")
-        worker.reports.poll()
-        assert worker.tasks.keys() == {never.id, ran.id, waiting.id}    # it may just be on its way
-        worker.reports.net_at = 0.0
-        worker.reports.poll()
-        worker.reports.poll()
-        assert worker.tasks.keys() == {waiting.id}
-    found = dict(conn.execute("select id::text, status::text from orchestrator.tasks").fetchall())
-    assert found == {never.id: "pending", ran.id: "completed", waiting.id: "claimed"}
-
-
-def test_what_is_on_its_way_is_not_taken_for_dropped(installed: str, conn: Connection) -> None:
-    enqueue_some(conn, 2, "a")
-    with registered(installed) as worker:
-        moving, _ = claimed(worker)
-        worker.pool.ready.remove(moving)
-        worker.reports.poll()
-        worker.pool.ready.append(moving)
-        worker.reports.net_at = 0.0
-        worker.reports.poll()
-        worker.reports.poll()
-        assert moving.id in worker.tasks and worker.reports.missing == set()
-
-
 # ----------------------------------------------------------------------------------------------------------------- pauses
 def test_small_reports_keep_a_distance_but_not_when_it_stops(installed: str, conn: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(orchestrator, "REPORT_PAUSE", 3600.0)
@@ -663,16 +633,19 @@ def test_progress_is_sent_at_most_twice_a_second_the_latest_of_it(installed: str
     enqueue(conn, "a")
     with registered(installed) as worker:
         [task] = claimed(worker)
-        worker.reports.link.call = lambda name, *args: sent.append(args[-1]) or []   # type: ignore[method-assign]
+        chore = worker.reports.chores[worker.reports._send_progress]
+        worker.reports.link.call = (   # type: ignore[method-assign]
+            lambda name, *args: (sent.append(args[-1]) if name == "record_progress" else None) or [])
+        worker.reports.do_chores()
         for n in range(5):
             task.progress(n)
-            worker.reports._send_progress()
-        assert sent == ["0"]
-        worker.reports.progress_at = 0.0
-        worker.reports._send_progress()
+            worker.reports.do_chores()
+        assert sent == ["0"] and 0.4 < chore.due - time.monotonic() <= 0.5
+        chore.due = 0.0
+        worker.reports.do_chores()
         assert sent == ["0", "4"]
         task.progress(5)
         task.ended = "reported"
-        worker.reports.progress_at = 0.0
-        worker.reports._send_progress()
+        chore.due = 0.0
+        worker.reports.do_chores()
         assert sent == ["0", "4"] and worker.reports.progress == {}
