@@ -1366,7 +1366,7 @@ class Counters:
         self.lock = threading.Lock()
         self.completed = zeros((kind, how) for kind in types for how in ("completed", "failed", "cancelled"))
         self.retries = zeros((kind, n) for kind in types for n in RETRY_LABELS[:types[kind].max_retries])
-        self.dead_letters, self.rejected = zeros(types), zeros(types)
+        self.dead_letters, self.rejected, self.expired = zeros(types), zeros(types), zeros(types)
         self.recovered, self.errors = zeros(RECOVERY_OUTCOMES), zeros(ERROR_CLASSES)
         self.replaced_threads = self.schedules_fired = 0
         self.seconds = collections.defaultdict(Tally, {kind: Tally() for kind in types})
@@ -1866,8 +1866,11 @@ class ClaimLoop(Loop):
 
     def _promote_due(self) -> None:
         self.promote_at = clock() + self.config.claim_interval   # also if it fails
-        _, next_in, fired = self.link.call("promote_due")[0]
-        self.worker.counters.schedules_fired += fired
+        _, next_in, fired, expired = self.link.call("promote_due")[0]
+        counters = self.worker.counters
+        counters.schedules_fired += fired
+        if expired != "{}":
+            counters.count(expired=counters.by_label(json.loads(expired)))
         if next_in is not None:
             self.promote_at = min(self.promote_at, clock() + max(0.005, float(next_in) + 0.001))
 
@@ -3136,6 +3139,7 @@ Counter tasks_completed{type,status} completed: Attempts that ended here: comple
 Counter task_retries{type,attempt} retries: Retries scheduled here, by the attempt that failed
 Counter tasks_dead_letter{type} dead_letters: Tasks that became dead letters: failed here, or recovered by
   this worker
+Counter tasks_expired{type} expired: Tasks that expired before anybody claimed them, cancelled by this worker
 Counter task_outcomes_rejected{type} rejected: Late outcomes that the fence refused
 Counter tasks_recovered{outcome} recovered: Tasks that this worker, leading, took from dead workers: released
   uncharged, retried, dead (letters), cancelled, or failed to be recovered

@@ -1,4 +1,4 @@
--- Enqueuing. Writes tasks, and task_waits for those that wait for others. Locks nothing but the rows that it inserts; a repeated idempotency key waits for the
+-- Enqueuing. Writes tasks, task_waits for those that wait for others, expiries for those that expire. Locks nothing but the rows that it inserts; a repeated idempotency key waits for the
 -- transaction that inserted it first.
 
 -- Never echoes a payload.
@@ -69,6 +69,7 @@ declare
   v_later timestamptz := case when p_run_at > clock_timestamp() then p_run_at end;
   v_problem text := orchestrator._payload_problem(p_payload);
   v_parents uuid[];
+  v_blocked timestamptz;
 begin
   perform orchestrator._check_task(p_type, p_priority, p_idempotency_key, p_max_retries, p_run_at);
   if v_problem is not null then
@@ -77,23 +78,28 @@ begin
   if num_nonnulls(p_concurrency_key, p_expires_at, p_after, p_meta) > 0 then
     perform orchestrator._check_extras(p_concurrency_key, p_run_at, p_expires_at, p_on_failure, p_meta);
     v_parents := orchestrator._open_parents(p_after, p_on_failure);
+    if v_parents is not null then
+      v_blocked := coalesce(v_later, clock_timestamp());
+      v_later := clock_timestamp();   -- looked at as soon as it has committed
+    end if;
   end if;
   loop
     insert into orchestrator.tasks as t (type, payload, priority, idempotency_key, max_retries, queued_at, next_retry_at, concurrency_key,
                                            expires_at, after, blocked_until, meta)
     values (p_type, coalesce(p_payload, '{}'), p_priority, p_idempotency_key, p_max_retries,
-            case when v_later is null and v_parents is null then clock_timestamp() end, v_later, p_concurrency_key,
-            p_expires_at, p_after, case when v_parents is not null then clock_timestamp() end, p_meta)
+            case when v_later is null then clock_timestamp() end, v_later, p_concurrency_key,
+            p_expires_at, p_after, v_blocked, p_meta)
     on conflict (type, idempotency_key) where idempotency_key is not null do nothing
     returning t.id into v_id;
     exit when found;
     select t.id into v_id from orchestrator.tasks t where t.type = p_type and t.idempotency_key = p_idempotency_key;
     if found then return v_id; end if;   -- not found: it was pruned in between, so it is ours to insert
   end loop;
-  if v_parents is not null then
-    perform orchestrator._wait_for(array[v_id], v_parents, p_after, p_on_failure);
-  elsif v_later is null then
+  if v_later is null then
     perform orchestrator._notify_idle(p_type);
+  end if;
+  if v_parents is not null or p_expires_at is not null then
+    perform orchestrator._wait_for(array[v_id], v_parents, p_after, p_on_failure, p_expires_at);
   end if;
   return v_id;
 end $$;
@@ -117,7 +123,7 @@ declare
   v_ids uuid[];
   v_found uuid[];   -- the task of each payload, new or known
   v_parents uuid[] := orchestrator._open_parents(p_after, p_on_failure);
-  v_queued boolean := v_later is null and v_parents is null;
+  v_blocked timestamptz;
   v_bad int;
 begin
   perform orchestrator._check_task(p_type, p_priority, null, p_max_retries, p_run_at);
@@ -139,6 +145,10 @@ begin
   perform orchestrator._check_extras(k, p_run_at, p_expires_at, p_on_failure, p_meta) from unnest(coalesce(p_concurrency_keys, array[null])) k
   where num_nonnulls(k, p_expires_at, p_after, p_meta) > 0;
   if v_n = 0 then return; end if;
+  if v_parents is not null then
+    v_blocked := coalesce(v_later, clock_timestamp());
+    v_later := clock_timestamp();
+  end if;
 
   -- locks tasks before the ids are drawn, so that nothing that reads by id passes them unseen; LOCK TABLE needs more rights
   insert into orchestrator.tasks (type) select '' where false;
@@ -147,15 +157,15 @@ begin
   if p_idempotency_keys is null then
     insert into orchestrator.tasks (id, type, payload, priority, max_retries, queued_at, next_retry_at, concurrency_key, expires_at, after,
                                     blocked_until, meta)
-    select u.id, p_type, coalesce(u.payload, '{}'), p_priority, p_max_retries, case when v_queued then clock_timestamp() end, v_later,
-           u.turn, p_expires_at, p_after, case when v_parents is not null then clock_timestamp() end, p_meta
+    select u.id, p_type, coalesce(u.payload, '{}'), p_priority, p_max_retries, case when v_later is null then clock_timestamp() end, v_later,
+           u.turn, p_expires_at, p_after, v_blocked, p_meta
     from unnest(v_ids, p_payloads, p_concurrency_keys) u(id, payload, turn);
   else
     loop
       insert into orchestrator.tasks (id, type, payload, priority, idempotency_key, max_retries, queued_at, next_retry_at, concurrency_key,
                                       expires_at, after, blocked_until, meta)
-      select u.id, p_type, coalesce(u.payload, '{}'), p_priority, u.key, p_max_retries, case when v_queued then clock_timestamp() end, v_later,
-             u.turn, p_expires_at, p_after, case when v_parents is not null then clock_timestamp() end, p_meta
+      select u.id, p_type, coalesce(u.payload, '{}'), p_priority, u.key, p_max_retries, case when v_later is null then clock_timestamp() end, v_later,
+             u.turn, p_expires_at, p_after, v_blocked, p_meta
       from unnest(v_ids, p_payloads, p_idempotency_keys, p_concurrency_keys) with ordinality u(id, payload, key, turn, o)
       where not exists (select from orchestrator.tasks t where t.id = u.id)
       order by u.key, u.o   -- so that two callers with the same keys don't deadlock
@@ -167,10 +177,11 @@ begin
       exit when array_position(v_found, null) is null;   -- else one was pruned between the two statements: it is ours to insert
     end loop;
   end if;
-  if v_parents is not null then
-    perform orchestrator._wait_for(array(select unnest(v_ids) intersect select unnest(v_found)), v_parents, p_after, p_on_failure);
-  elsif v_queued then
+  if v_later is null then
     perform orchestrator._notify_idle(p_type);
+  end if;
+  if v_parents is not null or p_expires_at is not null then
+    perform orchestrator._wait_for(array(select unnest(v_ids) intersect select unnest(v_found)), v_parents, p_after, p_on_failure, p_expires_at);
   end if;
   return query select u.o::int, u.id, u.id = u.own from unnest(v_found, v_ids) with ordinality u(id, own, o);
 end $$;

@@ -108,3 +108,16 @@ def test_a_known_key_returns_the_first_task_whatever_its_parents_became(conn):
     assert rows(conn, query, [first]) == [{"id": child, "created": False}] * 2
     with pytest.raises(psycopg.DatabaseError, match=r"after\[1\]"):
         conn.execute("select orchestrator.enqueue_many('t', '{1,2}', 0, '{k,new}', p_after => %s::uuid[])", [[first]])
+
+
+def test_a_child_is_ready_in_the_transaction_that_completes_its_last_parent(conn, connect):
+    first, second = enqueue(conn), enqueue(conn)
+    child = enqueue(conn, after=[first, second])
+    a, b = claim(conn)
+    complete(conn, a["claim_id"], first)
+    assert waits(conn) == [{"parent": second, "child": child, "on_failure": "wait"}] and claim(conn) == []
+    with connect(autocommit=False) as other:
+        complete(other, b["claim_id"], second)
+        assert claim(conn) == []
+    assert waits(conn) == [] and [t["id"] for t in claim(conn)] == [child]
+    assert task(conn, child)["blocked_until"] is None
