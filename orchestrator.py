@@ -207,9 +207,9 @@ def check_text(name: str, text: str) -> str:
     return text
 
 
-def check_id(task_id: str | UUID) -> str:
+def check_id(task_id: str | UUID, name: str = "id") -> str:
     if not re.fullmatch(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", str(task_id)):
-        raise ValueError("id: must be a task's id, a UUID such as 01890000-0000-7000-8000-000000000000")
+        raise ValueError(f"{name}: must be a task's id, a UUID such as 01890000-0000-7000-8000-000000000000")
     return str(task_id).lower()
 
 
@@ -1391,7 +1391,7 @@ class Counters:
         self.lock = threading.Lock()
         self.completed = zeros((kind, how) for kind in types for how in ("completed", "failed", "cancelled"))
         self.retries = zeros((kind, n) for kind in types for n in RETRY_LABELS[:types[kind].max_retries])
-        self.dead_letters, self.rejected = zeros(types), zeros(types)
+        self.dead_letters, self.rejected, self.expired = zeros(types), zeros(types), zeros(types)
         self.recovered, self.errors = zeros(RECOVERY_OUTCOMES), zeros(ERROR_CLASSES)
         self.replaced_threads = self.schedules_fired = 0
         self.seconds = collections.defaultdict(Tally, {kind: Tally() for kind in types})
@@ -1907,8 +1907,11 @@ class ClaimLoop(Loop):
         return min(limit, idle + prefetch - in_hand, CLAIM_MAX)
 
     def _promote_due(self) -> float | None:
-        _, next_in, fired = self.link.call("promote_due")[0]
-        self.worker.counters.schedules_fired += fired
+        _, next_in, fired, expired = self.link.call("promote_due")[0]
+        counters = self.worker.counters
+        counters.schedules_fired += fired
+        if expired != "{}":
+            counters.count(expired=counters.by_label(json.loads(expired)))
         if next_in is None:
             return None
         return min(self.config.claim_interval, max(0.005, float(next_in) + 0.001))
@@ -2700,13 +2703,18 @@ class Client:
     def enqueue(self, type: str, payload: Any = None, *, priority: int = 0,
                 idempotency_key: str | UUID | None = None, max_retries: int | None = None,
                 run_at: datetime | None = None, delay: Seconds | None = None,
-                concurrency_key: str | None = None, meta: Mapping[str, Any] | None = None,
+                concurrency_key: str | None = None, expires: Seconds | datetime | None = None,
+                after: Iterable[str | UUID] | None = None, on_failure: str = "wait",
+                meta: Mapping[str, Any] | None = None,
                 connection: psycopg.Connection[Any] | None = None) -> EnqueuedId:
         """Add a task and return its id; with `connection`, in the caller's transaction.
 
         A repeated (type, idempotency_key) returns the first task's id, with created False. delay (instead of
         run_at): seconds, a timedelta or text such as "10m". concurrency_key: whose turn it takes: limit().
-        meta: a JSON object beside the payload, up to 8 KiB. Raises ValueError, which names the field.
+        expires: if it has not been claimed by then (as delay, or a datetime), it never runs. after: ids of
+        tasks that it waits for; on_failure: if one of them fails, "wait" until it is retried and completes,
+        "cancel" it, or "run" it. meta: a JSON object beside the payload, up to 8 KiB. Raises ValueError,
+        which names the field.
         """
         payload = {} if payload is None else payload
         if idempotency_key is None:
@@ -2715,11 +2723,12 @@ class Client:
                 to_json("payload", payload, self.router.encode), check_priority(priority), None,
                 check_retries(max_retries), _run_at(run_at, delay),
                 None if concurrency_key is None else _key("concurrency_key", concurrency_key),
-                self._meta(meta))[0][0])
+                _expires_at(expires), _parents(after), on_failure, self._meta(meta))[0][0])
         try:
             return self.enqueue_many(
                 type, [payload], priority=priority, idempotency_keys=[idempotency_key],
-                max_retries=max_retries, run_at=run_at, delay=delay, meta=meta, connection=connection,
+                max_retries=max_retries, run_at=run_at, delay=delay, expires=expires, after=after,
+                on_failure=on_failure, meta=meta, connection=connection,
                 concurrency_keys=None if concurrency_key is None else [concurrency_key])[0]
         except ValueError as error:
             raise ValueError(re.sub(r"^(payload|\w+_key)s\[1\]", r"\1", str(error))) from None
@@ -2732,7 +2741,8 @@ class Client:
                      idempotency_keys: Iterable[str | UUID | None] | None = None,
                      max_retries: int | None = None, run_at: datetime | None = None,
                      delay: Seconds | None = None, concurrency_keys: Iterable[str | None] | None = None,
-                     meta: Mapping[str, Any] | None = None,
+                     expires: Seconds | datetime | None = None, after: Iterable[str | UUID] | None = None,
+                     on_failure: str = "wait", meta: Mapping[str, Any] | None = None,
                      connection: psycopg.Connection[Any] | None = None) -> list[EnqueuedId]:
         """Add a task for each payload, in one statement; returns their ids in order. Raises ValueError."""
         # Counted from 1, as in SQL.
@@ -2745,7 +2755,8 @@ class Client:
             raise ValueError(f"payloads: over {8 * CALL_LIMIT >> 20} MiB in one call; add them in several")
         rows = self._call(
             connection, "enqueue_many", check_text("type", type), text, check_priority(priority), keys,
-            check_retries(max_retries), _run_at(run_at, delay), turns, self._meta(meta))
+            check_retries(max_retries), _run_at(run_at, delay), turns, _expires_at(expires), _parents(after),
+            on_failure, self._meta(meta))
         return [EnqueuedId.of(task_id, created) for _, task_id, created in sorted(rows)]
 
     def schedule(self, name: str, cron: str, type: str, payload: Any = None, *, timezone: str = "UTC",
@@ -3054,6 +3065,17 @@ def _run_at(run_at: datetime | None, delay: Seconds | None) -> datetime | After 
     return None if run_at is None else check_moment("run_at", run_at)
 
 
+def _expires_at(expires: Seconds | datetime | None) -> datetime | After | None:
+    if expires is None or isinstance(expires, datetime):
+        return None if expires is None else check_moment("expires", expires)
+    return After(check_seconds("expires", expires))
+
+
+def _parents(after: Iterable[str | UUID] | None) -> str | None:
+    return None if after is None else array(
+        [check_id(task_id, f"after[{n}]") for n, task_id in enumerate(after, 1)])
+
+
 # --- nothing below is needed to understand a worker -------------------------------------------------------
 
 
@@ -3065,6 +3087,7 @@ Counter tasks_completed{type,status} completed: Attempts that ended here: comple
 Counter task_retries{type,attempt} retries: Retries scheduled here, by the attempt that failed
 Counter tasks_dead_letter{type} dead_letters: Tasks that became dead letters: failed here, or recovered by
   this worker
+Counter tasks_expired{type} expired: Tasks that expired before anybody claimed them, cancelled by this worker
 Counter task_outcomes_rejected{type} rejected: Late outcomes that the fence refused
 Counter tasks_recovered{outcome} recovered: Tasks that this worker, leading, took from dead workers: released
   uncharged, retried, dead (letters), cancelled, or failed to be recovered

@@ -38,7 +38,7 @@ create table if not exists orchestrator.tasks (
   -- Few and short: PostgreSQL parses them anew for each statement, and fourteen took 27 µs of a bare insert's 38. They refuse
   -- what would stop others, and what an update by hand gets wrong. audit() knows all the rules.
   constraint a_status_has_its_time check (case status
-    when 'pending' then case when isfinite(coalesce(queued_at, next_retry_at, parked_at, blocked_until)) and octet_length(type) <= 255 then created_at end
+    when 'pending' then case when isfinite(coalesce(queued_at, next_retry_at, parked_at)) and octet_length(type) <= 255 then created_at end
     when 'retry_scheduled' then next_retry_at when 'claimed' then claimed_at when 'running' then started_at
     when 'completed' then completed_at when 'cancelled' then completed_at when 'dead_letter' then dead_at end is not null),
   constraint a_task_rests_in_one_place check (num_nonnulls(queued_at, next_retry_at, parked_at, completed_at, dead_at) <= 1)
@@ -54,15 +54,15 @@ comment on column orchestrator.tasks.claim_id is 'The claim that has it, which e
 comment on column orchestrator.tasks.queued_at is 'Its place in its lane (type, priority), oldest first; set while it is ready.';
 comment on column orchestrator.tasks.attempts is 'Attempts started. One that fails and is above max_retries makes a dead letter.';
 comment on column orchestrator.tasks.max_retries is 'Retries after the first attempt, 0 to 1000; null: as task_types says.';
-comment on column orchestrator.tasks.next_retry_at is 'When a delayed, snoozed or failed task becomes ready.';
+comment on column orchestrator.tasks.next_retry_at is 'When a delayed, snoozed or failed task becomes ready; of a blocked one, when to look at its parents again.';
 comment on column orchestrator.tasks.cancel_requested_at is 'When a task in flight was asked to stop.';
 comment on column orchestrator.tasks.recoveries is 'How often it was taken from a dead worker; from then on it is marked running first.';
 comment on column orchestrator.tasks.result is 'What the handler returned.';
 comment on column orchestrator.tasks.progress is 'The progress that the handler reported last.';
 comment on column orchestrator.tasks.concurrency_key is 'Whose turn it takes under a limit for each key (limit_type), such as a tenant; 1 to 255 bytes.';
 comment on column orchestrator.tasks.parked_at is 'Its place in its lane (as queued_at), kept while as many tasks of its key are in flight as the limit parked_by allows.';
-comment on column orchestrator.tasks.after is 'The tasks that it waited for.';
-comment on column orchestrator.tasks.blocked_until is 'Set while it waits for other tasks: when to look at them again. Never infinite.';
+comment on column orchestrator.tasks.after is 'The tasks that it was enqueued to wait for.';
+comment on column orchestrator.tasks.blocked_until is 'Set while it waits for other tasks (task_waits): it becomes ready then at the earliest.';
 comment on column orchestrator.tasks.expires_at is 'If it has not been claimed by then, it never is.';
 comment on column orchestrator.tasks.meta is 'What producers note beside the payload, such as a trace context: at most 8 KiB, shown as it is, so no secrets.';
 
@@ -188,6 +188,23 @@ create table if not exists orchestrator.freed_keys (
 comment on table orchestrator.freed_keys is
   'Notes for the next claim: of these keys (null: all) of a limit, parked tasks may go on. While a key has room and parked tasks, there is one.';
 
+create table if not exists orchestrator.task_waits (
+  parent     uuid not null,
+  child      uuid not null,
+  on_failure text not null,
+  primary key (parent, child)
+);
+comment on table orchestrator.task_waits is 'What blocked tasks (child) still wait for. Empty where nothing waits, so others pay for one look.';
+comment on column orchestrator.task_waits.on_failure is 'What a parent that does not complete means for the child: see enqueue.';
+
+-- not an index on tasks, which would cost each enqueue 1%
+create table if not exists orchestrator.expiries (
+  at      timestamptz not null,
+  task_id uuid not null,
+  primary key (at, task_id)
+);
+comment on table orchestrator.expiries is 'When to look whether a task has expired; kept until then, whatever becomes of the task.';
+
 -- Not "if not exists", which waits for all writers, and keeps them out, also where the index is there.
 do $$
 declare
@@ -198,6 +215,7 @@ begin
       ('index', 'tasks_ready', 'tasks (type, priority desc, queued_at) where queued_at is not null'),
       ('index', 'tasks_claim', 'tasks (claim_id) where claim_id is not null'),
       ('index', 'tasks_due', 'tasks (next_retry_at) where next_retry_at is not null'),
+      ('index', 'task_waits_child', 'task_waits (child)'),
       ('index', 'tasks_dead', 'tasks (dead_at) where dead_at is not null'),
       ('index', 'tasks_cancelling', 'tasks (cancel_requested_at) where cancel_requested_at is not null'),
       ('index', 'tasks_parked', 'tasks (parked_by, concurrency_key, type, priority desc, parked_at) where parked_at is not null'),

@@ -1,4 +1,4 @@
--- Enqueuing. Writes tasks only. Locks nothing but the rows that it inserts; a repeated idempotency key waits for the
+-- Enqueuing. Writes tasks, task_waits for those that wait for others, expiries for those that expire. Locks nothing but the rows that it inserts; a repeated idempotency key waits for the
 -- transaction that inserted it first.
 
 -- Never echoes a payload.
@@ -18,11 +18,15 @@ begin
   end if;
 end $$;
 
-create or replace function orchestrator._check_extras(p_concurrency_key text, p_meta jsonb)
+create or replace function orchestrator._check_extras(p_concurrency_key text, p_run_at timestamptz, p_expires_at timestamptz, p_on_failure text, p_meta jsonb)
 returns void language plpgsql stable as $$
 begin
   if octet_length(p_concurrency_key) not between 1 and 255 then
     perform orchestrator._invalid('concurrency_key', 'must be 1 to 255 bytes', 'Leave it out, or hash a longer key.');
+  elsif (p_expires_at > greatest(clock_timestamp(), p_run_at) and p_expires_at < clock_timestamp() + orchestrator.longest_delay()) is false then
+    perform orchestrator._invalid('expires_at', 'must be a moment to come, after run_at, within the next 3650 days', 'Leave it out if it may start at any time.');
+  elsif (p_on_failure in ('wait', 'cancel', 'run')) is not true then
+    perform orchestrator._invalid('on_failure', 'must be wait, cancel or run', 'What becomes of it if a task that it waits for does not complete.');
   elsif jsonb_typeof(p_meta) <> 'object' or octet_length(p_meta::text) > 8192 then
     perform orchestrator._invalid('meta', 'must be a JSON object of at most 8 KiB', 'Such as {"trace": {…}}; larger data belong into the payload.');
   end if;
@@ -57,24 +61,34 @@ end $$;
 
 create or replace function orchestrator.enqueue(
   p_type text, p_payload jsonb default '{}', p_priority int default 0, p_idempotency_key text default null,
-  p_max_retries int default null, p_run_at timestamptz default null, p_concurrency_key text default null, p_meta jsonb default null)
+  p_max_retries int default null, p_run_at timestamptz default null, p_concurrency_key text default null,
+  p_expires_at timestamptz default null, p_after uuid[] default null, p_on_failure text default 'wait', p_meta jsonb default null)
 returns uuid language plpgsql as $$
 declare
   v_id uuid;
   v_later timestamptz := case when p_run_at > clock_timestamp() then p_run_at end;
   v_problem text := orchestrator._payload_problem(p_payload);
+  v_parents uuid[];
+  v_blocked timestamptz;
 begin
   perform orchestrator._check_task(p_type, p_priority, p_idempotency_key, p_max_retries, p_run_at);
   if v_problem is not null then
     perform orchestrator._invalid('payload', v_problem, 'Store the data elsewhere and enqueue a reference to it.');
   end if;
-  if p_concurrency_key is not null or p_meta is not null then
-    perform orchestrator._check_extras(p_concurrency_key, p_meta);
+  if num_nonnulls(p_concurrency_key, p_expires_at, p_after, p_meta) > 0 then
+    perform orchestrator._check_extras(p_concurrency_key, p_run_at, p_expires_at, p_on_failure, p_meta);
+    v_parents := orchestrator._open_parents(p_after, p_on_failure);
+    if v_parents is not null then
+      v_blocked := coalesce(v_later, clock_timestamp());
+      v_later := clock_timestamp();   -- looked at as soon as it has committed
+    end if;
   end if;
   loop
-    insert into orchestrator.tasks as t (type, payload, priority, idempotency_key, max_retries, queued_at, next_retry_at, concurrency_key, meta)
+    insert into orchestrator.tasks as t (type, payload, priority, idempotency_key, max_retries, queued_at, next_retry_at, concurrency_key,
+                                           expires_at, after, blocked_until, meta)
     values (p_type, coalesce(p_payload, '{}'), p_priority, p_idempotency_key, p_max_retries,
-            case when v_later is null then clock_timestamp() end, v_later, p_concurrency_key, p_meta)
+            case when v_later is null then clock_timestamp() end, v_later, p_concurrency_key,
+            p_expires_at, p_after, v_blocked, p_meta)
     on conflict (type, idempotency_key) where idempotency_key is not null do nothing
     returning t.id into v_id;
     exit when found;
@@ -84,16 +98,23 @@ begin
   if v_later is null then
     perform orchestrator._notify_idle(p_type);
   end if;
+  if v_parents is not null or p_expires_at is not null then
+    perform orchestrator._wait_for(array[v_id], v_parents, p_after, p_on_failure, p_expires_at);
+  end if;
   return v_id;
 end $$;
 comment on function orchestrator.enqueue is
   'Adds a task in the caller''s transaction and returns its id. A repeated (type, idempotency_key) returns the id of the first '
   'task and changes nothing. p_max_retries null: the policy of the type. p_run_at: not before that moment. p_concurrency_key: see '
-  'limit_type. p_meta: a JSON object of at most 8 KiB beside the payload, never redacted. Raises OR001.';
+  'limit_type. p_expires_at: if it has not been claimed by then, it is cancelled. p_after: it waits until these tasks have completed; '
+  'if one becomes a dead letter, p_on_failure says what then: wait (until it is retried and completes), cancel, or run; if one is '
+  'cancelled or deleted, it is cancelled with it, or runs. p_meta: a JSON object of at most 8 KiB beside the payload, never '
+  'redacted. Raises OR001.';
 
 create or replace function orchestrator.enqueue_many(
   p_type text, p_payloads jsonb[], p_priority int default 0, p_idempotency_keys text[] default null,
-  p_max_retries int default null, p_run_at timestamptz default null, p_concurrency_keys text[] default null, p_meta jsonb default null)
+  p_max_retries int default null, p_run_at timestamptz default null, p_concurrency_keys text[] default null,
+  p_expires_at timestamptz default null, p_after uuid[] default null, p_on_failure text default 'wait', p_meta jsonb default null)
 returns table (ordinal int, id uuid, created boolean) language plpgsql as $$
 #variable_conflict use_column
 declare
@@ -101,6 +122,8 @@ declare
   v_later timestamptz := case when p_run_at > clock_timestamp() then p_run_at end;
   v_ids uuid[];
   v_found uuid[];   -- the task of each payload, new or known
+  v_parents uuid[] := orchestrator._open_parents(p_after, p_on_failure);
+  v_blocked timestamptz;
   v_bad int;
 begin
   perform orchestrator._check_task(p_type, p_priority, null, p_max_retries, p_run_at);
@@ -119,23 +142,30 @@ begin
   if cardinality(p_concurrency_keys) <> v_n then
     perform orchestrator._invalid('concurrency_keys', 'must be as many as the payloads', 'Use null for a task without a key.');
   end if;
-  perform orchestrator._check_extras(k, p_meta) from unnest(coalesce(p_concurrency_keys, array[null])) k where k is not null or p_meta is not null;
+  perform orchestrator._check_extras(k, p_run_at, p_expires_at, p_on_failure, p_meta) from unnest(coalesce(p_concurrency_keys, array[null])) k
+  where num_nonnulls(k, p_expires_at, p_after, p_meta) > 0;
   if v_n = 0 then return; end if;
+  if v_parents is not null then
+    v_blocked := coalesce(v_later, clock_timestamp());
+    v_later := clock_timestamp();
+  end if;
 
   -- locks tasks before the ids are drawn, so that nothing that reads by id passes them unseen; LOCK TABLE needs more rights
   insert into orchestrator.tasks (type) select '' where false;
   v_ids := orchestrator._uuidv7s(v_n);
   v_found := v_ids;
   if p_idempotency_keys is null then
-    insert into orchestrator.tasks (id, type, payload, priority, max_retries, queued_at, next_retry_at, concurrency_key, meta)
+    insert into orchestrator.tasks (id, type, payload, priority, max_retries, queued_at, next_retry_at, concurrency_key, expires_at, after,
+                                    blocked_until, meta)
     select u.id, p_type, coalesce(u.payload, '{}'), p_priority, p_max_retries, case when v_later is null then clock_timestamp() end, v_later,
-           u.turn, p_meta
+           u.turn, p_expires_at, p_after, v_blocked, p_meta
     from unnest(v_ids, p_payloads, p_concurrency_keys) u(id, payload, turn);
   else
     loop
-      insert into orchestrator.tasks (id, type, payload, priority, idempotency_key, max_retries, queued_at, next_retry_at, concurrency_key, meta)
+      insert into orchestrator.tasks (id, type, payload, priority, idempotency_key, max_retries, queued_at, next_retry_at, concurrency_key,
+                                      expires_at, after, blocked_until, meta)
       select u.id, p_type, coalesce(u.payload, '{}'), p_priority, u.key, p_max_retries, case when v_later is null then clock_timestamp() end, v_later,
-             u.turn, p_meta
+             u.turn, p_expires_at, p_after, v_blocked, p_meta
       from unnest(v_ids, p_payloads, p_idempotency_keys, p_concurrency_keys) with ordinality u(id, payload, key, turn, o)
       where not exists (select from orchestrator.tasks t where t.id = u.id)
       order by u.key, u.o   -- so that two callers with the same keys don't deadlock
@@ -150,15 +180,19 @@ begin
   if v_later is null then
     perform orchestrator._notify_idle(p_type);
   end if;
+  if v_parents is not null or p_expires_at is not null then
+    perform orchestrator._wait_for(array(select unnest(v_ids) intersect select unnest(v_found)), v_parents, p_after, p_on_failure, p_expires_at);
+  end if;
   return query select u.o::int, u.id, u.id = u.own from unnest(v_found, v_ids) with ordinality u(id, own, o);
 end $$;
 comment on function orchestrator.enqueue_many is
   'Adds a task for each payload and returns (ordinal from 1, id, created). created is false where the idempotency key was known, '
-  'in the table or earlier in the array. p_meta is that of them all. Raises OR001, and then adds none.';
+  'in the table or earlier in the array. All but payloads and keys is the same for all, as enqueue has it. Raises OR001, and then adds none.';
 
 create or replace function orchestrator._read_line(
   p_line text, p_defaults jsonb, out problem text, out type text, out payload jsonb, out priority int, out idempotency_key text,
-  out max_retries int, out run_at timestamptz, out concurrency_key text, out meta jsonb)
+  out max_retries int, out run_at timestamptz, out concurrency_key text, out expires_at timestamptz, out after uuid[], out on_failure text,
+  out meta jsonb)
 language plpgsql stable as $$
 #variable_conflict use_column
 declare
@@ -171,22 +205,28 @@ begin
     return;
   end if;
   v := p_defaults || (select coalesce(jsonb_object_agg(e.key, e.value), '{}') from jsonb_each(v) e where e.value <> 'null');
-  select left(e.key, 50) || ': ' || coalesce(f.rule, 'there is no such field; there are type, payload, priority, idempotency_key, max_retries, run_at, concurrency_key, meta')
+  select left(e.key, 50) || ': ' || coalesce(f.rule, 'there is no such field; there are type, payload, priority, idempotency_key, max_retries, run_at, concurrency_key, expires_at, after, on_failure, meta')
   into problem
   from jsonb_each(v) e left join (values
-    ('type', '^"', 'must be a string'), ('payload', '', ''), ('meta', '', ''), ('concurrency_key', '^"', 'must be a string'), ('priority', '^-?[0-9]{1,9}$', 'must be a whole number'),
+    ('type', '^"', 'must be a string'), ('payload', '', ''), ('meta', '', ''), ('concurrency_key', '^"', 'must be a string'), ('on_failure', '^"', 'must be a string'),
+    ('after', '^\[("[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"(, )?)+\]$', 'must be a list of ids of tasks'), ('priority', '^-?[0-9]{1,9}$', 'must be a whole number'),
     ('idempotency_key', '^"', 'must be a string'), ('max_retries', '^-?[0-9]{1,9}$', 'must be a whole number'),
-    ('run_at', '^"\d{4}-\d\d-\d\d[T ][\d:.]+(Z|[+-][\d:]+)"$', 'must be a moment such as 2030-01-31T12:00:00+00:00')) f(field, form, rule)
-    on f.field = e.key
+    ('(run|expires)_at', '^"\d{4}-\d\d-\d\d[T ][\d:.]+(Z|[+-][\d:]+)"$', 'must be a moment such as 2030-01-31T12:00:00+00:00')) f(field, form, rule)
+    on e.key ~ ('^(' || f.field || ')$')
   where f.field is null or e.value::text !~ f.form limit 1;
   if problem is not null then return; end if;
   v_reading := 'run_at';
   run_at := (v ->> 'run_at')::timestamptz;
+  v_reading := 'expires_at';
+  expires_at := (v ->> 'expires_at')::timestamptz;
   type := v ->> 'type'; payload := v -> 'payload'; idempotency_key := v ->> 'idempotency_key';
   priority := coalesce((v ->> 'priority')::int, 0); max_retries := (v ->> 'max_retries')::int;
   concurrency_key := v ->> 'concurrency_key'; meta := v -> 'meta';
+  on_failure := coalesce(v ->> 'on_failure', 'wait');
+  after := (select array_agg(a::uuid) from jsonb_array_elements_text(v -> 'after') a);
   perform orchestrator._check_task(type, priority, idempotency_key, max_retries, run_at);
-  perform orchestrator._check_extras(concurrency_key, meta);
+  perform orchestrator._check_extras(concurrency_key, run_at, expires_at, on_failure, meta);
+  perform orchestrator._check_parents(after, on_failure);
   problem := 'payload: ' || orchestrator._payload_problem(payload);
 exception when others then   -- whatever a line holds, the others are read
   problem := case when sqlstate = 'OR001' then sqlerrm else v_reading || ': ' || sqlerrm end;
@@ -203,13 +243,13 @@ begin
     with read as materialized (
       select l.n, r.* from unnest(p_lines) with ordinality l(line, n)
       cross join lateral orchestrator._read_line(l.line, p_defaults) r where l.line ~ '[^[:space:]]')
-    select r.problem, r.type, r.priority, r.max_retries, r.run_at, r.meta, array_agg(r.n order by r.n) as lines,
+    select r.problem, r.type, r.priority, r.max_retries, r.run_at, r.expires_at, r.after, r.on_failure, r.meta, array_agg(r.n order by r.n) as lines,
            array_agg(r.payload order by r.n) as payloads,
            case when count(r.idempotency_key) > 0 then array_agg(r.idempotency_key order by r.n) end as keys,
            case when count(r.concurrency_key) > 0 then array_agg(r.concurrency_key order by r.n) end as turns
     from read r
     where not p_stop or r.n <= coalesce((select min(b.n) from read b where b.problem is not null), r.n)
-    group by r.problem, r.type, r.priority, r.max_retries, r.run_at, r.meta, case when r.problem is not null then r.n end
+    group by r.problem, r.type, r.priority, r.max_retries, r.run_at, r.expires_at, r.after, r.on_failure, r.meta, case when r.problem is not null then r.n end
     order by min(r.n)
   loop
     if g.problem is not null then
@@ -217,11 +257,12 @@ begin
     else
       return query
         select g.lines[m.ordinal]::int, m.id, m.created, null::text
-        from orchestrator.enqueue_many(g.type, g.payloads, g.priority, g.keys, g.max_retries, g.run_at, g.turns, g.meta) m;
+        from orchestrator.enqueue_many(g.type, g.payloads, g.priority, g.keys, g.max_retries, g.run_at, g.turns, g.expires_at,
+                                         g.after, g.on_failure, g.meta) m;
     end if;
   end loop;
 end $$;
 comment on function orchestrator.enqueue_lines is
-  'Enqueues lines of JSON {type, payload, priority, idempotency_key, max_retries, run_at, concurrency_key, meta}; p_defaults: for fields that a line leaves '
+  'Enqueues lines of JSON {type, payload, priority, idempotency_key, max_retries, run_at, concurrency_key, expires_at, after, on_failure, meta}; p_defaults: for fields that a line leaves '
   'out. Returns for each line but blank ones its number from 1 and its id and whether it was created, or the problem. p_stop: the '
   'first problem ends it, and nothing behind that line is enqueued.';

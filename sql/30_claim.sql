@@ -1,5 +1,5 @@
 -- Claiming. claim_tasks writes tasks, one row of claims and sometimes lanes; start_tasks writes tasks; promote_due writes tasks, and
--- schedules through 22_schedules.sql. Limits: 32_limits.sql.
+-- schedules through 22_schedules.sql, and waits through 45_after.sql. Limits: 32_limits.sql.
 -- Locks: claims (start_tasks) → tasks. Claims of tasks skip what others have locked, so no claim waits for another. A large
 -- claim also takes a place in line (an advisory lock), which it only tries.
 
@@ -223,10 +223,11 @@ begin
           -- materialized: a join might run LIMIT … SKIP LOCKED again, and claim more than the limit
           with pick as materialized (
             select t.ctid as tid, t.queued_at, case when v_weigh then orchestrator._most_bytes(t.payload) end as bytes from orchestrator.tasks t
-            where t.type = v_types[i] and t.priority = v_priorities[i] and t.queued_at >= v_from
+            where t.type = v_types[i] and t.priority = v_priorities[i] and t.queued_at >= v_from and (t.expires_at is null or t.expires_at > v_now)
             order by t.queued_at limit least(v_share, v_left) for no key update skip locked)
           update orchestrator.tasks t
-          set status = 'claimed', worker_id = p_worker_id, claim_id = v_claim_id, claimed_at = v_now, updated_at = v_now, queued_at = null
+          set status = 'claimed', worker_id = p_worker_id, claim_id = v_claim_id, claimed_at = v_now, updated_at = v_now, queued_at = null,
+              expires_at = null
           from pick p where t.ctid = p.tid and (not v_weigh or (select sum(q.bytes) <= v_most * count(*) from pick q))
           returning t.claim_id, t.id, t.type, t.payload, t.attempts, t.max_retries, t.priority, t.created_at,
                     date_part('epoch', v_now - p.queued_at), t.recoveries, t.meta;
@@ -281,9 +282,10 @@ comment on function orchestrator.start_tasks is
   'Marks claimed tasks as running, and counts the attempt. Returns how many: the claim no longer holds the rest.';
 
 create or replace function orchestrator.promote_due(
-  p_limit int default 1000, out promoted int, out next_in double precision, out fired int)
+  p_limit int default 1000, out promoted int, out next_in double precision, out fired int, out expired jsonb)
 language plpgsql as $$
 declare
+  v_blocked uuid[];
   v_now timestamptz := clock_timestamp();   -- itself it is volatile, so no index condition: all that is scheduled would be read
   v_fire_at timestamptz;
 begin
@@ -292,18 +294,25 @@ begin
     perform set_config('synchronous_commit', 'off', true);
   end if;
   with pick as materialized (
-    select t.ctid as tid from orchestrator.tasks t where t.next_retry_at <= v_now
+    select t.ctid as tid, t.id, t.blocked_until from orchestrator.tasks t where t.next_retry_at <= v_now
     order by t.next_retry_at limit p_limit for no key update skip locked),
   due as (
     update orchestrator.tasks t
     set status = 'pending', queued_at = clock_timestamp(), next_retry_at = null, updated_at = clock_timestamp()
-    where t.ctid = any (array(select tid from pick)) returning t.type),
+    where t.ctid = any (array(select tid from pick where blocked_until is null)) returning t.type),
   notified as (select orchestrator._notify_idle(d.type) from (select distinct type from due) d)
-  select count(*) into promoted from due, (select count(*) from notified) a;
+  select count(*), (select array_agg(p.id) from pick p where p.blocked_until is not null) into promoted, v_blocked
+  from due, (select count(*) from notified) a;
+  if v_blocked is not null then
+    perform orchestrator._parents_ended(array(select b from unnest(v_blocked) b where orchestrator._settle_child(b, null, true)), true);
+  end if;
+  expired := orchestrator._expire(v_now, p_limit);
   select extract(epoch from least(v_fire_at, (select t.next_retry_at from orchestrator.tasks t where t.next_retry_at is not null
-                                              order by t.next_retry_at limit 1)) - clock_timestamp()) into next_in;
+                                              order by t.next_retry_at limit 1),
+                                  (select e.at from orchestrator.expiries e order by e.at limit 1)) - clock_timestamp()) into next_in;
 end $$;
 comment on function orchestrator.promote_due is
-  'Makes delayed tasks and retries whose time has come ready, at the tail of their lanes, and fires schedules that are due. Every '
-  'worker calls it, about once a second, so neither needs a leader. Returns how many tasks it made ready (promoted) and '
-  'enqueued for schedules (fired), and the seconds until the next is due (next_in; null: none).';
+  'Makes delayed tasks and retries whose time has come ready, at the tail of their lanes, fires schedules that are due, cancels '
+  'tasks that have expired, and looks whether blocked tasks may go on. Every worker calls it, about once a second, so none of it needs '
+  'a leader. Returns how many delayed tasks it made ready (promoted), enqueued for schedules (fired) and cancelled by type (expired), '
+  'and the seconds until the next is due (next_in; null: none).';

@@ -178,7 +178,8 @@ language sql
 set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
   with pick as materialized (
     select t.ctid as tid, t.queued_at, case when l.max_per_key is not null then t.concurrency_key end as key from orchestrator.tasks t
-    where t.type = p_type and t.priority = p_priority and t.queued_at >= p_from order by t.queued_at limit p_n for no key update skip locked),
+    where t.type = p_type and t.priority = p_priority and t.queued_at >= p_from and (t.expires_at is null or t.expires_at > clock_timestamp())
+    order by t.queued_at limit p_n for no key update skip locked),
   keys as materialized (
     select k.key, l.max_per_key - orchestrator._in_flight(l.type, l.since, k.key) as room, (
              select t.parked_at from orchestrator.tasks t
@@ -231,7 +232,7 @@ begin
           insert into orchestrator.claims (id, worker_id, claimed_at, open_tasks, limit_name, key)
           select v_first_id + 1024 * row_number() over (), p_worker_id, p_now, count(*), p_name, k from unnest(v.keys) k group by k returning id, key)
         update orchestrator.tasks t
-        set status = 'claimed', worker_id = p_worker_id, claimed_at = p_now, updated_at = p_now, queued_at = null,
+        set status = 'claimed', worker_id = p_worker_id, claimed_at = p_now, updated_at = p_now, queued_at = null, expires_at = null,
             claim_id = (select m.id from made m where m.key is not distinct from u.key)
         from unnest(v.tids, v.keys, v.times) u(tid, key, at) where t.ctid = u.tid
         returning t.claim_id, t.id, t.type, t.payload, t.attempts, t.max_retries, t.priority, t.created_at,

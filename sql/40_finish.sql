@@ -1,8 +1,7 @@
 -- Ending an attempt: complete, fail, release, snooze. Each names its claim, the fence: a task that was recovered and claimed
 -- again has another claim, so a late outcome changes nothing, and is rejected. A task that was asked to cancel ends as
 -- cancelled, however its attempt ended. Writes claims, tasks, task_events, and lane_floors where a task is put back.
--- Lock order: claims (ascending id) → tasks → lane_floors.
-
+-- Lock order: claims (ascending id) → tasks → lane_floors → tasks that wait for what ended (45_after.sql).
 
 create or replace function orchestrator._default_policy(out max_retries int, out base_delay interval, out max_delay interval)
 language sql immutable parallel safe begin atomic
@@ -103,6 +102,7 @@ begin
     perform orchestrator._shrink_claim(p_claim_ids[i], v_done);
     v_from := v_to + 1;
   end loop;
+  perform orchestrator._parents_ended(p_ids);
 end $$;
 comment on function orchestrator.complete_tasks is
   'Completes tasks grouped by claim: p_ids holds p_counts[i] tasks of p_claim_ids[i], one claim after another; p_results, if '
@@ -184,6 +184,7 @@ begin
     perform orchestrator._shrink_claim(p_claim_ids[i], (outcome <> 'rejected')::int);
     return next;
   end loop;
+  perform orchestrator._parents_ended(p_ids);
 end $$;
 comment on function orchestrator.fail_tasks is
   'Records a failed attempt of each task, named by its claim: a retry after p_retry_afters[i] (null: the policy''s backoff), or a '
@@ -231,7 +232,7 @@ begin
   return v_n;
 end $$;
 
-create or replace function orchestrator.release_tasks(p_claim_id bigint, p_ids uuid[] default null) returns int
+create or replace function orchestrator._release_claim(p_claim_id bigint, p_ids uuid[]) returns int
 language plpgsql as $$
 declare
   v_ids uuid[] := p_ids;
@@ -245,18 +246,25 @@ begin
   v_n := orchestrator._lock_and_end_cancelled(p_claim_id, v_ids);
   return v_n + orchestrator._release(p_claim_id, v_ids, 'released', false);
 end $$;
+
+create or replace function orchestrator.release_tasks(p_claim_id bigint, p_ids uuid[] default null) returns int
+language plpgsql as $$
+declare
+  v_n int := orchestrator._release_claim(p_claim_id, p_ids);
+begin
+  perform orchestrator._claims_ended(array[p_claim_id]);
+  return v_n;
+end $$;
 comment on function orchestrator.release_tasks is
   'Gives tasks of a claim back (p_ids null: all), uncharged and at their old places. Returns how many left the claim.';
 
 create or replace function orchestrator.release_forgotten(p_worker_id text, p_known bigint[]) returns int
 language plpgsql as $$
 declare
-  v_id bigint;
-  v_n int := 0;
+  v_ids bigint[] := array(select c.id from orchestrator.claims c where c.worker_id = p_worker_id and c.id <> all (p_known) order by c.id);
+  v_n int := (select coalesce(sum(orchestrator._release_claim(c, null)), 0) from unnest(v_ids) c);
 begin
-  for v_id in select c.id from orchestrator.claims c where c.worker_id = p_worker_id and c.id <> all (p_known) order by c.id loop
-    v_n := v_n + orchestrator.release_tasks(v_id);
-  end loop;
+  perform orchestrator._claims_ended(v_ids);
   return v_n;
 end $$;
 comment on function orchestrator.release_forgotten is
@@ -270,7 +278,10 @@ begin
   end if;
   perform from orchestrator.claims c where c.id = p_claim_id for no key update;
   if not found then return 'rejected'; end if;
-  if orchestrator._lock_and_end_cancelled(p_claim_id, array[p_id]) > 0 then return 'cancelled'; end if;
+  if orchestrator._lock_and_end_cancelled(p_claim_id, array[p_id]) > 0 then
+    perform orchestrator._parents_ended(array[p_id]);
+    return 'cancelled';
+  end if;
   return case orchestrator._release(p_claim_id, array[p_id], 'snoozed', false, p_delay) when 0 then 'rejected' else 'snoozed' end;
 end $$;
 comment on function orchestrator.snooze_task is

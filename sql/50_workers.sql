@@ -1,6 +1,6 @@
 -- Workers: registration, heartbeat, the idle mark, and recovery of what dead workers held. Writes workers, task_types, claims,
 -- tasks, task_events, lane_floors. Lock order: the leader's row → the dead worker's row → its claims (ascending id) → tasks →
--- lane_floors. The heartbeat touches workers alone: no other lock makes a worker seem dead.
+-- lane_floors → tasks that wait for what ended. The heartbeat touches workers alone: no other lock makes a worker seem dead.
 
 create or replace function orchestrator.register_worker(
   p_id text, p_hostname text, p_pool_size int, p_version text, p_handlers jsonb default '{}') returns void
@@ -156,6 +156,7 @@ declare
   c record;
   r record;
   v_dead text[] := array[]::text[];
+  v_claims bigint[];
 begin
   if not orchestrator._leads(p_worker_id, p_term) then return; end if;
   released := 0; retried := 0; cancelled := 0; failed := 0;
@@ -163,6 +164,7 @@ begin
     select cl.id, cl.worker_id from orchestrator.claims cl left join orchestrator.workers w on w.id = cl.worker_id
     where w.id is null or w.declared_dead_at is not null order by cl.id limit p_limit
   loop
+    v_claims := v_claims || c.id;
     for r in select * from orchestrator._recover_claim(c.id, format('worker %s died', c.worker_id), p_limit) loop
       released := released + r.released; retried := retried + r.retried; cancelled := cancelled + r.cancelled; failed := failed + r.failed;
       v_dead := v_dead || r.dead;
@@ -170,6 +172,7 @@ begin
     end loop;
     exit when p_limit <= 0;
   end loop;
+  perform orchestrator._claims_ended(v_claims);
   dead_letters := (select coalesce(jsonb_object_agg(d.type, d.n), '{}') from (select u.type, count(*) as n from unnest(v_dead) u(type) group by 1) d);
   delete from orchestrator.workers w where w.declared_dead_at is not null
     and not exists (select from orchestrator.claims cl where cl.worker_id = w.id);

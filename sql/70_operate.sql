@@ -1,26 +1,17 @@
--- What an operator does: cancel, retry, pause. Writes tasks, task_events, task_types, sometimes lanes. Locks task rows and no
--- claim: asking a task to stop doesn't take it off its claim; the outcome does.
+-- What an operator does: cancel, retry, pause. Writes tasks, task_events, task_types, sometimes lanes. Locks task rows (then those that
+-- wait for them) and no claim: asking a task to stop doesn't take it off its claim; the outcome does.
 
 create or replace function orchestrator.cancel_task(p_id uuid) returns text
 language plpgsql as $$
 declare
   t record;   -- not the whole row: an operator has no right on payloads
 begin
-  select x.status, x.worker_id, x.cancel_requested_at, x.type, x.priority, x.queued_at, x.concurrency_key into t
+  select x.status, x.worker_id, x.cancel_requested_at into t
   from orchestrator.tasks x where x.id = p_id for no key update;
   if not found then return 'not_found'; end if;
   if t.status in ('pending', 'retry_scheduled') then
-    update orchestrator.tasks x
-    set status = 'cancelled', completed_at = clock_timestamp(), updated_at = clock_timestamp(), queued_at = null, next_retry_at = null,
-        parked_at = null, parked_by = null
-    where x.id = p_id;
-    perform orchestrator._add_event(p_id, 'cancelled', null, null, null);
-    if t.queued_at is not null and t.concurrency_key is not null then
-      perform orchestrator._give_way(t.type, t.concurrency_key);
-    end if;
-    if t.queued_at is not null and random() < 0.002 then   -- as a claim does
-      perform orchestrator._note_lane(t.type, t.priority);
-    end if;
+    perform orchestrator._cancel_waiting(p_id, 'cancelled', null);
+    perform orchestrator._parents_ended(array[p_id]);
     return 'cancelled';
   elsif t.status in ('claimed', 'running') then
     if t.cancel_requested_at is null then
@@ -34,7 +25,7 @@ begin
 end $$;
 comment on function orchestrator.cancel_task is
   'Cancels a waiting task at once (returns cancelled); asks one in flight to stop (cancelling): it ends as cancelled when its '
-  'handler does. Else returns the status of what has ended, or not_found.';
+  'handler does; with it goes what waits for it. Else returns the status of what has ended, or not_found.';
 
 create or replace function orchestrator.retry_task(p_id uuid) returns text
 language plpgsql as $$

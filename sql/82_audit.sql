@@ -8,10 +8,8 @@ language sql immutable parallel safe as $$
     when t.max_retries not between 0 and 1000 then 'max_retries is 0 to 1000'
     when t.status = 'failed' then 'failed is never at rest'
     when t.queued_at is not null and t.status <> 'pending' then 'only pending is queued'
-    when t.status = 'pending' and (num_nonnulls(t.queued_at, t.next_retry_at, t.parked_at) > 1
-                                   or coalesce(t.queued_at, t.next_retry_at, t.parked_at, t.blocked_until) is null)
-      then 'pending is either queued, scheduled, parked or blocked'
-    when t.blocked_until is not null and (t.status <> 'pending' or num_nonnulls(t.queued_at, t.parked_at) > 0) then 'blocked is neither queued nor parked'
+    when t.status = 'pending' and num_nonnulls(t.queued_at, t.next_retry_at, t.parked_at) <> 1 then 'pending is either queued, scheduled or parked'
+    when t.blocked_until is not null and (t.status <> 'pending' or t.next_retry_at is null) then 'blocked is pending, and looked at some day'
     when num_nulls(t.parked_at, t.parked_by) = 1 or (t.parked_at is not null and (t.status <> 'pending' or t.concurrency_key is null))
       then 'parked is pending, with a key and a limit'
     when t.expires_at is not null and t.status <> 'pending' then 'only the waiting expire'
@@ -96,6 +94,18 @@ language sql stable as $$
   select 'an idempotency key is unique in its type', d.id, null, format('the key of task %s', d.first)
   from (select t.id, first_value(t.id) over (partition by t.type, t.idempotency_key order by t.id) as first
         from orchestrator.tasks t where t.idempotency_key is not null) d where d.id <> d.first
+  union all
+  select w.problem, w.child, null, format('parent %s', w.parent)
+  from (select w.*, case when t.blocked_until is null then 'who waits for a task is blocked'
+                    when p.completed_at < t.updated_at - interval '1 minute' then 'what has ended is waited for no longer' end as problem
+        from orchestrator.task_waits w left join orchestrator.tasks t on t.id = w.child left join orchestrator.tasks p on p.id = w.parent) w
+  where w.problem is not null
+  union all
+  select v.problem, t.id, null, null
+  from orchestrator.tasks t cross join lateral (values
+    (t.blocked_until is not null and not exists (select from orchestrator.task_waits w where w.child = t.id), 'blocked is who waits for a task'),
+    (t.expires_at is not null and not exists (select from orchestrator.expiries e where e.task_id = t.id), 'what expires is looked at then')) v(broken, problem)
+  where v.broken
   union all
   select 'an event belongs to a task', e.task_id, null, format('%s events of a task that is gone', count(*))
   from orchestrator.task_events e where not exists (select from orchestrator.tasks t where t.id = e.task_id) group by 2

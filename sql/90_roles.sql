@@ -58,10 +58,12 @@ begin
   from pg_attribute a where a.attrelid = 'orchestrator.tasks'::regclass and a.attnum > 0 and not a.attisdropped;
 
   -- enqueue
-  grant insert (id, type, payload, priority, idempotency_key, max_retries, queued_at, next_retry_at, concurrency_key, meta),
-        select (id, type, idempotency_key)
+  grant insert (id, type, payload, priority, idempotency_key, max_retries, queued_at, next_retry_at, concurrency_key, expires_at, after, blocked_until, meta),
+        select (id, type, idempotency_key, status)
     on orchestrator.tasks to orchestrator_producer, orchestrator_worker, orchestrator_operator;
   grant select (idle, handles) on orchestrator.workers to orchestrator_producer;
+  grant insert on orchestrator.task_waits, orchestrator.expiries to orchestrator_producer, orchestrator_operator;
+  grant select, delete on orchestrator.task_waits to orchestrator_operator;
 
   -- look, and run a worker: any worker may become the leader, and then recovers, prunes and counts
   execute format('grant select (%s) on orchestrator.tasks to %s', v_shown, v_look);
