@@ -5,8 +5,8 @@ import asyncio
 import json
 import signal
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,13 @@ import psycopg
 import pytest
 
 from apps import claimed, events, make_app, registered, running, story, wait_for, worker_of
-from orchestrator import ClaimLost, Discard, Orchestrator, Snooze, Task
+from orchestrator import ClaimLost, Discard, Task
 from postgres import eventually, wait_for_lock
 from steps import (
     audit,
-    background,
     backend,
+    background,
     cancel,
-    claim,
     claim_one,
     column,
     complete,
@@ -33,7 +32,6 @@ from steps import (
     register,
     retry,
     row,
-    rows,
     rung,
     snooze,
     start,
@@ -192,11 +190,11 @@ def test_a_signal_and_a_snooze_at_the_same_moment_lose_no_wake_up(
         conn: Connection, connect: Callable[..., Connection], held: tuple[int, str]) -> None:
     claim_id, id = held
     awaited(conn, claim_id, id)
-    for first, second in ((send, snooze), (snooze, send)):
+    for first in ("signal", "snooze"):
         one, two = connect(autocommit=False), connect()
-        call = {send: lambda on: send(on, id, "go"), snooze: lambda on: snooze(on, claim_id, id)}
-        call[first](one)
-        later = background(lambda: call[second](two))   # noqa: B023
+        assert (send(one, id) if first == "signal" else snooze(one, claim_id, id)) in ("delivered", "snoozed")
+        late = (lambda on, claim_id: snooze(on, claim_id, id)) if first == "signal" else (lambda on, claim_id: send(on, id))
+        later = background(partial(late, two, claim_id))
         wait_for_lock(conn, backend(two))
         one.commit()
         assert later.result(10) in ("delivered", "snoozed")
@@ -284,8 +282,9 @@ def test_steps_go_with_their_task(conn: Connection) -> None:
         fail(conn, claim_id, id, permanent=True) if id == dead else complete(conn, claim_id, id)
     conn.execute("update orchestrator.tasks set completed_at = completed_at - interval '1 day', dead_at = dead_at - interval '1 day' "
                  "where id <> %s", [young])
-    conn.execute("update orchestrator.task_steps set task_id = orchestrator._uuid_at(now() - interval '2 days') where task_id = %s", [old])
-    conn.execute("update orchestrator.tasks set id = orchestrator._uuid_at(now() - interval '2 days') where id = %s", [old])
+    of_old = value(conn, "select orchestrator._uuid_at(now() - interval '2 days')")
+    conn.execute("update orchestrator.task_steps set task_id = %s where task_id = %s", [of_old, old])
+    conn.execute("update orchestrator.tasks set id = %s where id = %s", [of_old, old])
     assert row(conn, "select completed, dead_letters from orchestrator.prune('leader', %s, '1 hour', '1 hour')", term) == {
         "completed": 1, "dead_letters": 1}
     assert column(conn, "select task_id::text from orchestrator.task_steps") == [young]
@@ -311,3 +310,389 @@ def test_show_lists_steps_without_their_secrets_and_explain_says_what_is_waited_
     assert shown["explanation"].endswith(f": select orchestrator.signal_task('{id}', 'it''s')")
     conn.execute("update orchestrator.task_steps set until = 'infinity' where until is not null")
     assert value(conn, "select orchestrator.explain_task(%s)", id).startswith("snoozed until the signal it's: select")
+
+
+# ------------------------------------------------------------------------------------------------------ task.step() in Python
+class Trouble:
+    """A handler of three steps, each noted in `done`, that fails on purpose after those that are named."""
+
+    def __init__(self, *fail_after: str) -> None:
+        self.fail_after, self.done = list(fail_after), []   # type: ignore[var-annotated]
+
+    def note(self, name: str) -> dict[str, Any]:
+        self.done.append(name)
+        return {"step": name, "run": len(self.done)}
+
+    def __call__(self, task: Task) -> Any:
+        results = []
+        for name in ("a", "b", "c"):
+            results.append(task.step(name, lambda: self.note(name)))   # noqa: B023
+            if name in self.fail_after:
+                self.fail_after.remove(name)
+                raise RuntimeError(f"fails after {name}")
+        return results
+
+
+def test_a_later_attempt_goes_on_after_the_last_step(installed: str, conn: Connection) -> None:
+    handler = Trouble("a", "b", "c")
+    with running(installed, {"t": handler}) as app:
+        id = app.enqueue("t", max_retries=5)
+        conn.execute("update orchestrator.task_types set base_delay = '0', max_delay = '0'")
+        done = wait_for(app, id)
+    assert handler.done == ["a", "b", "c"] and done["attempts"] == 4
+    assert done["result"] == [{"step": "a", "run": 1}, {"step": "b", "run": 2}, {"step": "c", "run": 3}]
+    assert known(conn, id) == {name: result for name, result in zip("abc", done["result"], strict=True)}
+
+
+def test_a_program_that_does_no_step_opens_no_connection_for_them(installed: str, conn: Connection) -> None:
+    handlers: dict[str, Any] = {"plain": lambda task: None, "stepped": lambda task: task.step("a", lambda: 1)}
+    with running(installed, handlers) as app:
+        wait_for(app, app.enqueue("plain"))
+        assert worker_of(app).steps.connection is None
+        for _ in range(3):
+            wait_for(app, app.enqueue("stepped"))
+        assert worker_of(app).steps.connection is not None
+        link = worker_of(app).steps
+    assert link.connection is None
+
+
+def test_a_step_returns_what_json_makes_of_its_result_at_once(installed: str) -> None:
+    seen: list[Any] = []
+    app = make_app(installed, {"t": lambda task: seen.append(task.step("a", lambda: {1: (2, {3})}))}, json_default=None)
+    with running(installed, app):
+        wait_for(app, app.enqueue("t"))
+    assert seen == [{"1": [2, [3]]}]
+
+
+@pytest.mark.parametrize(("name", "result", "words"), [
+    ("", 1, "name: must be 1 to 255 bytes"), ("a\0", 1, "name: must be text"), ("a", "x" * 262_144, "over 262144 bytes of JSON"),
+    ("a", [1] * 131_000, "result: is over 256 KiB"), ("a", object(), "result: not JSON")])
+def test_a_step_that_cannot_be_kept_fails_its_attempt(installed: str, name: str, result: Any, words: str) -> None:
+    with running(installed, {"t": lambda task: task.step(name, lambda: result)}) as app:
+        failed = wait_for(app, app.enqueue("t", max_retries=0))
+    assert failed["status"] == "dead_letter" and failed["last_error"].startswith(f"ValueError: {words}")
+
+
+def test_a_lost_claim_is_noticed_at_the_step(installed: str, conn: Connection) -> None:
+    with registered(installed) as worker:
+        id = enqueue(conn, "a")
+        [task] = claimed(worker, 1)
+        assert task.step("before", lambda: 1) == 1
+        term = lead(conn)
+        declare_dead(conn, worker.id)
+        recover(conn, term)
+        ran: list[int] = []
+        with pytest.raises(ClaimLost, match=f"task {id} is no longer held"):
+            task.step("after", lambda: ran.append(1))
+        with pytest.raises(ClaimLost):
+            task.signal("go")
+        assert ran == [1] and known(conn, id) == {"before": 1}
+        worker.steps.close()
+
+
+def test_a_step_waits_for_a_database_that_is_away_and_runs_once(installed: str, conn: Connection) -> None:
+    ran: list[int] = []
+
+    def handler(task: Task) -> None:
+        def cut_off() -> int:
+            ran.append(1)
+            conn.execute("select pg_terminate_backend(%s)", [worker_of(app).steps.open().info.backend_pid])
+            return len(ran)
+        assert task.step("a", cut_off) == 1
+    app = make_app(installed, {"t": handler})
+    with running(installed, app):
+        assert wait_for(app, app.enqueue("t"))["attempts"] == 1
+    assert ran == [1]
+
+
+def test_a_step_of_a_task_that_is_to_stop_does_not_wait_for_the_database(installed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with registered(installed) as worker:
+        app = make_app(installed)
+        app.enqueue("a")
+        [task] = claimed(worker, 1)
+        task.cancel("timeout")
+
+        def away(*_: Any) -> None:
+            raise psycopg.OperationalError("away")
+        monkeypatch.setattr(worker.steps, "call", away)
+        with pytest.raises(psycopg.OperationalError, match="away"):
+            task.step("a", lambda: 1)
+        app.close()
+
+
+# ------------------------------------------------------------------------------------------------------------- transactions
+@pytest.fixture
+def ledger(conn: Connection) -> Connection:
+    conn.execute("create table public.ledger (n int)")
+    return conn
+
+
+def in_ledger(conn: Connection) -> list[int]:
+    return column(conn, "select n from public.ledger order by n")
+
+
+def write(connection: Connection) -> int:
+    connection.execute("insert into public.ledger select count(*) + 1 from public.ledger")
+    return 7
+
+
+def test_a_step_in_a_transaction_of_its_own_writes_once_however_often_the_handler_runs(installed: str, ledger: Connection) -> None:
+    left = ["no", "no"]
+
+    def handler(task: Task) -> Any:
+        found = task.step("charge", write, transaction=True)
+        if left:
+            raise RuntimeError(left.pop())
+        return found
+    with running(installed, {"t": handler}) as app:
+        id = app.enqueue("t")
+        ledger.execute("update orchestrator.task_types set base_delay = '0', max_delay = '0'")
+        assert wait_for(app, id)["result"] == 7
+    assert in_ledger(ledger) == [1] and known(ledger, id) == {"charge": 7}
+
+
+@pytest.mark.parametrize("trouble", ["raises", "claim lost"])
+def test_a_step_in_a_transaction_that_fails_leaves_neither_write_nor_record(installed: str, ledger: Connection, trouble: str) -> None:
+    with registered(installed) as worker:
+        id = enqueue(ledger, "a")
+        [task] = claimed(worker, 1)
+
+        def charge(connection: Connection) -> int:
+            write(connection)
+            if trouble == "raises":
+                raise RuntimeError("no")
+            term = lead(ledger)
+            declare_dead(ledger, worker.id)
+            recover(ledger, term)
+            return 1
+        with pytest.raises(RuntimeError if trouble == "raises" else ClaimLost):
+            task.step("charge", charge, transaction=True)
+        assert in_ledger(ledger) == [] and known(ledger, id) == {}
+        if trouble == "raises":
+            assert task.step("charge", write, transaction=True) == 7 and in_ledger(ledger) == [1]
+        worker.steps.close()
+
+
+def test_steps_inside_task_transaction_commit_with_the_completion(installed: str, ledger: Connection) -> None:
+    def handler(task: Task) -> None:
+        with task.transaction() as connection:
+            assert task.step("a", lambda: write(connection)) == 7 == task.step("a", lambda: write(connection))
+            assert known(ledger, task.id) == {}
+            with pytest.raises(RuntimeError, match="open already"):
+                task.step("b", write, transaction=True)
+            task.complete("done")
+    with running(installed, {"t": handler}) as app:
+        done = wait_for(app, app.enqueue("t"))
+    assert done["result"] == "done" and in_ledger(ledger) == [1] and known(ledger, done["id"]) == {"a": 7}
+
+
+def test_a_step_inside_a_transaction_that_is_rolled_back_is_forgotten(installed: str, ledger: Connection) -> None:
+    with registered(installed) as worker:
+        id = enqueue(ledger, "a")
+        [task] = claimed(worker, 1)
+        with pytest.raises(RuntimeError), task.transaction() as connection:
+            task.step("a", lambda: write(connection))
+            raise RuntimeError
+        with task.transaction() as connection:
+            task.step("a", lambda: write(connection))
+        assert in_ledger(ledger) == [1] and known(ledger, id) == {"a": 7}
+        worker.steps.close()
+
+
+# ------------------------------------------------------------------------------------------------------ task.signal() in Python
+def approval(task: Task) -> Any:
+    charge = task.step("charge", lambda: 1)
+    answer = task.signal("approved", timeout=task.payload.get("timeout"))
+    if answer is None:
+        raise Discard("nobody approved it")
+    return [charge, answer]
+
+
+def test_a_handler_that_waits_for_a_signal_holds_no_place_and_goes_on_when_it_comes(installed: str, conn: Connection) -> None:
+    with running(installed, {"t": approval, "quick": lambda task: None}, worker_pool_size=1) as app:
+        id = app.enqueue("t")
+        eventually(lambda: events(story(app, id)) == ["snoozed"])
+        wait_for(app, app.enqueue("quick"))
+        assert conn.execute("select attempts, status from orchestrator.tasks where id = %s", [id]).fetchone() == (0, "pending")
+        assert app.signal(id, "approved", {"by": "Ada"}) == "delivered"
+        done = wait_for(app, id)
+        assert app.signal(id, "approved") == "completed"
+    assert done["result"] == [1, {"by": "Ada"}] and done["attempts"] == 1
+
+
+def test_a_signal_before_the_wait_needs_no_snooze(installed: str, conn: Connection) -> None:
+    app = make_app(installed, {"t": approval})
+    id = app.enqueue("t")
+    assert app.signal(id, "approved") == "delivered" and app.signal(id, "approved", 2) == "known"
+    with running(installed, app):
+        done = wait_for(app, id)
+    assert done["result"] == [1, {}] and events(done) == ["signalled"]
+
+
+def test_a_wait_that_nobody_answers_ends_after_its_timeout(installed: str) -> None:
+    with running(installed, {"t": approval}) as app:
+        done = wait_for(app, app.enqueue("t", {"timeout": "300ms"}))
+        assert app.signal(done["id"], "approved") == "dead_letter"
+    assert done["last_error"] == "nobody approved it" and done["attempts"] == 1 and events(done)[0] == "snoozed"
+
+
+@pytest.mark.parametrize(("name", "timeout"), [("", None), ("a", -1), ("a", "soon"), (None, None)])
+def test_signal_refuses_bad_names_and_times(installed: str, conn: Connection, name: Any, timeout: Any) -> None:
+    with registered(installed) as worker:
+        enqueue(conn, "a")
+        [task] = claimed(worker, 1)
+        with pytest.raises(ValueError, match=r"^(name|timeout): "):
+            task.signal(name, timeout) if name is not None else task.signal("\0")
+        assert column(conn, "select name from orchestrator.task_steps") == []
+        worker.steps.close()
+
+
+def test_signal_from_a_program_refuses_what_cannot_be(installed: str) -> None:
+    app = make_app(installed)
+    id = app.enqueue("t")
+    for name, data, words in (("", 1, "name: must be"), ("a", {"a": float("nan")}, "value: not JSON"),
+                              ("a", "x" * 262_143, "value: is over")):
+        with pytest.raises(ValueError, match=f"^{words}"):
+            app.signal(id, name, data)
+    with pytest.raises(ValueError, match="id"):
+        app.signal("no id", "a")
+    app.close()
+
+
+def test_retry_of_a_program_keeps_steps_or_forgets_them(installed: str, conn: Connection) -> None:
+    app = make_app(installed)
+    register(conn)
+    for fresh in (False, True):
+        id = app.enqueue("t")
+        claim_id, _ = claim_one(conn)
+        record(conn, claim_id, id, "a", 1)
+        fail(conn, claim_id, id, permanent=True)
+        assert app.retry(id, fresh=fresh) == "pending" and known(conn, id) == ({} if fresh else {"a": 1})
+        complete(conn, claim_one(conn)[0], id)
+    app.close()
+
+
+# ------------------------------------------------------------------------------------------------------------------ async def
+def test_async_handlers_await_steps_and_signals(installed: str, conn: Connection) -> None:
+    done: list[str] = []
+
+    async def pay() -> int:
+        await asyncio.sleep(0)
+        done.append("pay")
+        return 7
+
+    async def handler(task: Task) -> Any:
+        charge = await task.step_async("charge", pay)
+        answer = await task.signal_async("approved")
+        sent = await task.step_async("ship", lambda: done.append("ship"))
+        return [charge, answer, sent]
+    with running(installed, {"t": handler}) as app:
+        id = app.enqueue("t")
+        eventually(lambda: events(story(app, id)) == ["snoozed"])
+        app.signal(id, "approved", "yes")
+        assert wait_for(app, id)["result"] == [7, "yes", None]
+    assert done == ["pay", "ship"] and known(conn, id) == {"charge": 7, "approved": "yes", "ship": None}
+
+
+def test_the_event_loop_goes_on_while_a_step_waits_for_the_database(
+        installed: str, conn: Connection, connect: Callable[..., Connection]) -> None:
+    locked, ticked, free = threading.Event(), threading.Event(), threading.Event()
+
+    async def slow(task: Task) -> Any:
+        await task.step_async("read", lambda: 1)
+        locked.set()
+        while not free.is_set():
+            await asyncio.sleep(0.005)
+        return await task.step_async("a", lambda: 2)
+
+    async def ticking(task: Task) -> None:
+        ticked.set()
+    with running(installed, {"slow": slow, "ticking": ticking}) as app:
+        id = app.enqueue("slow")
+        assert locked.wait(15)
+        holder = connect(autocommit=False)
+        holder.execute("select from orchestrator.tasks where id = %s for update", [id])
+        free.set()
+        wait_for_lock(conn, worker_of(app).steps.open().info.backend_pid)
+        app.enqueue("ticking")
+        assert ticked.wait(15)
+        holder.rollback()
+        assert wait_for(app, id)["result"] == 2
+
+
+# ------------------------------------------------------------------------------------------------------------------- commands
+def test_the_command_signal_says_what_became_of_it(installed: str, cli: Callable[..., Answer], conn: Connection,  # noqa: F811
+                                                   held: tuple[int, str]) -> None:
+    claim_id, id = held
+    awaited(conn, claim_id, id)
+    assert (cli("signal", id, "go", '{"n": 1}').out, cli("signal", id, "go").code) == ("delivered\n", 1)
+    assert known(conn, id) == {"go": {"n": 1}}
+    assert json.loads(cli("--json", "signal", id, "go").out) == {"id": id, "status": "known"}
+    bad = cli("signal", id, "go", "{")
+    assert bad.code == 2 and "value: is not JSON" in bad.err
+
+
+def test_the_command_show_lists_steps(installed: str, cli: Callable[..., Answer], conn: Connection,   # noqa: F811
+                                      held: tuple[int, str]) -> None:
+    claim_id, id = held
+    record(conn, claim_id, id, "charge", {"id": 7})
+    awaited(conn, claim_id, id, "approved")
+    shown = cli("show", id).out
+    assert '\n  step charge          {"id": 7}\n' in shown and "\n  step approved        waits for the signal\n" in shown
+
+
+# --------------------------------------------------------------------------------------------------------------------- crashes
+CRASHING = """
+import os, signal
+from pathlib import Path
+from orchestrator import Handler
+
+def crash_at(task, point):
+    # once: what was noted on the disk outlives the process
+    with open(task.payload["log"], "a") as log:
+        log.write(f"{point}\\n")
+    if task.payload["crash"] == point and Path(task.payload["log"]).read_text().split().count(point) == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def fulfil(task):
+    results = []
+    for name in "abc":
+        crash_at(task, f"before-{name}")
+        def step(connection=None):
+            crash_at(task, f"in-{name}")
+            if connection is not None:
+                connection.execute("insert into public.ledger values (1)")
+                crash_at(task, f"written-{name}")
+            return task.attempt
+        results.append(task.step(name, step, transaction=name == "b"))
+    crash_at(task, "end")
+    return results
+
+HANDLERS = {"t": Handler(fulfil, base_delay=0)}
+"""
+
+
+def test_a_worker_killed_at_any_point_of_three_steps_repeats_no_step_that_was_recorded(
+        installed: str, ledger: Connection, worker_process: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "handlers.py").write_text(CRASHING)
+    settings = {"WORKER_POOL_SIZE": 2, "CLAIM_INTERVAL": "100ms"}
+    #                       what ran in which attempt, and so what the steps returned
+    points = {"before-a": [2, 2, 2], "in-a": [2, 2, 2], "before-b": [1, 2, 2], "in-b": [1, 2, 2], "written-b": [1, 2, 2],
+              "before-c": [1, 1, 2], "in-c": [1, 1, 2], "end": [1, 1, 1]}
+    worker = worker_process(installed, **settings)
+    for n, (point, results) in enumerate(points.items(), 1):
+        log = tmp_path / point
+        # marked first, as a task that came back is: else a crash so early charges it no attempt
+        with ledger.transaction():
+            id = enqueue(ledger, payload={"log": str(log), "crash": point})
+            ledger.execute("update orchestrator.tasks set recoveries = 1 where id = %s", [id])
+        assert worker.process.wait(20) == -signal.SIGKILL
+        worker = worker_process(installed, **settings)
+        eventually(lambda: value(ledger, "select status from orchestrator.tasks where id = %s", id) == "completed")   # noqa: B023
+        assert value(ledger, "select result from orchestrator.tasks where id = %s", id) == results
+        ran = [line for line in log.read_text().split() if line.startswith("in-")]
+        repeated = [point] if point.startswith("in-") else ["in-b"] if point == "written-b" else []
+        assert sorted(ran) == sorted(["in-a", "in-b", "in-c", *repeated])
+        assert known(ledger, id) == dict(zip("abc", results, strict=True))
+        assert len(in_ledger(ledger)) == n
+    assert worker.stop() == 0 and audit(ledger) == []
