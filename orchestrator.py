@@ -71,12 +71,12 @@ import time
 import traceback
 import types
 import weakref
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from datetime import date, datetime, timedelta
 from datetime import time as time_of_day
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NoReturn, TypeVar, overload
+from typing import Any, ClassVar, Concatenate, Literal, NoReturn, ParamSpec, TypeVar, overload
 from urllib.parse import parse_qsl, quote, urlsplit
 from uuid import UUID
 
@@ -88,7 +88,7 @@ from psycopg.conninfo import conninfo_to_dict
 from psycopg.types.string import TextLoader
 
 __all__ = ["Cancelled", "ClaimLost", "Config", "ConfigError", "Discard", "EnqueuedId", "Handler", "Limit",
-           "Orchestrator", "Retry", "Schedule", "Snooze", "Task"]
+           "Orchestrator", "Retry", "Schedule", "Snooze", "Task", "TaskFailed"]
 
 VERSION = "0.1.0"
 SCHEMA_VERSION = 1
@@ -154,6 +154,17 @@ class Snooze(Exception):
 
 class Cancelled(Exception):
     """Raised by a handler that stopped because it was asked to; task.cancel_reason decides what follows."""
+
+
+class TaskFailed(Exception):
+    """Raised by wait(): the task did not complete. status: dead_letter, cancelled or not_found."""
+
+    def __init__(self, status: str, error: str | None, id: str) -> None:
+        super().__init__(status, error, id)
+        self.status, self.error, self.id = status, error, id
+
+    def __str__(self) -> str:
+        return f"task {self.id}: {self.status}" + (f": {self.error}" if self.error else "")
 
 
 # A number of seconds, a timedelta, or text such as "10m".
@@ -2701,8 +2712,21 @@ def _new_worker_id() -> str:
 
 # =============================================================================================== orchestrator
 Function = TypeVar("Function", bound=Callable[[Task], Any])
+Wrapper = TypeVar("Wrapper", bound=Middleware)
+Hook = TypeVar("Hook", bound=DeadLetterHook)
 Result = TypeVar("Result")
+Parameters = ParamSpec("Parameters")
 LINKS = 4   # connections of a program that enqueues from many threads
+ENDED = ("completed", "dead_letter", "cancelled", "not_found")
+
+
+def _in_thread(method: Callable[Concatenate[Any, Parameters], Result]
+               ) -> Callable[Concatenate[Any, Parameters], Coroutine[Any, Any, Result]]:
+    """The method for programs on an event loop, which goes on meanwhile."""
+    @functools.wraps(method)
+    async def call(self: Any, /, *args: Parameters.args, **options: Parameters.kwargs) -> Result:
+        return await asyncio.to_thread(method, self, *args, **options)
+    return call
 
 
 class EnqueuedId(str):
@@ -2778,9 +2802,26 @@ class Client:
         except ValueError as error:
             raise ValueError(re.sub(r"^(payload|\w+_key)s\[1\]", r"\1", str(error))) from None
 
-    async def enqueue_async(self, type: str, payload: Any = None, **options: Any) -> EnqueuedId:
-        """enqueue() in a thread, so that the event loop goes on meanwhile."""
-        return await asyncio.to_thread(self.enqueue, type, payload, **options)
+    enqueue_async = _in_thread(enqueue)
+
+    def replace(self, type: str, key: str | UUID, payload: Any = None, *,
+                mode: Literal["replace", "append", "keep"] = "replace", run_at: datetime | None = None,
+                delay: Seconds | None = None, max_wait: Seconds | None = None, priority: int | None = None,
+                concurrency_key: str | None = None, meta: Mapping[str, Any] | None = None,
+                connection: psycopg.Connection[Any] | None = None) -> EnqueuedId:
+        """Enqueue a task under a key, or change the one that waits under it and has never started.
+
+        mode: "replace" takes the new payload, "append" joins arrays and merges objects, "keep" changes
+        nothing. A task that has started or ended passes its key on to a new one ("keep": only if it has
+        ended). max_wait: how long after the first call at most. Raises ValueError, which names the field.
+        """
+        [(task_id, action)] = self._call(
+            connection, "replace_task", check_text("type", type), _key("key", key),
+            to_json("payload", {} if payload is None else payload, self.router.encode),
+            _run_at(run_at, delay), mode, None if priority is None else check_priority(priority),
+            None if max_wait is None else _interval(check_seconds("max_wait", max_wait)),
+            None if concurrency_key is None else _key("concurrency_key", concurrency_key), self._meta(meta))
+        return EnqueuedId.of(task_id, action == "enqueued")
 
     def enqueue_many(self, type: str, payloads: Iterable[Any], *, priority: int = 0,
                      idempotency_keys: Iterable[str | UUID | None] | None = None,
@@ -2912,7 +2953,64 @@ class Client:
             return call_in(connection, function, *args)
 
 
-class Orchestrator(Client):
+class Operator(Client):
+    """What a program waits for tasks with, looks at them, and acts on many."""
+
+    def wait(self, task_id: str | UUID, timeout: Seconds = 30) -> Any:
+        """What the task's handler returned, once it has completed. Raises TaskFailed, or TimeoutError.
+
+        Asks the database every half second or sooner. Not for handlers: each holds a place that the task
+        may need.
+        """
+        return self.wait_all([task_id], timeout)[0]
+
+    wait_async = _in_thread(wait)
+
+    def wait_all(self, task_ids: Iterable[str | UUID], timeout: Seconds = 30) -> list[Any]:
+        """The results of tasks, in order, once all have ended. Raises as wait(), for the first that failed."""
+        rows = self._wait(task_ids, timeout)
+        for task_id, status, _, error in rows:
+            if status != "completed":
+                raise TaskFailed(status, error, task_id)
+        return [json.loads(result or "null") for _, _, result, _ in rows]
+
+    def _wait(self, task_ids: Iterable[str | UUID], timeout: Seconds) -> list[Row]:
+        """(id, status, result, error) of tasks that have ended. Raises TimeoutError."""
+        ids = [check_id(task_id) for task_id in task_ids]
+        until, pause = clock() + check_seconds("timeout", timeout), 0.01
+        ended: dict[str, Row] = {}
+        waiting = ids
+        while True:
+            rows = self.call("wait_tasks", array(waiting), "0")
+            ended.update((row[0], row) for row in rows if row[1] in ENDED)
+            waiting = [task_id for task_id in ids if task_id not in ended]
+            if not waiting:
+                return [ended[task_id] for task_id in ids]
+            left = until - clock()
+            if left <= 0:
+                raise TimeoutError(f"task {waiting[0]} has not ended")
+            time.sleep(min(pause, left))
+            pause = min(1.5 * pause, 0.5)
+
+    def pause(self, type: str) -> bool:
+        """Keep a type, or those of a pattern, from being claimed. Returns whether that is new."""
+        return bool(self.call("pause_type", check_text("type", type))[0][0])
+
+    def resume(self, type: str) -> bool:
+        """Undo pause(). Returns whether it was paused."""
+        return bool(self.call("resume_type", check_text("type", type))[0][0])
+
+    def stats(self) -> list[dict[str, Any]]:
+        """Counts, rates and run times by type: the view queue_stats."""
+        return self.view("queue_stats")
+
+    # The last one: below it, `list` is this method.
+    def list(self, filter: Mapping[str, Any] | None = None, limit: int = 50) -> list[dict[str, Any]]:
+        """Tasks as the command list shows them. filter: type (or pattern) and status."""
+        raise NotImplementedError
+
+
+class Orchestrator(Operator):
     """Handlers, connections to enqueue with, and a worker: what a program uses, from any thread.
 
     `settings` are Config's, by name: worker_pool_size=4, claim_interval="500ms" …; the rest comes from the
@@ -2953,7 +3051,7 @@ class Orchestrator(Client):
             raise ConfigError(f"handler {pattern!r}: {error}") from None
         return function
 
-    def use(self, middleware: Middleware) -> Middleware:
+    def use(self, middleware: Wrapper) -> Wrapper:
         """Wrap every handler: middleware(task, call_next) returns call_next(task), or something else.
 
         The first is outermost. An async one awaits call_next(task).
@@ -2961,7 +3059,7 @@ class Orchestrator(Client):
         self.router.middleware.append(middleware)
         return middleware
 
-    def on_dead_letter(self, hook: DeadLetterHook) -> DeadLetterHook:
+    def on_dead_letter(self, hook: Hook) -> Hook:
         """Have hook(task, error) called for each dead letter that this worker makes, timeouts included.
 
         Those of workers that died are made by the leader: the view dead_letters has all.
@@ -3771,7 +3869,7 @@ def do_install(args: Args) -> int:
 
 @arg("type", nargs="?", help="such as task:backup")
 @arg("payload", nargs="?", help="JSON; default {}")
-@arg("--priority", type=int, default=0, help="higher is claimed first; default 0")
+@arg("--priority", type=int, help="higher is claimed first; default 0")
 @arg("--key", help="idempotency key")
 @arg("--concurrency-key", help="whose turn it takes under a limit for each key")
 @arg("--max-retries", type=int, help="default: the policy of the type")
@@ -3780,6 +3878,13 @@ def do_install(args: Args) -> int:
 @arg("--file", help="JSON lines {type, payload, priority, idempotency_key, max_retries, run_at}, with the "
                     "other flags for what they leave out; - is standard input")
 @arg("--on-error", choices=("continue", "stop"), help="what to do at a bad line; default continue")
+@arg("--replace", dest="modes", action="append_const", const="replace",
+     help="with --key: if a task of the key waits, give it the new payload and time")
+@arg("--append", dest="modes", action="append_const", const="append", help="join the payloads instead")
+@arg("--keep", dest="modes", action="append_const", const="keep", help="only if no task of the key is unfinished")
+@arg("--max-wait", help="how long after the first call --replace and --append put it off at most")
+@arg("--wait", action="store_true", help="wait until it has ended, and print its result")
+@arg("--timeout", default="30s", help="of --wait; default 30s")
 def do_enqueue(args: Args) -> int:
     """add a task, or many from a file"""
     delay = None if args.delay is None else check_seconds("--delay", args.delay)
@@ -3793,11 +3898,21 @@ def do_enqueue(args: Args) -> int:
         raise ConfigError("TYPE: say which type to enqueue, or --file tasks.jsonl")
     if args.on_error:
         raise ConfigError("--on-error: goes with --file only")
-    task_id = args.app.enqueue(args.type, _payload(args.payload), priority=args.priority, delay=delay,
-                               idempotency_key=args.key, max_retries=args.max_retries, run_at=run_at,
-                               concurrency_key=args.concurrency_key)
-    if not task_id.created:
-        print(f"the key {_cell(args.key)} is known: this is the id of the first task", file=sys.stderr)
+    given = {"delay": delay, "run_at": run_at, "concurrency_key": args.concurrency_key}
+    if args.modes:
+        if len(args.modes) > 1 or args.key is None or args.max_retries is not None:
+            raise ConfigError(f"--{args.modes[0]}: goes with --key, and without --max-retries or another mode")
+        task_id = args.app.replace(args.type, args.key, _payload(args.payload), mode=args.modes[0],
+                                   max_wait=args.max_wait, priority=args.priority, **given)
+    elif args.max_wait is not None:
+        raise ConfigError("--max-wait: goes with --replace or --append")
+    else:
+        task_id = args.app.enqueue(args.type, _payload(args.payload), priority=args.priority or 0,
+                                   idempotency_key=args.key, max_retries=args.max_retries, **given)
+        if not task_id.created:
+            print(f"the key {_cell(args.key)} is known: this is the id of the first task", file=sys.stderr)
+    if args.wait:
+        return _wait(args, task_id)
     return _say(args, {"id": task_id, "created": task_id.created}, task_id)
 
 
@@ -3805,7 +3920,9 @@ def _enqueue_file(args: Args, run_at: datetime | None) -> int:
     """Enqueue each line of a file, which may be of any size: it is read and sent in batches."""
     if args.key is not None or args.payload is not None:
         raise ConfigError(f"{'PAYLOAD' if args.key is None else '--key'}: belongs in the lines of the file")
-    defaults = {"type": args.type, "priority": check_priority(args.priority),
+    if args.wait or args.modes or args.max_wait:
+        raise ConfigError("--file: goes without --wait, --replace, --append and --keep")
+    defaults = {"type": args.type, "priority": check_priority(args.priority or 0),
                 "max_retries": check_retries(args.max_retries), "run_at": run_at and run_at.isoformat()}
     given = json.dumps({name: value for name, value in defaults.items() if value is not None})
     counts, stop, before = collections.Counter(created=0, known=0, bad=0), args.on_error == "stop", 0
@@ -3828,6 +3945,28 @@ def _enqueue_file(args: Args, run_at: datetime | None) -> int:
         raise ConfigError(f"--file: cannot read {args.file}: {error.strerror}") from None
     text = "{created} enqueued, {known} known already, ".format(**counts) + _many(counts["bad"], "bad line")
     return _say(args, dict(counts), text, 2 if counts["bad"] else 0)
+
+
+@arg("id", nargs="+")
+@arg("--timeout", default="30s", help="such as 1m; default 30s")
+def do_wait(args: Args) -> int:
+    """wait until tasks have ended, and print their results; exit code 1: one failed, 3: time was up"""
+    return _wait(args, *args.id)
+
+
+def _wait(args: Args, *ids: str) -> int:
+    try:
+        rows = args.app._wait(ids, args.timeout)
+    except TimeoutError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3
+    tasks = [{"id": row[0], "status": row[1], "result": json.loads(row[2] or "null"), "error": row[3]}
+             for row in rows]
+    failed = [task for task in tasks if task["status"] != "completed"]
+    for task in failed:
+        print("error: " + _cell(str(TaskFailed(task["status"], task["error"], task["id"]))), file=sys.stderr)
+    results = "\n".join(json.dumps(task["result"]) for task in tasks if task["status"] == "completed")
+    return _say(args, tasks, results, 1 if failed else 0)
 
 
 @arg("--status", help="such as ready, running or dead_letter")
@@ -4196,7 +4335,7 @@ def _spell_out(words: Sequence[str]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns 0: done, 1: not found or refused, 2: bad input."""
+    """The command line. Returns 0: done, 1: not found, failed or refused, 2: bad input, 3: time was up."""
     parser, args = _parser(), Args(app=None)
     _, unknown = parser.parse_known_args(_spell_out(sys.argv[1:] if argv is None else argv), args)
     if args.command == "psql":
