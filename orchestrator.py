@@ -76,7 +76,7 @@ from datetime import date, datetime, timedelta
 from datetime import time as time_of_day
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, ClassVar, Concatenate, Literal, NoReturn, ParamSpec, TypeVar, overload
+from typing import Any, ClassVar, Concatenate, Literal, Never, ParamSpec, TypedDict, TypeVar, Unpack, overload
 from urllib.parse import parse_qsl, quote, urlsplit
 from uuid import UUID
 
@@ -979,23 +979,25 @@ class Task:
         return f"Task({self.id}, {self.type!r}, attempt={self.attempt})"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, init=False)
 class Handler:
     """A function of a Task and its retry policy. Times: seconds, a timedelta or text. Raises ValueError."""
 
     function: Callable[[Task], Any]
-    max_retries: int = 3
-    base_delay: Any = 1.0
-    max_delay: Any = 3600.0
-    timeout: Any = None
+    max_retries: int
+    base_delay: float
+    max_delay: float
+    timeout: float | None
 
-    def __post_init__(self) -> None:
-        if not callable(self.function):
+    def __init__(self, function: Callable[[Task], Any], max_retries: int = 3, base_delay: Seconds = 1,
+                 max_delay: Seconds = 3600, timeout: Seconds | None = None) -> None:
+        if not callable(function):
             raise ValueError("function: must be callable with the task")
-        check_whole("max_retries", self.max_retries, 0, 1000)   # not None
-        for name in ("base_delay", "max_delay", "timeout"):
-            if name != "timeout" or self.timeout is not None:
-                object.__setattr__(self, name, check_seconds(name, getattr(self, name)))
+        vars(self).update(
+            function=function, max_retries=check_whole("max_retries", max_retries, 0, 1000),
+            base_delay=check_seconds("base_delay", base_delay),
+            max_delay=check_seconds("max_delay", max_delay),
+            timeout=None if timeout is None else check_seconds("timeout", timeout))
         if self.timeout == 0:
             raise ValueError("timeout: must be more than 0 seconds, or None")
 
@@ -2729,6 +2731,13 @@ def _in_thread(method: Callable[Concatenate[Any, Parameters], Result]
     return call
 
 
+class Policy(TypedDict, total=False):
+    max_retries: int
+    base_delay: Seconds
+    max_delay: Seconds
+    timeout: Seconds | None
+
+
 class EnqueuedId(str):
     """A task's id; created is False if the idempotency key was known, and nothing new was added."""
 
@@ -2967,7 +2976,7 @@ class Operator(Client):
     wait_async = _in_thread(wait)
 
     def wait_all(self, task_ids: Iterable[str | UUID], timeout: Seconds = 30) -> list[Any]:
-        """The results of tasks, in order, once all have ended. Raises as wait(), for the first that failed."""
+        """The results of tasks, in order, once all have ended. Raises as wait() for the first that failed."""
         rows = self._wait(task_ids, timeout)
         for task_id, status, _, error in rows:
             if status != "completed":
@@ -3000,14 +3009,27 @@ class Operator(Client):
         """Undo pause(). Returns whether it was paused."""
         return bool(self.call("resume_type", check_text("type", type))[0][0])
 
+    def _list(self, limit: int, before: str | None = None, **search: Any
+              ) -> tuple[list[dict[str, Any]], str | None]:
+        """Tasks, and where to go on: a page looks at a bounded number of tasks, and may be empty."""
+        check_whole("limit", limit, 1, 1000)
+        tasks: list[dict[str, Any]] = []
+        while True:
+            size = min(200, limit - len(tasks))
+            page = json.loads(self.call("api_tasks", p_before=before, p_limit=size, **search)[0][0])
+            tasks += page["tasks"]
+            before = page["next"]
+            if before is None or len(tasks) >= limit:
+                return tasks, before
+
     def stats(self) -> list[dict[str, Any]]:
         """Counts, rates and run times by type: the view queue_stats."""
         return self.view("queue_stats")
 
-    # The last one: below it, `list` is this method.
+    # The last one: from here on, `list` is this method.
     def list(self, filter: Mapping[str, Any] | None = None, limit: int = 50) -> list[dict[str, Any]]:
-        """Tasks as the command list shows them. filter: type (or pattern) and status."""
-        raise NotImplementedError
+        """Tasks by type (or pattern) and status, as the command list shows them; secrets are blanked."""
+        return self._list(limit, **{"p_" + name: value for name, value in (filter or {}).items()})[0]
 
 
 class Orchestrator(Operator):
@@ -3030,10 +3052,10 @@ class Orchestrator(Operator):
 
     @overload
     def handler(self, pattern: str, function: None = None,
-                **policy: Any) -> Callable[[Function], Function]: ...
+                **policy: Unpack[Policy]) -> Callable[[Function], Function]: ...
 
     @overload
-    def handler(self, pattern: str, function: Function, **policy: Any) -> Function: ...
+    def handler(self, pattern: str, function: Function, **policy: Unpack[Policy]) -> Function: ...
 
     def handler(self, pattern: str, function: Function | None = None, **policy: Any) -> Any:
         """Register a handler for a type, or for a prefix that ends in ":" or "*"; also as a decorator.
@@ -3879,10 +3901,10 @@ def do_install(args: Args) -> int:
                     "other flags for what they leave out; - is standard input")
 @arg("--on-error", choices=("continue", "stop"), help="what to do at a bad line; default continue")
 @arg("--replace", dest="modes", action="append_const", const="replace",
-     help="with --key: if a task of the key waits, give it the new payload and time")
-@arg("--append", dest="modes", action="append_const", const="append", help="join the payloads instead")
-@arg("--keep", dest="modes", action="append_const", const="keep", help="only if no task of the key is unfinished")
-@arg("--max-wait", help="how long after the first call --replace and --append put it off at most")
+     help="with --key: a task that waits under it takes the new payload and time")
+@arg("--append", dest="modes", action="append_const", const="append", help="the payloads are joined")
+@arg("--keep", dest="modes", action="append_const", const="keep", help="it is left as it is")
+@arg("--max-wait", help="how long after the first call, at most")
 @arg("--wait", action="store_true", help="wait until it has ended, and print its result")
 @arg("--timeout", default="30s", help="of --wait; default 30s")
 def do_enqueue(args: Args) -> int:
@@ -3901,7 +3923,7 @@ def do_enqueue(args: Args) -> int:
     given = {"delay": delay, "run_at": run_at, "concurrency_key": args.concurrency_key}
     if args.modes:
         if len(args.modes) > 1 or args.key is None or args.max_retries is not None:
-            raise ConfigError(f"--{args.modes[0]}: goes with --key, and without --max-retries or another mode")
+            raise ConfigError(f"--{args.modes[0]}: goes with --key, without --max-retries and other modes")
         task_id = args.app.replace(args.type, args.key, _payload(args.payload), mode=args.modes[0],
                                    max_wait=args.max_wait, priority=args.priority, **given)
     elif args.max_wait is not None:
@@ -3964,7 +3986,8 @@ def _wait(args: Args, *ids: str) -> int:
              for row in rows]
     failed = [task for task in tasks if task["status"] != "completed"]
     for task in failed:
-        print("error: " + _cell(str(TaskFailed(task["status"], task["error"], task["id"]))), file=sys.stderr)
+        failure = TaskFailed(task["status"], task["error"], task["id"])
+        print(f"error: {_cell(str(failure))}", file=sys.stderr)
     results = "\n".join(json.dumps(task["result"]) for task in tasks if task["status"] == "completed")
     return _say(args, tasks, results, 1 if failed else 0)
 
@@ -3975,19 +3998,10 @@ def _wait(args: Args, *ids: str) -> int:
 @arg("--before", help="go on after a page: what it said is next, or an id")
 def do_list(args: Args) -> int:
     """list tasks, the newest first; those of a type or status in that state's order"""
-    tasks: list[dict[str, Any]] = []
-    more = True
-    check_whole("--limit", args.limit, 1, 1000)
-    while more and len(tasks) < args.limit:   # a page looks at a bounded number of tasks, and may be empty
-        page = json.loads(args.app.call(
-            "api_tasks", p_type=args.type, p_status=args.status, p_before=args.before,
-            p_limit=min(200, args.limit - len(tasks)))[0][0])
-        tasks += page["tasks"]
-        args.before = page["next"]
-        more = args.before is not None
+    tasks, before = args.app._list(args.limit, args.before, p_type=args.type, p_status=args.status)
     _table(args, tasks, "id type status priority attempts created_at last_error")
-    if more and not args.json:
-        print(f"more: --before {args.before}", file=sys.stderr)
+    if before and not args.json:
+        print(f"more: --before {before}", file=sys.stderr)
     return 0
 
 
@@ -4286,7 +4300,7 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)   # psql has options of its own
 
-    def error(self, message: str) -> NoReturn:
+    def error(self, message: str) -> Never:
         self.exit(2, f"error: {message}\n")
 
 
