@@ -1,15 +1,19 @@
 """replace_task: replacing, appending to and keeping what waits under a key, whatever its task is doing."""
 from __future__ import annotations
 
+import json
 import random
 import threading
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from typing import Any
+from uuid import UUID
 
 import psycopg
 import pytest
 from psycopg.types.json import Jsonb
 
+from apps import make_app
 from postgres import wait_for_lock
 from steps import (
     audit,
@@ -414,3 +418,59 @@ def test_four_producers_append_while_two_workers_drain_and_each_event_is_in_exac
     found = column(conn, "select e::int from orchestrator.tasks t, jsonb_array_elements(t.payload) e")
     assert len(found) == len(set(found)) == sent == 600
     assert drained > 20
+
+
+# --- a program and the command line --------------------------------------------------------------------------------------------
+
+def test_a_program_replaces_appends_and_keeps(installed, conn):
+    app = make_app(installed)
+    first = app.replace("t", UUID(int=5), [1], delay="1h", max_wait=timedelta(hours=2), priority=3, concurrency_key="a", meta={"by": "me"})
+    again = app.replace("t", str(UUID(int=5)), [2], mode="append")
+    assert (first.created, again.created, again == first) == (True, False, True)
+    assert app.replace("t", UUID(int=5), [3], mode="keep") == first
+    t = task(conn, first)
+    assert (t["payload"], t["priority"], t["concurrency_key"], t["meta"]) == ([1, 2], 3, "a", {"by": "me"})
+    assert app.replace("t", UUID(int=5), run_at=datetime.now(UTC), priority=-1) == first
+    assert row(conn, "select payload, priority, next_retry_at from orchestrator.tasks where id = %s", first) == {
+        "payload": {}, "priority": -1, "next_retry_at": None}
+    app.close()
+
+
+def test_a_program_replaces_in_its_own_transaction(installed, conn):
+    app = make_app("postgresql://127.0.0.1:1/nowhere")   # never used
+    with psycopg.connect(installed) as caller:
+        app.replace("t", "k", connection=caller)
+        assert value(conn, "select count(*) from orchestrator.tasks") == 0
+    assert value(conn, "select idempotency_key from orchestrator.tasks") == "k"
+
+
+@pytest.mark.parametrize(("given", "problem"), [
+    ({"mode": "merge"}, "mode: "), ({"key": ""}, "key: "), ({"type": ""}, "type: "), ({"max_wait": "1m"}, "max_wait: "),
+    ({"max_wait": -1, "delay": 1}, "max_wait: "), ({"priority": 10 ** 7}, "priority: "), ({"payload": {1, 2}, "delay": "x"}, "delay: "),
+    ({"payload": object()}, "payload: "), ({"payload": 5, "mode": "append"}, "payload: "), ({"concurrency_key": ""}, "concurrency_key: "),
+    ({"delay": 1, "run_at": datetime.now(UTC)}, "delay: give either")])
+def test_a_program_is_told_which_field_is_wrong(installed, given, problem):
+    app = make_app(installed)
+    with pytest.raises(ValueError, match=f"^{problem}"):
+        app.replace(**{"type": "t", "key": "k", **given})
+    app.close()
+
+
+def test_the_command_enqueue_replaces_appends_and_keeps(installed, conn, run_cli):
+    def run(*args: str) -> tuple[int, str, str]:
+        done = run_cli("enqueue", "t", *args, env={"DATABASE_URL": installed})
+        return done.returncode, done.stdout.strip(), done.stderr
+
+    _, id, _ = run("[1]", "--key", "k", "--append", "--delay", "10s", "--max-wait", "1m", "--priority", "2")
+    assert run("[2]", "--key", "k", "--append") == (0, id, "")
+    assert run("[3]", "--key", "k", "--keep") == (0, id, "")
+    assert row(conn, "select payload, priority, queued_at from orchestrator.tasks") == {"payload": [1, 2], "priority": 2, "queued_at": None}
+    assert run("[4]", "--key", "k", "--replace", "--run-at", "2020-01-01T00:00:00Z", "--json") == (
+        0, json.dumps({"id": id, "created": False}), "")
+    assert row(conn, "select payload, next_retry_at from orchestrator.tasks") == {"payload": [4], "next_retry_at": None}
+    for args, problem in ((["--replace"], "--replace: goes with --key"), (["--key", "k", "--keep", "--append"], "--keep: goes with"),
+                          (["--key", "k", "--keep", "--max-retries", "1"], "--keep: goes with"), (["--max-wait", "1m"], "--max-wait: "),
+                          (["--key", "k", "--replace", "--max-wait", "1m"], "max_wait: "),
+                          (["--file", "-", "--replace"], "--file: "), (["--file", "-", "--wait"], "--file: ")):
+        code, out, error = run(*args)
+        assert (code, out) == (2, "") and error.startswith(f"error: {problem}")
