@@ -73,12 +73,12 @@ import time
 import traceback
 import types
 import weakref
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from datetime import date, datetime, timedelta
 from datetime import time as time_of_day
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NoReturn, TypeVar, overload
+from typing import Any, ClassVar, Concatenate, Literal, Never, ParamSpec, TypedDict, TypeVar, Unpack, overload
 from urllib.parse import parse_qsl, quote, urlsplit
 from uuid import UUID
 
@@ -90,7 +90,7 @@ from psycopg.conninfo import conninfo_to_dict
 from psycopg.types.string import TextLoader
 
 __all__ = ["Cancelled", "ClaimLost", "Config", "ConfigError", "Discard", "EnqueuedId", "Handler", "Limit",
-           "Orchestrator", "Retry", "Schedule", "Snooze", "Task"]
+           "Orchestrator", "Retry", "Schedule", "Snooze", "Task", "TaskFailed"]
 
 VERSION = "0.1.0"
 SCHEMA_VERSION = 1
@@ -156,6 +156,17 @@ class Snooze(Exception):
 
 class Cancelled(Exception):
     """Raised by a handler that stopped because it was asked to; task.cancel_reason decides what follows."""
+
+
+class TaskFailed(Exception):
+    """Raised by wait(): the task did not complete. status: dead_letter, cancelled or not_found."""
+
+    def __init__(self, status: str, error: str | None, id: str) -> None:
+        super().__init__(status, error, id)
+        self.status, self.error, self.id = status, error, id
+
+    def __str__(self) -> str:
+        return f"task {self.id}: {self.status}" + (f": {self.error}" if self.error else "")
 
 
 # A number of seconds, a timedelta, or text such as "10m".
@@ -1073,23 +1084,25 @@ class Task:
         return f"Task({self.id}, {self.type!r}, attempt={self.attempt})"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, init=False)
 class Handler:
     """A function of a Task and its retry policy. Times: seconds, a timedelta or text. Raises ValueError."""
 
     function: Callable[[Task], Any]
-    max_retries: int = 3
-    base_delay: Any = 1.0
-    max_delay: Any = 3600.0
-    timeout: Any = None
+    max_retries: int
+    base_delay: float
+    max_delay: float
+    timeout: float | None
 
-    def __post_init__(self) -> None:
-        if not callable(self.function):
+    def __init__(self, function: Callable[[Task], Any], max_retries: int = 3, base_delay: Seconds = 1,
+                 max_delay: Seconds = 3600, timeout: Seconds | None = None) -> None:
+        if not callable(function):
             raise ValueError("function: must be callable with the task")
-        check_whole("max_retries", self.max_retries, 0, 1000)   # not None
-        for name in ("base_delay", "max_delay", "timeout"):
-            if name != "timeout" or self.timeout is not None:
-                object.__setattr__(self, name, check_seconds(name, getattr(self, name)))
+        vars(self).update(
+            function=function, max_retries=check_whole("max_retries", max_retries, 0, 1000),
+            base_delay=check_seconds("base_delay", base_delay),
+            max_delay=check_seconds("max_delay", max_delay),
+            timeout=None if timeout is None else check_seconds("timeout", timeout))
         if self.timeout == 0:
             raise ValueError("timeout: must be more than 0 seconds, or None")
 
@@ -2679,7 +2692,7 @@ class Worker:
 
     def call_step(self, task: Task, function: str, *args: Any) -> Row:
         """For a handler's thread: one row, asked for until the database answers or the task is to stop."""
-        backoff = Backoff()
+        tries = 0
         while True:
             try:
                 with self.steps_lock:
@@ -2688,8 +2701,9 @@ class Worker:
             except psycopg.Error as error:
                 if error.sqlstate == "OR001":
                     raise ValueError(error_line(error)) from None
-                if is_refusal(error) or task.cancelled.wait(backoff.next()):
+                if is_refusal(error) or task.cancelled.wait(backoff(tries)):
                     raise
+                tries += 1
 
     def worn_out(self) -> bool:
         """Whether MAX_TASKS or MAX_AGE says that another process should take over."""
@@ -2766,9 +2780,29 @@ def _new_worker_id() -> str:
 
 # =============================================================================================== orchestrator
 Function = TypeVar("Function", bound=Callable[[Task], Any])
+Wrapper = TypeVar("Wrapper", bound=Middleware)
 Hook = TypeVar("Hook", bound=Callable[[], Any])
+DeadHook = TypeVar("DeadHook", bound=DeadLetterHook)
 Result = TypeVar("Result")
+Parameters = ParamSpec("Parameters")
 LINKS = 4   # connections of a program that enqueues from many threads
+ENDED = ("completed", "dead_letter", "cancelled", "not_found")
+
+
+def _in_thread(method: Callable[Concatenate[Any, Parameters], Result]
+               ) -> Callable[Concatenate[Any, Parameters], Coroutine[Any, Any, Result]]:
+    """The method for programs on an event loop, which goes on meanwhile."""
+    @functools.wraps(method)
+    async def call(self: Any, /, *args: Parameters.args, **options: Parameters.kwargs) -> Result:
+        return await asyncio.to_thread(method, self, *args, **options)
+    return call
+
+
+class Policy(TypedDict, total=False):
+    max_retries: int
+    base_delay: Seconds
+    max_delay: Seconds
+    timeout: Seconds | None
 
 
 class EnqueuedId(str):
@@ -2850,9 +2884,26 @@ class Client:
         except ValueError as error:
             raise ValueError(re.sub(r"^(payload|\w+_key)s\[1\]", r"\1", str(error))) from None
 
-    async def enqueue_async(self, type: str, payload: Any = None, **options: Any) -> EnqueuedId:
-        """enqueue() in a thread, so that the event loop goes on meanwhile."""
-        return await asyncio.to_thread(self.enqueue, type, payload, **options)
+    enqueue_async = _in_thread(enqueue)
+
+    def replace(self, type: str, key: str | UUID, payload: Any = None, *,
+                mode: Literal["replace", "append", "keep"] = "replace", run_at: datetime | None = None,
+                delay: Seconds | None = None, max_wait: Seconds | None = None, priority: int | None = None,
+                concurrency_key: str | None = None, meta: Mapping[str, Any] | None = None,
+                connection: psycopg.Connection[Any] | None = None) -> EnqueuedId:
+        """Enqueue a task under a key, or change the one that waits under it and has never started.
+
+        mode: "replace" takes the new payload, "append" joins arrays and merges objects, "keep" changes
+        nothing. A task that has started or ended passes its key on to a new one ("keep": only if it has
+        ended). max_wait: how long after the first call at most. Raises ValueError, which names the field.
+        """
+        [(task_id, action)] = self._call(
+            connection, "replace_task", check_text("type", type), _key("key", key),
+            to_json("payload", {} if payload is None else payload, self.router.encode),
+            _run_at(run_at, delay), mode, None if priority is None else check_priority(priority),
+            None if max_wait is None else _interval(check_seconds("max_wait", max_wait)),
+            None if concurrency_key is None else _key("concurrency_key", concurrency_key), self._meta(meta))
+        return EnqueuedId.of(task_id, action == "enqueued")
 
     def enqueue_many(self, type: str, payloads: Iterable[Any], *, priority: int = 0,
                      idempotency_keys: Iterable[str | UUID | None] | None = None,
@@ -2996,7 +3047,77 @@ class Client:
             return call_in(connection, function, *args)
 
 
-class Orchestrator(Client):
+class Operator(Client):
+    """What a program waits for tasks with, looks at them, and acts on many."""
+
+    def wait(self, task_id: str | UUID, timeout: Seconds = 30) -> Any:
+        """What the task's handler returned, once it has completed. Raises TaskFailed, or TimeoutError.
+
+        Asks the database every half second or sooner. Not for handlers: each holds a place that the task
+        may need.
+        """
+        return self.wait_all([task_id], timeout)[0]
+
+    wait_async = _in_thread(wait)
+
+    def wait_all(self, task_ids: Iterable[str | UUID], timeout: Seconds = 30) -> list[Any]:
+        """The results of tasks, in order, once all have ended. Raises as wait() for the first that failed."""
+        rows = self._wait(task_ids, timeout)
+        for task_id, status, _, error in rows:
+            if status != "completed":
+                raise TaskFailed(status, error, task_id)
+        return [json.loads(result or "null") for _, _, result, _ in rows]
+
+    def _wait(self, task_ids: Iterable[str | UUID], timeout: Seconds) -> list[Row]:
+        """(id, status, result, error) of tasks that have ended. Raises TimeoutError."""
+        ids = [check_id(task_id) for task_id in task_ids]
+        until, pause = clock() + check_seconds("timeout", timeout), 0.01
+        ended: dict[str, Row] = {}
+        waiting = ids
+        while True:
+            rows = self.call("wait_tasks", array(waiting), "0")
+            ended.update((row[0], row) for row in rows if row[1] in ENDED)
+            waiting = [task_id for task_id in ids if task_id not in ended]
+            if not waiting:
+                return [ended[task_id] for task_id in ids]
+            left = until - clock()
+            if left <= 0:
+                raise TimeoutError(f"task {waiting[0]} has not ended")
+            time.sleep(min(pause, left))
+            pause = min(1.5 * pause, 0.5)
+
+    def pause(self, type: str) -> bool:
+        """Keep a type, or those of a pattern, from being claimed. Returns whether that is new."""
+        return bool(self.call("pause_type", check_text("type", type))[0][0])
+
+    def resume(self, type: str) -> bool:
+        """Undo pause(). Returns whether it was paused."""
+        return bool(self.call("resume_type", check_text("type", type))[0][0])
+
+    def _list(self, limit: int, before: str | None = None, **search: Any
+              ) -> tuple[list[dict[str, Any]], str | None]:
+        """Tasks, and where to go on: a page looks at a bounded number of tasks, and may be empty."""
+        check_whole("limit", limit, 1, 1000)
+        tasks: list[dict[str, Any]] = []
+        while True:
+            size = min(200, limit - len(tasks))
+            page = json.loads(self.call("api_tasks", p_before=before, p_limit=size, **search)[0][0])
+            tasks += page["tasks"]
+            before = page["next"]
+            if before is None or len(tasks) >= limit:
+                return tasks, before
+
+    def stats(self) -> list[dict[str, Any]]:
+        """Counts, rates and run times by type: the view queue_stats."""
+        return self.view("queue_stats")
+
+    # The last one: from here on, `list` is this method.
+    def list(self, filter: Mapping[str, Any] | None = None, limit: int = 50) -> list[dict[str, Any]]:
+        """Tasks by type (or pattern) and status, as the command list shows them; secrets are blanked."""
+        return self._list(limit, **{"p_" + name: value for name, value in (filter or {}).items()})[0]
+
+
+class Orchestrator(Operator):
     """Handlers, connections to enqueue with, and a worker: what a program uses, from any thread.
 
     `settings` are Config's, by name: worker_pool_size=4, claim_interval="500ms" …; the rest comes from the
@@ -3016,10 +3137,10 @@ class Orchestrator(Client):
 
     @overload
     def handler(self, pattern: str, function: None = None,
-                **policy: Any) -> Callable[[Function], Function]: ...
+                **policy: Unpack[Policy]) -> Callable[[Function], Function]: ...
 
     @overload
-    def handler(self, pattern: str, function: Function, **policy: Any) -> Function: ...
+    def handler(self, pattern: str, function: Function, **policy: Unpack[Policy]) -> Function: ...
 
     def handler(self, pattern: str, function: Function | None = None, **policy: Any) -> Any:
         """Register a handler for a type, or for a prefix that ends in ":" or "*"; also as a decorator.
@@ -3037,7 +3158,7 @@ class Orchestrator(Client):
             raise ConfigError(f"handler {pattern!r}: {error}") from None
         return function
 
-    def use(self, middleware: Middleware) -> Middleware:
+    def use(self, middleware: Wrapper) -> Wrapper:
         """Wrap every handler: middleware(task, call_next) returns call_next(task), or something else.
 
         The first is outermost. An async one awaits call_next(task).
@@ -3045,7 +3166,7 @@ class Orchestrator(Client):
         self.router.middleware.append(middleware)
         return middleware
 
-    def on_dead_letter(self, hook: DeadLetterHook) -> DeadLetterHook:
+    def on_dead_letter(self, hook: DeadHook) -> DeadHook:
         """Have hook(task, error) called for each dead letter that this worker makes, timeouts included.
 
         Those of workers that died are made by the leader: the view dead_letters has all.
@@ -3898,7 +4019,7 @@ def do_install(args: Args) -> int:
 
 @arg("type", nargs="?", help="such as task:backup")
 @arg("payload", nargs="?", type=_payload, help="JSON; default {}")
-@arg("--priority", type=int, default=0, help="higher is claimed first; default 0")
+@arg("--priority", type=int, help="higher is claimed first; default 0")
 @arg("--key", dest="idempotency_key", help="idempotency key")
 @arg("--concurrency-key", help="whose turn it takes under a limit for each key")
 @arg("--max-retries", type=int, help="default: the policy of the type")
@@ -3907,6 +4028,13 @@ def do_install(args: Args) -> int:
 @arg("--file", help="JSON lines {type, payload, priority, idempotency_key, max_retries, run_at}, with the "
                     "other flags for what they leave out; - is standard input")
 @arg("--on-error", choices=("continue", "stop"), help="what to do at a bad line; default continue")
+@arg("--replace", dest="modes", action="append_const", const="replace",
+     help="with --key: a task that waits under it takes the new payload and time")
+@arg("--append", dest="modes", action="append_const", const="append", help="the payloads are joined")
+@arg("--keep", dest="modes", action="append_const", const="keep", help="it is left as it is")
+@arg("--max-wait", help="how long after the first call, at most")
+@arg("--wait", action="store_true", help="wait until it has ended, and print its result")
+@arg("--timeout", default="30s", help="of --wait; default 30s")
 def do_enqueue(args: Args) -> int:
     """add a task, or many from a file"""
     if args.file:
@@ -3915,11 +4043,22 @@ def do_enqueue(args: Args) -> int:
         raise ConfigError("TYPE: say which type to enqueue, or --file tasks.jsonl")
     if args.on_error:
         raise ConfigError("--on-error: goes with --file only")
-    task_id = args.app.enqueue(args.type, args.payload, **_options(
-        args, "priority idempotency_key concurrency_key max_retries delay run_at"))
-    if not task_id.created:
-        print(f"the key {_cell(args.idempotency_key)} is known: this is the id of the first task",
-              file=sys.stderr)
+    given = _options(args, "priority concurrency_key delay run_at")
+    if args.modes:
+        if len(args.modes) > 1 or args.idempotency_key is None or args.max_retries is not None:
+            raise ConfigError(f"--{args.modes[0]}: goes with --key, without --max-retries and other modes")
+        task_id = args.app.replace(args.type, args.idempotency_key, args.payload, mode=args.modes[0],
+                                   max_wait=args.max_wait, **given)
+    elif args.max_wait is not None:
+        raise ConfigError("--max-wait: goes with --replace or --append")
+    else:
+        given["priority"] = args.priority or 0
+        task_id = args.app.enqueue(args.type, args.payload, **_options(args, "idempotency_key max_retries"), **given)
+        if not task_id.created:
+            print(f"the key {_cell(args.idempotency_key)} is known: this is the id of the first task",
+                  file=sys.stderr)
+    if args.wait:
+        return _wait(args, task_id)
     return _say(args, {"id": task_id, "created": task_id.created}, task_id)
 
 
@@ -3928,12 +4067,14 @@ def _enqueue_file(args: Args) -> int:
     for name, value in (("--key", args.idempotency_key), ("PAYLOAD", args.payload)):
         if value is not None:
             raise ConfigError(f"{name}: belongs in the lines of the file")
+    if args.wait or args.modes or args.max_wait:
+        raise ConfigError("--file: goes without --wait, --replace, --append and --keep")
     due = _run_at(args.run_at, args.delay)
     if args.delay is not None:
         due = datetime.now().astimezone() + timedelta(seconds=check_seconds("delay", args.delay))
-    check_priority(args.priority)
     check_retries(args.max_retries)
-    defaults = {**_options(args, "type priority max_retries concurrency_key"), "run_at": due}
+    defaults = {**_options(args, "type max_retries concurrency_key"), "priority": check_priority(args.priority or 0),
+                "run_at": due}
     given = json.dumps({name: value for name, value in defaults.items() if value is not None}, default=str)
     counts, stop, before = collections.Counter(created=0, known=0, bad=0), args.on_error == "stop", 0
     try:
@@ -3959,25 +4100,39 @@ def _enqueue_file(args: Args) -> int:
     return _say(args, dict(counts), text, 2 if counts["bad"] else 0)
 
 
+@arg("id", nargs="+")
+@arg("--timeout", default="30s", help="such as 1m; default 30s")
+def do_wait(args: Args) -> int:
+    """wait until tasks have ended, and print their results; exit code 1: one failed, 3: time was up"""
+    return _wait(args, *args.id)
+
+
+def _wait(args: Args, *ids: str) -> int:
+    try:
+        rows = args.app._wait(ids, args.timeout)
+    except TimeoutError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3
+    tasks = [{"id": row[0], "status": row[1], "result": json.loads(row[2] or "null"), "error": row[3]}
+             for row in rows]
+    failed = [task for task in tasks if task["status"] != "completed"]
+    for task in failed:
+        failure = TaskFailed(task["status"], task["error"], task["id"])
+        print(f"error: {_cell(str(failure))}", file=sys.stderr)
+    results = "\n".join(json.dumps(task["result"]) for task in tasks if task["status"] == "completed")
+    return _say(args, tasks, results, 1 if failed else 0)
+
+
 @arg("--status", help="such as ready, running or dead_letter")
 @arg("--type")
 @arg("--limit", type=int, default=50, help="from 1 to 1000; default 50")
 @arg("--before", help="go on after a page: what it said is next, or an id")
 def do_list(args: Args) -> int:
     """list tasks, the newest first; those of a type or status in that state's order"""
-    tasks: list[dict[str, Any]] = []
-    more = True
-    check_whole("--limit", args.limit, 1, 1000)
-    while more and len(tasks) < args.limit:   # a page looks at a bounded number of tasks, and may be empty
-        page = json.loads(args.app.call(
-            "api_tasks", p_type=args.type, p_status=args.status, p_before=args.before,
-            p_limit=min(200, args.limit - len(tasks)))[0][0])
-        tasks += page["tasks"]
-        args.before = page["next"]
-        more = args.before is not None
+    tasks, before = args.app._list(args.limit, args.before, p_type=args.type, p_status=args.status)
     _table(args, tasks, "id type status priority attempts created_at last_error")
-    if more and not args.json:
-        print(f"more: --before {args.before}", file=sys.stderr)
+    if before and not args.json:
+        print(f"more: --before {before}", file=sys.stderr)
     return 0
 
 
@@ -4265,7 +4420,7 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)   # psql has options of its own
 
-    def error(self, message: str) -> NoReturn:
+    def error(self, message: str) -> Never:
         self.exit(2, f"error: {message}\n")
 
 
@@ -4303,7 +4458,7 @@ def _spell_out(words: Sequence[str]) -> Iterator[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns 0: done, 1: not found or refused, 2: bad input."""
+    """The command line. Returns 0: done, 1: not found, failed or refused, 2: bad input, 3: time was up."""
     parser, args = _parser(), Args(app=None)
     words = list(_spell_out(sys.argv[1:] if argv is None else argv))
     try:

@@ -1,6 +1,6 @@
 -- Who may do what. Loaded last: it takes from PUBLIC whatever the files before created. Every function runs with its caller's
 -- rights, so those on tables and columns decide. Four roles without a login: `grant orchestrator_worker to my_service`.
---   orchestrator_producer   enqueues; can't read a payload back
+--   orchestrator_producer   enqueues and replaces what waits; can't read a payload, so not append to it
 --   orchestrator_worker     runs a worker, which fires schedules and so may enqueue, and serves its page and metrics
 --   orchestrator_operator   cancels, retries, pauses, limits, defines and fires schedules, and looks; a worker whose page may act needs it too
 --   orchestrator_auditor    looks: views, lists, audit, with the secrets of payloads and results blanked
@@ -42,7 +42,7 @@ begin
     select p.oid::regprocedure as signature, case
       when p.proname ~ '^_' or p.provolatile = 'i' then v_all
       when p.proname = 'enqueue' then 'orchestrator_producer, orchestrator_worker, orchestrator_operator'   -- firing a schedule enqueues
-      when p.proname ~ '^enqueue' then 'orchestrator_producer, orchestrator_worker'
+      when p.proname ~ '^(enqueue|replace_)' then 'orchestrator_producer, orchestrator_worker'
       when p.proname ~ '^(schedule|limit_type)$' then 'orchestrator_worker, orchestrator_operator'   -- a worker applies its SCHEDULES and LIMITS
       when p.proname ~ '^(cancel|retry|pause|resume|signal)_|^(unschedule|fire_schedule)$' then 'orchestrator_operator'
       when p.proname ~ '^(api|show|explain)_|^(audit|metrics|fire_times|schedule_history)$' then v_look
@@ -64,6 +64,15 @@ begin
   grant select (idle, handles) on orchestrator.workers to orchestrator_producer;
   grant insert on orchestrator.task_waits, orchestrator.expiries to orchestrator_producer, orchestrator_operator;
   grant select, delete on orchestrator.task_waits to orchestrator_operator;
+
+  -- replace_task; to append it reads payloads, which a producer may not
+  grant select (status, priority, created_at, queued_at, next_retry_at, attempts, parked_at, blocked_until, expires_at, concurrency_key)
+    on orchestrator.tasks to orchestrator_producer;
+  grant update (payload, priority, idempotency_key, updated_at, queued_at, next_retry_at, parked_at)
+    on orchestrator.tasks to orchestrator_producer, orchestrator_worker;
+  grant insert (task_id, event, detail) on orchestrator.task_events to orchestrator_producer;
+  grant insert on orchestrator.freed_keys to orchestrator_producer;
+  grant select on orchestrator.type_limits to orchestrator_producer;
 
   -- look, and run a worker: any worker may become the leader, and then recovers, prunes and counts
   execute format('grant select (%s) on orchestrator.tasks to %s', v_shown, v_look);

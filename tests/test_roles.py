@@ -22,13 +22,13 @@ READ = PURE | {
     "fire_times", "schedule_history",
     "explain_task", "show_task", "audit", "metrics", "api_overview", "api_history", "api_tasks", "api_failures", "api_task"}
 DECISIONS = {
-    "producer": PURE | {"enqueue", "enqueue_many", "enqueue_lines"},
+    "producer": PURE | {"enqueue", "enqueue_many", "enqueue_lines", "replace_task"},
     "worker": READ | {"enqueue", "enqueue_many", "enqueue_lines", "schedule",
         "register_worker", "unregister_worker", "heartbeat", "cancelling_tasks", "set_idle", "announce_stop", "promote_due", "claim_tasks",
         "start_tasks", "complete_tasks", "fail_tasks", "fail_task", "release_tasks", "release_forgotten", "snooze_task",
         "record_progress", "acquire_leadership", "resign_leadership", "declare_dead", "declare_disconnected_dead", "recover_orphans",
-        "raise_floors", "rescan_lanes", "prune", "sample_stats", "note_lost_result", "get_task", "limit_type",
-        "record_step", "steps", "await_signal"},
+        "raise_floors", "rescan_lanes", "prune", "sample_stats", "note_lost_result", "get_task", "limit_type", "replace_task",
+        "wait_tasks", "record_step", "steps", "await_signal"},
     "operator": READ | {"cancel_task", "retry_task", "retry_dead_letters", "pause_type", "resume_type", "limit_type", "enqueue", "schedule",
                          "unschedule", "pause_schedule", "resume_schedule", "fire_schedule", "signal_task"},
     "auditor": READ,
@@ -192,11 +192,33 @@ def test_producer_enqueues_and_sees_no_payload(login, conn):
         enqueue(producer, "a", priority=3, max_retries=0)
         assert len(column(producer, "select id from orchestrator.enqueue_many('b', '{1,2}', 0, '{k,k}')")) == 2
         for query in ("select payload from orchestrator.tasks", "select * from orchestrator.pending_tasks",
-                      "select last_error from orchestrator.tasks", "update orchestrator.tasks set priority = 1",
+                      "select last_error from orchestrator.tasks", "update orchestrator.tasks set max_retries = 1",
+                      "update orchestrator.tasks set status = 'completed'", "update orchestrator.tasks set payload = '1' returning payload",
                       "delete from orchestrator.tasks", "insert into orchestrator.tasks (type, status) values ('a', 'completed')"):
             with pytest.raises(psycopg.errors.InsufficientPrivilege):
                 producer.execute(query)
     assert value(conn, "select count(*) from orchestrator.tasks") == 3
+    assert audit(conn) == []
+
+
+def test_producer_replaces_and_keeps_what_waits_and_whoever_may_read_payloads_appends(login, conn):
+    register(conn, "w", ("t",))
+    conn.execute("select orchestrator.limit_type('t', p_max_per_key => 1)")
+    call = "select action from orchestrator.replace_task('t', 'k', %s, %s, %s, %s, p_concurrency_key => 'a')"
+    now, later = value(conn, "select now()"), value(conn, "select now() + interval '1 hour'")
+    with psycopg.connect(login("producer"), autocommit=True) as producer:
+        for mode, run_at, action in (("append", now, "enqueued"), ("replace", later, "replaced"), ("replace", now, "replaced"),
+                                     ("keep", None, "kept"), ("replace", later, "replaced"), ("replace", now, "replaced")):
+            assert value(producer, call, "[1]", run_at, mode, 3) == action
+        assert value(producer, call, "[2]", None, "replace", 4) == "replaced"
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            value(producer, call, "[3]", None, "append", None)
+        claim(conn)
+        assert value(producer, call, "[4]", None, "keep", None) == "kept"
+        assert value(producer, call, "[4]", None, "replace", None) == "enqueued"
+    with psycopg.connect(login("worker"), autocommit=True) as worker:
+        assert value(worker, call, "[5]", later, "append", 1) == "replaced"
+    assert column(conn, "select payload from orchestrator.tasks order by id") == [[2], [4, 5]]
     assert audit(conn) == []
 
 

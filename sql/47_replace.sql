@@ -1,0 +1,79 @@
+-- Replacing what waits under a key. Writes tasks, task_events and freed_keys. Locks the task that has the key until the caller
+-- commits, so that no claim takes it meanwhile; one in flight only if it passes its key on.
+
+-- Only here is a payload read, which a producer may not.
+create or replace function orchestrator._appended(p_id uuid, p_payload jsonb) returns jsonb
+language plpgsql as $$
+declare
+  v_waits jsonb := (select t.payload from orchestrator.tasks t where t.id = p_id);
+  v_problem text := case when jsonb_typeof(v_waits) <> jsonb_typeof(p_payload) then 'is not of the kind of what waits, ' || jsonb_typeof(v_waits)
+                         else orchestrator._payload_problem(v_waits || p_payload) || ' with what waits' end;
+begin
+  if v_problem is not null then
+    perform orchestrator._invalid('payload', v_problem, 'Append to another key, or when that task has been claimed.');
+  end if;
+  return v_waits || p_payload;
+end $$;
+
+create or replace function orchestrator.replace_task(
+  p_type text, p_idempotency_key text, p_payload jsonb default '{}', p_run_at timestamptz default null, p_mode text default 'replace',
+  p_priority int default null, p_max_wait interval default null, p_concurrency_key text default null,
+  p_meta jsonb default null, out id uuid, out action text)
+language plpgsql as $$
+declare
+  t record;
+  v_passed uuid;   -- had the key until now
+  v_later boolean;
+  v_to_tail boolean;   -- of its lane: an old place may be below the floor of a new one
+  v_problem text := orchestrator._payload_problem(p_payload);
+begin
+  perform orchestrator._check_task(p_type, coalesce(p_priority, 0), p_idempotency_key, null, p_run_at);
+  perform orchestrator._invalid(field, problem, hint) from (values
+    ('idempotency_key', p_idempotency_key is null, 'must be given', 'It says which task to replace.'),
+    ('mode', p_mode in ('replace', 'append', 'keep') is not true, 'must be replace, append or keep', 'append joins arrays and merges objects.'),
+    ('max_wait', p_max_wait < interval '0' or p_max_wait is not null and p_run_at is null, 'must be 0 or more, and goes with run_at', 'It bounds run_at.'),
+    ('payload', p_mode = 'append' and jsonb_typeof(p_payload) not in ('array', 'object'), 'must be an array or an object', 'Such as [1].'),
+    ('payload', true, v_problem, 'Store the data elsewhere and enqueue a reference to it.')) w(field, wrong, problem, hint) where wrong and problem <> '';
+  loop
+    -- keep doesn't lock a task in flight: its report would wait
+    select x.id, x.attempts, x.created_at, x.priority, x.queued_at, x.parked_at, x.blocked_until, x.concurrency_key,
+           x.status in ('pending', 'retry_scheduled') and (x.expires_at <= clock_timestamp()) is not true as waits into t
+    from orchestrator.tasks x
+    where x.type = p_type and x.idempotency_key = p_idempotency_key and (p_mode <> 'keep' or x.status not in ('claimed', 'running'))
+    for no key update;
+    id := t.id;
+    action := case p_mode when 'keep' then 'kept' else 'replaced' end;
+    if t.waits and p_mode = 'keep' then return; end if;
+    exit when t.waits and t.attempts = 0;
+    update orchestrator.tasks x set idempotency_key = null, updated_at = clock_timestamp() where x.id = t.id;
+    v_passed := coalesce(t.id, v_passed);
+    select e.id, case when e.created then 'enqueued' else action end into id, action from orchestrator.enqueue_many(
+      p_type, array[p_payload], coalesce(p_priority, 0), array[p_idempotency_key],
+      p_run_at => least(p_run_at, clock_timestamp() + p_max_wait), p_concurrency_keys => array[p_concurrency_key], p_meta => p_meta) e;
+    if action = 'enqueued' and v_passed is not null then
+      insert into orchestrator.task_events (task_id, event, detail) values (v_passed, 'key_passed_on', 'to ' || id);   -- once a task
+    end if;
+    if action <> 'replaced' then return; end if;   -- else another transaction was faster
+  end loop;
+  if p_mode = 'append' then p_payload := orchestrator._appended(id, p_payload); end if;
+  p_run_at := case when t.parked_at is null then least(p_run_at, t.created_at + p_max_wait) end;
+  v_later := p_run_at > clock_timestamp();
+  v_to_tail := case when t.queued_at is null then not v_later and t.blocked_until is null else p_priority <> t.priority end;
+  update orchestrator.tasks x
+  set payload = coalesce(p_payload, '{}'), priority = coalesce(p_priority, x.priority), updated_at = clock_timestamp(),
+      queued_at = case when v_later then null when v_to_tail then clock_timestamp() else x.queued_at end,
+      parked_at = case when x.parked_at is not null and p_priority <> x.priority then clock_timestamp() else x.parked_at end,
+      next_retry_at = case when p_run_at is null then x.next_retry_at when v_later then p_run_at end
+  where x.id = t.id returning x.queued_at is not null into t.waits;
+  if t.queued_at is not null and t.concurrency_key is not null and (v_later or v_to_tail) then
+    perform orchestrator._give_way(p_type, t.concurrency_key);
+  end if;
+  if t.waits then
+    perform orchestrator._notify_idle(p_type);
+  end if;
+end $$;
+comment on function orchestrator.replace_task is
+  'Enqueues a task under a key, or changes the one that waits under it and has never started. p_mode: replace takes the new payload, '
+  'append joins arrays and merges objects, keep changes nothing. A task that has started or ended passes its key on to a new one '
+  '(keep: only if it has ended). p_run_at and p_priority null: as they were. p_max_wait: bounds p_run_at, from the first call on. '
+  'p_concurrency_key, p_meta: of a new task. Returns its id and enqueued, replaced or kept. Raises OR001.';
