@@ -3455,9 +3455,9 @@ def _families(table: str, values: Mapping[str, Any]) -> Iterator[core.Metric]:
 ROUTES = {
     "GET": {"/": "", "/metrics": "", "/health": "", "/ready": "",
             "/api/overview": "api_overview", "/api/history": "api_history", "/api/tasks": "api_tasks",
-            "/api/failures": "api_failures", "/api/task": "api_task"},
-    "POST": {"/api/cancel": "cancel_task", "/api/retry": "retry_task", "/api/pause": "pause_type",
-             "/api/resume": "resume_type", "/api/retry_dead_letters": "retry_dead_letters",
+            "/api/failures": "api_failures", "/api/task": "show_task", "/api/operations": "api_operations"},
+    "POST": {"/api/cancel": "cancel_task", "/api/retry": "retry_task", "/api/bulk": "bulk_tasks",
+             "/api/pause": "pause_type", "/api/resume": "resume_type", "/api/limit": "limit_type",
              **{f"/api/{name}_schedule": f"{name}_schedule" for name in ("fire", "pause", "resume")}}}
 HEADERS = {"Content-Type": "application/json", "Cache-Control": "no-store", "Referrer-Policy": "no-referrer",
            "X-Content-Type-Options": "nosniff", "Cross-Origin-Resource-Policy": "same-origin",

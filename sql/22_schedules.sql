@@ -95,6 +95,7 @@ begin
         (next_at, active_since) = (
           select case when same then s.next_at else n.next_at end, case when same then s.active_since else n.active_since end
           from (select (s.cron, s.timezone) = (n.cron, n.timezone) and s.last_error is null as same) x);
+    perform orchestrator._log('schedule', jsonb_build_object('schedule', p_name), jsonb_build_object('cron', p_cron, 'timezone', p_timezone, 'type', p_type));
   end if;
   return (select s.next_at from orchestrator.schedules s where s.name = p_name and not s.paused);
 end $$;
@@ -106,13 +107,16 @@ comment on function orchestrator.schedule is
 
 create or replace function orchestrator.unschedule(p_name text) returns boolean
 language sql as $$
-  with gone as (delete from orchestrator.schedules s where s.name = p_name returning 1) select exists (select from gone)
+  with gone as (delete from orchestrator.schedules s where s.name = p_name returning orchestrator._log('unschedule', jsonb_build_object('schedule', p_name)))
+  select exists (select from gone)
 $$;
 comment on function orchestrator.unschedule is 'Removes a schedule; its tasks stay. Returns whether there was one.';
 
 create or replace function orchestrator.pause_schedule(p_name text) returns boolean
 language sql as $$
-  with changed as (update orchestrator.schedules s set paused = true where s.name = p_name and not s.paused returning 1)
+  with changed as (
+    update orchestrator.schedules s set paused = true where s.name = p_name and not s.paused
+    returning orchestrator._log('pause_schedule', jsonb_build_object('schedule', p_name)))
   select exists (select from changed) from orchestrator.schedules s where s.name = p_name
 $$;
 comment on function orchestrator.pause_schedule is
@@ -124,7 +128,7 @@ language sql as $$
     update orchestrator.schedules s
     set paused = false, last_error = null, active_since = clock_timestamp(),
         next_at = (select f.at from orchestrator.fire_times(s.cron, s.timezone, clock_timestamp(), 1) f(at))
-    where s.name = p_name and s.paused returning 1)
+    where s.name = p_name and s.paused returning orchestrator._log('resume_schedule', jsonb_build_object('schedule', p_name)))
   select exists (select from changed) from orchestrator.schedules s where s.name = p_name
 $$;
 comment on function orchestrator.resume_schedule is
@@ -142,6 +146,7 @@ begin
   v_id := orchestrator.enqueue(p_type => s.type, p_payload => s.payload, p_priority => s.priority, p_max_retries => s.max_retries,
                                 p_meta => orchestrator._fire_meta(s.name, clock_timestamp()));
   update orchestrator.schedules x set last_fire_at = clock_timestamp(), last_task_id = v_id where x.name = p_name;
+  perform orchestrator._log('fire_schedule', jsonb_build_object('schedule', p_name), jsonb_build_object('task_id', v_id));
   return v_id;
 end $$;
 comment on function orchestrator.fire_schedule is

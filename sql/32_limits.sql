@@ -272,7 +272,7 @@ create or replace function orchestrator.limit_type(
   out changed boolean, out matching int)
 language plpgsql as $$
 begin
-  matching := orchestrator._matching(p_type);
+  matching := orchestrator._covered_types(p_type);
   if least(p_max_running, p_max_per_key, p_rate) < 1 then
     perform orchestrator._invalid(case when p_max_running < 1 then 'max_running' when p_max_per_key < 1 then 'max_per_key' else 'rate' end,
                                   'must be 1 or more', 'Leave it out for no limit; pause_type lets nothing run.');
@@ -290,6 +290,8 @@ begin
   where (l.max_running, l.max_per_key, l.rate, l.rate_per) is distinct from (excluded.max_running, excluded.max_per_key, excluded.rate, excluded.rate_per);
   changed := found;
   if changed then
+    perform orchestrator._log('limit', jsonb_build_object('type', p_type), jsonb_strip_nulls(jsonb_build_object(
+      'max_running', p_max_running, 'max_per_key', p_max_per_key, 'rate', p_rate, 'per', p_per)));
     update orchestrator.type_limits l set since = null where l.type like orchestrator._like(p_type) or p_type like l.likes;
     insert into orchestrator.freed_keys values (p_type, null);
     if exists (select from orchestrator.workers w where w.idle) then

@@ -10,13 +10,13 @@ begin
   from orchestrator.tasks x where x.id = p_id for no key update;
   if not found then return 'not_found'; end if;
   if t.status in ('pending', 'retry_scheduled') then
-    perform orchestrator._cancel_waiting(p_id, 'cancelled', null);
+    perform orchestrator._cancel_waiting(p_id, 'cancelled', orchestrator._by());
     perform orchestrator._parents_ended(array[p_id]);
     return 'cancelled';
   elsif t.status in ('claimed', 'running') then
     if t.cancel_requested_at is null then
       update orchestrator.tasks x set cancel_requested_at = clock_timestamp(), updated_at = clock_timestamp() where x.id = p_id;
-      perform orchestrator._add_event(p_id, 'cancel_requested', null, t.worker_id, null);
+      perform orchestrator._add_event(p_id, 'cancel_requested', null, t.worker_id, orchestrator._by());
       perform pg_notify('orchestrator_cancel', '');
     end if;
     return 'cancelling';
@@ -40,7 +40,7 @@ begin
       claim_id = null, claimed_at = null, started_at = null, completed_at = null, dead_at = null, progress = null
   where x.id = p_id;
   delete from orchestrator.task_steps s where s.task_id = p_id and (s.at is null or p_fresh);   -- a wait for a signal begins anew
-  perform orchestrator._add_event(p_id, 'retried', null, null, 'by ' || current_user);
+  perform orchestrator._add_event(p_id, 'retried', null, null, orchestrator._by());
   perform orchestrator._notify_idle(t.type);
   return 'pending';
 end $$;
@@ -48,26 +48,8 @@ comment on function orchestrator.retry_task is
   'Puts a dead letter or a cancelled task back at the tail of its lane, with all its retries. It goes on after its last step; '
   'p_fresh: steps and signals are forgotten. Returns pending, else the status that it has, or not_found.';
 
-create or replace function orchestrator.retry_dead_letters(p_type text default null, p_limit int default 1000) returns int
-language plpgsql as $$
-declare
-  v_id uuid;
-  v_n int := 0;
-begin
-  for v_id in
-    select t.id from orchestrator.tasks t where t.dead_at is not null and (p_type is null or t.type like orchestrator._like(p_type))
-    order by t.dead_at limit least(p_limit, 10000) for no key update skip locked
-  loop
-    v_n := v_n + (orchestrator.retry_task(v_id) = 'pending')::int;
-  end loop;
-  return v_n;
-end $$;
-comment on function orchestrator.retry_dead_letters is
-  'Retries up to p_limit (at most 10000) dead letters of a type or pattern (null: all), the oldest first. Returns how many: call it '
-  'again until that is 0.';
-
 -- How many types that are registered, ready, or handled as part of a pattern does a type or pattern cover?
-create or replace function orchestrator._matching(p_type text) returns int
+create or replace function orchestrator._covered_types(p_type text) returns int
 language plpgsql stable as $$
 begin
   if p_type is distinct from '*' then
@@ -82,10 +64,11 @@ end $$;
 create or replace function orchestrator.pause_type(p_type text, out changed boolean, out matching int)
 language plpgsql as $$
 begin
-  matching := orchestrator._matching(p_type);
+  matching := orchestrator._covered_types(p_type);
   insert into orchestrator.task_types as t (type, paused) values (p_type, true)
   on conflict (type) do update set paused = true, updated_at = clock_timestamp() where not t.paused;
   changed := found;
+  if changed then perform orchestrator._log('pause', jsonb_build_object('type', p_type)); end if;
 end $$;
 comment on function orchestrator.pause_type is
   'Keeps tasks of a type or pattern from being claimed; those in flight go on. Returns whether that is new, and how many known '
@@ -94,11 +77,12 @@ comment on function orchestrator.pause_type is
 create or replace function orchestrator.resume_type(p_type text, out changed boolean, out matching int)
 language plpgsql as $$
 begin
-  matching := orchestrator._matching(p_type);
+  matching := orchestrator._covered_types(p_type);
   update orchestrator.task_types t set paused = false, updated_at = clock_timestamp() where t.type = p_type and t.paused;
   changed := found;
-  if changed and exists (select from orchestrator.workers w where w.idle) then
-    perform pg_notify('orchestrator', '');
+  if changed then
+    perform orchestrator._log('resume', jsonb_build_object('type', p_type));
+    perform pg_notify('orchestrator', '') where exists (select from orchestrator.workers w where w.idle);
   end if;
 end $$;
 comment on function orchestrator.resume_type is

@@ -100,83 +100,34 @@ comment on function orchestrator.api_history is
 
 -- Lists -------------------------------------------------------------------------------------------------------------------
 
--- Walks the index of one state from its p_skip-th task, or the ids that begin with p_prefix from p_before down, and looks at
--- p_bound tasks. Ready tasks of a type or pattern have an index to themselves. The limits in lateral subqueries keep the planner
--- from turning a join around, to walk all tasks.
-create or replace function orchestrator._walk(p_walk text, p_skip int, p_before uuid, p_prefix text, p_type text, p_bound int)
-returns table (place bigint, id uuid, type text, status text)
-language sql stable as $$
-  select row_number() over (), x.id, x.type, x.status::text from (
-    (select t.id, t.type, t.status from orchestrator.tasks t
-     where p_walk = 'ready' and p_type is null and t.queued_at is not null order by t.type, t.priority desc, t.queued_at offset p_skip limit p_bound)
-    union all
-    (select t.id, t.type, t.status from unnest(case when orchestrator._prefix(p_type) is null then array[p_type]
-       else array(select orchestrator._ready_types(orchestrator._prefix(p_type), '{}')) end) with ordinality u(type, o)
-     cross join lateral (select t.id, t.type, t.status, t.priority, t.queued_at from orchestrator.tasks t
-       where p_walk = 'ready' and t.queued_at is not null and t.type = u.type order by t.priority desc, t.queued_at limit p_skip + p_bound) t
-     order by u.o, t.priority desc, t.queued_at offset p_skip limit p_bound)
-    union all
-    (select t.id, t.type, t.status from orchestrator.tasks t
-     where p_walk = 'parked' and t.parked_at is not null order by t.parked_by, t.concurrency_key, t.type, t.priority desc, t.parked_at offset p_skip limit p_bound)
-    union all
-    (select t.id, t.type, t.status from orchestrator.tasks t
-     where p_walk = 'scheduled' and t.next_retry_at is not null order by t.next_retry_at offset p_skip limit p_bound)
-    union all
-    (select t.id, t.type, t.status from (select c.id from orchestrator.claims c where p_walk = 'in_flight' order by c.id) c
-     cross join lateral (select t.id, t.type, t.status from orchestrator.tasks t
-       where t.claim_id = c.id and t.status in ('claimed', 'running') limit 10000000) t offset p_skip limit p_bound)
-    union all
-    (select t.id, t.type, t.status from orchestrator.tasks t
-     where p_walk = 'dead_letter' and t.dead_at is not null order by t.dead_at desc offset p_skip limit p_bound)
-    union all
-    (select t.id, t.type, t.status from orchestrator.tasks t
-     where p_walk = 'ids' and t.id >= rpad(p_prefix, 32, '0')::uuid and t.id <= rpad(p_prefix, 32, 'f')::uuid
-       and t.id < coalesce(p_before, 'ffffffff-ffff-ffff-ffff-ffffffffffff') order by t.id desc limit p_bound)) x
-$$;
-
--- The ids on a page of one walk, how many tasks it looked at, and at which it stopped: null at the end of the walk. Looks at 10,000 at most.
-create or replace function orchestrator._page(
-  p_walk text, p_skip int, p_before uuid, p_prefix text, p_type text, p_statuses text[], p_limit int,
-  out ids uuid[], out looked int, out stopped bigint, out last uuid)
-language sql stable as $$
-  with bound as (select case when p_statuses is null and (p_type is null or p_walk = 'ready') then p_limit else 10000 end as n),
-  walked as materialized (select w.* from bound b cross join lateral orchestrator._walk(p_walk, p_skip, p_before, p_prefix, p_type, b.n) w),
-  page as materialized (
-    select w.place, w.id from walked w
-    where (p_type is null or w.type like orchestrator._like(p_type)) and (p_statuses is null or w.status = any (p_statuses))
-    order by w.place limit p_limit),
-  stop as (select case when (select count(*) from page) = p_limit then (select max(p.place) from page p)
-                       when (select count(*) from walked) = b.n then b.n end as place from bound b)
-  select array(select p.id from page p order by p.place), (select count(*)::int from walked w where w.place <= coalesce(s.place, w.place)),
-         s.place, (select w.id from walked w where w.place = s.place)
-  from stop s
-$$;
-
 create or replace function orchestrator.api_tasks(
-  p_id text default null, p_type text default null, p_status text default null, p_before text default null, p_limit int default 50)
+  p_id text default null, p_type text default null, p_status text default null, p_before text default null, p_limit int default 50,
+  p_filter jsonb default '{}')
 returns jsonb language plpgsql stable as $$
 declare
-  v_prefix text := lower(replace(btrim(p_id), '-', ''));
-  v_type text := nullif(p_type, '');
+  v_filter jsonb := coalesce(p_filter, '{}') || jsonb_strip_nulls(jsonb_build_object('id', p_id, 'type', nullif(p_type, ''), 'status', p_status));
   v_left int := orchestrator._check_range('limit', p_limit, 200);
-  v_walks text[] := case when v_prefix is not null then '{ids}'
-    when p_status in ('ready', 'parked', 'scheduled', 'in_flight', 'dead_letter') then array[p_status]
-    when p_status in ('claimed', 'running') then '{in_flight}' when p_status = 'retry_scheduled' then '{scheduled}'
-    when p_status is null and v_type is not null then '{in_flight,ready,parked,scheduled,dead_letter,ids}' else '{ids}' end;
-  v_walk text := case when p_before ~ '\+' then split_part(p_before, '+', 1) when p_before is not null then 'ids' else v_walks[1] end;
-  v_skip int;
+  v_walks text[] := case when v_filter ?| '{id,ids}' then '{ids}' when v_filter ? 'status' or not v_filter ? 'type'
+    then orchestrator._walks(v_filter ->> 'status') else orchestrator._walks('unfinished') || '{dead_letter,ids}' end;
+  v_walk text := case when p_before is null then v_walks[1] when p_before ~ '^[0-9a-f]{8}-([0-9a-f]{4}-){3}[0-9a-f]{12}$' then 'ids'
+    when p_before ~ '^\w+\+\d{1,5}$' then nullif(split_part(p_before, '+', 1), 'ids') end;
+  v_skip int := 0;
   v_before uuid;
   v_ids uuid[] := array[]::uuid[];
   v_looked int := 0;
   v_cut boolean := false;
   r record;
 begin
-  perform orchestrator._check_search(v_prefix, p_status, p_before, v_walks);
-  v_skip := case when v_walk = 'ids' then 0 else coalesce(split_part(p_before, '+', 2)::int, 0) end;
-  v_before := case when v_walk = 'ids' then p_before::uuid end;
+  if v_walk = any (v_walks) is not true then
+    perform orchestrator._invalid('before', 'must be what the page before gave as next', 'Leave it out for the first page.');
+  elsif v_walk = 'ids' then
+    v_before := p_before::uuid;
+  else
+    v_skip := coalesce(split_part(p_before, '+', 2)::int, 0);
+  end if;
   while v_left > 0 and v_looked < 10000 and v_walk is not null loop
-    r := orchestrator._page(v_walk, v_skip, v_before, coalesce(v_prefix, ''), v_type,
-      case when p_status <> v_walk then array[p_status] when v_walk = 'ids' and cardinality(v_walks) > 1 then '{completed,cancelled}' end, v_left);
+    r := orchestrator._matching(case when v_walk = 'ids' and cardinality(v_walks) > 1 then v_filter || '{"status": "ended"}' else v_filter end,
+                                v_walk, v_skip, v_before, v_left, 10000);
     v_ids := v_ids || r.ids;
     v_left := v_left - cardinality(r.ids);
     v_looked := v_looked + r.looked;
@@ -196,28 +147,10 @@ begin
     'back_to', (select t.created_at from orchestrator.tasks t where t.id = v_before));
 end $$;
 comment on function orchestrator.api_tasks is
-  'Search: an id or its beginning; a type, or types by their beginning (mail: or mail*); a status (also ready, parked, scheduled, in_flight); '
-  'p_limit (1 to 200); p_before: next of the page before. States with an index come in its order, all else by id, the newest first; a '
-  'type alone: in flight, ready, parked, scheduled, dead letters, then what has ended. Each page looks at 10,000 tasks or a few more, so one '
-  'that is not full may have a next. looked: at how many; back_to: how far back it got; cut: a state''s list ends at 100,000. Raises OR001.';
-
-create or replace function orchestrator._check_search(p_prefix text, p_status text, p_before text, p_walks text[]) returns void
-language plpgsql stable as $$
-declare
-  v_known text[] := '{ready,parked,scheduled,in_flight}' || array_remove(enum_range(null::orchestrator.task_status)::text[], 'failed');   -- none rests in failed
-  v_walk text := case when p_before ~ '^[0-9a-f]{8}-([0-9a-f]{4}-){3}[0-9a-f]{12}$' then 'ids'
-    when p_before ~ '^\w+\+\d{1,5}$' then nullif(split_part(p_before, '+', 1), 'ids') end;
-begin
-  if p_prefix !~ '^[0-9a-f]{1,32}$' then
-    perform orchestrator._invalid('id', 'must be the beginning of a task''s id', 'Digits and a to f.');
-  elsif p_status <> all (v_known) then
-    perform orchestrator._invalid('status', 'is unknown', 'One of ' || array_to_string(v_known, ', ') || '.');
-  elsif p_prefix is not null and p_status in ('ready', 'parked', 'scheduled', 'in_flight') then
-    perform orchestrator._invalid('status', 'goes with an id only as tasks have it', 'Such as pending, running or dead_letter.');
-  elsif p_before is not null and v_walk = any (p_walks) is not true then
-    perform orchestrator._invalid('before', 'must be what the page before gave as next', 'Leave it out for the first page.');
-  end if;
-end $$;
+  'Search by a filter (bulk_tasks has its keys; p_id, p_type and p_status are among them); p_limit (1 to 200); p_before: next of the '
+  'page before. States with an index come in its order, all else by id, the newest first; a type alone: in flight, ready, parked, '
+  'blocked, scheduled, dead letters, then what has ended. Each page looks at 10,000 tasks or a few more, so one that is not full may '
+  'have a next. looked: at how many; back_to: how far back it got; cut: a state''s list ends at 100,000. Raises OR001.';
 
 create or replace function orchestrator._task_summary(t orchestrator._bare_tasks) returns jsonb
 language sql as $$
@@ -251,6 +184,10 @@ $$;
 comment on function orchestrator.api_failures is
   'p_type, p_limit (1 to 200): failed attempts among the last 5000 events, the newest first, with the error. Raises OR001.';
 
-create or replace function orchestrator.api_task(p_id uuid) returns jsonb
-language sql stable as $$ select orchestrator.show_task(p_id) $$;
-comment on function orchestrator.api_task is 'One task''s whole story (show_task); null if there is none.';
+create or replace function orchestrator.api_operations(p_limit int default 50) returns jsonb
+language sql as $$
+  select jsonb_build_object('now', extract(epoch from clock_timestamp()), 'operations', coalesce(jsonb_agg(to_jsonb(o) order by o.id desc), '[]'))
+  from (select o.id, o.at, o.by, o.action, orchestrator.redact(o.filter) as filter, orchestrator.redact(o.value) as value, o.done, o.skipped, o.ended_at
+        from orchestrator.operations o order by o.id desc limit orchestrator._check_range('limit', p_limit, 1000)) o
+$$;
+comment on function orchestrator.api_operations is 'p_limit (1 to 1000): what operators did, the newest first. Raises OR001.';

@@ -44,7 +44,7 @@ begin
       when p.proname = 'enqueue' then 'orchestrator_producer, orchestrator_worker, orchestrator_operator'   -- firing a schedule enqueues
       when p.proname ~ '^(enqueue|replace_)' then 'orchestrator_producer, orchestrator_worker'
       when p.proname ~ '^(schedule|limit_type)$' then 'orchestrator_worker, orchestrator_operator'   -- a worker applies its SCHEDULES and LIMITS
-      when p.proname ~ '^(cancel|retry|pause|resume|signal)_|^(unschedule|fire_schedule)$' then 'orchestrator_operator'
+      when p.proname ~ '^(cancel|retry|pause|resume|signal|bulk)_|^(unschedule|fire_schedule)$' then 'orchestrator_operator'
       when p.proname ~ '^(api|show|explain)_|^(audit|metrics|fire_times|schedule_history)$' then v_look
       else 'orchestrator_worker' end as roles
     from pg_proc p where p.pronamespace = 'orchestrator'::regnamespace
@@ -99,6 +99,7 @@ begin
   -- cancel, retry, pause, limit
   grant insert, update on orchestrator.task_types, orchestrator.type_limits to orchestrator_operator;
   grant insert on orchestrator.freed_keys to orchestrator_operator;
+  grant insert, update on orchestrator.operations to orchestrator_operator;
   grant insert, delete on orchestrator.task_events to orchestrator_operator;
   grant insert (type, priority) on orchestrator.lanes to orchestrator_operator;
 

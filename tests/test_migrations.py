@@ -50,7 +50,7 @@ MIGRATIONS = {
         alter table orchestrator.tasks add column if not exists note text;
         create table orchestrator.notes (task_id uuid primary key, note text not null default 'it''s $1');
         insert into orchestrator.notes (task_id) select id from orchestrator.tasks;
-        drop function orchestrator.retry_dead_letters(text, int);
+        drop function orchestrator.retry_task(uuid);
         """,
     f"{LAST:03}_notes_by_text.sql": "create index notes_by_text on orchestrator.notes (note);\n",
 }
@@ -72,8 +72,7 @@ def release(folder: Path, version: int) -> Path:
             + ("create index if not exists notes_by_text on orchestrator.notes (note);\n" if version >= LAST else "")
             + "create table if not exists orchestrator.claims"))
         edit(folder / "sql" / "70_operate.sql",
-             ("retry_dead_letters(p_type text default null, p_limit int default 1000)",
-              "retry_dead_letters(p_type text default null, p_limit int default 1000, p_note text default null)"))
+             ("retry_task(p_id uuid) returns", "retry_task(p_id uuid, p_note text default null) returns"))
     for name, text in MIGRATIONS.items():
         if int(name[:3]) <= version:
             (folder / "sql" / "migrations" / name).write_text(text)

@@ -46,7 +46,7 @@ HOT = {
     "cancel_task, waiting": "select orchestrator.cancel_task(%(waiting)s)",
     "cancel_task, in flight": "select orchestrator.cancel_task(%(id)s)",
     "retry_task": "select orchestrator.retry_task(%(dead)s)",
-    "retry_dead_letters": "select orchestrator.retry_dead_letters('t', 5)",
+    "bulk_tasks, retry": """select orchestrator.bulk_tasks('retry', jsonb_build_object('ids', jsonb_build_array(%(dead)s)), false)""",
     "heartbeat": "select * from orchestrator.heartbeat('w')",
     "cancelling_tasks": "select * from orchestrator.cancelling_tasks('w')",
     "recover_orphans": "select * from orchestrator.recover_orphans('leader', %(term)s)",

@@ -20,7 +20,7 @@ from steps import audit, claim, column, enqueue, fail, register, rows, value
 PURE = {"schema_version", "longest_delay", "redact", "redact_text", "retry_delay"}
 READ = PURE | {
     "fire_times", "schedule_history",
-    "explain_task", "show_task", "audit", "metrics", "api_overview", "api_history", "api_tasks", "api_failures", "api_task"}
+    "explain_task", "show_task", "audit", "metrics", "api_overview", "api_history", "api_tasks", "api_failures", "api_operations"}
 DECISIONS = {
     "producer": PURE | {"enqueue", "enqueue_many", "enqueue_lines", "replace_task"},
     "worker": READ | {"enqueue", "enqueue_many", "enqueue_lines", "schedule",
@@ -29,7 +29,7 @@ DECISIONS = {
         "record_progress", "acquire_leadership", "resign_leadership", "declare_dead", "declare_disconnected_dead", "recover_orphans",
         "raise_floors", "rescan_lanes", "prune", "sample_stats", "note_lost_result", "get_task", "limit_type", "replace_task",
         "wait_tasks", "record_step", "steps", "await_signal"},
-    "operator": READ | {"cancel_task", "retry_task", "retry_dead_letters", "pause_type", "resume_type", "limit_type", "enqueue", "schedule",
+    "operator": READ | {"cancel_task", "retry_task", "bulk_tasks", "pause_type", "resume_type", "limit_type", "enqueue", "schedule",
                          "unschedule", "pause_schedule", "resume_schedule", "fire_schedule", "signal_task"},
     "auditor": READ,
 }
@@ -118,7 +118,7 @@ def test_every_function_runs_with_the_rights_of_its_caller(conn):
 
 @pytest.mark.parametrize(("role", "calls"), [
     ("producer", ("_task_summaries(array[%(id)s]::uuid[])", "_count_live()", "_ready_types('', '{}')",
-                  "_walk('ready', 0, null, '', 't', 10)",
+                  "_matching('{}', 'ready', 0, null, 10, 10)", "_log('x', '{}')",
                   "_events(%(id)s, false)", "_leads('w', 1)", "_advance_safe_floor()", "_keep_sample(now())")),
     ("auditor", ("_keep_sample(now())", "_sample_runs(0, '{}')", "_name_types(%(id)s)", "_advance_safe_floor()", "_leads('w', 1)"))])
 def test_helpers_give_no_right_that_the_tables_do_not_give(login, conn, role, calls):
@@ -257,7 +257,7 @@ def test_operator_cancels_retries_and_pauses_without_a_right_on_payloads(login, 
         assert value(operator, "select changed from orchestrator.pause_type('t')") is True
         assert value(operator, "select changed from orchestrator.resume_type('t')") is True
         fail(conn, claim(conn, limit=1)[0]["claim_id"], ids[2], permanent=True)
-        assert value(operator, "select orchestrator.retry_dead_letters()") == 1
+        assert value(operator, "select done from orchestrator.bulk_tasks('retry', '{\"all\": true}', false)") == 1
         for query in ("select payload from orchestrator.tasks", "delete from orchestrator.tasks",
                       "select orchestrator.enqueue_many('t', '{1}')",
                       "select orchestrator.claim_tasks('w', '{t}', 1)", "update orchestrator.tasks set payload = '{}'"):

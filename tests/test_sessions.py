@@ -128,7 +128,7 @@ def look_at_everything(app: Orchestrator, task_id: str) -> None:
         app.view(view)
     for function in ("api_overview", "api_history", "api_tasks", "api_failures", "metrics"):
         assert app.call(function)[0][0]
-    assert app.call("show_task", task_id)[0][0] and app.call("api_task", p_id=task_id)[0][0]
+    assert app.call("show_task", task_id)[0][0] and app.call("show_task", p_id=task_id)[0][0]
     assert app.call("explain_task", task_id)
 
 

@@ -1,0 +1,247 @@
+-- Filters, which lists, page, command line and bulk operations share, and the log of what operators did. Writes operations, and what
+-- cancel_task and retry_task write. Bulk operations lock tasks with skip locked, in ascending order, and wait for nothing.
+
+create table if not exists orchestrator.operations (
+  id         bigint generated always as identity primary key,
+  at         timestamptz not null default clock_timestamp(),
+  by         text not null default current_user,
+  action     text not null,
+  filter     jsonb not null,
+  value      jsonb,
+  done       bigint,
+  skipped    bigint,
+  next_after uuid,
+  ended_at   timestamptz default clock_timestamp()
+);
+comment on table orchestrator.operations is
+  'What operators did to many tasks, to a type, a limit or a schedule: who, when, to what (filter) and, of tasks, to how many. Until '
+  'ended_at is set, bulk_tasks goes on after next_after. Kept for ever.';
+select setval('orchestrator.operations_id_seq', m.id) from (select max(id) as id from orchestrator.operations) m   -- as in 10_tables.sql
+where m.id > coalesce(pg_sequence_last_value('orchestrator.operations_id_seq'), 0);
+
+create or replace function orchestrator._log(p_action text, p_filter jsonb, p_value jsonb default null) returns bigint
+language sql as $$
+  insert into orchestrator.operations (action, filter, value) values (p_action, p_filter, p_value) returning id
+$$;
+
+-- For events: who did it, and as part of which bulk operation.
+create or replace function orchestrator._by() returns text
+language sql stable
+return coalesce('operation ' || nullif(current_setting('orchestrator.operation', true), '') || ' ', '') || 'by ' || current_user;
+
+-- The lists that hold all tasks of a status, in the order of display: those with an index of their own, or ids, newest first.
+create or replace function orchestrator._walks(p_status text) returns text[]
+language sql immutable parallel safe
+return case when p_status in ('ready', 'parked', 'blocked', 'scheduled', 'in_flight', 'dead_letter') then array[p_status]
+  when p_status in ('claimed', 'running') then '{in_flight}' when p_status = 'retry_scheduled' then '{scheduled}'
+  when p_status in ('pending', 'waiting') then '{ready,parked,blocked,scheduled}'
+  when p_status = 'unfinished' then '{in_flight,ready,parked,blocked,scheduled}' else '{ids}' end;
+
+-- Nulls where the filter says nothing; low and high bound ids.
+create or replace function orchestrator._filter(
+  p_filter jsonb, out type text, out likes text, out status text, out low uuid, out high uuid, out ids uuid[], out priority int,
+  out key text, out error text, out payload jsonb)
+language plpgsql stable as $$
+declare
+  v_known text[] := '{id,ids,type,status,created_after,created_before,priority,concurrency_key,error,payload,all}'::text[];
+  v_statuses text[] := '{ready,parked,blocked,scheduled,waiting,in_flight,unfinished,ended}' ||
+    array_remove(enum_range(null::orchestrator.task_status)::text[], 'failed');   -- none rests in failed
+  v_prefix text := lower(replace(btrim(p_filter ->> 'id'), '-', ''));
+  v_bad text;
+begin
+  type := p_filter ->> 'type';
+  likes := orchestrator._like(type);
+  status := p_filter ->> 'status';
+  key := p_filter ->> 'concurrency_key';
+  error := p_filter ->> 'error';
+  payload := p_filter -> 'payload';
+  begin
+    select e.key || case when e.key = any (v_known) then ': is empty' else ': is not known' end into v_bad from jsonb_each(p_filter) e
+    where e.key <> all (v_known) or e.value in ('null', '""', '{}') limit 1;
+    priority := (p_filter ->> 'priority')::int;
+    ids := case when p_filter ? 'ids' then array(select jsonb_array_elements_text(p_filter -> 'ids')::uuid) end;
+    low := case when p_filter ? 'created_after' then orchestrator._uuid_at((p_filter ->> 'created_after')::timestamptz) end;
+    high := case when p_filter ? 'created_before' then orchestrator._uuid_at((p_filter ->> 'created_before')::timestamptz) end;
+  exception when data_exception then
+    v_bad := sqlerrm;
+  end;
+  if v_bad is not null then
+    perform orchestrator._invalid('filter', v_bad, 'An object of some of ' || array_to_string(v_known, ', ') || '.');
+  elsif v_prefix !~ '^[0-9a-f]{1,32}$' then
+    perform orchestrator._invalid('id', 'must be the beginning of a task''s id', 'Digits and a to f.');
+  elsif status <> all (v_statuses) then
+    perform orchestrator._invalid('status', 'is unknown', 'One of ' || array_to_string(v_statuses, ', ') || '.');
+  end if;
+  low := greatest(low, rpad(coalesce(v_prefix, ''), 32, '0')::uuid);
+  high := least(high, rpad(coalesce(v_prefix, ''), 32, 'f')::uuid);
+end $$;
+
+-- Tasks that match a filter: of the list p_walk from its p_skip-th task, or by id: `ids` from p_from down, `up` from p_from up.
+-- Looks at p_bound tasks. Returns how many it looked at, and, unless that was the end of the list, which in the list it looked at last.
+-- Each part of the union reads along an index, and no further than the limits ask for, so nothing here may sort but ids.
+create or replace function orchestrator._matching(
+  p_filter jsonb, p_walk text, p_skip int, p_from uuid, p_limit int, p_bound int, out ids uuid[], out looked int, out stopped int, out last uuid)
+language plpgsql stable as $$
+#variable_conflict use_column
+declare
+  f record;
+  r record;
+  v_low text;
+  v_high text;
+  v_some uuid[];   -- by id: there are no others
+begin
+  select * into f from orchestrator._filter(p_filter);
+  v_low := coalesce(orchestrator._prefix(coalesce(f.type, '*')), f.type);
+  v_high := v_low || case when orchestrator._prefix(coalesce(f.type, '*')) is null then '' else U&'\+10FFFF' end;
+  v_some := f.ids;
+  p_from := coalesce(p_from, case p_walk when 'up' then '00000000-0000-0000-0000-000000000000' else 'ffffffff-ffff-ffff-ffff-ffffffffffff' end::uuid);
+  if p_walk = 'up' and v_some is null and orchestrator._walks(f.status) <> '{ids}' then
+    v_some := '{}';
+    for r in select m.* from unnest(orchestrator._walks(f.status)) w
+             cross join lateral orchestrator._matching(p_filter - '{error,payload}'::text[], w, 0, null, p_bound, p_bound) m loop
+      v_some := case when r.stopped is null then v_some || r.ids end;   -- null: too many to sort
+    end loop;
+  end if;
+  with walked as materialized (
+    select row_number() over () as place, w.* from (
+      (select t.* from orchestrator._bare_tasks t where p_walk = 'ready' and t.queued_at is not null and t.type >= v_low and t.type <= v_high
+       order by t.type, t.priority desc, t.queued_at offset p_skip limit p_bound)
+      union all
+      (select t.* from orchestrator._bare_tasks t where p_walk = 'parked' and t.parked_at is not null
+       order by t.parked_by, t.concurrency_key, t.type, t.priority desc, t.parked_at offset p_skip limit p_bound)
+      union all
+      (select t.* from orchestrator._bare_tasks t where p_walk = 'blocked' and t.blocked_until is not null
+       order by t.blocked_until offset p_skip limit p_bound)
+      union all
+      (select t.* from orchestrator._bare_tasks t where p_walk = 'scheduled' and t.next_retry_at is not null
+       order by t.next_retry_at offset p_skip limit p_bound)
+      union all
+      (select t.* from orchestrator._bare_tasks t where p_walk = 'dead_letter' and t.dead_at is not null
+       order by t.dead_at desc offset p_skip limit p_bound)
+      union all
+      (select t.* from (select c.id from orchestrator.claims c where p_walk = 'in_flight' order by c.id) c
+       cross join lateral (select t.* from orchestrator._bare_tasks t
+         where t.claim_id = c.id and t.status in ('claimed', 'running') limit 10000000) t offset p_skip limit p_bound)
+      union all
+      (select t.* from orchestrator._bare_tasks t where p_walk = 'ids' and v_some is null and t.id >= f.low and t.id <= f.high and t.id < p_from
+       order by t.id desc limit p_bound)
+      union all
+      (select t.* from orchestrator._bare_tasks t where p_walk = 'up' and v_some is null and t.id >= f.low and t.id <= f.high and t.id > p_from
+       order by t.id limit p_bound)
+      union all
+      (select t.* from (select u.id from (select distinct unnest(v_some) as id) u
+         where case p_walk when 'up' then u.id > p_from when 'ids' then u.id < p_from end order by case p_walk when 'up' then u.id end, u.id desc) u
+       cross join lateral (select t.* from orchestrator._bare_tasks t where t.id = u.id limit 1) t limit p_bound)) w),
+  found as materialized (
+    select w.place, w.id from walked w
+    where w.id >= f.low and w.id <= f.high and (f.type is null or w.type like f.likes) and (f.priority is null or w.priority = f.priority)
+      and (f.key is null or w.concurrency_key = f.key)
+      and (f.status is null or case f.status when 'ready' then w.queued_at is not null when 'parked' then w.parked_at is not null
+        when 'blocked' then w.blocked_until is not null when 'scheduled' then w.next_retry_at is not null
+        when 'waiting' then w.status in ('pending', 'retry_scheduled') when 'in_flight' then w.status in ('claimed', 'running')
+        when 'unfinished' then w.status in ('pending', 'retry_scheduled', 'claimed', 'running')
+        when 'ended' then w.status in ('completed', 'cancelled') else w.status::text = f.status end)
+      and (f.error is null or strpos(lower(orchestrator.redact_text(w.last_error)), lower(f.error)) > 0)
+      and (f.payload is null or exists (select from orchestrator._redacted_tasks p where p.id = w.id and p.payload @> f.payload))
+    limit p_limit),
+  stop as (select case when (select count(*) from found) = p_limit then (select max(x.place) from found x)
+                       when (select count(*) from walked) = p_bound then p_bound end as place)
+  select array(select x.id from found x order by x.place), coalesce(s.place, (select count(*) from walked)), s.place,
+         (select w.id from walked w where w.place = s.place limit 1)
+    into ids, looked, stopped, last
+  from stop s;
+end $$;
+
+-- Acts on those of these tasks that nobody else holds, that still match, and that may be acted upon; returns how many that are.
+create or replace function orchestrator._act(p_action text, p_filter jsonb, p_ids uuid[], p_priority int) returns int
+language plpgsql as $$
+declare
+  v_ids uuid[];
+  v_id uuid;
+begin
+  p_ids := array(select t.id from orchestrator.tasks t where t.id = any (p_ids) order by t.id for no key update skip locked);
+  v_ids := array(   -- a statement of its own, which sees what changed before the locks
+    select t.id
+    from (select unnest(m.ids) as id from orchestrator._matching(p_filter || jsonb_build_object('ids', p_ids), 'up', 0, null, 10000, 10001) m) u
+    cross join lateral (select b.* from orchestrator._bare_tasks b where b.id = u.id limit 1) t
+    where case p_action when 'cancel' then t.status in ('pending', 'retry_scheduled', 'claimed', 'running') and t.cancel_requested_at is null
+      when 'retry' then t.status in ('dead_letter', 'cancelled') when 'run_now' then t.next_retry_at is not null
+      when 'prioritize' then t.status in ('pending', 'retry_scheduled') and t.priority <> p_priority
+      else t.status in ('completed', 'cancelled', 'dead_letter') end
+    order by t.id);
+  if p_action = 'purge' then
+    delete from orchestrator.task_events e where e.task_id = any (v_ids);
+    delete from orchestrator.tasks t where t.id = any (v_ids);
+  elsif p_action in ('cancel', 'retry') then
+    foreach v_id in array v_ids loop
+      perform case p_action when 'cancel' then orchestrator.cancel_task(v_id) else orchestrator.retry_task(v_id) end;
+    end loop;
+  else   -- to the tail of the lane that it is in by now: the floor of another one might hide its old place
+    perform orchestrator._note_lane(l.type, l.priority)
+    from (select distinct b.type, b.priority from orchestrator._bare_tasks b where b.id = any (v_ids) and b.queued_at is not null) l;
+    update orchestrator.tasks t
+    set priority = coalesce(p_priority, t.priority), updated_at = clock_timestamp(),
+        status = case when p_priority is null then 'pending' else t.status end,
+        next_retry_at = case when p_priority is not null then t.next_retry_at end,
+        queued_at = case when t.queued_at is not null or p_priority is null and t.blocked_until is null then clock_timestamp() end,
+        parked_at = case when t.parked_at is not null then clock_timestamp() end
+    where t.id = any (v_ids);
+    perform orchestrator._add_event(u.id, case p_action when 'run_now' then p_action else 'prioritized' end, null, null, orchestrator._by())
+    from unnest(v_ids) u(id);
+    perform orchestrator._notify_idle(l.type)
+    from (select distinct b.type from orchestrator._bare_tasks b where b.id = any (v_ids) and b.queued_at is not null) l;
+  end if;
+  return cardinality(v_ids);
+end $$;
+
+create or replace function orchestrator.bulk_tasks(
+  p_action text, p_filter jsonb, p_dry_run boolean default true, p_value jsonb default null, p_limit int default 1000,
+  p_operation bigint default null, p_after uuid default null,
+  out operation bigint, out matched int, out done int, out skipped int, out next_after uuid, out sample jsonb)
+language plpgsql set orchestrator.operation = '' as $$
+declare
+  v_ids uuid[];
+begin
+  p_dry_run := coalesce(p_dry_run, true);
+  p_filter := coalesce(p_filter, '{}');
+  if p_operation is not null then
+    select o.filter, o.value, o.next_after into p_filter, p_value, p_after from orchestrator.operations o
+    where o.id = p_operation and o.action = p_action and o.ended_at is null for no key update;
+    if not found then
+      perform orchestrator._invalid('operation', 'is none of this action that has not ended', 'Look into the table operations.');
+    end if;
+  elsif (p_action in ('cancel', 'retry', 'run_now', 'prioritize', 'purge')) is not true then
+    perform orchestrator._invalid('action', 'must be cancel, retry, run_now, prioritize or purge', 'prioritize takes p_value, a priority.');
+  elsif (p_action = 'prioritize') <> (p_value is not null) or p_value #>> '{}' !~ '^-?\d{1,9}$' then
+    perform orchestrator._invalid('value', 'must be a priority, and goes with prioritize only', 'Such as p_value => ''10''.');
+  elsif p_filter - 'all' = '{}' and p_filter -> 'all' is distinct from 'true' then
+    perform orchestrator._invalid('filter', 'is empty', 'Say {"all": true} if you mean every task.');
+  elsif not p_filter ?| '{status,id,ids}' then
+    p_filter := p_filter || jsonb_build_object('status', case p_action when 'cancel' then 'unfinished' when 'retry' then 'dead_letter'
+      when 'run_now' then 'scheduled' when 'prioritize' then 'waiting' else 'ended' end);
+  end if;
+  select m.ids, m.last into v_ids, next_after
+  from orchestrator._matching(p_filter, 'up', 0, p_after, case when p_dry_run then 100000 else orchestrator._check_range('limit', p_limit, 10000) end, 100000) m;
+  matched := cardinality(v_ids);
+  if p_dry_run then
+    sample := orchestrator._task_summaries(v_ids[:5]);
+    return;
+  end if;
+  operation := coalesce(p_operation, orchestrator._log(p_action, p_filter, p_value));
+  perform set_config('orchestrator.operation', operation::text, true);
+  done := orchestrator._act(p_action, p_filter, v_ids, (p_value #>> '{}')::int);
+  skipped := matched - done;
+  update orchestrator.operations o
+  set done = coalesce(o.done, 0) + bulk_tasks.done, skipped = coalesce(o.skipped, 0) + bulk_tasks.skipped, next_after = bulk_tasks.next_after,
+      ended_at = case when bulk_tasks.next_after is null then clock_timestamp() end
+  where o.id = operation;
+end $$;
+comment on function orchestrator.bulk_tasks is
+  'Acts on the tasks that a filter matches: cancel, retry, run_now, prioritize (p_value), purge (what has ended). A dry run, the default, '
+  'changes nothing: it counts up to 100,000 (matched) and shows five (sample). Otherwise it does up to p_limit (10,000 at most) in the '
+  'order of their ids, skips what others hold or the action doesn''t apply to, and notes who did how many in operations. Call it again '
+  'with p_operation => operation (a dry run: p_after => next_after) until next_after is null. A filter is an object of id (its '
+  'beginning), ids, type (or pattern), status, created_after, created_before, priority, concurrency_key, error (a part of it), payload '
+  '(a part of it, secrets blanked), or {"all": true}. Status, as tasks have it, or ready, parked, blocked, scheduled, waiting (all of '
+  'these), in_flight, unfinished (waiting or in flight), ended (completed or cancelled); left out: cancel unfinished, retry '
+  'dead_letter, run_now scheduled, prioritize waiting, purge ended. Raises OR001.';
