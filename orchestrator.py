@@ -2818,11 +2818,10 @@ class Client:
                 delay: Seconds | None = None, max_wait: Seconds | None = None, priority: int | None = None,
                 concurrency_key: str | None = None, meta: Mapping[str, Any] | None = None,
                 connection: psycopg.Connection[Any] | None = None) -> EnqueuedId:
-        """Enqueue a task under a key, or change the one that waits under it and has never started.
+        """Enqueue a task under a key, or change the one that waits under it: docs/replace.md.
 
-        mode: "replace" takes the new payload, "append" joins arrays and merges objects, "keep" changes
-        nothing. A task that has started or ended passes its key on to a new one ("keep": only if it has
-        ended). max_wait: how long after the first call at most. Raises ValueError, which names the field.
+        mode: take the new payload, join arrays or objects, or change nothing. created: False if there was
+        one. max_wait: how long after the first call, at most. Raises ValueError, which names the field.
         """
         [(task_id, action)] = self._call(
             connection, "replace_task", check_text("type", type), _key("key", key),
@@ -2966,38 +2965,32 @@ class Operator(Client):
     """What a program waits for tasks with, looks at them, and acts on many."""
 
     def wait(self, task_id: str | UUID, timeout: Seconds = 30) -> Any:
-        """What the task's handler returned, once it has completed. Raises TaskFailed, or TimeoutError.
-
-        Asks the database every half second or sooner. Not for handlers: each holds a place that the task
-        may need.
-        """
+        """What the handler returned, once it has. Raises TaskFailed, or TimeoutError. Not for handlers."""
         return self.wait_all([task_id], timeout)[0]
 
     wait_async = _in_thread(wait)
 
     def wait_all(self, task_ids: Iterable[str | UUID], timeout: Seconds = 30) -> list[Any]:
         """The results of tasks, in order, once all have ended. Raises as wait() for the first that failed."""
-        rows = self._wait(task_ids, timeout)
-        for task_id, status, _, error in rows:
-            if status != "completed":
-                raise TaskFailed(status, error, task_id)
-        return [json.loads(result or "null") for _, _, result, _ in rows]
+        tasks = self._wait(task_ids, timeout)
+        for task in tasks:
+            if task["status"] != "completed":
+                raise TaskFailed(task["status"], task["error"], task["id"])
+        return [task["result"] for task in tasks]
 
-    def _wait(self, task_ids: Iterable[str | UUID], timeout: Seconds) -> list[Row]:
-        """(id, status, result, error) of tasks that have ended. Raises TimeoutError."""
+    def _wait(self, task_ids: Iterable[str | UUID], timeout: Seconds) -> list[dict[str, Any]]:
+        """The rows of wait_tasks, once all have ended."""
         ids = [check_id(task_id) for task_id in task_ids]
-        until, pause = clock() + check_seconds("timeout", timeout), 0.01
-        ended: dict[str, Row] = {}
-        waiting = ids
+        until, pause, ended = clock() + check_seconds("timeout", timeout), 0.01, dict[str, dict[str, Any]]()
         while True:
-            rows = self.call("wait_tasks", array(waiting), "0")
-            ended.update((row[0], row) for row in rows if row[1] in ENDED)
-            waiting = [task_id for task_id in ids if task_id not in ended]
-            if not waiting:
-                return [ended[task_id] for task_id in ids]
+            waiting = array([task_id for task_id in ids if task_id not in ended])
+            rows = self.json("wait_tasks", waiting, "0")
+            ended.update((row["id"], row) for row in rows if row["status"] in ENDED)
             left = until - clock()
+            if len(ended) == len(set(ids)):
+                return [ended[task_id] for task_id in ids]
             if left <= 0:
-                raise TimeoutError(f"task {waiting[0]} has not ended")
+                raise TimeoutError(f"not ended: {next(id for id in ids if id not in ended)}")
             time.sleep(min(pause, left))
             pause = min(1.5 * pause, 0.5)
 
@@ -3008,6 +3001,10 @@ class Operator(Client):
     def resume(self, type: str) -> bool:
         """Undo pause(). Returns whether it was paused."""
         return bool(self.call("resume_type", check_text("type", type))[0][0])
+
+    def stats(self) -> list[dict[str, Any]]:
+        """The view queue_stats: counts, rates and run times by type."""
+        return self.view("queue_stats")
 
     def _list(self, limit: int, before: str | None = None, **search: Any
               ) -> tuple[list[dict[str, Any]], str | None]:
@@ -3021,10 +3018,6 @@ class Operator(Client):
             before = page["next"]
             if before is None or len(tasks) >= limit:
                 return tasks, before
-
-    def stats(self) -> list[dict[str, Any]]:
-        """Counts, rates and run times by type: the view queue_stats."""
-        return self.view("queue_stats")
 
     # The last one: from here on, `list` is this method.
     def list(self, filter: Mapping[str, Any] | None = None, limit: int = 50) -> list[dict[str, Any]]:
@@ -3978,18 +3971,15 @@ def do_wait(args: Args) -> int:
 
 def _wait(args: Args, *ids: str) -> int:
     try:
-        rows = args.app._wait(ids, args.timeout)
+        tasks = args.app._wait(ids, args.timeout)
     except TimeoutError as error:
         print(f"error: {error}", file=sys.stderr)
         return 3
-    tasks = [{"id": row[0], "status": row[1], "result": json.loads(row[2] or "null"), "error": row[3]}
-             for row in rows]
     failed = [task for task in tasks if task["status"] != "completed"]
     for task in failed:
-        failure = TaskFailed(task["status"], task["error"], task["id"])
-        print(f"error: {_cell(str(failure))}", file=sys.stderr)
-    results = "\n".join(json.dumps(task["result"]) for task in tasks if task["status"] == "completed")
-    return _say(args, tasks, results, 1 if failed else 0)
+        print(f"error: {task['id']}: {task['status']}: {_cell(task['error'])}", file=sys.stderr)
+    results = [json.dumps(task["result"]) for task in tasks if task not in failed]
+    return _say(args, tasks, "\n".join(results), 1 if failed else 0)
 
 
 @arg("--status", help="such as ready, running or dead_letter")

@@ -78,7 +78,7 @@ def run(args: list[str], stdin: str, **options: Any) -> str:
 
 
 def test_documents_say_of_each_code_block_how_it_is_tested() -> None:
-    known = (r'psql|python( worker)?, prints ".+"|shell, prints ".+"|handlers, enqueue \S+|project, (setup|worker|prints ".+" and ".+")|none, .+')
+    known = (r'psql|(python( worker)?|shell), prints ".+"|handlers, enqueue \S+|project, (setup|worker|prints ".+" and ".+")|none, .+')
     wrong = [block for block in BLOCKS if not re.fullmatch(known, block.how)]
     assert not wrong
     assert {block.how.split(",")[0] for block in BLOCKS} == {"psql", "python", "python worker", "shell", "handlers", "project", "none"}
