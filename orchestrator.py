@@ -7,8 +7,8 @@
   python orchestrator.py                       run a worker (without DATABASE_URL: on an embedded PostgreSQL)
   python orchestrator.py enqueue TYPE '{...}'  add a task, like select orchestrator.enqueue('TYPE', '{...}')
   python orchestrator.py show ID               what happened to a task, and why it is not running
-  python orchestrator.py COMMAND --help        install, enqueue, list, show, cancel, retry, pause, resume,
-                                               stats, schedule, schedules, unschedule, fire, next, audit, psql
+  python orchestrator.py COMMAND --help        install, enqueue, wait, list, show, cancel, retry, pause,
+                                               resume, stats, schedule, schedules, unschedule, fire, next, audit, psql
 
 In a program:
 
@@ -2972,25 +2972,27 @@ class Operator(Client):
 
     def wait_all(self, task_ids: Iterable[str | UUID], timeout: Seconds = 30) -> list[Any]:
         """The results of tasks, in order, once all have ended. Raises as wait() for the first that failed."""
-        tasks = self._wait(task_ids, timeout)
-        for task in tasks:
-            if task["status"] != "completed":
-                raise TaskFailed(task["status"], task["error"], task["id"])
+        tasks, failures = self._wait(task_ids, timeout)
+        if failures:
+            raise failures[0]
         return [task["result"] for task in tasks]
 
-    def _wait(self, task_ids: Iterable[str | UUID], timeout: Seconds) -> list[dict[str, Any]]:
-        """The rows of wait_tasks, once all have ended."""
-        ids = [check_id(task_id) for task_id in task_ids]
+    def _wait(self, task_ids: Iterable[str | UUID], timeout: Seconds
+              ) -> tuple[list[dict[str, Any]], list[TaskFailed]]:
+        """The rows of wait_tasks, once all have ended. It holds no connection meanwhile."""
+        waiting = ids = [check_id(task_id) for task_id in task_ids]
         until, pause, ended = clock() + check_seconds("timeout", timeout), 0.01, dict[str, dict[str, Any]]()
         while True:
-            waiting = array([task_id for task_id in ids if task_id not in ended])
-            rows = self.json("wait_tasks", waiting, "0")
+            rows = self.json("wait_tasks", array(waiting), "0")
             ended.update((row["id"], row) for row in rows if row["status"] in ENDED)
+            waiting = [task_id for task_id in ids if task_id not in ended]
+            if not waiting:
+                tasks = [ended[task_id] for task_id in ids]
+                return tasks, [TaskFailed(task["status"], task["error"], task["id"])
+                               for task in tasks if task["status"] != "completed"]
             left = until - clock()
-            if len(ended) == len(set(ids)):
-                return [ended[task_id] for task_id in ids]
             if left <= 0:
-                raise TimeoutError(f"not ended: {next(id for id in ids if id not in ended)}")
+                raise TimeoutError(f"task {waiting[0]} has not ended")
             time.sleep(min(pause, left))
             pause = min(1.5 * pause, 0.5)
 
@@ -3899,7 +3901,7 @@ def do_install(args: Args) -> int:
 @arg("--keep", dest="modes", action="append_const", const="keep", help="it is left as it is")
 @arg("--max-wait", help="how long after the first call, at most")
 @arg("--wait", action="store_true", help="wait until it has ended, and print its result")
-@arg("--timeout", default="30s", help="of --wait; default 30s")
+@arg("--timeout", help="of --wait; default 30s")
 def do_enqueue(args: Args) -> int:
     """add a task, or many from a file"""
     delay = None if args.delay is None else check_seconds("--delay", args.delay)
@@ -3913,6 +3915,8 @@ def do_enqueue(args: Args) -> int:
         raise ConfigError("TYPE: say which type to enqueue, or --file tasks.jsonl")
     if args.on_error:
         raise ConfigError("--on-error: goes with --file only")
+    if args.timeout and not args.wait:
+        raise ConfigError("--timeout: goes with --wait")
     given = {"delay": delay, "run_at": run_at, "concurrency_key": args.concurrency_key}
     if args.modes:
         if len(args.modes) > 1 or args.key is None or args.max_retries is not None:
@@ -3963,7 +3967,7 @@ def _enqueue_file(args: Args, run_at: datetime | None) -> int:
 
 
 @arg("id", nargs="+")
-@arg("--timeout", default="30s", help="such as 1m; default 30s")
+@arg("--timeout", help="such as 1m; default 30s")
 def do_wait(args: Args) -> int:
     """wait until tasks have ended, and print their results; exit code 1: one failed, 3: time was up"""
     return _wait(args, *args.id)
@@ -3971,15 +3975,16 @@ def do_wait(args: Args) -> int:
 
 def _wait(args: Args, *ids: str) -> int:
     try:
-        tasks = args.app._wait(ids, args.timeout)
+        tasks, failures = args.app._wait(ids, args.timeout or "30s")
     except TimeoutError as error:
         print(f"error: {error}", file=sys.stderr)
         return 3
-    failed = [task for task in tasks if task["status"] != "completed"]
-    for task in failed:
-        print(f"error: {task['id']}: {task['status']}: {_cell(task['error'])}", file=sys.stderr)
-    results = [json.dumps(task["result"]) for task in tasks if task not in failed]
-    return _say(args, tasks, "\n".join(results), 1 if failed else 0)
+    for failure in failures:
+        print(f"error: {_cell(str(failure))}", file=sys.stderr)
+    results = [task["result"] for task in tasks if task["status"] == "completed"]
+    for shown in [tasks] if args.json else results:
+        print(json.dumps(shown))
+    return 1 if failures else 0
 
 
 @arg("--status", help="such as ready, running or dead_letter")

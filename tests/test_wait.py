@@ -144,7 +144,7 @@ def test_waiting_ends_in_time_and_without_a_connection_held(installed, monkeypat
     id = app.enqueue("a")
     for timeout in (0, 0.05, "50ms"):
         before = time.monotonic()
-        with pytest.raises(TimeoutError, match=f"not ended: {id}"):
+        with pytest.raises(TimeoutError, match=f"task {id} has not ended"):
             app.wait(id, timeout)
         assert time.monotonic() - before < 5
     waiting = background(lambda: app.wait(id, 20))
@@ -175,7 +175,7 @@ def test_waiting_looks_less_and_less_often_and_only_at_what_has_not_ended(instal
 
     monkeypatch.setattr(app, "json", call)
     monkeypatch.setattr(orchestrator.time, "sleep", sleep)
-    assert [task["status"] for task in app._wait([first, second], 1000)] == ["cancelled", "cancelled"]
+    assert [task["status"] for task in app._wait([first, second], 1000)[0]] == ["cancelled", "cancelled"]
     assert looks == [f"{{{first},{second}}}"] * 4 + [f"{{{second}}}"] * 12
     assert pauses[:2] == [0.01, 0.015] and pauses[-1] == 0.5 and pauses == sorted(pauses)
     app.close()
@@ -202,14 +202,15 @@ def test_the_command_wait_prints_results_and_says_by_its_exit_code_how_it_ended(
     fail(conn, *claim_one(conn), "no\x1b[31m way", permanent=True)
     waiting = enqueue(conn)
     assert run("wait", done) == (0, '{"n": "\\u00fc\\u009b"}\n', "")
-    assert run("wait", done, dead) == (1, '{"n": "\\u00fc\\u009b"}\n', f"error: {dead}: dead_letter: no [31m way\n")
-    assert run("wait", done, waiting, "--timeout", "20ms") == (3, "", f"error: not ended: {waiting}\n")
+    assert run("wait", done, dead) == (1, '{"n": "\\u00fc\\u009b"}\n', f"error: task {dead}: dead_letter: no [31m way\n")
+    assert run("wait", dead) == (1, "", f"error: task {dead}: dead_letter: no [31m way\n")
+    assert run("wait", done, waiting, "--timeout", "20ms") == (3, "", f"error: task {waiting} has not ended\n")
     code, out, _ = run("wait", done, dead, "--json")
     assert code == 1 and json.loads(out) == [
         {"id": done, "status": "completed", "result": {"n": "ü\u009b"}, "error": None},
         {"id": dead, "status": "dead_letter", "result": None, "error": "no\x1b[31m way"}]
     for args, problem in ((("wait", "x"), "id: "), (("wait", done, "--timeout", "soon"), "timeout: "),
-                          (("wait",), "the following arguments")):
+                          (("enqueue", "t", "--timeout", "1m"), "--timeout: "), (("wait",), "the following arguments")):
         code, out, error = run(*args)
         assert code == 2 and out == "" and problem in error
 
@@ -219,4 +220,4 @@ def test_enqueue_wait_prints_the_result_of_the_task(installed, run_cli):
         done = run_cli("enqueue", "double", "21", "--wait", "--timeout", "20s", env={"DATABASE_URL": installed})
     assert (done.returncode, done.stdout, done.stderr) == (0, "42\n", "")
     late = run_cli("enqueue", "double", "21", "--wait", "--timeout", "0", env={"DATABASE_URL": installed})
-    assert late.returncode == 3 and late.stdout == "" and "not ended: " in late.stderr
+    assert late.returncode == 3 and late.stdout == "" and "has not ended" in late.stderr
