@@ -8,7 +8,8 @@
   python orchestrator.py enqueue TYPE '{...}'  add a task, like select orchestrator.enqueue('TYPE', '{...}')
   python orchestrator.py show ID               what happened to a task, and why it is not running
   python orchestrator.py COMMAND --help        install, enqueue, wait, list, show, cancel, retry, pause,
-                                               resume, stats, schedule, schedules, unschedule, fire, next, audit, psql
+                                               resume, stats, schedule, schedules, unschedule, fire,
+                                               next, audit, psql
 
 In a program:
 
