@@ -301,7 +301,7 @@ MUTANTS = [
     Mutant("a first call's time has no bound", "47_replace", "replace_task", "least(p_run_at, clock_timestamp() + p_max_wait)", "p_run_at",
            "replace first_call"),
     Mutant("a transaction waits for itself", "83_wait", "wait_tasks", "if v_own then", "if false then", "wait itself"),
-    python("each look fetches all results", "Operator._wait", "if task_id not in ended]", "]", "wait looks_less"),
+    python("each look fetches all results", "Operator._wait", "array(waiting)", "array(ids)", "wait looks_less"),
     # connections
     python("a silent server is waited for", "_before", "if not ready and time.monotonic() > until:", "if False:", "link silent"),
     python("names go into statements unchecked", "_statement", 'if not re.fullmatch(r"[a-z_]{1,63}", word):', "if False:", "link name"),
