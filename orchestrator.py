@@ -71,13 +71,14 @@ import threading
 import time
 import traceback
 import types
+import typing
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from datetime import date, datetime, timedelta
 from datetime import time as time_of_day
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, ClassVar, Concatenate, Literal, Never, ParamSpec, TypedDict, TypeVar, Unpack, overload
+from typing import Any, ClassVar, Literal, NoReturn, TypeVar, overload
 from urllib.parse import parse_qsl, quote, urlsplit
 from uuid import UUID
 
@@ -2716,15 +2717,15 @@ def _new_worker_id() -> str:
 # =============================================================================================== orchestrator
 Function = TypeVar("Function", bound=Callable[[Task], Any])
 Wrapper = TypeVar("Wrapper", bound=Middleware)
-Hook = TypeVar("Hook", bound=DeadLetterHook)
+DeadHook = TypeVar("DeadHook", bound=DeadLetterHook)
 Result = TypeVar("Result")
-Parameters = ParamSpec("Parameters")
+Parameters = typing.ParamSpec("Parameters")
 LINKS = 4   # connections of a program that enqueues from many threads
 ENDED = ("completed", "dead_letter", "cancelled", "not_found")
 
 
-def _in_thread(method: Callable[Concatenate[Any, Parameters], Result]
-               ) -> Callable[Concatenate[Any, Parameters], Coroutine[Any, Any, Result]]:
+def _in_thread(method: Callable[typing.Concatenate[Any, Parameters], Result]
+               ) -> Callable[typing.Concatenate[Any, Parameters], Coroutine[Any, Any, Result]]:
     """The method for programs on an event loop, which goes on meanwhile."""
     @functools.wraps(method)
     async def call(self: Any, /, *args: Parameters.args, **options: Parameters.kwargs) -> Result:
@@ -2732,7 +2733,7 @@ def _in_thread(method: Callable[Concatenate[Any, Parameters], Result]
     return call
 
 
-class Policy(TypedDict, total=False):
+class Policy(typing.TypedDict, total=False):
     max_retries: int
     base_delay: Seconds
     max_delay: Seconds
@@ -3048,10 +3049,10 @@ class Orchestrator(Operator):
 
     @overload
     def handler(self, pattern: str, function: None = None,
-                **policy: Unpack[Policy]) -> Callable[[Function], Function]: ...
+                **policy: typing.Unpack[Policy]) -> Callable[[Function], Function]: ...
 
     @overload
-    def handler(self, pattern: str, function: Function, **policy: Unpack[Policy]) -> Function: ...
+    def handler(self, pattern: str, function: Function, **policy: typing.Unpack[Policy]) -> Function: ...
 
     def handler(self, pattern: str, function: Function | None = None, **policy: Any) -> Any:
         """Register a handler for a type, or for a prefix that ends in ":" or "*"; also as a decorator.
@@ -3077,7 +3078,7 @@ class Orchestrator(Operator):
         self.router.middleware.append(middleware)
         return middleware
 
-    def on_dead_letter(self, hook: Hook) -> Hook:
+    def on_dead_letter(self, hook: DeadHook) -> DeadHook:
         """Have hook(task, error) called for each dead letter that this worker makes, timeouts included.
 
         Those of workers that died are made by the leader: the view dead_letters has all.
@@ -4296,7 +4297,7 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)   # psql has options of its own
 
-    def error(self, message: str) -> Never:
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}\n")
 
 
