@@ -7,8 +7,9 @@
   python orchestrator.py                       run a worker (without DATABASE_URL: on an embedded PostgreSQL)
   python orchestrator.py enqueue TYPE '{...}'  add a task, like select orchestrator.enqueue('TYPE', '{...}')
   python orchestrator.py show ID               what happened to a task, and why it is not running
-  python orchestrator.py COMMAND --help        install, enqueue, list, show, cancel, retry, pause, resume,
-                                               signal, stats, schedule, schedules, unschedule, fire, next, audit, psql
+  python orchestrator.py COMMAND --help        install, enqueue, wait, list, show, cancel, retry, pause,
+                                               resume, signal, stats, schedule, schedules, unschedule,
+                                               fire, next, audit, psql
 
 In a program:
 
@@ -72,13 +73,14 @@ import threading
 import time
 import traceback
 import types
+import typing
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from datetime import date, datetime, timedelta
 from datetime import time as time_of_day
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, ClassVar, Concatenate, Literal, Never, ParamSpec, TypedDict, TypeVar, Unpack, overload
+from typing import Any, ClassVar, Literal, NoReturn, TypeVar, overload
 from urllib.parse import parse_qsl, quote, urlsplit
 from uuid import UUID
 
@@ -2784,13 +2786,13 @@ Wrapper = TypeVar("Wrapper", bound=Middleware)
 Hook = TypeVar("Hook", bound=Callable[[], Any])
 DeadHook = TypeVar("DeadHook", bound=DeadLetterHook)
 Result = TypeVar("Result")
-Parameters = ParamSpec("Parameters")
+Parameters = typing.ParamSpec("Parameters")
 LINKS = 4   # connections of a program that enqueues from many threads
 ENDED = ("completed", "dead_letter", "cancelled", "not_found")
 
 
-def _in_thread(method: Callable[Concatenate[Any, Parameters], Result]
-               ) -> Callable[Concatenate[Any, Parameters], Coroutine[Any, Any, Result]]:
+def _in_thread(method: Callable[typing.Concatenate[Any, Parameters], Result]
+               ) -> Callable[typing.Concatenate[Any, Parameters], Coroutine[Any, Any, Result]]:
     """The method for programs on an event loop, which goes on meanwhile."""
     @functools.wraps(method)
     async def call(self: Any, /, *args: Parameters.args, **options: Parameters.kwargs) -> Result:
@@ -2798,7 +2800,7 @@ def _in_thread(method: Callable[Concatenate[Any, Parameters], Result]
     return call
 
 
-class Policy(TypedDict, total=False):
+class Policy(typing.TypedDict, total=False):
     max_retries: int
     base_delay: Seconds
     max_delay: Seconds
@@ -2891,11 +2893,10 @@ class Client:
                 delay: Seconds | None = None, max_wait: Seconds | None = None, priority: int | None = None,
                 concurrency_key: str | None = None, meta: Mapping[str, Any] | None = None,
                 connection: psycopg.Connection[Any] | None = None) -> EnqueuedId:
-        """Enqueue a task under a key, or change the one that waits under it and has never started.
+        """Enqueue a task under a key, or change the one that waits under it: docs/replace.md.
 
-        mode: "replace" takes the new payload, "append" joins arrays and merges objects, "keep" changes
-        nothing. A task that has started or ended passes its key on to a new one ("keep": only if it has
-        ended). max_wait: how long after the first call at most. Raises ValueError, which names the field.
+        mode: take the new payload, join arrays or objects, or change nothing. created: False if there was
+        one. max_wait: how long after the first call, at most. Raises ValueError, which names the field.
         """
         [(task_id, action)] = self._call(
             connection, "replace_task", check_text("type", type), _key("key", key),
@@ -3051,35 +3052,31 @@ class Operator(Client):
     """What a program waits for tasks with, looks at them, and acts on many."""
 
     def wait(self, task_id: str | UUID, timeout: Seconds = 30) -> Any:
-        """What the task's handler returned, once it has completed. Raises TaskFailed, or TimeoutError.
-
-        Asks the database every half second or sooner. Not for handlers: each holds a place that the task
-        may need.
-        """
+        """What the handler returned, once it has. Raises TaskFailed, or TimeoutError. Not for handlers."""
         return self.wait_all([task_id], timeout)[0]
 
     wait_async = _in_thread(wait)
 
     def wait_all(self, task_ids: Iterable[str | UUID], timeout: Seconds = 30) -> list[Any]:
         """The results of tasks, in order, once all have ended. Raises as wait() for the first that failed."""
-        rows = self._wait(task_ids, timeout)
-        for task_id, status, _, error in rows:
-            if status != "completed":
-                raise TaskFailed(status, error, task_id)
-        return [json.loads(result or "null") for _, _, result, _ in rows]
+        tasks, failures = self._wait(task_ids, timeout)
+        if failures:
+            raise failures[0]
+        return [task["result"] for task in tasks]
 
-    def _wait(self, task_ids: Iterable[str | UUID], timeout: Seconds) -> list[Row]:
-        """(id, status, result, error) of tasks that have ended. Raises TimeoutError."""
-        ids = [check_id(task_id) for task_id in task_ids]
-        until, pause = clock() + check_seconds("timeout", timeout), 0.01
-        ended: dict[str, Row] = {}
-        waiting = ids
+    def _wait(self, task_ids: Iterable[str | UUID], timeout: Seconds
+              ) -> tuple[list[dict[str, Any]], list[TaskFailed]]:
+        """The rows of wait_tasks, once all have ended. It holds no connection meanwhile."""
+        waiting = ids = [check_id(task_id) for task_id in task_ids]
+        until, pause, ended = clock() + check_seconds("timeout", timeout), 0.01, dict[str, dict[str, Any]]()
         while True:
-            rows = self.call("wait_tasks", array(waiting), "0")
-            ended.update((row[0], row) for row in rows if row[1] in ENDED)
+            rows = self.json("wait_tasks", array(waiting), "0")
+            ended.update((row["id"], row) for row in rows if row["status"] in ENDED)
             waiting = [task_id for task_id in ids if task_id not in ended]
             if not waiting:
-                return [ended[task_id] for task_id in ids]
+                tasks = [ended[task_id] for task_id in ids]
+                return tasks, [TaskFailed(task["status"], task["error"], task["id"])
+                               for task in tasks if task["status"] != "completed"]
             left = until - clock()
             if left <= 0:
                 raise TimeoutError(f"task {waiting[0]} has not ended")
@@ -3094,6 +3091,10 @@ class Operator(Client):
         """Undo pause(). Returns whether it was paused."""
         return bool(self.call("resume_type", check_text("type", type))[0][0])
 
+    def stats(self) -> list[dict[str, Any]]:
+        """The view queue_stats: counts, rates and run times by type."""
+        return self.view("queue_stats")
+
     def _list(self, limit: int, before: str | None = None, **search: Any
               ) -> tuple[list[dict[str, Any]], str | None]:
         """Tasks, and where to go on: a page looks at a bounded number of tasks, and may be empty."""
@@ -3106,10 +3107,6 @@ class Operator(Client):
             before = page["next"]
             if before is None or len(tasks) >= limit:
                 return tasks, before
-
-    def stats(self) -> list[dict[str, Any]]:
-        """Counts, rates and run times by type: the view queue_stats."""
-        return self.view("queue_stats")
 
     # The last one: from here on, `list` is this method.
     def list(self, filter: Mapping[str, Any] | None = None, limit: int = 50) -> list[dict[str, Any]]:
@@ -3137,10 +3134,10 @@ class Orchestrator(Operator):
 
     @overload
     def handler(self, pattern: str, function: None = None,
-                **policy: Unpack[Policy]) -> Callable[[Function], Function]: ...
+                **policy: typing.Unpack[Policy]) -> Callable[[Function], Function]: ...
 
     @overload
-    def handler(self, pattern: str, function: Function, **policy: Unpack[Policy]) -> Function: ...
+    def handler(self, pattern: str, function: Function, **policy: typing.Unpack[Policy]) -> Function: ...
 
     def handler(self, pattern: str, function: Function | None = None, **policy: Any) -> Any:
         """Register a handler for a type, or for a prefix that ends in ":" or "*"; also as a decorator.
@@ -4034,7 +4031,7 @@ def do_install(args: Args) -> int:
 @arg("--keep", dest="modes", action="append_const", const="keep", help="it is left as it is")
 @arg("--max-wait", help="how long after the first call, at most")
 @arg("--wait", action="store_true", help="wait until it has ended, and print its result")
-@arg("--timeout", default="30s", help="of --wait; default 30s")
+@arg("--timeout", help="of --wait; default 30s")
 def do_enqueue(args: Args) -> int:
     """add a task, or many from a file"""
     if args.file:
@@ -4043,6 +4040,8 @@ def do_enqueue(args: Args) -> int:
         raise ConfigError("TYPE: say which type to enqueue, or --file tasks.jsonl")
     if args.on_error:
         raise ConfigError("--on-error: goes with --file only")
+    if args.timeout and not args.wait:
+        raise ConfigError("--timeout: goes with --wait")
     given = _options(args, "priority concurrency_key delay run_at")
     if args.modes:
         if len(args.modes) > 1 or args.idempotency_key is None or args.max_retries is not None:
@@ -4101,7 +4100,7 @@ def _enqueue_file(args: Args) -> int:
 
 
 @arg("id", nargs="+")
-@arg("--timeout", default="30s", help="such as 1m; default 30s")
+@arg("--timeout", help="such as 1m; default 30s")
 def do_wait(args: Args) -> int:
     """wait until tasks have ended, and print their results; exit code 1: one failed, 3: time was up"""
     return _wait(args, *args.id)
@@ -4109,18 +4108,16 @@ def do_wait(args: Args) -> int:
 
 def _wait(args: Args, *ids: str) -> int:
     try:
-        rows = args.app._wait(ids, args.timeout)
+        tasks, failures = args.app._wait(ids, args.timeout or "30s")
     except TimeoutError as error:
         print(f"error: {error}", file=sys.stderr)
         return 3
-    tasks = [{"id": row[0], "status": row[1], "result": json.loads(row[2] or "null"), "error": row[3]}
-             for row in rows]
-    failed = [task for task in tasks if task["status"] != "completed"]
-    for task in failed:
-        failure = TaskFailed(task["status"], task["error"], task["id"])
+    for failure in failures:
         print(f"error: {_cell(str(failure))}", file=sys.stderr)
-    results = "\n".join(json.dumps(task["result"]) for task in tasks if task["status"] == "completed")
-    return _say(args, tasks, results, 1 if failed else 0)
+    results = [task["result"] for task in tasks if task["status"] == "completed"]
+    for shown in [tasks] if args.json else results:
+        print(json.dumps(shown))
+    return 1 if failures else 0
 
 
 @arg("--status", help="such as ready, running or dead_letter")
@@ -4420,7 +4417,7 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)   # psql has options of its own
 
-    def error(self, message: str) -> Never:
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}\n")
 
 

@@ -1,20 +1,6 @@
 -- Replacing what waits under a key. Writes tasks, task_events and freed_keys. Locks the task that has the key until the caller
 -- commits, so that no claim takes it meanwhile; one in flight only if it passes its key on.
 
--- Only here is a payload read, which a producer may not.
-create or replace function orchestrator._appended(p_id uuid, p_payload jsonb) returns jsonb
-language plpgsql as $$
-declare
-  v_waits jsonb := (select t.payload from orchestrator.tasks t where t.id = p_id);
-  v_problem text := case when jsonb_typeof(v_waits) <> jsonb_typeof(p_payload) then 'is not of the kind of what waits, ' || jsonb_typeof(v_waits)
-                         else orchestrator._payload_problem(v_waits || p_payload) || ' with what waits' end;
-begin
-  if v_problem is not null then
-    perform orchestrator._invalid('payload', v_problem, 'Append to another key, or when that task has been claimed.');
-  end if;
-  return v_waits || p_payload;
-end $$;
-
 create or replace function orchestrator.replace_task(
   p_type text, p_idempotency_key text, p_payload jsonb default '{}', p_run_at timestamptz default null, p_mode text default 'replace',
   p_priority int default null, p_max_wait interval default null, p_concurrency_key text default null,
@@ -23,17 +9,17 @@ language plpgsql as $$
 declare
   t record;
   v_passed uuid;   -- had the key until now
-  v_later boolean;
-  v_to_tail boolean;   -- of its lane: an old place may be below the floor of a new one
   v_problem text := orchestrator._payload_problem(p_payload);
+  v_later boolean;
+  v_tail boolean;
 begin
   perform orchestrator._check_task(p_type, coalesce(p_priority, 0), p_idempotency_key, null, p_run_at);
   perform orchestrator._invalid(field, problem, hint) from (values
-    ('idempotency_key', p_idempotency_key is null, 'must be given', 'It says which task to replace.'),
-    ('mode', p_mode in ('replace', 'append', 'keep') is not true, 'must be replace, append or keep', 'append joins arrays and merges objects.'),
-    ('max_wait', p_max_wait < interval '0' or p_max_wait is not null and p_run_at is null, 'must be 0 or more, and goes with run_at', 'It bounds run_at.'),
-    ('payload', p_mode = 'append' and jsonb_typeof(p_payload) not in ('array', 'object'), 'must be an array or an object', 'Such as [1].'),
-    ('payload', true, v_problem, 'Store the data elsewhere and enqueue a reference to it.')) w(field, wrong, problem, hint) where wrong and problem <> '';
+    (p_idempotency_key is null, 'idempotency_key', 'must be given', 'It says which task to replace.'),
+    (p_mode in ('replace', 'append', 'keep') is not true, 'mode', 'must be replace, append or keep', 'append joins arrays and merges objects.'),
+    (p_max_wait < interval '0' or p_max_wait is not null and p_run_at is null, 'max_wait', 'must be 0 or more, and goes with run_at', 'It bounds run_at.'),
+    (p_mode = 'append' and jsonb_typeof(p_payload) not in ('array', 'object'), 'payload', 'must be an array or an object', 'Such as [1].'),
+    (v_problem is not null, 'payload', v_problem, 'Store the data elsewhere and enqueue a reference to it.')) w(wrong, field, problem, hint) where wrong;
   loop
     -- keep doesn't lock a task in flight: its report would wait
     select x.id, x.attempts, x.created_at, x.priority, x.queued_at, x.parked_at, x.blocked_until, x.concurrency_key,
@@ -48,32 +34,37 @@ begin
     update orchestrator.tasks x set idempotency_key = null, updated_at = clock_timestamp() where x.id = t.id;
     v_passed := coalesce(t.id, v_passed);
     select e.id, case when e.created then 'enqueued' else action end into id, action from orchestrator.enqueue_many(
-      p_type, array[p_payload], coalesce(p_priority, 0), array[p_idempotency_key],
-      p_run_at => least(p_run_at, clock_timestamp() + p_max_wait), p_concurrency_keys => array[p_concurrency_key], p_meta => p_meta) e;
+      p_type, array[p_payload], coalesce(p_priority, 0), array[p_idempotency_key], p_run_at => least(p_run_at, clock_timestamp() + p_max_wait),
+      p_concurrency_keys => array[p_concurrency_key], p_meta => p_meta) e;
     if action = 'enqueued' and v_passed is not null then
-      insert into orchestrator.task_events (task_id, event, detail) values (v_passed, 'key_passed_on', 'to ' || id);   -- once a task
+      insert into orchestrator.task_events (task_id, event, detail) values (v_passed, 'key_passed_on', 'to ' || id);
     end if;
     if action <> 'replaced' then return; end if;   -- else another transaction was faster
   end loop;
-  if p_mode = 'append' then p_payload := orchestrator._appended(id, p_payload); end if;
+  if p_mode = 'append' then   -- only here is a payload read, which a producer may not
+    select case when jsonb_typeof(x.payload) <> jsonb_typeof(p_payload) then 'must be an ' || jsonb_typeof(x.payload) || ', as what waits is'
+                else orchestrator._payload_problem(x.payload || p_payload) || ' with what waits' end, x.payload || p_payload
+    into v_problem, p_payload from orchestrator.tasks x where x.id = t.id;
+    if v_problem is not null then
+      perform orchestrator._invalid('payload', v_problem, 'Use another key, or wait until that task has been claimed.');
+    end if;
+  end if;
   p_run_at := case when t.parked_at is null then least(p_run_at, t.created_at + p_max_wait) end;
   v_later := p_run_at > clock_timestamp();
-  v_to_tail := case when t.queued_at is null then not v_later and t.blocked_until is null else p_priority <> t.priority end;
+  -- into a lane at its tail only: an old place may be below the floor
+  v_tail := case when t.queued_at is null then not v_later and t.blocked_until is null else p_priority <> t.priority end;
   update orchestrator.tasks x
   set payload = coalesce(p_payload, '{}'), priority = coalesce(p_priority, x.priority), updated_at = clock_timestamp(),
-      queued_at = case when v_later then null when v_to_tail then clock_timestamp() else x.queued_at end,
-      parked_at = case when x.parked_at is not null and p_priority <> x.priority then clock_timestamp() else x.parked_at end,
+      queued_at = case when v_later then null when v_tail then clock_timestamp() else x.queued_at end,
       next_retry_at = case when p_run_at is null then x.next_retry_at when v_later then p_run_at end
   where x.id = t.id returning x.queued_at is not null into t.waits;
-  if t.queued_at is not null and t.concurrency_key is not null and (v_later or v_to_tail) then
+  if t.queued_at is not null and t.concurrency_key is not null and (v_later or v_tail) then
     perform orchestrator._give_way(p_type, t.concurrency_key);
   end if;
-  if t.waits then
-    perform orchestrator._notify_idle(p_type);
-  end if;
+  if t.waits then perform orchestrator._notify_idle(p_type); end if;
 end $$;
 comment on function orchestrator.replace_task is
-  'Enqueues a task under a key, or changes the one that waits under it and has never started. p_mode: replace takes the new payload, '
-  'append joins arrays and merges objects, keep changes nothing. A task that has started or ended passes its key on to a new one '
-  '(keep: only if it has ended). p_run_at and p_priority null: as they were. p_max_wait: bounds p_run_at, from the first call on. '
-  'p_concurrency_key, p_meta: of a new task. Returns its id and enqueued, replaced or kept. Raises OR001.';
+  'Enqueues a task under a key, or changes the one that waits under it and has never started. p_mode: replace takes the new payload, append '
+  'joins arrays and merges objects, keep changes nothing. One that has started or ended passes its key on to a new task (keep: only if '
+  'it has ended). p_run_at, p_priority null: as they were. p_max_wait: bounds p_run_at, from the first call on. p_concurrency_key, '
+  'p_meta: of a new task. Returns its id and enqueued, replaced or kept. Raises OR001.';

@@ -1,4 +1,4 @@
--- Waiting for the end of tasks. Reads only. It looks again and again, by primary key: whoever completes tasks knows nothing of it.
+-- Waiting for the end of tasks, by looking at them again and again. Reads only: nothing else knows of it.
 
 create or replace function orchestrator.wait_tasks(p_ids uuid[], p_timeout interval default '30 seconds')
 returns table (id uuid, status text, result jsonb, error text) language plpgsql as $$
@@ -6,12 +6,13 @@ returns table (id uuid, status text, result jsonb, error text) language plpgsql 
 declare
   v_until timestamptz := clock_timestamp() + least(p_timeout, interval '10 minutes');
   v_pause double precision := 0.01;
-  v_open uuid[];
+  v_own boolean;
 begin
   loop
-    v_open := array(select t.id from orchestrator.tasks t where t.id = any (p_ids) and t.status not in ('completed', 'cancelled', 'dead_letter'));
-    exit when v_open = '{}' or clock_timestamp() < v_until is not true;
-    if exists (select from orchestrator.tasks t where t.id = any (v_open) and t.xmin = pg_current_xact_id_if_assigned()::xid) then
+    select bool_or(t.xmin = pg_current_xact_id_if_assigned()::xid) into v_own from orchestrator.tasks t
+    where t.id = any (p_ids) and t.status not in ('completed', 'cancelled', 'dead_letter') having count(*) > 0;
+    exit when not found or clock_timestamp() < v_until is not true;
+    if v_own then
       perform orchestrator._invalid('ids', 'has a task of this transaction, which nobody runs before it commits', 'Commit first.');
     end if;
     perform pg_sleep(v_pause);
@@ -22,5 +23,5 @@ begin
     from unnest(p_ids) with ordinality u(id, place) left join orchestrator.tasks t on t.id = u.id order by u.place;
 end $$;
 comment on function orchestrator.wait_tasks is
-  'Waits until tasks have ended, p_timeout or 10 minutes at most, and returns a row for each, in order: its status (or not_found), '
-  'result and last error. It keeps a snapshot meanwhile, so a program had better call it with 0 now and again. Needs READ COMMITTED. Raises OR001.';
+  'Waits until tasks have ended, p_timeout or 10 minutes at most. A row for each, in order: status (or not_found), result, last error. It '
+  'keeps a snapshot meanwhile: programs better call it with 0 now and again. Needs READ COMMITTED. Raises OR001.';

@@ -42,14 +42,16 @@ OPERATIONS = {
     "cancel": lambda conn, claim_id, id, term: cancel(conn, id),
     "recover": lambda conn, claim_id, id, term: recover(conn, term),
     "retry": lambda conn, claim_id, id, term: retry(conn, id),
-    "claim": lambda conn, claim_id, id, term: [t["id"] for t in claim(conn, "v")],
+    "claim": lambda conn, claim_id, id, term: sorted(t["id"] == id for t in claim(conn, "v")),
+    "replace": lambda conn, claim_id, id, term: value(
+        conn, "select action from orchestrator.replace_task('t', 'k', '[1]', p_mode => 'append')"),
 }
 # Who locks the task (or the claim before it), by the state that it is in. Only claim skips what is locked.
 LOCKING = {
-    "running": {"complete", "fail", "release", "snooze", "cancel", "recover", "retry"},
-    "claimed": {"complete", "fail", "release", "snooze", "cancel", "recover", "retry"},
-    "pending": {"cancel", "retry", "claim"},
-    "dead_letter": {"cancel", "retry"},
+    "running": {"complete", "fail", "release", "snooze", "cancel", "recover", "retry", "replace"},
+    "claimed": {"complete", "fail", "release", "snooze", "cancel", "recover", "retry", "replace"},
+    "pending": {"cancel", "retry", "claim", "replace"},
+    "dead_letter": {"cancel", "retry", "replace"},
 }
 
 
@@ -73,7 +75,7 @@ def prepare(conn: Any, state: str) -> tuple[int, str]:
                  "delete from orchestrator.workers where not is_leader; delete from public.transitions")
     register(conn, "w")
     register(conn, "v")
-    enqueue(conn)
+    enqueue(conn, payload=[0], idempotency_key="k")
     claim_id, id = claim_one(conn)
     if state == "running":
         start(conn, claim_id, id)
@@ -87,7 +89,7 @@ def prepare(conn: Any, state: str) -> tuple[int, str]:
 
 def ends(conn: Any, id: str) -> Any:
     return tuple(row(conn, "select status, attempts, recoveries, worker_id, cancel_requested_at is not null as asked, "
-                           "result from orchestrator.tasks where id = %s", id).values())
+                           "result, payload, idempotency_key from orchestrator.tasks where id = %s", id).values())
 
 
 def in_turn(conn: Any, names: list[str], *of_task: Any) -> tuple[dict[str, Any], Any]:

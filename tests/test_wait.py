@@ -159,7 +159,7 @@ def test_waiting_looks_less_and_less_often_and_only_at_what_has_not_ended(instal
     first, second = app.enqueue("a"), app.enqueue("a")
     looks: list[str] = []
     pauses: list[float] = []
-    asked = app.call
+    asked = app.json
 
     def call(function: str, ids: str, timeout: str) -> Any:
         looks.append(ids)
@@ -173,9 +173,9 @@ def test_waiting_looks_less_and_less_often_and_only_at_what_has_not_ended(instal
         if len(pauses) == 15:
             cancel(conn, second)
 
-    monkeypatch.setattr(app, "call", call)
+    monkeypatch.setattr(app, "json", call)
     monkeypatch.setattr(orchestrator.time, "sleep", sleep)
-    assert [row[1] for row in app._wait([first, second], 1000)] == ["cancelled", "cancelled"]
+    assert [task["status"] for task in app._wait([first, second], 1000)[0]] == ["cancelled", "cancelled"]
     assert looks == [f"{{{first},{second}}}"] * 4 + [f"{{{second}}}"] * 12
     assert pauses[:2] == [0.01, 0.015] and pauses[-1] == 0.5 and pauses == sorted(pauses)
     app.close()
@@ -203,13 +203,14 @@ def test_the_command_wait_prints_results_and_says_by_its_exit_code_how_it_ended(
     waiting = enqueue(conn)
     assert run("wait", done) == (0, '{"n": "\\u00fc\\u009b"}\n', "")
     assert run("wait", done, dead) == (1, '{"n": "\\u00fc\\u009b"}\n', f"error: task {dead}: dead_letter: no [31m way\n")
+    assert run("wait", dead) == (1, "", f"error: task {dead}: dead_letter: no [31m way\n")
     assert run("wait", done, waiting, "--timeout", "20ms") == (3, "", f"error: task {waiting} has not ended\n")
     code, out, _ = run("wait", done, dead, "--json")
     assert code == 1 and json.loads(out) == [
         {"id": done, "status": "completed", "result": {"n": "ü\u009b"}, "error": None},
         {"id": dead, "status": "dead_letter", "result": None, "error": "no\x1b[31m way"}]
     for args, problem in ((("wait", "x"), "id: "), (("wait", done, "--timeout", "soon"), "timeout: "),
-                          (("wait",), "the following arguments")):
+                          (("enqueue", "t", "--timeout", "1m"), "--timeout: "), (("wait",), "the following arguments")):
         code, out, error = run(*args)
         assert code == 2 and out == "" and problem in error
 
