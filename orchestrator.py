@@ -974,6 +974,7 @@ class Task:
 
     def _known_steps(self, name: str) -> dict[str, Any]:
         _key("name", name)
+        self._check_held(self.cancel_reason != "lost")
         if self._steps is None:
             self._steps = dict(_decode(self._worker.call_step(self, "steps", self.id)[0])[0])
         return self._steps
@@ -2743,11 +2744,13 @@ class Worker:
                 with self.steps_lock:
                     self.steps.reopen_if_closed()
                     return self.steps.call(function, *args)[0]
-            except psycopg.Error as error:
-                if error.sqlstate == "OR001":
-                    raise ValueError(error_line(error)) from None
-                if is_refusal(error) or task.cancelled.wait(backoff.next()):
+            except psycopg.OperationalError:
+                if task.cancelled.wait(backoff.next()):
                     raise
+            except psycopg.Error as error:
+                if error.sqlstate != "OR001":
+                    raise
+                raise ValueError(error_line(error)) from None
 
     def worn_out(self) -> str:
         """The setting by which another process should take over, or ""."""
@@ -3139,7 +3142,8 @@ class Orchestrator(Client):
                 log.info("the page and /metrics are at http://%s:%d/", *self._http.server_address[:2])
         except BaseException:
             self.worker = None
-            self._stopped()
+            self._call_stop_hooks()
+            self.close()
             raise
         return self
 
@@ -3151,16 +3155,15 @@ class Orchestrator(Client):
         worker, self.worker = self.worker, None
         if worker is not None:
             worker.stop(self.config.shutdown_grace if grace is None else grace, hurry)
-            self._stopped()
+            self._call_stop_hooks()
         self.close()
 
-    def _stopped(self) -> None:
+    def _call_stop_hooks(self) -> None:
         for hook in reversed(self.router.stop_hooks):
             try:
                 hook()
             except Exception:
                 log.exception("on_stop failed")
-        self.close()
 
     def run(self) -> None:
         """Run a worker until SIGTERM or SIGINT; a second signal ends the grace period at once.

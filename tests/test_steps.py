@@ -405,6 +405,34 @@ def test_a_step_waits_for_a_database_that_is_away_and_runs_once(installed: str, 
     assert ran == [1]
 
 
+def test_a_step_whose_row_is_locked_for_long_is_recorded_later(
+        installed: str, conn: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    with registered(installed) as worker:
+        id = enqueue(conn, "a")
+        [task] = claimed(worker, 1)
+        task.step("before", lambda: 1)
+        call, errors = worker.steps.call, [psycopg.errors.LockNotAvailable("locked"), psycopg.OperationalError("away")]
+
+        def hindered(*args: Any) -> Any:
+            if errors:
+                raise errors.pop()
+            return call(*args)
+        monkeypatch.setattr(worker.steps, "call", hindered)
+        assert task.step("a", lambda: 2) == 2 and errors == [] and known(conn, id) == {"before": 1, "a": 2}
+        worker.steps.close()
+
+
+def test_a_step_of_a_lost_task_does_not_begin(installed: str, conn: Connection) -> None:
+    with registered(installed) as worker:
+        enqueue(conn, "a")
+        [task] = claimed(worker, 1)
+        worker.declared_dead(worker.id)
+        ran: list[int] = []
+        with pytest.raises(ClaimLost):
+            task.step("a", lambda: ran.append(1))
+        assert ran == [] and worker.steps.connection is None
+
+
 def test_a_step_of_a_task_that_is_to_stop_does_not_wait_for_the_database(installed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with registered(installed) as worker:
         app = make_app(installed)
