@@ -2937,8 +2937,9 @@ class Client:
         return None if next_at is None else datetime.fromisoformat(str(next_at))
 
     def _meta(self, meta: Mapping[str, Any] | None) -> str | None:
-        for hook in self.router.enqueue_hooks if isinstance(meta or {}, Mapping) else ():
-            meta = {**(hook() or {}), **(meta or {})} or None
+        for hook in self.router.enqueue_hooks:
+            if meta is None or isinstance(meta, Mapping):
+                meta = {**(hook() or {}), **(meta or {})} or None
         return None if meta is None else to_json("meta", meta, self.router.encode)
 
     def limit(self, type: str, *, max_running: int | None = None, max_per_key: int | None = None,

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import signal
 import threading
 from collections.abc import Callable
@@ -562,6 +563,25 @@ def test_a_wait_that_nobody_answers_ends_after_its_timeout(installed: str) -> No
         done = wait_for(app, app.enqueue("t", {"timeout": "300ms"}))
         assert app.signal(done["id"], "approved") == "dead_letter"
     assert done["last_error"] == "nobody approved it" and done["attempts"] == 1 and events(done)[0] == "snoozed"
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_no_wake_up_is_lost_among_many_signals_at_any_moment(
+        installed: str, conn: Connection, connect: Callable[..., Connection], seed: int) -> None:
+    """A lost one would leave its task off for an hour."""
+    def handler(task: Task) -> list[Any]:
+        return [task.signal("first"), task.step("between", lambda: 1), task.signal("second", timeout=3600)]
+    app, dice, sender = make_app(installed, {"t": handler}), random.Random(seed), connect()
+    with running(installed, app):
+        ids = app.enqueue_many("t", range(150))
+        left = [(id, name) for id in ids for name in ("first", "second")]
+        dice.shuffle(left)
+        for id, name in left:
+            assert send(sender, id, name, name) == "delivered"
+        eventually(lambda: value(conn, "select bool_and(status = 'completed') from orchestrator.tasks"), 30)
+    assert column(conn, "select distinct result from orchestrator.tasks") == [["first", 1, "second"]]
+    assert value(conn, "select count(*) from orchestrator.task_events where event = 'snoozed'") > 0
+    assert audit(conn) == []
 
 
 @pytest.mark.parametrize(("name", "timeout"), [("", None), ("a", -1), ("a", "soon"), (None, None)])
