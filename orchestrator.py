@@ -8,7 +8,8 @@
   python orchestrator.py enqueue TYPE '{...}'  add a task, like select orchestrator.enqueue('TYPE', '{...}')
   python orchestrator.py show ID               what happened to a task, and why it is not running
   python orchestrator.py COMMAND --help        install, enqueue, list, show, cancel, retry, pause, resume,
-                                               signal, stats, schedule, schedules, unschedule, fire, next, audit, psql
+                                               signal, stats, schedule, schedules, unschedule, fire, next,
+                                               audit, psql
 
 In a program:
 
@@ -2756,7 +2757,8 @@ class Worker:
         """The setting by which another process should take over, or ""."""
         with self.counters.lock:
             ran = sum(sum(tally.counts) for tally in self.counters.seconds.values())
-        return "MAX_AGE" if clock() >= self.worn_at else "MAX_TASKS" if 0 < self.config.max_tasks <= ran else ""
+        worn = 0 < self.config.max_tasks <= ran
+        return "MAX_TASKS" if worn else "MAX_AGE" if clock() >= self.worn_at else ""
 
     def forget(self, task: Task) -> None:
         held = self.tasks.get(task.id)
