@@ -962,12 +962,15 @@ class Task:
         Until then it raises Snooze: no slot of the pool is held, and the handler begins anew when it comes.
         """
         wait = None if timeout is None else _interval(check_seconds("timeout", timeout))
-        held, value, snooze = self._worker.call_step(
-            self, "await_signal", self.claim_id, self.id, _key("name", name), wait)
-        self._check_held(held)
-        if snooze is not None:
-            raise Snooze(snooze)
-        return None if value is None else _decode(value)[0]
+        steps = self._known_steps(name)
+        if name not in steps:
+            held, value, snooze = self._worker.call_step(
+                self, "await_signal", self.claim_id, self.id, name, wait)
+            self._check_held(held)
+            if snooze is not None:
+                raise Snooze(snooze)
+            steps[name] = None if value is None else _decode(value)[0]
+        return steps[name]
 
     async def signal_async(self, name: str, timeout: Seconds | None = None) -> Any:
         """signal() for an `async def` handler."""
