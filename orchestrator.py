@@ -3132,23 +3132,22 @@ class Orchestrator(Client):
         self._open()
         if not self.router.handlers:
             log.warning("no handlers are registered: this worker has nothing to run")
-        for hook in self.router.start_hooks:
-            try:
-                hook()
-            except Exception as error:
-                raise ConfigError(f"on_start: {describe_error(error)}") from error
         revive = self._embedded.start if self._embedded else None
         self.worker = worker = Worker(self.config, self.router, revive)
         try:
             if self.http_server is not None and self.config.metrics_port != PORT_OFF:
                 self._http = type(self).http_server(self.config, worker.status)
                 self._http.start()
-            worker.start()
+            self._call_start_hooks()
+            try:
+                worker.start()
+            except BaseException:
+                self._call_stop_hooks()
+                raise
             if self._http is not None:
                 log.info("the page and /metrics are at http://%s:%d/", *self._http.server_address[:2])
         except BaseException:
             self.worker = None
-            self._call_stop_hooks()
             self.close()
             raise
         return self
@@ -3163,6 +3162,13 @@ class Orchestrator(Client):
             worker.stop(self.config.shutdown_grace if grace is None else grace, hurry)
             self._call_stop_hooks()
         self.close()
+
+    def _call_start_hooks(self) -> None:
+        for hook in self.router.start_hooks:
+            try:
+                hook()
+            except Exception as error:
+                raise ConfigError(f"on_start: {describe_error(error)}") from error
 
     def _call_stop_hooks(self) -> None:
         for hook in reversed(self.router.stop_hooks):
