@@ -105,28 +105,33 @@ comment on function orchestrator.schedule is
   'last task is unfinished. Raises OR001.';
 
 create or replace function orchestrator.unschedule(p_name text) returns boolean
-language sql as $$
-  with gone as (delete from orchestrator.schedules s where s.name = p_name returning 1) select exists (select from gone)
-$$;
+language plpgsql as $$
+begin
+  delete from orchestrator.schedules s where s.name = p_name;
+  return found;
+end $$;
 comment on function orchestrator.unschedule is 'Removes a schedule; its tasks stay. Returns whether there was one.';
 
 create or replace function orchestrator.pause_schedule(p_name text) returns boolean
-language sql as $$
-  with changed as (update orchestrator.schedules s set paused = true where s.name = p_name and not s.paused returning 1)
-  select exists (select from changed) from orchestrator.schedules s where s.name = p_name
-$$;
+language plpgsql as $$
+begin
+  update orchestrator.schedules s set paused = true where s.name = p_name and not s.paused;
+  if found then return true; end if;
+  return (select false from orchestrator.schedules s where s.name = p_name);
+end $$;
 comment on function orchestrator.pause_schedule is
   'Keeps a schedule from firing; its tasks stay. Returns whether that is new, null if there is no such schedule.';
 
 create or replace function orchestrator.resume_schedule(p_name text) returns boolean
-language sql as $$
-  with changed as (
-    update orchestrator.schedules s
-    set paused = false, last_error = null, active_since = clock_timestamp(),
-        next_at = (select f.at from orchestrator.fire_times(s.cron, s.timezone, clock_timestamp(), 1) f(at))
-    where s.name = p_name and s.paused returning 1)
-  select exists (select from changed) from orchestrator.schedules s where s.name = p_name
-$$;
+language plpgsql as $$
+begin
+  update orchestrator.schedules s
+  set paused = false, last_error = null, active_since = clock_timestamp(),
+      next_at = (select f.at from orchestrator.fire_times(s.cron, s.timezone, clock_timestamp(), 1) f(at))
+  where s.name = p_name and s.paused;
+  if found then return true; end if;
+  return (select false from orchestrator.schedules s where s.name = p_name);
+end $$;
 comment on function orchestrator.resume_schedule is
   'Has a paused schedule, also one that failed, go on with the next fire time from now. Returns whether it was paused, null if there '
   'is no such schedule.';
