@@ -32,11 +32,6 @@ end $$;
 comment on table orchestrator.schedules is
   'One row for each recurring task, written by schedule, unschedule, pause_schedule, resume_schedule, fire_schedule and promote_due.';
 comment on column orchestrator.schedules.name is '1 to 200 bytes; part of the idempotency key of its tasks.';
-comment on column orchestrator.schedules.cron is 'When it fires: see fire_times.';
-comment on column orchestrator.schedules.missed is
-  'What happens to fire times at which no worker was running: one = the last of them fires, all = each of them, '
-  'none = only what is less than a minute late.';
-comment on column orchestrator.schedules.overlap is 'False: a fire time is left out while the task of the last one has not ended.';
 comment on column orchestrator.schedules.next_at is 'The earliest fire time that has not been dealt with.';
 comment on column orchestrator.schedules.active_since is
   'Its fire times count from here: when it was created, got another cron or time zone, or was resumed.';
@@ -101,8 +96,8 @@ end $$;
 comment on function orchestrator.schedule is
   'Creates or changes a schedule: at each of fire_times(p_cron, p_timezone), a task of that type is enqueued. Returns the next one '
   '(null: it is paused). The same definition again changes nothing; another cron or time zone counts from now on. p_missed: what of '
-  'the times without a running worker is made up for, the last (one), all or none. p_overlap false: a time is left out while the '
-  'last task is unfinished. Raises OR001.';
+  'the times without a running worker is made up for: the last (one), all, or none that is a minute late. p_overlap false: a time is '
+  'left out while the last task is unfinished. Raises OR001.';
 
 create or replace function orchestrator.unschedule(p_name text) returns boolean
 language plpgsql as $$

@@ -59,7 +59,7 @@ comment on table orchestrator.stats_samples is
 create or replace function orchestrator._count_live()
 returns table (type text, waiting bigint, oldest timestamptz, parked bigint, scheduled bigint, in_flight bigint, dead_letters bigint)
 language sql stable
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan
+set plan_cache_mode = force_generic_plan
 set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
   select u.type, sum(u.waiting)::bigint, min(u.oldest), sum(u.parked)::bigint, sum(u.scheduled)::bigint, sum(u.in_flight)::bigint, sum(u.dead)::bigint
   from (

@@ -549,11 +549,12 @@ def test_commands_and_a_worker_share_the_embedded_database(folder: Path, run_cli
         ids = [command.communicate(timeout=30)[0].strip() for command in commands]
         assert [command.returncode for command in commands] == [0, 0]
 
-        def results() -> list[Any]:
-            return [json.loads(run_cli("show", "--json", task_id).stdout)["result"] for task_id in ids]
-        eventually(lambda: results() == [1, 2])
+        said = re.search(r"psql: \S+/psql '(postgresql://.*)'", (folder / "log").read_text())
+        assert said is not None
+        with psycopg.connect(said[1], autocommit=True) as conn:
+            eventually(lambda: value(conn, "select count(*) from orchestrator.tasks where status = 'completed'") == 2)
+        assert [json.loads(run_cli("show", "--json", task_id).stdout)["result"] for task_id in ids] == [1, 2]
         assert run_cli("psql", "-tAc", "select count(*) from orchestrator.tasks").stdout == "2\n"
-        assert re.search(r"psql: \S+/psql '?postgresql://", (folder / "log").read_text())
     finally:
         worker.terminate()
         assert worker.wait(30) == 0
