@@ -4430,9 +4430,6 @@ def _cell(value: Any) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, **options)   # psql has options of its own
-
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}\n")
 
@@ -4445,15 +4442,16 @@ def _parser() -> _Parser:
     for field in dataclasses.fields(Config):
         group.add_argument("--" + field.name.replace("_", "-"), metavar="X",
                            help=field.metadata["help"].replace("%", "%%"))
-    parser = _Parser(prog="orchestrator.py", description=__doc__, parents=[settings],
-                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    common: dict[str, Any] = {"parents": [settings], "allow_abbrev": False}   # psql has options of its own
+    parser = _Parser(prog="orchestrator.py", description=__doc__,
+                     formatter_class=argparse.RawDescriptionHelpFormatter, **common)
     parser.add_argument("--version", action="version",
                         version=f"orchestrator {VERSION} (schema {SCHEMA_VERSION})")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, function in list(globals().items()):
         if name.startswith("do_"):
             text = function.__doc__
-            subparser = commands.add_parser(name[3:], help=text, description=text, parents=[settings])
+            subparser = commands.add_parser(name[3:], help=text, description=text, **common)
             for names, options in ARGUMENTS[function]:
                 subparser.add_argument(*names, **options)
     return parser

@@ -70,9 +70,7 @@ begin
   else
     create or replace function orchestrator._uuidv7() returns uuid
     language sql volatile parallel safe begin atomic
-      select encode(
-        overlay(overlay(uuid_send(gen_random_uuid()) placing substring(int8send(t.us / 1000) from 3) from 1 for 6)
-                placing substring(int4send(28672 + (t.us % 1000 * 4096 / 1000)::int) from 3) from 7 for 2), 'hex')::uuid
+      select (lpad(to_hex(t.us / 1000), 12, '0') || to_hex(28672 + t.us % 1000 * 4096 / 1000) || right(gen_random_uuid()::text, 17))::uuid
       from (select (extract(epoch from clock_timestamp()) * 1000000)::bigint as us) t;
     end;
   end if;

@@ -118,7 +118,7 @@ create or replace function orchestrator.fire_times(
   p_cron text, p_timezone text default 'UTC', p_after timestamptz default now(), p_n int default 5, p_until timestamptz default 'infinity')
 returns setof timestamptz language plpgsql stable as $$
 declare
-  v_span interval := '10 minutes';
+  v_span interval := interval '10 minutes';
   v_to timestamptz;
   v_found int;
 begin
@@ -152,14 +152,15 @@ comment on function orchestrator.fire_times is
 create or replace function orchestrator._last_fire_time(p_cron text, p_timezone text, p_after timestamptz, p_until timestamptz)
 returns timestamptz language plpgsql stable as $$
 declare
-  v_span interval := '10 minutes';
+  v_span interval := interval '10 minutes';
   v_last timestamptz;
 begin
-  while v_last is null and p_until > p_after loop
+  loop
     select max(f.at) into v_last
     from orchestrator._fire_times_between(p_cron, p_timezone, greatest(p_after, p_until - v_span), p_until) f(at);
     p_until := p_until - v_span;
     v_span := v_span * 12;
+    exit when (v_last is null and p_until > p_after) is not true;
   end loop;
   return v_last;
 end $$;

@@ -32,11 +32,6 @@ end $$;
 comment on table orchestrator.schedules is
   'One row for each recurring task, written by schedule, unschedule, pause_schedule, resume_schedule, fire_schedule and promote_due.';
 comment on column orchestrator.schedules.name is '1 to 200 bytes; part of the idempotency key of its tasks.';
-comment on column orchestrator.schedules.cron is 'When it fires: see fire_times.';
-comment on column orchestrator.schedules.missed is
-  'What happens to fire times at which no worker was running: one = the last of them fires, all = each of them, '
-  'none = only what is less than a minute late.';
-comment on column orchestrator.schedules.overlap is 'False: a fire time is left out while the task of the last one has not ended.';
 comment on column orchestrator.schedules.next_at is 'The earliest fire time that has not been dealt with.';
 comment on column orchestrator.schedules.active_since is
   'Its fire times count from here: when it was created, got another cron or time zone, or was resumed.';
@@ -102,35 +97,38 @@ end $$;
 comment on function orchestrator.schedule is
   'Creates or changes a schedule: at each of fire_times(p_cron, p_timezone), a task of that type is enqueued. Returns the next one '
   '(null: it is paused). The same definition again changes nothing; another cron or time zone counts from now on. p_missed: what of '
-  'the times without a running worker is made up for, the last (one), all or none. p_overlap false: a time is left out while the '
-  'last task is unfinished. Raises OR001.';
+  'the times without a running worker is made up for: the last (one), all, or none that is a minute late. p_overlap false: a time is '
+  'left out while the last task is unfinished. Raises OR001.';
 
 create or replace function orchestrator.unschedule(p_name text) returns boolean
-language sql as $$
-  with gone as (delete from orchestrator.schedules s where s.name = p_name returning orchestrator._log('unschedule', jsonb_build_object('schedule', p_name)))
-  select exists (select from gone)
-$$;
+language plpgsql as $$
+begin
+  delete from orchestrator.schedules s where s.name = p_name;
+  if found then perform orchestrator._log('unschedule', jsonb_build_object('schedule', p_name)); return true; end if;
+  return false;
+end $$;
 comment on function orchestrator.unschedule is 'Removes a schedule; its tasks stay. Returns whether there was one.';
 
 create or replace function orchestrator.pause_schedule(p_name text) returns boolean
-language sql as $$
-  with changed as (
-    update orchestrator.schedules s set paused = true where s.name = p_name and not s.paused
-    returning orchestrator._log('pause_schedule', jsonb_build_object('schedule', p_name)))
-  select exists (select from changed) from orchestrator.schedules s where s.name = p_name
-$$;
+language plpgsql as $$
+begin
+  update orchestrator.schedules s set paused = true where s.name = p_name and not s.paused;
+  if found then perform orchestrator._log('pause_schedule', jsonb_build_object('schedule', p_name)); return true; end if;
+  return (select false from orchestrator.schedules s where s.name = p_name);
+end $$;
 comment on function orchestrator.pause_schedule is
   'Keeps a schedule from firing; its tasks stay. Returns whether that is new, null if there is no such schedule.';
 
 create or replace function orchestrator.resume_schedule(p_name text) returns boolean
-language sql as $$
-  with changed as (
-    update orchestrator.schedules s
-    set paused = false, last_error = null, active_since = clock_timestamp(),
-        next_at = (select f.at from orchestrator.fire_times(s.cron, s.timezone, clock_timestamp(), 1) f(at))
-    where s.name = p_name and s.paused returning orchestrator._log('resume_schedule', jsonb_build_object('schedule', p_name)))
-  select exists (select from changed) from orchestrator.schedules s where s.name = p_name
-$$;
+language plpgsql as $$
+begin
+  update orchestrator.schedules s
+  set paused = false, last_error = null, active_since = clock_timestamp(),
+      next_at = (select f.at from orchestrator.fire_times(s.cron, s.timezone, clock_timestamp(), 1) f(at))
+  where s.name = p_name and s.paused;
+  if found then perform orchestrator._log('resume_schedule', jsonb_build_object('schedule', p_name)); return true; end if;
+  return (select false from orchestrator.schedules s where s.name = p_name);
+end $$;
 comment on function orchestrator.resume_schedule is
   'Has a paused schedule, also one that failed, go on with the next fire time from now. Returns whether it was paused, null if there '
   'is no such schedule.';

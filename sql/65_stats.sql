@@ -4,7 +4,7 @@
 -- a count as that took, at most a minute later: less than 1% of one core.
 -- Each task ever enqueued is counted once, along the primary key, which is time. Tasks below the cursor are settled: it stays
 -- below the safe floor (35_floors.sql), so nobody can still commit there. Those above it are counted anew each time, so a long
--- transaction holds back nothing but the cursor. What ended = enqueued - waiting - parked - scheduled - in flight.
+-- transaction holds back nothing but the cursor.
 
 create table if not exists orchestrator.type_stats (
   type            text collate "C" primary key,
@@ -17,6 +17,7 @@ create table if not exists orchestrator.type_stats (
   oldest_ready_at timestamptz,
   settled         bigint not null default 0,   -- of enqueued_total, those below the cursor
   enqueued_total  bigint not null default 0,
+  ended_total     bigint generated always as (enqueued_total - waiting - parked - scheduled - in_flight) stored,   -- falls when one is retried
   recent_at       timestamptz,
   recent          double precision[] not null default '{0,0,0,0,0}',   -- see _recent
   runs            real[] not null default '{}',   -- seconds that the latest 100 sampled runs took
@@ -33,8 +34,7 @@ create table if not exists orchestrator.stats_state (
   counted_at  timestamptz,
   took        interval not null default '0',
   next_at     timestamptz,
-  complete    boolean not null default false,   -- false while a count catches up on millions
-  ended_total bigint,                           -- falls when an ended task is retried; null until complete
+  complete    boolean not null default false,   -- false while a count catches up on millions, and ended_total is wrong
   last_event  bigint,
   last_claim  bigint,
   watched     uuid[] not null default '{}'      -- sampled tasks that had not ended at the last count
@@ -59,7 +59,7 @@ comment on table orchestrator.stats_samples is
 create or replace function orchestrator._count_live()
 returns table (type text, waiting bigint, oldest timestamptz, parked bigint, scheduled bigint, in_flight bigint, dead_letters bigint)
 language sql stable
-set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan
+set plan_cache_mode = force_generic_plan
 set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
   select u.type, sum(u.waiting)::bigint, min(u.oldest), sum(u.parked)::bigint, sum(u.scheduled)::bigint, sum(u.in_flight)::bigint, sum(u.dead)::bigint
   from (
@@ -85,8 +85,10 @@ set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off s
 $$;
 
 create or replace view orchestrator._totals as
-  select coalesce(sum(s.waiting), 0) as waiting, coalesce(sum(s.parked), 0) as parked, coalesce(sum(s.scheduled), 0) as scheduled, coalesce(sum(s.in_flight), 0) as in_flight,
-         coalesce(sum(s.dead_letters), 0) as dead_letters, coalesce(sum(s.enqueued_total), 0) as enqueued_total, min(s.oldest_ready_at) as oldest
+  select coalesce(sum(s.waiting), 0) as waiting, coalesce(sum(s.parked), 0) as parked, coalesce(sum(s.scheduled), 0) as scheduled,
+         coalesce(sum(s.in_flight), 0) as in_flight, coalesce(sum(s.dead_letters), 0) as dead_letters,
+         coalesce(sum(s.enqueued_total), 0) as enqueued_total, min(s.oldest_ready_at) as oldest,
+         case when (select c.complete from orchestrator.stats_state c) then sum(s.ended_total) end as ended_total
   from orchestrator.type_stats s;
 
 create or replace view orchestrator._unregistered as
@@ -115,7 +117,7 @@ begin
   if v_waiting > 0 and (select count(*) from orchestrator._unregistered) >= 200 then
     with idle as (
       delete from orchestrator.type_stats s
-      where s.type in (select u.type from orchestrator._unregistered u where u.waiting + u.parked + u.scheduled + u.in_flight + u.dead_letters = 0)
+      where s.type in (select u.type from orchestrator._unregistered u where u.ended_total = u.enqueued_total and u.dead_letters = 0)
       returning s.settled, s.enqueued_total)
     update orchestrator.type_stats o set settled = o.settled + g.settled, enqueued_total = o.enqueued_total + g.enqueued
     from (select sum(i.settled) as settled, sum(i.enqueued_total) as enqueued from idle i having count(*) > 0) g where o.type = 'other';
@@ -150,8 +152,7 @@ language sql set enable_hashjoin = on as $$
     from counts c left join orchestrator.type_stats s on s.type = c.type group by 1),
   changes as (
     select c.*, n.enqueued_total, n.enqueued_total - k.enqueued_total as enqueued, n.seconds,
-           greatest(n.enqueued_total - c.waiting - c.parked - c.scheduled - c.in_flight
-                    - (k.enqueued_total - k.waiting - k.parked - k.scheduled - k.in_flight), 0) as ended
+           greatest(n.enqueued_total - c.waiting - c.parked - c.scheduled - c.in_flight - k.ended_total, 0) as ended
     from counted c join orchestrator.type_stats k on k.type = c.type
     cross join lateral (
       select greatest(k.enqueued_total, k.settled + c.seen) as enqueued_total,
@@ -191,17 +192,6 @@ begin
       watched = array(select t.id from orchestrator.tasks t where t.id = any (v_ids) and t.status in ('claimed', 'running') limit 500);
 end $$;
 
-create or replace function orchestrator._keep_sample(p_at timestamptz) returns void
-language plpgsql as $$
-begin
-  -- half a second early is on time, since counts come every 2 seconds or so
-  if exists (select from orchestrator.stats_samples s where s.at > p_at - interval '9.5 seconds' and s.at <= p_at) then return; end if;
-  delete from orchestrator.stats_samples s where s.at < p_at - interval '2 hours' or s.at > p_at;
-  insert into orchestrator.stats_samples
-  select p_at, t.waiting, t.scheduled, t.in_flight, t.dead_letters, t.enqueued_total, case when s.complete then s.ended_total end, t.parked
-  from orchestrator._totals t left join orchestrator.stats_state s on true;
-end $$;
-
 create or replace function orchestrator.sample_stats(
   p_worker_id text, p_term bigint, p_limit int default 2000000, p_lag interval default '5 seconds')
 returns double precision language plpgsql as $$
@@ -231,11 +221,13 @@ begin
   s.counted_at := clock_timestamp();
   s.took := s.counted_at - v_start;
   s.next_at := s.counted_at + least(greatest(200 * s.took, interval '2 seconds'), interval '1 minute');
-  update orchestrator.stats_state o
-  set cursor = v_to, counted_at = s.counted_at, took = s.took, next_at = s.next_at, complete = s.complete, last_event = v_event,
-      ended_total = case when s.complete then n.ended else o.ended_total end
-  from (select t.enqueued_total - t.waiting - t.parked - t.scheduled - t.in_flight as ended from orchestrator._totals t) n;
-  perform orchestrator._keep_sample(s.counted_at);
+  update orchestrator.stats_state
+  set cursor = v_to, counted_at = s.counted_at, took = s.took, next_at = s.next_at, complete = s.complete, last_event = v_event;
+  delete from orchestrator.stats_samples x where x.at < s.counted_at - interval '2 hours' or x.at > s.counted_at;
+  insert into orchestrator.stats_samples (at, waiting, scheduled, in_flight, dead_letters, enqueued_total, ended_total, parked)
+  select s.counted_at, t.waiting, t.scheduled, t.in_flight, t.dead_letters, t.enqueued_total, t.ended_total, t.parked
+  -- half a second early is on time, since counts come every 2 seconds or so
+  from orchestrator._totals t where not exists (select from orchestrator.stats_samples x where x.at > s.counted_at - interval '9.5 seconds');
   return extract(epoch from s.next_at - s.counted_at);
 end $$;
 comment on function orchestrator.sample_stats is

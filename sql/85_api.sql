@@ -66,7 +66,7 @@ language sql as $$
   select jsonb_build_object(
     'now', extract(epoch from clock_timestamp()), 'schema_version', orchestrator.schema_version(),
     'counts', jsonb_build_object('age', orchestrator._age(s.counted_at), 'took', extract(epoch from s.took), 'complete', s.complete),
-    'totals', to_jsonb(t) - 'oldest' || jsonb_build_object('oldest_waiting', orchestrator._age(t.oldest), 'ended_total', s.ended_total),
+    'totals', to_jsonb(t) - 'oldest' || jsonb_build_object('oldest_waiting', orchestrator._age(t.oldest)),
     'types', orchestrator._api_types(), 'limits', orchestrator._api_limits(), 'workers', orchestrator._api_workers(),
     'schedules', orchestrator._api_schedules())
   from orchestrator._totals t left join orchestrator.stats_state s on true
