@@ -852,6 +852,7 @@ class Task:
         self.claim_id: int = row[0]
         self.id: str = row[1]
         self.type: str = row[2]
+        self.waited: float = row[8]
         self.handler = handler
         self.worker_id = worker.id
         self.claimed = claimed   # monotonic
@@ -871,11 +872,6 @@ class Task:
     @property
     def deadline(self) -> float | None:
         return None if self.handler.timeout is None else float(self.started + self.handler.timeout)
-
-    @property
-    def waited(self) -> float:
-        waited: float = self._row[8]
-        return waited
 
     @property
     def recovered(self) -> bool:
@@ -1420,20 +1416,19 @@ class Counters:
             found[self.label(kind)] += count
         return found
 
-    def ended(self, task: Task, status: str) -> None:
-        label = self.label(task.type)
+    def ended(self, tasks: Sequence[Task], status: str) -> None:
+        """Count attempts that ended in the same way."""
+        labels = self.by_label(collections.Counter([task.type for task in tasks]))
         if status == "rejected":
-            self.count(rejected={label: 1})
-        elif status == "dead_letter":
-            self.count(completed={(label, "failed"): 1}, dead_letters={label: 1})
+            self.count(rejected=labels)
+        elif status not in ("released", "snoozed"):
+            how = status if status in ("completed", "cancelled") else "failed"
+            self.count(completed={(label, how): count for label, count in labels.items()})
+        if status == "dead_letter":
+            self.count(dead_letters=labels)
         elif status == "retry_scheduled":
-            attempt = RETRY_LABELS[min(task.attempt, len(RETRY_LABELS)) - 1]
-            self.count(completed={(label, "failed"): 1}, retries={(label, attempt): 1})
-        elif status in ("completed", "cancelled"):
-            self.count(completed={(label, status): 1})
-
-    def completed_many(self, counts: Mapping[str, int]) -> None:
-        self.count(completed={(label, "completed"): count for label, count in self.by_label(counts).items()})
+            self.count(retries=collections.Counter(
+                (self.label(task.type), RETRY_LABELS[min(task.attempt, len(RETRY_LABELS)) - 1]) for task in tasks))
 
     def ran(self, tasks: Sequence[Task]) -> None:
         """Count the durations and waits of a batch, in one pass over each type's values."""
@@ -1442,7 +1437,8 @@ class Counters:
             for kind, group in by_type.items():
                 label = self.label(kind)
                 self.seconds[label].add([task.seconds for task in group])
-                self.waits[label].add([max(0.0, task.waited + task.started - task.claimed) for task in group])
+                waits = [task.waited + task.started - task.claimed for task in group]
+                self.waits[label].add([wait if wait > 0.0 else 0.0 for wait in waits])
 
     def error(self, error: psycopg.Error) -> None:
         self.count(errors={error.sqlstate[:2] if error.sqlstate else "connection": 1})
@@ -1473,13 +1469,10 @@ class Bell:
             self._set = True
             os.write(self._write, b"!")
 
-    def drain(self) -> None:
+    def clear(self) -> None:
         with contextlib.suppress(BlockingIOError):
             os.read(self._read, 100)
-
-    def clear(self) -> None:
-        # The flag last: a set() in between is not lost, as the waiting thread looks for work after this.
-        self.drain()
+        # Last: a set() in between is not lost, as the waiting thread looks for work after this.
         self._set = False
 
     def __del__(self) -> None:
@@ -1570,7 +1563,7 @@ class Pool:
     def measure(self, batch: list[Task]) -> None:
         if batch:
             self.counters.ran(batch)
-            mean, before = max(1e-6, sum(task.seconds for task in batch) / len(batch)), self.mean
+            mean, before = max(1e-6, sum([task.seconds for task in batch]) / len(batch)), self.mean
             self.mean = mean if before is None else before + (mean - before) * min(0.5, len(batch) / 50)
 
     def overloaded(self) -> bool:
@@ -1608,10 +1601,10 @@ class Pool:
             slot.ticket = size
             now = clock()
             with contextlib.suppress(IndexError):   # nothing is left
-                # Asynchronous exceptions come after calls and jumps: none between these two lines.
+                # Asynchronous exceptions come after calls and jumps: none before the task is in the slot.
                 for task in itertools.islice(take, size):
-                    slot.task = task
                     task.started = now
+                    slot.task = task
                     run_task(router, task)
                     process is _process or os._exit(0)   # a child that the handler forked and that came back
                     now = clock()
@@ -1941,9 +1934,9 @@ class ClaimLoop(Loop):
         handlers = {kind: router.handlers[router.pattern(kind) or ""] for kind in {row[2] for row in rows}}
         tasks = [Task(worker, row, handlers[row[2]], self.arrived_at) for row in rows]
         worker.tasks.update(zip([row[1] for row in rows], tasks, strict=True))
-        if careful := [task for task in tasks if task.recovered]:
+        if any([row[9] for row in rows]):
+            worker.reports.careful.extend([task for task in tasks if task.recovered])
             tasks = [task for task in tasks if not task.recovered]
-            worker.reports.careful.extend(careful)
             self.pool.news.set()
         self.pool.put(tasks)
         if worker.id != self.claiming_as:   # declared dead meanwhile: they were not in hand yet
@@ -1980,15 +1973,15 @@ class ClaimLoop(Loop):
         """Wait until someone in this process sets the bell, or a notification comes."""
         # Not select(), which takes descriptors below 1024 only.
         connection, poll = self.link.connection, select.poll()
-        for waited in (self.bell, connection):
-            if waited is not None and not getattr(waited, "closed", False):
-                poll.register(waited, select.POLLIN)
-        ready = {descriptor for descriptor, _ in poll.poll(seconds * 1000)}
-        if self.bell.fileno() in ready and not self.bell.is_set():
-            self.bell.drain()   # of two threads that set it at the same moment
-        if connection is not None and ready - {self.bell.fileno()}:
-            connection.pgconn.consume_input()
-            self._drain()
+        poll.register(self.bell, select.POLLIN)
+        if connection is not None and not connection.closed:
+            poll.register(connection, select.POLLIN)
+        for descriptor, _ in poll.poll(seconds * 1000):
+            if descriptor == self.bell.fileno():
+                self.bell.set()   # as it may not be, if two threads set it at the same moment
+            elif connection is not None:
+                connection.pgconn.consume_input()
+                self._drain()
 
     def _drain(self) -> None:
         connection = self.link.connection
@@ -2006,20 +1999,15 @@ class Journal:
         # How many tasks have completed since that time.
         self.count, self.since = 0, clock()
 
-    def ended(self, task: Task, status: str) -> None:
-        self.counters.ended(task, status)
-        if task.started or status != "released":   # those were logged together
-            self._log(task, status)
-        if status == "dead_letter" and self.hooks:
-            self.hook_thread.submit(_call_hooks, self.hooks, task)
-
-    def completed(self, tasks: list[Task]) -> None:
-        """Log each while they are few; of many tell_rate() logs the number."""
-        self.counters.completed_many(collections.Counter([task.type for task in tasks]))
-        self.count += len(tasks)
-        if self.count <= 20 or log.isEnabledFor(logging.DEBUG):
+    def ended(self, tasks: list[Task], status: str) -> None:
+        """Count and log them; of many that completed tell_rate() logs the number."""
+        self.counters.ended(tasks, status)
+        self.count += len(tasks) * (status == "completed")
+        if status != "completed" or self.count <= 20 or log.isEnabledFor(logging.DEBUG):
             for task in tasks:
-                self._log(task, "completed")
+                self._log(task, status)
+        if status == "dead_letter" and self.hooks:
+            self.hook_thread.submit(_call_hooks, self.hooks, tasks)
 
     def tell_rate(self, last: bool) -> None:
         count, seconds = self.count, clock() - self.since
@@ -2030,6 +2018,8 @@ class Journal:
             self.count, self.since = 0, clock()
 
     def _log(self, task: Task, status: str) -> None:
+        if status == "released" and not task.started:
+            return   # those were logged together
         good = status in ("completed", "cancelled", "snoozed", "released")
         fields: dict[str, Any] = {"task_id": task.id, "type": task.type, "attempt": task.attempt,
                                   "worker": task.worker_id, "duration": round(task.seconds, 4)}
@@ -2044,8 +2034,8 @@ async def _value_of(awaitable: Awaitable[Any]) -> Any:
     return await awaitable
 
 
-def _call_hooks(hooks: Sequence[DeadLetterHook], task: Task) -> None:
-    for hook in hooks:
+def _call_hooks(hooks: Sequence[DeadLetterHook], tasks: Sequence[Task]) -> None:
+    for hook, task in itertools.product(hooks, tasks):
         try:
             done = hook(task, (task.outcome.text if task.outcome else None) or "")
             if inspect.isawaitable(done):
@@ -2130,16 +2120,16 @@ class ReportLoop(Loop):
     def _collect(self) -> None:
         finished = self.pool.finished
         batch = [finished.popleft() for _ in range(len(finished))]
-        if self.pool.interrupted:   # it may be there twice
-            batch = list(dict.fromkeys(batch))
         self.pool.measure(batch)
         self.unreported += [task for task in batch if not task.ended]
+        if self.pool.interrupted:   # a task may be there twice
+            self.unreported = list(dict.fromkeys(self.unreported))
         for task in [task for task in batch if task.ended]:
             if task.ended == "transaction":
                 self.worker.forget(task)
-                self.journal.completed([task])
+                self.journal.ended([task], "completed")
             elif task.ended == "abandoned":   # a stand-in reports for it, and has it forgotten then
-                self.worker.counters.ended(task, "rejected")
+                self.worker.counters.ended([task], "rejected")
 
     def _report_all(self) -> None:
         now, locked = clock(), self.locked
@@ -2218,7 +2208,7 @@ class ReportLoop(Loop):
                 log.warning("task %s %s completed, but its result could not be kept: %s",
                             task.type, task.id, task.outcome.lost)
                 self.attempt(self.link.call, "note_lost_result", task.id, task.outcome.lost)
-        self.journal.completed(tasks)
+        self.journal.ended(tasks, "completed")
 
     def _report_failed(self, tasks: list[Task]) -> None:
         outcomes = [task.outcome or INTERRUPTED for task in tasks]
@@ -2245,7 +2235,7 @@ class ReportLoop(Loop):
     def _settle(self, task: Task, status: str) -> None:
         task.ended = "reported"
         self.worker.forget(task)
-        self.journal.ended(task, status)
+        self.journal.ended([task], status)
 
     # ------------------------------ what has not
     def _mark_running(self) -> None:
