@@ -449,10 +449,6 @@ SESSION = {
 # Behind a pooler nothing can be set for a session; these must be right as they are.
 REQUIRED = (
     "default_transaction_isolation", "default_transaction_read_only", "array_nulls", "transform_null_equals")
-# psycopg's internal parts that Link uses; tests/test_dependencies.py checks them in the pinned versions.
-PSYCOPG_PARTS = (
-    generators.execute, Transformer.dump_sequence, Transformer.set_pgresult, Transformer.load_rows,
-    psycopg.Connection.wait, psycopg.errors.error_from_result)
 
 
 class After(str):
@@ -1428,7 +1424,8 @@ class Counters:
             self.count(dead_letters=labels)
         elif status == "retry_scheduled":
             self.count(retries=collections.Counter(
-                (self.label(task.type), RETRY_LABELS[min(task.attempt, len(RETRY_LABELS)) - 1]) for task in tasks))
+                (self.label(task.type), RETRY_LABELS[min(task.attempt, len(RETRY_LABELS)) - 1])
+                for task in tasks))
 
     def ran(self, tasks: Sequence[Task]) -> None:
         """Count the durations and waits of a batch, in one pass over each type's values."""
@@ -1799,6 +1796,24 @@ class Loop:
             self.log_error(f", {chore.__name__.strip('_').replace('_', ' ')}", error)
             return refused
 
+    def together(self, call: Callable[[list[Task]], object], tasks: list[Task],
+                  refused: Callable[[Task, psycopg.Error], None]) -> None:
+        """Make one call for these tasks; one for each half if it is too large, or refused."""
+        size = sum([len(task.outcome.text or "") for task in tasks if task.outcome])
+        if len(tasks) == 1 or size <= CALL_LIMIT:
+            try:
+                call(tasks)
+                return
+            except psycopg.Error as error:
+                if not is_refusal(error):
+                    raise   # not the tasks' doing
+                if len(tasks) == 1:
+                    refused(tasks[0], error)
+                    return
+        middle = len(tasks) // 2
+        self.together(call, tasks[:middle], refused)
+        self.together(call, tasks[middle:], refused)
+
 
 class ClaimLoop(Loop):
     """Listens, promotes what is due, claims what there is room for, and hands it to the pool."""
@@ -2140,36 +2155,13 @@ class ReportLoop(Loop):
                 self._report([task])
 
     def _report(self, tasks: list[Task]) -> None:
+        groups = grouped([task for task in tasks if task.outcome], operator.attrgetter("outcome.kind"))
+        groups[""] = [task for task in tasks if not task.outcome]   # all of them, in a drain
         calls = {"failed": self._report_failed, "snoozed": self._report_snoozed,
                  "released": self._report_released}
-
-        def together(task: Task) -> tuple[str, object]:
-            kind = task.outcome.kind if task.outcome else ""
-            return kind, task.claim_id if kind == "released" else task.id if kind == "snoozed" else None
-        if all([task.outcome is None for task in tasks]):   # as in a drain
-            groups = {("", None): tasks} if tasks else {}
-        else:
-            groups = grouped(tasks, together)
-        for (kind, _), group in groups.items():
-            self._together(calls.get(kind, self._report_completed), group, self._refused)
-
-    def _together(self, call: Callable[[list[Task]], object], tasks: list[Task],
-                  refused: Callable[[Task, psycopg.Error], None]) -> None:
-        """Make one call for these tasks; one for each half if it is too large, or refused."""
-        size = sum([len(task.outcome.text or "") for task in tasks if task.outcome])
-        if len(tasks) == 1 or size <= CALL_LIMIT:
-            try:
-                call(tasks)
-                return
-            except psycopg.Error as error:
-                if not is_refusal(error):
-                    raise   # not the tasks' doing
-                if len(tasks) == 1:
-                    refused(tasks[0], error)
-                    return
-        middle = len(tasks) // 2
-        self._together(call, tasks[:middle], refused)
-        self._together(call, tasks[middle:], refused)
+        for kind, group in groups.items():
+            if group:
+                self.together(calls.get(kind, self._report_completed), group, self._refused)
 
     def _refused(self, task: Task, error: psycopg.Error) -> None:
         if (error.sqlstate or "")[:2] in ("40", "55"):
@@ -2220,11 +2212,19 @@ class ReportLoop(Loop):
             self._settle(task, statuses[task.id])
 
     def _report_snoozed(self, tasks: list[Task]) -> None:
+        for task in tasks:
+            self.together(self._snooze, [task], self._refused)
+
+    def _snooze(self, tasks: list[Task]) -> None:
         [task] = tasks
         seconds = _interval(task.outcome.after if task.outcome else 0)
         self._settle(task, self.link.call("snooze_task", task.claim_id, task.id, seconds)[0][0])
 
     def _report_released(self, tasks: list[Task]) -> None:
+        for group in grouped(tasks, operator.attrgetter("claim_id")).values():
+            self.together(self._release, group, self._refused)
+
+    def _release(self, tasks: list[Task]) -> None:
         """Of tasks of one claim, which either holds them or is gone."""
         ids = array([task.id for task in tasks])
         held = self.link.call("release_tasks", tasks[0].claim_id, ids)[0][0]
@@ -2240,12 +2240,12 @@ class ReportLoop(Loop):
     # ------------------------------ what has not
     def _mark_running(self) -> None:
         before = clock() - MARK_RUNNING_AFTER
-        self._mark([task for task in self.pool.running() if not task.marked and task.started < before])
+        self._mark([task for task in self.pool.running()
+                    if not task.marked and task.started < before and task not in self.locked])
 
     def _mark(self, tasks: list[Task]) -> None:
-        free = [task for task in tasks if task not in self.locked]
-        for group in grouped(free, operator.attrgetter("claim_id")).values():
-            self._together(self._start_tasks, group, self._put_off)
+        for group in grouped(tasks, operator.attrgetter("claim_id")).values():
+            self.together(self._start_tasks, group, self._put_off)
 
     def _start_tasks(self, tasks: list[Task]) -> None:
         marked = self.link.call("start_tasks", tasks[0].claim_id, array([task.id for task in tasks]))[0][0]
@@ -2262,7 +2262,7 @@ class ReportLoop(Loop):
         if last and last.id in self.worker.tasks and now - (last.started or now) < CAREFUL_SECONDS:
             return
         task = self.careful.popleft()
-        if task.cancel_reason is None:
+        if task.cancel_reason is None and task not in self.locked:
             self._mark([task])
         if task.marked:
             self.last_careful = task
@@ -2279,7 +2279,7 @@ class ReportLoop(Loop):
             return 0.0
         for task, _ in list(self.progress.values()):
             if task not in self.locked:
-                self._together(self._record_progress, [task], self._put_off)
+                self.together(self._record_progress, [task], self._put_off)
         return None
 
     def _record_progress(self, tasks: list[Task]) -> None:

@@ -235,7 +235,7 @@ MUTANTS = [
            "report_loop database_is_away",
            "ReportLoop.poll", "self._report_all()", "self._report_all(); self.pool.supervise()"),
     # the loops
-    python("an outcome that is refused holds up the others", "ReportLoop._together",
+    python("an outcome that is refused holds up the others", "Loop.together",
            "if len(tasks) == 1:\n                    refused", "if True:\n                    refused",
            "report_loop holds_nothing_up or holds_up or refused_is_reworded"),
     python("a chore that is refused holds up the others", "Loop.attempt", "if not is_refusal(error) or", "if True or",
@@ -246,7 +246,8 @@ MUTANTS = [
            "report_loop notification_alone"),
     python("each hint is a look", "ReportLoop.look_for_cancellations", "self.last_look + 0.1", "0.0", "report_loop ten_times"),
     python("each notification is a look", "ClaimLoop.wait", "if self.fruitless > 10:", "if False:", "claim_loop bounded_number"),
-    python("a claim whose answer was lost stays", "ClaimLoop.__init__", "Chore(self._release_forgotten, 10.0)", "Chore(self._promote_due, 10.0)",
+    python("a claim whose answer was lost stays", "ClaimLoop.__init__",
+           "Chore(self._release_forgotten, 10.0)", "Chore(self._promote_due, 10.0)",
            "claim_loop chore_that_fails"),
     python("what arrived is forgotten", "ClaimLoop._release_forgotten", "known = {row[0] for row in self.arrived}", "known = set()",
            "claim_loop answer_was_lost"),
