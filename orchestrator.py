@@ -538,6 +538,10 @@ class Link:
         self.config = config
         self.name = name
         self.settings = settings   # of the session, beside SESSION
+        # Called, unless it is pooled, with the channel of each notification. The payload goes unread: anyone
+        # may send one.
+        self.heard: Callable[[str], None] | None = None
+        self.channels: tuple[str, ...] = ()
         self.connection: psycopg.Connection[Row] | None = None
         self.pooled = False
         # Monotonic. began: while a call is under way.
@@ -551,6 +555,10 @@ class Link:
             self._prepared: dict[Any, bytes] = {}
             with self:
                 self.pooled = prepare_session(self.connection, self.config, self.settings)
+                if (heard := self.heard) is not None and not self.pooled:
+                    self.connection.add_notify_handler(lambda notify: heard(notify.channel))
+                    for channel in self.channels:
+                        self.connection.execute(f"listen {channel}", prepare=False)
         return self.connection
 
     def reopen_if_closed(self) -> None:
@@ -582,14 +590,6 @@ class Link:
     def view(self, name: str) -> list[dict[str, Any]]:
         """Each row of a view as a dict of JSON values."""
         return [json.loads(row[0]) for row in self._run("pg_catalog.to_jsonb(r)", name, None, {})]
-
-    def listen(self, heard: Callable[[str], None], *channels: str) -> None:
-        """Have heard(channel) called for each notification. The payload goes unread: anyone may send one."""
-        connection = self.open()
-        connection.add_notify_handler(lambda notify: heard(notify.channel))
-        for channel in channels:
-            with self:
-                connection.execute(f"listen {channel}", prepare=False)
 
     def _run(self, columns: str, source: str, args: Sequence[Any] | None, named: Mapping[str, Any],
              meanwhile: Callable[[], None] | None = None) -> list[Row]:
@@ -837,7 +837,7 @@ class Task:
     outcome: Outcome | None = INTERRUPTED
     # monotonic (0: not started), how long its handler ran
     started = seconds = 0.0
-    timeout_note = ""
+    timeout_text = ""   # what its timeout made of it
     marked = False
     ended: Literal["", "transaction", "abandoned", "reported"] = ""
 
@@ -961,16 +961,6 @@ class Task:
         if not self._in_transaction:
             raise RuntimeError("task.complete() belongs inside `with task.transaction()`")
         self._result = self._worker.router.result_json(result)
-
-    @property
-    def timeout_text(self) -> str:
-        return f"timed out after {self.handler.timeout:g} s{self.timeout_note}"
-
-    def stand_in(self, outcome: Outcome) -> Task:
-        """A task that reports for this one, whose handler did not return."""
-        twin = Task(self._worker, self._row, self.handler, self.claimed)
-        twin.started, twin.outcome = self.started, outcome
-        return twin
 
     def __repr__(self) -> str:
         return f"Task({self.id}, {self.type!r}, attempt={self.attempt})"
@@ -1477,11 +1467,10 @@ class Bell:
         os.close(self._write)
 
 
-class Slot:
+class Slot(threading.Thread):
     """One place in the pool."""
 
-    # Written by the supervisor. abandoned: its handler outlived its timeout.
-    thread: threading.Thread
+    # Written by the supervisor: its handler outlived its timeout.
     abandoned = False
     # Written by its thread. ticket: its size, 0 while it waits for one.
     task: Task | None = None
@@ -1572,14 +1561,13 @@ class Pool:
             return []
         if not self.supervisor.is_alive():
             return ["the pool's supervisor has ended"]
-        usable = any(slot.thread.is_alive() and not slot.abandoned for slot in self.slots)
+        usable = any(slot.is_alive() and not slot.abandoned for slot in self.slots)
         return [] if usable else ["no thread of the pool can run a task"]
 
     # ------------------------------ its threads
     def _add_slot(self) -> None:
-        slot, name = Slot(), f"pool-{len(self.slots) + 1}"
-        slot.thread = threading.Thread(target=self._thread, args=(slot,), name=name, daemon=True)
-        slot.thread.start()
+        slot = Slot(target=lambda: self._thread(slot), name=f"pool-{len(self.slots) + 1}", daemon=True)
+        slot.start()
         self.slots = [*self.slots, slot]
 
     def _thread(self, slot: Slot) -> None:
@@ -1645,23 +1633,26 @@ class Pool:
                 self.tickets.put(max(1, min(TICKET_MAX, len(self.ready) // idle)))
 
     def _time_out(self, slot: Slot, task: Task, late: float) -> None:
-        if task.cancel_reason is None and (holder := self.router.loop_holder()) and task.id not in holder:
-            task.timeout_note = f", while {holder} held the event loop"
-        task.cancel("timeout")
+        if not task.timeout_text:
+            holder = self.router.loop_holder()
+            blamed = f", while {holder} held the event loop" if holder and task.id not in holder else ""
+            task.timeout_text = f"timed out after {task.handler.timeout:g} s{blamed}"
+            task.cancel("timeout")
         if late >= TIMEOUT_GRACE and not task.ended:
             slot.abandoned = True
             self.abandon(task, Outcome("failed", f"{task.timeout_text}, and did not stop when asked"))
 
     def abandon(self, task: Task, outcome: Outcome) -> None:
         """Have a stand-in report for it. Its late outcome is not reported; the fence would refuse it too."""
-        task.ended, twin = "abandoned", task.stand_in(outcome)
-        twin.seconds = clock() - task.started
+        twin = Task(task._worker, task._row, task.handler, task.claimed)
+        twin.started, twin.seconds, twin.outcome = task.started, clock() - task.started, outcome
+        task.ended = "abandoned"
         self.finished.append(twin)
         self.news.set()
 
     def _keep_size(self) -> None:
         """Replace threads that ended, and abandoned ones, up to a whole pool of the latter."""
-        gone = [slot for slot in self.slots if not slot.thread.is_alive()]
+        gone = [slot for slot in self.slots if not slot.is_alive()]
         if left := [slot.task for slot in gone if slot.task is not None]:
             self.interrupted = True
             self.finished.extend(left)
@@ -1687,16 +1678,13 @@ class Chore:
     due: float = 0.0
 
 
-class Loop:
+class Loop(threading.Thread):
     """A thread with a connection of its own: wait(poll()), again and again. It backs off after errors."""
 
-    name: ClassVar[str]
-
-    def __init__(self, worker: Worker, bell: Any, *chores: Chore, **settings: str) -> None:
+    def __init__(self, name: str, worker: Worker, bell: Any, *chores: Chore, **settings: str) -> None:
+        super().__init__(name=name, daemon=True)
         self.worker, self.pool, self.config, self.bell = worker, worker.pool, worker.config, bell
         self.link = Link(worker.config, **settings)
-        # Written by the caller of start().
-        self.thread: threading.Thread | None = None
         # All below is written by its thread. When it last came round, how often it logged each error lately.
         self.moved_at = clock()
         self._said: collections.Counter[str] = collections.Counter()
@@ -1709,24 +1697,22 @@ class Loop:
     def ended(self) -> bool:
         return self.worker.stopped.is_set()
 
-    def start(self) -> None:
-        self.thread = threading.Thread(target=self._thread, name=self.name, daemon=True)
-        self.thread.start()
-
-    def join(self, until: float) -> None:
-        if self.thread is not None:
-            self.thread.join(max(0.0, until - clock()))
-
-    def _thread(self) -> None:
+    def run(self) -> None:
         worker = self.worker
         try:
-            self.run()
+            self._run()
+        except ConfigError as error:   # such as a schema of another version
+            worker.fatal = error
+            log.error("%s", error)
+            # Until the report loop has given back what this worker holds.
+            worker.stopped.wait()
+            self.close()
         except BaseException as error:   # no memory, or a bug: a worker that lacks a thread must end
             said = f"the {self.name} thread ended: {describe_error(error)}"
             worker.fatal = worker.fatal or RuntimeError(said)
             log.critical(said, exc_info=True)
 
-    def run(self) -> None:
+    def _run(self) -> None:
         worker, tries = self.worker, 0
         while not self.ended():
             self.moved_at = clock()
@@ -1818,11 +1804,10 @@ class Loop:
 class ClaimLoop(Loop):
     """Listens, promotes what is due, claims what there is room for, and hands it to the pool."""
 
-    name = "claim"
-
     def __init__(self, worker: Worker) -> None:
-        super().__init__(worker, worker.pool.room, Chore(self._promote_due, worker.config.claim_interval),
-                         Chore(self._release_forgotten, 10.0))
+        super().__init__(
+            "claim", worker, worker.pool.room, Chore(self._promote_due, worker.config.claim_interval),
+            Chore(self._release_forgotten, 10.0))
         self.types = texts(sorted(worker.router.handlers))
         # All below is written by its own thread. What arrived is handed out during the next claim.
         self.arrived: list[Row] = []
@@ -1833,9 +1818,9 @@ class ClaimLoop(Loop):
         self.idle = False
         # In a row: claims that brought all they might; looks that a notification caused in vain.
         self.full_claims = self.fruitless = 0
-        # The connection that listens, and whether a notification came.
-        self.listening: object = None
+        # Whether a notification came, over the connection that claims. Behind a pooler there are none.
         self.heard = False
+        self.link.heard, self.link.channels = self._hear, ("orchestrator", "orchestrator_cancel")
 
     def ended(self) -> bool:
         return self.worker.draining.is_set()
@@ -1853,7 +1838,6 @@ class ClaimLoop(Loop):
         if not worker.registered.wait(0.5):
             return 0.0
         heard, self.heard = self.heard, False
-        self._listen()
         self.claiming_as = worker.id
         wait = self.do_chores()
         try:
@@ -1958,17 +1942,6 @@ class ClaimLoop(Loop):
             worker.cancel_all("lost")
 
     # ------------------------------ notifications
-    def _listen(self) -> None:
-        """Receive notifications over the connection that claims. Behind a pooler there are none: it polls."""
-        connection = self.link.open()
-        if connection is self.listening:
-            return
-        if self.link.pooled:
-            log.info("behind a pooler: polling every %g s", self.config.claim_interval)
-        else:
-            self.link.listen(self._hear, "orchestrator", "orchestrator_cancel")
-        self.listening = connection
-
     def _hear(self, channel: str) -> None:
         """A notification is only a hint to look: whoever may connect can send one."""
         if channel == "orchestrator_cancel":
@@ -2062,12 +2035,11 @@ def _call_hooks(hooks: Sequence[DeadLetterHook], tasks: Sequence[Task]) -> None:
 class ReportLoop(Loop):
     """Tells the database how tasks ended, and sees to those that have not."""
 
-    name = "report"
-
     def __init__(self, worker: Worker) -> None:
         super().__init__(
-            worker, worker.pool.news, Chore(self._mark_running, 0.0), Chore(self._start_with_care, 0.0),
-            Chore(self._send_progress, 0.5), Chore(self._see_cancellations, 0.0),
+            "report", worker, worker.pool.news, Chore(self._mark_running, 0.0),
+            Chore(self._start_with_care, 0.0), Chore(self._send_progress, 0.5),
+            Chore(self._see_cancellations, 0.0),
             lock_timeout="1s")   # a row that someone has locked must not hold up the others
         # The claim loop adds, this thread takes: recovered tasks that wait for their start.
         self.careful: collections.deque[Task] = collections.deque()
@@ -2115,10 +2087,9 @@ class ReportLoop(Loop):
     # ------------------------------ what has ended
     def _give_back(self) -> None:
         """While draining, or when others could start it sooner: give back what has not started."""
-        pool, taken = self.pool, list[Task]()
-        if self.worker.draining.is_set() or pool.overloaded():
-            taken = pool.take_all()
-        while self.worker.draining.is_set() and self.careful:
+        pool, draining = self.pool, self.worker.draining.is_set()
+        taken = pool.take_all() if draining or pool.overloaded() else []
+        while draining and self.careful:
             taken.append(self.careful.popleft())
         if taken:
             self.worker.log(logging.INFO, "giving %d tasks back that have not started", len(taken))
@@ -2136,10 +2107,11 @@ class ReportLoop(Loop):
         finished = self.pool.finished
         batch = [finished.popleft() for _ in range(len(finished))]
         self.pool.measure(batch)
-        self.unreported += [task for task in batch if not task.ended]
+        ended = [task for task in batch if task.ended]
+        self.unreported += [task for task in batch if not task.ended] if ended else batch
         if self.pool.interrupted:   # a task may be there twice
             self.unreported = list(dict.fromkeys(self.unreported))
-        for task in [task for task in batch if task.ended]:
+        for task in ended:
             if task.ended == "transaction":
                 self.worker.forget(task)
                 self.journal.ended([task], "completed")
@@ -2257,7 +2229,7 @@ class ReportLoop(Loop):
         """Start one recovered task: durably marked first, and not together with another one, so that the task
         that kills its worker is charged for it, and its neighbours are not."""
         last, now = self.last_careful, clock()
-        if not self.careful or self.pool.idle() == 0:
+        if not self.careful or self.pool.idle() == 0 or self.worker.draining.is_set():
             return
         if last and last.id in self.worker.tasks and now - (last.started or now) < CAREFUL_SECONDS:
             return
@@ -2305,13 +2277,11 @@ class ReportLoop(Loop):
 class HeartbeatLoop(Loop):
     """Registers, sends heartbeats, extends the leader's lease, and does the leader's maintenance."""
 
-    name = "heartbeat"
-
     def __init__(self, worker: Worker) -> None:
         config = worker.config
         beat, slow = config.heartbeat_interval, max(1.0, config.claim_interval)
         super().__init__(
-            worker, threading.Event(), Chore(self._beat, beat),
+            "heartbeat", worker, threading.Event(), Chore(self._beat, beat),
             Chore(self._lead, min(beat, config.leader_term / 3)),
             Chore(self._recover, beat, True), Chore(self._raise_floors, slow, True),
             Chore(self._rescan_lanes, 10.0, True), Chore(self._prune, config.cleanup_interval, True),
@@ -2341,16 +2311,6 @@ class HeartbeatLoop(Loop):
             with contextlib.suppress(ConfigError):
                 self.worker.revive()
 
-    def run(self) -> None:
-        try:
-            super().run()
-        except ConfigError as error:   # such as a schema of another version
-            self.worker.fatal = error
-            log.error("%s", error)
-            # Until the report loop has given back what this worker holds.
-            self.worker.stopped.wait()
-            self.close()
-
     def close(self) -> None:
         # This ends its term, too.
         with contextlib.suppress(psycopg.Error):
@@ -2367,6 +2327,8 @@ class HeartbeatLoop(Loop):
         # Only before the first heartbeat: during a rolling upgrade it goes on, also under a new id.
         if not self.looked_at:
             ensure_schema(link.open())
+        if link.pooled:
+            log.info("behind a pooler: polling every %g s", config.claim_interval)
         policies = {pattern: handler.policy() for pattern, handler in worker.router.handlers.items()}
         link.call("register_worker", worker.id, socket.gethostname(), config.worker_pool_size, VERSION,
                   json.dumps(policies))
@@ -2544,23 +2506,23 @@ class Worker:
         until = clock() + grace
         self._enter(self.draining)
         # What it is just claiming is in hand then.
-        self.claims.join(clock() + min(max(grace, 0.3), 2.0))
+        self.claims.join(min(max(grace, 0.3), 2.0))
         while clock() < until and not hurry():
             # Each time: a pool thread may just have taken one that is to be given back.
             for task in self.pool.running():
                 task.cancel("shutdown")
-            if not self.tasks or self.reports.thread is None or not self.reports.thread.is_alive():
+            if not self.tasks or not self.reports.is_alive():
                 break
             self.pool.news.set()
             self.stopped.wait(0.02)
         self._enter(self.releasing)
         # A database that does not answer must not keep the process: it exits within 2 s.
         last = clock() + 1.5
-        self.reports.join(last - 0.5)
+        self.reports.join(1.0)
         self._enter(self.stopped)
         self.pool.stop()
         for loop in self.loops:
-            loop.join(last)
+            loop.join(max(0.0, last - clock()))
         log.info("worker %s stopped", self.id)
 
     def _enter(self, stage: threading.Event) -> None:
@@ -2605,7 +2567,7 @@ class Worker:
         hosts = str(conninfo_to_dict(self.config.database_url).get("host", "")).split(",")
         now, limit = clock(), STATEMENT_TIMEOUT + 5 + 10 * len(hosts)
         still = {loop.name: now - max(loop.moved_at, loop.link.began or 0.0) for loop in self.loops
-                 if loop.thread is not None and (loop is self.reports or not self.draining.is_set())}
+                 if loop.ident is not None and (loop is self.reports or not self.draining.is_set())}
         return [*(f"the {name} loop has not moved for {seconds:.0f} s" for name, seconds in still.items()
                   if seconds > limit), *self.pool.problems()]
 
