@@ -473,10 +473,6 @@ SESSION = {
 # Behind a pooler nothing can be set for a session; these must be right as they are.
 REQUIRED = (
     "default_transaction_isolation", "default_transaction_read_only", "array_nulls", "transform_null_equals")
-# psycopg's internal parts that Link uses; tests/test_dependencies.py checks them in the pinned versions.
-PSYCOPG_PARTS = (
-    generators.execute, Transformer.dump_sequence, Transformer.set_pgresult, Transformer.load_rows,
-    psycopg.Connection.wait, psycopg.errors.error_from_result)
 
 
 class After(str):
@@ -566,6 +562,10 @@ class Link:
         self.config = config
         self.name = name
         self.settings = settings   # of the session, beside SESSION
+        # Called, unless it is pooled, with the channel of each notification. The payload goes unread: anyone
+        # may send one.
+        self.heard: Callable[[str], None] | None = None
+        self.channels: tuple[str, ...] = ()
         self.connection: psycopg.Connection[Row] | None = None
         self.pooled = False
         # Monotonic. began: while a call is under way.
@@ -579,6 +579,10 @@ class Link:
             self._prepared: dict[Any, bytes] = {}
             with self:
                 self.pooled = prepare_session(self.connection, self.config, self.settings)
+                if (heard := self.heard) is not None and not self.pooled:
+                    self.connection.add_notify_handler(lambda notify: heard(notify.channel))
+                    for channel in self.channels:
+                        self.connection.execute(f"listen {channel}", prepare=False)
         return self.connection
 
     def reopen_if_closed(self) -> None:
@@ -610,14 +614,6 @@ class Link:
     def view(self, name: str) -> list[dict[str, Any]]:
         """Each row of a view as a dict of JSON values."""
         return [json.loads(row[0]) for row in self._run("pg_catalog.to_jsonb(r)", name, None, {})]
-
-    def listen(self, heard: Callable[[str], None], *channels: str) -> None:
-        """Have heard(channel) called for each notification. The payload goes unread: anyone may send one."""
-        connection = self.open()
-        connection.add_notify_handler(lambda notify: heard(notify.channel))
-        for channel in channels:
-            with self:
-                connection.execute(f"listen {channel}", prepare=False)
 
     def _run(self, columns: str, source: str, args: Sequence[Any] | None, named: Mapping[str, Any],
              meanwhile: Callable[[], None] | None = None) -> list[Row]:
@@ -869,7 +865,7 @@ class Task:
     outcome: Outcome | None = INTERRUPTED
     # monotonic (0: not started), how long its handler ran
     started = seconds = 0.0
-    timeout_note = ""
+    timeout_text = ""   # what its timeout made of it
     marked = False
     ended: Literal["", "transaction", "abandoned", "reported"] = ""
 
@@ -880,6 +876,7 @@ class Task:
         self.claim_id: int = row[0]
         self.id: str = row[1]
         self.type: str = row[2]
+        self.waited: float = row[8]
         self.handler = handler
         self.worker_id = worker.id
         self.claimed = claimed   # monotonic
@@ -899,11 +896,6 @@ class Task:
     @property
     def deadline(self) -> float | None:
         return None if self.handler.timeout is None else float(self.started + self.handler.timeout)
-
-    @property
-    def waited(self) -> float:
-        waited: float = self._row[8]
-        return waited
 
     @property
     def recovered(self) -> bool:
@@ -1075,16 +1067,6 @@ class Task:
         if not self._in_transaction:
             raise RuntimeError("task.complete() belongs inside `with task.transaction()`")
         self._result = self._worker.router.result_json(result)
-
-    @property
-    def timeout_text(self) -> str:
-        return f"timed out after {self.handler.timeout:g} s{self.timeout_note}"
-
-    def stand_in(self, outcome: Outcome) -> Task:
-        """A task that reports for this one, whose handler did not return."""
-        twin = Task(self._worker, self._row, self.handler, self.claimed)
-        twin.started, twin.outcome = self.started, outcome
-        return twin
 
     def __repr__(self) -> str:
         return f"Task({self.id}, {self.type!r}, attempt={self.attempt})"
@@ -1531,20 +1513,20 @@ class Counters:
             found[self.label(kind)] += count
         return found
 
-    def ended(self, task: Task, status: str) -> None:
-        label = self.label(task.type)
+    def ended(self, tasks: Sequence[Task], status: str) -> None:
+        """Count attempts that ended in the same way."""
+        labels = self.by_label(collections.Counter([task.type for task in tasks]))
         if status == "rejected":
-            self.count(rejected={label: 1})
-        elif status == "dead_letter":
-            self.count(completed={(label, "failed"): 1}, dead_letters={label: 1})
+            self.count(rejected=labels)
+        elif status not in ("released", "snoozed"):
+            how = status if status in ("completed", "cancelled") else "failed"
+            self.count(completed={(label, how): count for label, count in labels.items()})
+        if status == "dead_letter":
+            self.count(dead_letters=labels)
         elif status == "retry_scheduled":
-            attempt = RETRY_LABELS[min(task.attempt, len(RETRY_LABELS)) - 1]
-            self.count(completed={(label, "failed"): 1}, retries={(label, attempt): 1})
-        elif status in ("completed", "cancelled"):
-            self.count(completed={(label, status): 1})
-
-    def completed_many(self, counts: Mapping[str, int]) -> None:
-        self.count(completed={(label, "completed"): count for label, count in self.by_label(counts).items()})
+            self.count(retries=collections.Counter(
+                (self.label(task.type), RETRY_LABELS[min(task.attempt, len(RETRY_LABELS)) - 1])
+                for task in tasks))
 
     def ran(self, tasks: Sequence[Task]) -> None:
         """Count the durations and waits of a batch, in one pass over each type's values."""
@@ -1553,7 +1535,8 @@ class Counters:
             for kind, group in by_type.items():
                 label = self.label(kind)
                 self.seconds[label].add([task.seconds for task in group])
-                self.waits[label].add([max(0.0, task.waited + task.started - task.claimed) for task in group])
+                waits = [task.waited + task.started - task.claimed for task in group]
+                self.waits[label].add([wait if wait > 0.0 else 0.0 for wait in waits])
 
     def error(self, error: psycopg.Error) -> None:
         self.count(errors={error.sqlstate[:2] if error.sqlstate else "connection": 1})
@@ -1584,13 +1567,10 @@ class Bell:
             self._set = True
             os.write(self._write, b"!")
 
-    def drain(self) -> None:
+    def clear(self) -> None:
         with contextlib.suppress(BlockingIOError):
             os.read(self._read, 100)
-
-    def clear(self) -> None:
-        # The flag last: a set() in between is not lost, as the waiting thread looks for work after this.
-        self.drain()
+        # Last: a set() in between is not lost, as the waiting thread looks for work after this.
         self._set = False
 
     def __del__(self) -> None:
@@ -1598,11 +1578,10 @@ class Bell:
         os.close(self._write)
 
 
-class Slot:
+class Slot(threading.Thread):
     """One place in the pool."""
 
-    # Written by the supervisor. abandoned: its handler outlived its timeout.
-    thread: threading.Thread
+    # Written by the supervisor: its handler outlived its timeout.
     abandoned = False
     # Written by its thread. ticket: its size, 0 while it waits for one.
     task: Task | None = None
@@ -1681,7 +1660,7 @@ class Pool:
     def measure(self, batch: list[Task]) -> None:
         if batch:
             self.counters.ran(batch)
-            mean, before = max(1e-6, sum(task.seconds for task in batch) / len(batch)), self.mean
+            mean, before = max(1e-6, sum([task.seconds for task in batch]) / len(batch)), self.mean
             self.mean = mean if before is None else before + (mean - before) * min(0.5, len(batch) / 50)
 
     def overloaded(self) -> bool:
@@ -1693,14 +1672,13 @@ class Pool:
             return []
         if not self.supervisor.is_alive():
             return ["the pool's supervisor has ended"]
-        usable = any(slot.thread.is_alive() and not slot.abandoned for slot in self.slots)
+        usable = any(slot.is_alive() and not slot.abandoned for slot in self.slots)
         return [] if usable else ["no thread of the pool can run a task"]
 
     # ------------------------------ its threads
     def _add_slot(self) -> None:
-        slot, name = Slot(), f"pool-{len(self.slots) + 1}"
-        slot.thread = threading.Thread(target=self._thread, args=(slot,), name=name, daemon=True)
-        slot.thread.start()
+        slot = Slot(target=lambda: self._thread(slot), name=f"pool-{len(self.slots) + 1}", daemon=True)
+        slot.start()
         self.slots = [*self.slots, slot]
 
     def _thread(self, slot: Slot) -> None:
@@ -1719,10 +1697,10 @@ class Pool:
             slot.ticket = size
             now = clock()
             with contextlib.suppress(IndexError):   # nothing is left
-                # Asynchronous exceptions come after calls and jumps: none between these two lines.
+                # Asynchronous exceptions come after calls and jumps: none before the task is in the slot.
                 for task in itertools.islice(take, size):
-                    slot.task = task
                     task.started = now
+                    slot.task = task
                     run_task(router, task)
                     process is _process or os._exit(0)   # a child that the handler forked and that came back
                     now = clock()
@@ -1766,23 +1744,26 @@ class Pool:
                 self.tickets.put(max(1, min(TICKET_MAX, len(self.ready) // idle)))
 
     def _time_out(self, slot: Slot, task: Task, late: float) -> None:
-        if task.cancel_reason is None and (holder := self.router.loop_holder()) and task.id not in holder:
-            task.timeout_note = f", while {holder} held the event loop"
-        task.cancel("timeout")
+        if not task.timeout_text:
+            holder = self.router.loop_holder()
+            blamed = f", while {holder} held the event loop" if holder and task.id not in holder else ""
+            task.timeout_text = f"timed out after {task.handler.timeout:g} s{blamed}"
+            task.cancel("timeout")
         if late >= TIMEOUT_GRACE and not task.ended:
             slot.abandoned = True
             self.abandon(task, Outcome("failed", f"{task.timeout_text}, and did not stop when asked"))
 
     def abandon(self, task: Task, outcome: Outcome) -> None:
         """Have a stand-in report for it. Its late outcome is not reported; the fence would refuse it too."""
-        task.ended, twin = "abandoned", task.stand_in(outcome)
-        twin.seconds = clock() - task.started
+        twin = Task(task._worker, task._row, task.handler, task.claimed)
+        twin.started, twin.seconds, twin.outcome = task.started, clock() - task.started, outcome
+        task.ended = "abandoned"
         self.finished.append(twin)
         self.news.set()
 
     def _keep_size(self) -> None:
         """Replace threads that ended, and abandoned ones, up to a whole pool of the latter."""
-        gone = [slot for slot in self.slots if not slot.thread.is_alive()]
+        gone = [slot for slot in self.slots if not slot.is_alive()]
         if left := [slot.task for slot in gone if slot.task is not None]:
             self.interrupted = True
             self.finished.extend(left)
@@ -1808,16 +1789,13 @@ class Chore:
     due: float = 0.0
 
 
-class Loop:
+class Loop(threading.Thread):
     """A thread with a connection of its own: wait(poll()), again and again. It backs off after errors."""
 
-    name: ClassVar[str]
-
-    def __init__(self, worker: Worker, bell: Any, *chores: Chore, **settings: str) -> None:
+    def __init__(self, name: str, worker: Worker, bell: Any, *chores: Chore, **settings: str) -> None:
+        super().__init__(name=name, daemon=True)
         self.worker, self.pool, self.config, self.bell = worker, worker.pool, worker.config, bell
         self.link = Link(worker.config, **settings)
-        # Written by the caller of start().
-        self.thread: threading.Thread | None = None
         # All below is written by its thread. When it last came round, how often it logged each error lately.
         self.moved_at = clock()
         self._said: collections.Counter[str] = collections.Counter()
@@ -1830,24 +1808,22 @@ class Loop:
     def ended(self) -> bool:
         return self.worker.stopped.is_set()
 
-    def start(self) -> None:
-        self.thread = threading.Thread(target=self._thread, name=self.name, daemon=True)
-        self.thread.start()
-
-    def join(self, until: float) -> None:
-        if self.thread is not None:
-            self.thread.join(max(0.0, until - clock()))
-
-    def _thread(self) -> None:
+    def run(self) -> None:
         worker = self.worker
         try:
-            self.run()
+            self._run()
+        except ConfigError as error:   # such as a schema of another version
+            worker.fatal = error
+            log.error("%s", error)
+            # Until the report loop has given back what this worker holds.
+            worker.stopped.wait()
+            self.close()
         except BaseException as error:   # no memory, or a bug: a worker that lacks a thread must end
             said = f"the {self.name} thread ended: {describe_error(error)}"
             worker.fatal = worker.fatal or RuntimeError(said)
             log.critical(said, exc_info=True)
 
-    def run(self) -> None:
+    def _run(self) -> None:
         worker, tries = self.worker, 0
         while not self.ended():
             self.moved_at = clock()
@@ -1917,15 +1893,32 @@ class Loop:
             self.log_error(f", {chore.__name__.strip('_').replace('_', ' ')}", error)
             return refused
 
+    def together(self, call: Callable[[list[Task]], object], tasks: list[Task],
+                  refused: Callable[[Task, psycopg.Error], None]) -> None:
+        """Make one call for these tasks; one for each half if it is too large, or refused."""
+        size = sum([len(task.outcome.text or "") for task in tasks if task.outcome])
+        if len(tasks) == 1 or size <= CALL_LIMIT:
+            try:
+                call(tasks)
+                return
+            except psycopg.Error as error:
+                if not is_refusal(error):
+                    raise   # not the tasks' doing
+                if len(tasks) == 1:
+                    refused(tasks[0], error)
+                    return
+        middle = len(tasks) // 2
+        self.together(call, tasks[:middle], refused)
+        self.together(call, tasks[middle:], refused)
+
 
 class ClaimLoop(Loop):
     """Listens, promotes what is due, claims what there is room for, and hands it to the pool."""
 
-    name = "claim"
-
     def __init__(self, worker: Worker) -> None:
-        super().__init__(worker, worker.pool.room, Chore(self._promote_due, worker.config.claim_interval),
-                         Chore(self._release_forgotten, 10.0))
+        super().__init__(
+            "claim", worker, worker.pool.room, Chore(self._promote_due, worker.config.claim_interval),
+            Chore(self._release_forgotten, 10.0))
         self.types = texts(sorted(worker.router.handlers))
         # All below is written by its own thread. What arrived is handed out during the next claim.
         self.arrived: list[Row] = []
@@ -1936,9 +1929,9 @@ class ClaimLoop(Loop):
         self.idle = False
         # In a row: claims that brought all they might; looks that a notification caused in vain.
         self.full_claims = self.fruitless = 0
-        # The connection that listens, and whether a notification came.
-        self.listening: object = None
+        # Whether a notification came, over the connection that claims. Behind a pooler there are none.
         self.heard = False
+        self.link.heard, self.link.channels = self._hear, ("orchestrator", "orchestrator_cancel")
 
     def ended(self) -> bool:
         return self.worker.draining.is_set()
@@ -1956,7 +1949,6 @@ class ClaimLoop(Loop):
         if not worker.registered.wait(0.5):
             return 0.0
         heard, self.heard = self.heard, False
-        self._listen()
         self.claiming_as = worker.id
         wait = self.do_chores()
         try:
@@ -2055,26 +2047,15 @@ class ClaimLoop(Loop):
         handlers = {kind: router.handlers[router.pattern(kind) or ""] for kind in {row[2] for row in rows}}
         tasks = [Task(worker, row, handlers[row[2]], self.arrived_at) for row in rows]
         worker.tasks.update(zip([row[1] for row in rows], tasks, strict=True))
-        if careful := [task for task in tasks if task.recovered]:
+        if any([row[9] for row in rows]):
+            worker.reports.careful.extend([task for task in tasks if task.recovered])
             tasks = [task for task in tasks if not task.recovered]
-            worker.reports.careful.extend(careful)
             self.pool.news.set()
         self.pool.put(tasks)
         if worker.id != self.claiming_as:   # declared dead meanwhile: they were not in hand yet
             worker.cancel_all("lost")
 
     # ------------------------------ notifications
-    def _listen(self) -> None:
-        """Receive notifications over the connection that claims. Behind a pooler there are none: it polls."""
-        connection = self.link.open()
-        if connection is self.listening:
-            return
-        if self.link.pooled:
-            log.info("behind a pooler: polling every %g s", self.config.claim_interval)
-        else:
-            self.link.listen(self._hear, "orchestrator", "orchestrator_cancel")
-        self.listening = connection
-
     def _hear(self, channel: str) -> None:
         """A notification is only a hint to look: whoever may connect can send one."""
         if channel == "orchestrator_cancel":
@@ -2094,15 +2075,15 @@ class ClaimLoop(Loop):
         """Wait until someone in this process sets the bell, or a notification comes."""
         # Not select(), which takes descriptors below 1024 only.
         connection, poll = self.link.connection, select.poll()
-        for waited in (self.bell, connection):
-            if waited is not None and not getattr(waited, "closed", False):
-                poll.register(waited, select.POLLIN)
-        ready = {descriptor for descriptor, _ in poll.poll(seconds * 1000)}
-        if self.bell.fileno() in ready and not self.bell.is_set():
-            self.bell.drain()   # of two threads that set it at the same moment
-        if connection is not None and ready - {self.bell.fileno()}:
-            connection.pgconn.consume_input()
-            self._drain()
+        poll.register(self.bell, select.POLLIN)
+        if connection is not None and not connection.closed:
+            poll.register(connection, select.POLLIN)
+        for descriptor, _ in poll.poll(seconds * 1000):
+            if descriptor == self.bell.fileno():
+                self.bell.set()   # as it may not be, if two threads set it at the same moment
+            elif connection is not None:
+                connection.pgconn.consume_input()
+                self._drain()
 
     def _drain(self) -> None:
         connection = self.link.connection
@@ -2120,20 +2101,15 @@ class Journal:
         # How many tasks have completed since that time.
         self.count, self.since = 0, clock()
 
-    def ended(self, task: Task, status: str) -> None:
-        self.counters.ended(task, status)
-        if task.started or status != "released":   # those were logged together
-            self._log(task, status)
-        if status == "dead_letter" and self.hooks:
-            self.hook_thread.submit(_call_hooks, self.hooks, task)
-
-    def completed(self, tasks: list[Task]) -> None:
-        """Log each while they are few; of many tell_rate() logs the number."""
-        self.counters.completed_many(collections.Counter([task.type for task in tasks]))
-        self.count += len(tasks)
-        if self.count <= 20 or log.isEnabledFor(logging.DEBUG):
+    def ended(self, tasks: list[Task], status: str) -> None:
+        """Count and log them; of many that completed tell_rate() logs the number."""
+        self.counters.ended(tasks, status)
+        self.count += len(tasks) * (status == "completed")
+        if status != "completed" or self.count <= 20 or log.isEnabledFor(logging.DEBUG):
             for task in tasks:
-                self._log(task, "completed")
+                self._log(task, status)
+        if status == "dead_letter" and self.hooks:
+            self.hook_thread.submit(_call_hooks, self.hooks, tasks)
 
     def tell_rate(self, last: bool) -> None:
         count, seconds = self.count, clock() - self.since
@@ -2144,6 +2120,8 @@ class Journal:
             self.count, self.since = 0, clock()
 
     def _log(self, task: Task, status: str) -> None:
+        if status == "released" and not task.started:
+            return   # those were logged together
         good = status in ("completed", "cancelled", "snoozed", "released")
         fields: dict[str, Any] = {"task_id": task.id, "type": task.type, "attempt": task.attempt,
                                   "worker": task.worker_id, "duration": round(task.seconds, 4)}
@@ -2158,8 +2136,8 @@ async def _value_of(awaitable: Awaitable[Any]) -> Any:
     return await awaitable
 
 
-def _call_hooks(hooks: Sequence[DeadLetterHook], task: Task) -> None:
-    for hook in hooks:
+def _call_hooks(hooks: Sequence[DeadLetterHook], tasks: Sequence[Task]) -> None:
+    for hook, task in itertools.product(hooks, tasks):
         try:
             done = hook(task, (task.outcome.text if task.outcome else None) or "")
             if inspect.isawaitable(done):
@@ -2171,12 +2149,11 @@ def _call_hooks(hooks: Sequence[DeadLetterHook], task: Task) -> None:
 class ReportLoop(Loop):
     """Tells the database how tasks ended, and sees to those that have not."""
 
-    name = "report"
-
     def __init__(self, worker: Worker) -> None:
         super().__init__(
-            worker, worker.pool.news, Chore(self._mark_running, 0.0), Chore(self._start_with_care, 0.0),
-            Chore(self._send_progress, 0.5), Chore(self._see_cancellations, 0.0),
+            "report", worker, worker.pool.news, Chore(self._mark_running, 0.0),
+            Chore(self._start_with_care, 0.0), Chore(self._send_progress, 0.5),
+            Chore(self._see_cancellations, 0.0),
             lock_timeout="1s")   # a row that someone has locked must not hold up the others
         # The claim loop adds, this thread takes: recovered tasks that wait for their start.
         self.careful: collections.deque[Task] = collections.deque()
@@ -2224,10 +2201,9 @@ class ReportLoop(Loop):
     # ------------------------------ what has ended
     def _give_back(self) -> None:
         """While draining, or when others could start it sooner: give back what has not started."""
-        pool, taken = self.pool, list[Task]()
-        if self.worker.draining.is_set() or pool.overloaded():
-            taken = pool.take_all()
-        while self.worker.draining.is_set() and self.careful:
+        pool, draining = self.pool, self.worker.draining.is_set()
+        taken = pool.take_all() if draining or pool.overloaded() else []
+        while draining and self.careful:
             taken.append(self.careful.popleft())
         if taken:
             self.worker.log(logging.INFO, "giving %d tasks back that have not started", len(taken))
@@ -2244,16 +2220,17 @@ class ReportLoop(Loop):
     def _collect(self) -> None:
         finished = self.pool.finished
         batch = [finished.popleft() for _ in range(len(finished))]
-        if self.pool.interrupted:   # it may be there twice
-            batch = list(dict.fromkeys(batch))
         self.pool.measure(batch)
-        self.unreported += [task for task in batch if not task.ended]
-        for task in [task for task in batch if task.ended]:
+        ended = [task for task in batch if task.ended]
+        self.unreported += [task for task in batch if not task.ended] if ended else batch
+        if self.pool.interrupted:   # a task may be there twice
+            self.unreported = list(dict.fromkeys(self.unreported))
+        for task in ended:
             if task.ended == "transaction":
                 self.worker.forget(task)
-                self.journal.completed([task])
+                self.journal.ended([task], "completed")
             elif task.ended == "abandoned":   # a stand-in reports for it, and has it forgotten then
-                self.worker.counters.ended(task, "rejected")
+                self.worker.counters.ended([task], "rejected")
 
     def _report_all(self) -> None:
         now, locked = clock(), self.locked
@@ -2264,36 +2241,13 @@ class ReportLoop(Loop):
                 self._report([task])
 
     def _report(self, tasks: list[Task]) -> None:
+        groups = grouped([task for task in tasks if task.outcome], operator.attrgetter("outcome.kind"))
+        groups[""] = [task for task in tasks if not task.outcome]   # all of them, in a drain
         calls = {"failed": self._report_failed, "snoozed": self._report_snoozed,
                  "released": self._report_released}
-
-        def together(task: Task) -> tuple[str, object]:
-            kind = task.outcome.kind if task.outcome else ""
-            return kind, task.claim_id if kind == "released" else task.id if kind == "snoozed" else None
-        if all([task.outcome is None for task in tasks]):   # as in a drain
-            groups = {("", None): tasks} if tasks else {}
-        else:
-            groups = grouped(tasks, together)
-        for (kind, _), group in groups.items():
-            self._together(calls.get(kind, self._report_completed), group, self._refused)
-
-    def _together(self, call: Callable[[list[Task]], object], tasks: list[Task],
-                  refused: Callable[[Task, psycopg.Error], None]) -> None:
-        """Make one call for these tasks; one for each half if it is too large, or refused."""
-        size = sum([len(task.outcome.text or "") for task in tasks if task.outcome])
-        if len(tasks) == 1 or size <= CALL_LIMIT:
-            try:
-                call(tasks)
-                return
-            except psycopg.Error as error:
-                if not is_refusal(error):
-                    raise   # not the tasks' doing
-                if len(tasks) == 1:
-                    refused(tasks[0], error)
-                    return
-        middle = len(tasks) // 2
-        self._together(call, tasks[:middle], refused)
-        self._together(call, tasks[middle:], refused)
+        for kind, group in groups.items():
+            if group:
+                self.together(calls.get(kind, self._report_completed), group, self._refused)
 
     def _refused(self, task: Task, error: psycopg.Error) -> None:
         if (error.sqlstate or "")[:2] in ("40", "55"):
@@ -2332,7 +2286,7 @@ class ReportLoop(Loop):
                 log.warning("task %s %s completed, but its result could not be kept: %s",
                             task.type, task.id, task.outcome.lost)
                 self.attempt(self.link.call, "note_lost_result", task.id, task.outcome.lost)
-        self.journal.completed(tasks)
+        self.journal.ended(tasks, "completed")
 
     def _report_failed(self, tasks: list[Task]) -> None:
         outcomes = [task.outcome or INTERRUPTED for task in tasks]
@@ -2344,11 +2298,19 @@ class ReportLoop(Loop):
             self._settle(task, statuses[task.id])
 
     def _report_snoozed(self, tasks: list[Task]) -> None:
+        for task in tasks:
+            self.together(self._snooze, [task], self._refused)
+
+    def _snooze(self, tasks: list[Task]) -> None:
         [task] = tasks
         seconds = _interval(task.outcome.after if task.outcome else 0)
         self._settle(task, self.link.call("snooze_task", task.claim_id, task.id, seconds)[0][0])
 
     def _report_released(self, tasks: list[Task]) -> None:
+        for group in grouped(tasks, operator.attrgetter("claim_id")).values():
+            self.together(self._release, group, self._refused)
+
+    def _release(self, tasks: list[Task]) -> None:
         """Of tasks of one claim, which either holds them or is gone."""
         ids = array([task.id for task in tasks])
         held = self.link.call("release_tasks", tasks[0].claim_id, ids)[0][0]
@@ -2359,17 +2321,17 @@ class ReportLoop(Loop):
     def _settle(self, task: Task, status: str) -> None:
         task.ended = "reported"
         self.worker.forget(task)
-        self.journal.ended(task, status)
+        self.journal.ended([task], status)
 
     # ------------------------------ what has not
     def _mark_running(self) -> None:
         before = clock() - MARK_RUNNING_AFTER
-        self._mark([task for task in self.pool.running() if not task.marked and task.started < before])
+        self._mark([task for task in self.pool.running()
+                    if not task.marked and task.started < before and task not in self.locked])
 
     def _mark(self, tasks: list[Task]) -> None:
-        free = [task for task in tasks if task not in self.locked]
-        for group in grouped(free, operator.attrgetter("claim_id")).values():
-            self._together(self._start_tasks, group, self._put_off)
+        for group in grouped(tasks, operator.attrgetter("claim_id")).values():
+            self.together(self._start_tasks, group, self._put_off)
 
     def _start_tasks(self, tasks: list[Task]) -> None:
         marked = self.link.call("start_tasks", tasks[0].claim_id, array([task.id for task in tasks]))[0][0]
@@ -2381,12 +2343,12 @@ class ReportLoop(Loop):
         """Start one recovered task: durably marked first, and not together with another one, so that the task
         that kills its worker is charged for it, and its neighbours are not."""
         last, now = self.last_careful, clock()
-        if not self.careful or self.pool.idle() == 0:
+        if not self.careful or self.pool.idle() == 0 or self.worker.draining.is_set():
             return
         if last and last.id in self.worker.tasks and now - (last.started or now) < CAREFUL_SECONDS:
             return
         task = self.careful.popleft()
-        if task.cancel_reason is None:
+        if task.cancel_reason is None and task not in self.locked:
             self._mark([task])
         if task.marked:
             self.last_careful = task
@@ -2403,7 +2365,7 @@ class ReportLoop(Loop):
             return 0.0
         for task, _ in list(self.progress.values()):
             if task not in self.locked:
-                self._together(self._record_progress, [task], self._put_off)
+                self.together(self._record_progress, [task], self._put_off)
         return None
 
     def _record_progress(self, tasks: list[Task]) -> None:
@@ -2429,13 +2391,11 @@ class ReportLoop(Loop):
 class HeartbeatLoop(Loop):
     """Registers, sends heartbeats, extends the leader's lease, and does the leader's maintenance."""
 
-    name = "heartbeat"
-
     def __init__(self, worker: Worker) -> None:
         config = worker.config
         beat, slow = config.heartbeat_interval, max(1.0, config.claim_interval)
         super().__init__(
-            worker, threading.Event(), Chore(self._beat, beat),
+            "heartbeat", worker, threading.Event(), Chore(self._beat, beat),
             Chore(self._lead, min(beat, config.leader_term / 3)),
             Chore(self._recover, beat, True), Chore(self._raise_floors, slow, True),
             Chore(self._rescan_lanes, 10.0, True), Chore(self._prune, config.cleanup_interval, True),
@@ -2465,16 +2425,6 @@ class HeartbeatLoop(Loop):
             with contextlib.suppress(ConfigError):
                 self.worker.revive()
 
-    def run(self) -> None:
-        try:
-            super().run()
-        except ConfigError as error:   # such as a schema of another version
-            self.worker.fatal = error
-            log.error("%s", error)
-            # Until the report loop has given back what this worker holds.
-            self.worker.stopped.wait()
-            self.close()
-
     def close(self) -> None:
         # This ends its term, too.
         with contextlib.suppress(psycopg.Error):
@@ -2491,6 +2441,8 @@ class HeartbeatLoop(Loop):
         # Only before the first heartbeat: during a rolling upgrade it goes on, also under a new id.
         if not self.looked_at:
             ensure_schema(link.open())
+        if link.pooled:
+            log.info("behind a pooler: polling every %g s", config.claim_interval)
         policies = {pattern: handler.policy() for pattern, handler in worker.router.handlers.items()}
         link.call("register_worker", worker.id, socket.gethostname(), config.worker_pool_size, VERSION,
                   json.dumps(policies))
@@ -2671,23 +2623,23 @@ class Worker:
         until = clock() + grace
         self._enter(self.draining)
         # What it is just claiming is in hand then.
-        self.claims.join(clock() + min(max(grace, 0.3), 2.0))
+        self.claims.join(min(max(grace, 0.3), 2.0))
         while clock() < until and not hurry():
             # Each time: a pool thread may just have taken one that is to be given back.
             for task in self.pool.running():
                 task.cancel("shutdown")
-            if not self.tasks or self.reports.thread is None or not self.reports.thread.is_alive():
+            if not self.tasks or not self.reports.is_alive():
                 break
             self.pool.news.set()
             self.stopped.wait(0.02)
         self._enter(self.releasing)
         # A database that does not answer must not keep the process: it exits within 2 s.
         last = clock() + 1.5
-        self.reports.join(last - 0.5)
+        self.reports.join(1.0)
         self._enter(self.stopped)
         self.pool.stop()
         for loop in self.loops:
-            loop.join(last)
+            loop.join(max(0.0, last - clock()))
         self.steps.close()
         log.info("worker %s stopped", self.id)
 
@@ -2757,7 +2709,7 @@ class Worker:
         hosts = str(conninfo_to_dict(self.config.database_url).get("host", "")).split(",")
         now, limit = clock(), STATEMENT_TIMEOUT + 5 + 10 * len(hosts)
         still = {loop.name: now - max(loop.moved_at, loop.link.began or 0.0) for loop in self.loops
-                 if loop.thread is not None and (loop is self.reports or not self.draining.is_set())}
+                 if loop.ident is not None and (loop is self.reports or not self.draining.is_set())}
         return [*(f"the {name} loop has not moved for {seconds:.0f} s" for name, seconds in still.items()
                   if seconds > limit), *self.pool.problems()]
 

@@ -217,7 +217,6 @@ def test_a_hint_wakes_the_claim_loop_at_once(installed: str, conn: Connection, m
 def test_a_notification_that_was_read_along_with_an_answer_is_heard_before_waiting(installed: str, conn: Connection) -> None:
     with registered(installed) as worker:
         claims = worker.claims
-        claims._listen()
         connection = claims.link.open()
         conn.execute("notify orchestrator, 'a'")
         assert select.select([connection], [], [], 10)[0]
@@ -396,11 +395,10 @@ def test_a_connection_that_listened_and_broke_listens_again(installed: str, conn
     monkeypatch.setattr(ClaimLoop, "_hear", lambda self, channel: heard.append(channel))
     with registered(installed) as worker:
         for _ in range(2):
-            worker.claims._listen()
-            worker.claims._listen()    # once is enough
+            worker.claims.link.open()
             for channel in ("orchestrator", "orchestrator_cancel"):
                 conn.execute(f"notify {channel}, 'x'")
-            worker.claims.link.open()
+            worker.claims.link.open()    # once is enough
             eventually(lambda: worker.claims.rest(0.01) or len(heard) == 2)
             heard.clear()
             Link.close(worker.claims.link)

@@ -198,22 +198,22 @@ def test_a_server_that_falls_silent_right_after_connecting_is_given_up(
     """Every wait of a link has its end, also those that make the session ready."""
     relay = Relay(installed)
     link = Link(make_app(relay.url).config)
-    if during == "listen":
-        link.open()
-        relay.silent = True
-    else:
-        original = getattr(orchestrator, during)
+    link.heard, link.channels = lambda channel: None, ("orchestrator",)
+    function = "prepare_session" if during == "listen" else during
+    original = getattr(orchestrator, function)
 
-        def silent(*args: Any) -> Any:
-            relay.silent = True
-            return original(*args)
-        monkeypatch.setattr(orchestrator, during, silent)
+    def silent(*args: Any) -> Any:
+        relay.silent = during != "listen"
+        answer = original(*args)
+        relay.silent = True
+        return answer
+    monkeypatch.setattr(orchestrator, function, silent)
     monkeypatch.setattr(orchestrator, "STATEMENT_TIMEOUT", -4.5)
     errors: list[BaseException] = []
 
     def connect() -> None:
         try:
-            link.listen(lambda channel: None, "orchestrator")
+            link.open()
         except psycopg.OperationalError as error:
             errors.append(error)
     thread = threading.Thread(target=connect, daemon=True)

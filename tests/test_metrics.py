@@ -416,14 +416,15 @@ def test_what_is_counted_is_rendered():
 def test_the_attempt_label_is_bounded():
     counters = make_counters()
     for attempt in range(1, 1001):
-        counters.ended(FakeTask("t", attempt=attempt), "retry_scheduled")
+        counters.ended([FakeTask("t", attempt=attempt)], "retry_scheduled")
     labels = {attempt: count for (_, attempt), count in counters.snapshot().retries.items()}
     assert labels == {**{str(n): 1 for n in range(1, 10)}, "10+": 991}
 
 
 def test_a_type_that_is_not_registered_counts_as_other():
     counters = make_counters(**{"a": Handler(fail), "b:": Handler(fail), "b:c*": Handler(fail)})
-    counters.completed_many({"a": 1, "b:x": 2, "b:cd": 3, "z": 4, "aa": 5})
+    for kind, count in {"a": 1, "b:x": 2, "b:cd": 3, "z": 4, "aa": 5}.items():
+        counters.ended([FakeTask(kind)] * count, "completed")
     counted = {kind: count for (kind, status), count in counters.snapshot().completed.items() if status == "completed"}
     assert counted == {"a": 1, "b:": 2, "b:c*": 3, "other": 9}
 
@@ -453,7 +454,7 @@ def test_counting_costs_per_batch_not_per_task():
     label, counters.label = counters.label, lambda kind: looked_up.append(kind) or label(kind)
     counters.lock = CountingLock()   # type: ignore[assignment]
     counters.ran([FakeTask("t") for _ in range(1000)])
-    counters.completed_many({"t": 1000})
+    counters.ended([FakeTask("t")] * 1000, "completed")
     assert counters.lock.taken == 2   # type: ignore[attr-defined]
     assert looked_up == ["t", "t"]
 

@@ -89,6 +89,8 @@ def test_a_worker_gives_silent_connections_up_and_goes_on(installed: str, conn: 
     with running(relay.url + "?connect_timeout=2", {"a": lambda task: None}) as app:
         wait_for(app, app.enqueue("a"))
         monkeypatch.setattr(orchestrator, "STATEMENT_TIMEOUT", -4.0)   # the client's own deadline is 5 s later
+        now, worker = time.monotonic(), worker_of(app)
+        eventually(lambda: min(worker.claims.link.answered, worker.heartbeat.link.answered) > now)   # no call is under the old one
         relay.silent = True   # what is sent now is lost: no answer comes, and no end
         eventually(lambda: worker_of(app).counters.errors["connection"] >= 2, 20)
         relay.silent = False
