@@ -62,6 +62,7 @@ begin
         select (id, type, idempotency_key)
     on orchestrator.tasks to orchestrator_producer, orchestrator_worker, orchestrator_operator;
   grant select (idle, handles) on orchestrator.workers to orchestrator_producer;
+  grant usage on sequence orchestrator.payload_doublings to orchestrator_producer, orchestrator_operator;
 
   -- look, and run a worker: any worker may become the leader, and then recovers, prunes and counts
   execute format('grant select (%s) on orchestrator.tasks to %s', v_shown, v_look);
