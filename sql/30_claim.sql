@@ -3,16 +3,6 @@
 -- Locks: claims (start_tasks) → tasks. Claims of tasks skip what others have locked, so no claim waits for another. A large
 -- claim also takes a place in line (an advisory lock), which it only tries.
 
--- Called only where it refuses: a call of its own would cost each claim 3%.
-create or replace function orchestrator._refuse_claim(p_worker_id text, p_limit int, p_bytes bigint) returns void
-language plpgsql stable as $$
-begin
-  perform orchestrator._invalid(f.field, format('must be %s or more', f.least), 'How much this worker has room for.')
-  from (values ('limit', p_limit, 0), ('bytes', p_bytes, 1)) f(field, n, least) where (f.n >= f.least) is not true;
-  raise exception 'worker % is not registered, or was declared dead', p_worker_id
-    using errcode = 'OR003', hint = 'Register again, under a new id.';
-end $$;
-
 -- The types with this prefix that may have ready tasks, except paused ones, from type to type along the ready index: at most
 -- 1,000, and 1,000 more from one that the leader takes by chance, so that none is always left out. A type with floors is returned
 -- in any case, and bounds each look, since an old snapshot keeps dead entries there.
@@ -120,29 +110,28 @@ begin
 end $$;
 
 -- What a claim goes through: the lanes, highest priority first, then by their oldest tasks, each with the limit that it is under.
+-- One statement tells that nothing out of the ordinary is in force and walks the lanes: each further one costs a small claim 4%.
 create or replace function orchestrator._lanes_to_claim(
-  p_types text[], out types text[], out priorities int[], out heads timestamptz[], out limits text[])
+  p_worker_id text, p_types text[], out types text[], out priorities int[], out heads timestamptz[], out limits text[])
 language plpgsql as $$
-declare
-  v_paused boolean;
-  v_limited boolean;
-  v_floored boolean;
 begin
-  select exists (select from orchestrator.task_types p where p.paused), exists (select from orchestrator.type_limits),
-         exists (select from orchestrator.lane_floors) into v_paused, v_limited, v_floored;
-  if v_limited then
-    select l.* into types, priorities, heads, limits from orchestrator._limited_lanes(p_types) l;
-    return;
-  end if;
-  if v_paused or array_to_string(p_types, ' ') ~ '[*:]( |$)' then   -- a guess that is quick, and right wherever there is a pattern
-    p_types := orchestrator._claimable(p_types);
-  end if;
-  if v_floored then
+  if array_to_string(p_types, ' ') !~ '[*:]( |$)' then   -- quick, and never wrong about a pattern
     select array_agg(l.type), array_agg(l.priority), array_agg(l.head) into types, priorities, heads
-    from (select * from orchestrator._ready_lanes(p_types) l order by l.priority desc, l.head) l;
+    from (select w.* from orchestrator._walk_lanes(p_types) w
+          where exists (select from orchestrator.workers w where w.id = p_worker_id and w.declared_dead_at is null)
+            and not exists (select from orchestrator.task_types p where p.paused)
+            and not exists (select from orchestrator.type_limits) and not exists (select from orchestrator.lane_floors)
+          order by w.priority desc, w.head) l;
+    if types is not null then return; end if;
+  end if;
+  if not exists (select from orchestrator.workers w where w.id = p_worker_id and w.declared_dead_at is null) then
+    raise exception 'worker % is not registered, or was declared dead', p_worker_id
+      using errcode = 'OR003', hint = 'Register again, under a new id.';
+  elsif exists (select from orchestrator.type_limits) then
+    select l.* into types, priorities, heads, limits from orchestrator._limited_lanes(p_types) l;
   else
     select array_agg(l.type), array_agg(l.priority), array_agg(l.head) into types, priorities, heads
-    from (select * from orchestrator._walk_lanes(p_types) l order by l.priority desc, l.head) l;
+    from (select * from orchestrator._ready_lanes(orchestrator._claimable(p_types)) l order by l.priority desc, l.head) l;
   end if;
 end $$;
 
@@ -183,15 +172,16 @@ declare
   v_from timestamptz;
   v_now timestamptz;
 begin
-  if p_limit is null or p_limit < 0 or p_bytes is null or p_bytes < 1
-     or not exists (select from orchestrator.workers w where w.id = p_worker_id and w.declared_dead_at is null) then
-    perform orchestrator._refuse_claim(p_worker_id, p_limit, p_bytes);
+  if (p_limit >= 0) is not true then
+    perform orchestrator._invalid('limit', 'must be 0 or more', 'How many tasks this worker has room for.');
+  elsif (p_bytes > 0) is not true then
+    perform orchestrator._invalid('bytes', 'must be 1 or more', 'How many bytes of payloads this worker has room for.');
   end if;
   p_limit := v_left;
   while v_left >= 500 and v_place < 7 and not pg_try_advisory_xact_lock(hashtext('orchestrator.claim'), v_place) loop
     v_place := v_place + 1;
   end loop;
-  l := orchestrator._lanes_to_claim(p_types);
+  l := orchestrator._lanes_to_claim(p_worker_id, p_types);
   v_now := clock_timestamp();   -- after the wait for limits' locks
   while v_left > 0 and v_first <= cardinality(l.types) loop
     v_lanes := cardinality(array_positions(l.priorities, l.priorities[v_first]));
