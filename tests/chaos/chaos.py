@@ -25,6 +25,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+import limits  # noqa: E402, F401 (it registers its fault)
 import schedules  # noqa: E402, F401 (it registers its fault)
 from faults import FAULTS, SERVER_CLOCK  # noqa: E402
 from harness import Lab, Row, follow, local_server, server_with_a_clock  # noqa: E402
