@@ -96,6 +96,9 @@ create table if not exists orchestrator.workers (
   constraint leader_has_term_and_lease check (not is_leader or (leader_term is not null and leader_until is not null))
 ) with (fillfactor = 50);
 create sequence if not exists orchestrator.leader_terms;
+create sequence if not exists orchestrator.payload_doublings;
+comment on sequence orchestrator.payload_doublings is
+  'How often 16 KiB must be doubled to hold any payload that was ever enqueued: _largest_payload.';
 comment on table orchestrator.workers is 'Live worker processes, and dead ones whose claims are still to be recovered.';
 
 create table if not exists orchestrator.task_types (

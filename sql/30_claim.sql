@@ -3,16 +3,6 @@
 -- Locks: claims (start_tasks) → tasks. Claims of tasks skip what others have locked, so no claim waits for another. A large
 -- claim also takes a place in line (an advisory lock), which it only tries.
 
--- Called only where it refuses: a call of its own would cost each claim 3%.
-create or replace function orchestrator._refuse_claim(p_worker_id text, p_limit int, p_bytes bigint) returns void
-language plpgsql stable as $$
-begin
-  perform orchestrator._invalid(f.field, format('must be %s or more', f.least), 'How much this worker has room for.')
-  from (values ('limit', p_limit, 0), ('bytes', p_bytes, 1)) f(field, n, least) where (f.n >= f.least) is not true;
-  raise exception 'worker % is not registered, or was declared dead', p_worker_id
-    using errcode = 'OR003', hint = 'Register again, under a new id.';
-end $$;
-
 -- The types with this prefix that may have ready tasks, except paused ones, from type to type along the ready index: at most
 -- 1,000, and 1,000 more from one that the leader takes by chance, so that none is always left out. A type with floors is returned
 -- in any case, and bounds each look, since an old snapshot keeps dead entries there.
@@ -86,6 +76,22 @@ language sql stable begin atomic
   where coalesce(t.priority, f.priority) is not null;
 end;
 
+-- Inlined wherever it is called.
+create or replace function orchestrator._walk_lanes(p_types text[]) returns table (type text, priority int, head timestamptz)
+language sql stable begin atomic
+  with recursive lane as (
+    select u.type, h.priority, h.queued_at
+    from unnest(p_types) u(type) cross join lateral (
+      select t.priority, t.queued_at from orchestrator.tasks t
+      where t.type = u.type and t.queued_at is not null order by t.priority desc, t.queued_at limit 1) h
+    union all
+    select l.type, h.priority, h.queued_at
+    from lane l cross join lateral (
+      select t.priority, t.queued_at from orchestrator.tasks t
+      where t.type = l.type and t.priority < l.priority and t.queued_at is not null order by t.priority desc, t.queued_at limit 1) h)
+  select l.type, l.priority, l.queued_at from lane l;
+end;
+
 -- The lanes of these types that have ready tasks, each with the queued_at of its oldest, along the ready index: empty lanes cost nothing.
 create or replace function orchestrator._ready_lanes(p_types text[], p_below_floors boolean default false)
 returns table (type text, priority int, head timestamptz) language plpgsql stable as $$
@@ -99,18 +105,33 @@ begin
         select l.type, n.priority, n.head from lane l cross join lateral orchestrator._next_lane(l.type, l.priority) n)
       select l.type, l.priority, l.head from lane l where l.head is not null;
   else
-    return query
-      with recursive lane as (
-        select u.type, h.priority, h.queued_at
-        from unnest(p_types) u(type) cross join lateral (
-          select t.priority, t.queued_at from orchestrator.tasks t
-          where t.type = u.type and t.queued_at is not null order by t.priority desc, t.queued_at limit 1) h
-        union all
-        select l.type, h.priority, h.queued_at
-        from lane l cross join lateral (
-          select t.priority, t.queued_at from orchestrator.tasks t
-          where t.type = l.type and t.priority < l.priority and t.queued_at is not null order by t.priority desc, t.queued_at limit 1) h)
-      select l.type, l.priority, l.queued_at from lane l;
+    return query select * from orchestrator._walk_lanes(p_types);
+  end if;
+end $$;
+
+-- What a claim goes through: the lanes, highest priority first, then by their oldest tasks, each with the limit that it is under.
+-- One statement tells that nothing out of the ordinary is in force and walks the lanes: each further one costs a small claim 4%.
+create or replace function orchestrator._lanes_to_claim(
+  p_worker_id text, p_types text[], out types text[], out priorities int[], out heads timestamptz[], out limits text[])
+language plpgsql as $$
+begin
+  if array_to_string(p_types, ' ') !~ '[*:]( |$)' then   -- quick, and never wrong about a pattern
+    select array_agg(l.type), array_agg(l.priority), array_agg(l.head) into types, priorities, heads
+    from (select w.* from orchestrator._walk_lanes(p_types) w
+          where exists (select from orchestrator.workers w where w.id = p_worker_id and w.declared_dead_at is null)
+            and not exists (select from orchestrator.task_types p where p.paused)
+            and not exists (select from orchestrator.type_limits) and not exists (select from orchestrator.lane_floors)
+          order by w.priority desc, w.head) l;
+    if types is not null then return; end if;
+  end if;
+  if not exists (select from orchestrator.workers w where w.id = p_worker_id and w.declared_dead_at is null) then
+    raise exception 'worker % is not registered, or was declared dead', p_worker_id
+      using errcode = 'OR003', hint = 'Register again, under a new id.';
+  elsif exists (select from orchestrator.type_limits) then
+    select l.* into types, priorities, heads, limits from orchestrator._limited_lanes(p_types) l;
+  else
+    select array_agg(l.type), array_agg(l.priority), array_agg(l.head) into types, priorities, heads
+    from (select * from orchestrator._ready_lanes(orchestrator._claimable(p_types)) l order by l.priority desc, l.head) l;
   end if;
 end $$;
 
@@ -118,19 +139,6 @@ end $$;
 create or replace function orchestrator._new_claim_id() returns bigint
 language sql volatile parallel safe
 return (extract(epoch from clock_timestamp() - timestamptz '2025-01-01 00:00:00+00') * 1000000)::bigint * 1024 + floor(random() * 1024)::bigint;
-
--- At least the bytes of a payload's text, without reading what is stored apart (_large_payload_problem).
-create or replace function orchestrator._most_bytes(p_payload jsonb) returns int
-language sql stable parallel safe
-return case when pg_column_compression(p_payload) is null then 32 * pg_column_size(p_payload) else 262144 end;
-
-create or replace function orchestrator._too_heavy(p_type text, p_priority int, p_from timestamptz, p_n int, p_most bigint) returns boolean
-language plpgsql stable as $$
-begin
-  return (select coalesce(avg(orchestrator._most_bytes(l.payload)), 0) > p_most
-          from (select t.payload from orchestrator.tasks t where t.type = p_type and t.priority = p_priority and t.queued_at >= p_from
-                order by t.queued_at limit p_n) l);
-end $$;
 
 -- Only lanes that much is taken from need a floor some day: claims note a lane once in 500 tasks, by chance.
 create or replace function orchestrator._note_lane(p_type text, p_priority int) returns void
@@ -145,106 +153,76 @@ end $$;
 -- and what one lane leaves the others give in the next pass. A lane is one index range scan from its oldest ready task.
 -- Stepping over a row that another claim has locked takes 1.2 µs. So each large claim takes a place in line, and starts as many
 -- shares further on where a lane holds that much: four workers drain 8% more.
--- A claim that might exceed p_bytes weighs what it takes; if that is too much, it goes on with as few as the largest payloads allow.
--- It is one long function, since a call for each lane would cost more than the rest of the loop.
 create or replace function orchestrator.claim_tasks(p_worker_id text, p_types text[], p_limit int, p_bytes bigint default 67108864)
 returns table (claim_id bigint, id uuid, type text, payload jsonb, attempts int, max_retries int, priority int,
                created_at timestamptz, waited double precision, recoveries int, meta jsonb)
 language plpgsql as $$
 #variable_conflict use_column
 declare
-  v_types text[];
-  v_priorities int[];
-  v_heads timestamptz[];   -- where to look from; null: nothing is left there
-  v_asked text[] := p_types;
-  v_limited boolean;
-  v_limits text[];         -- of each lane, the limit that it is under
-  v_first int := 1;        -- the lanes of one priority are v_first to v_last
+  l record;               -- the lanes: types, priorities, limits, and heads, where to look from; null: nothing is left there
+  v_first int := 1;       -- the lanes of one priority are v_first to v_last
   v_last int;
-  v_lanes int;             -- of them with something left
+  v_lanes int;            -- of them with something left
   v_claim_id bigint := orchestrator._new_claim_id();
-  v_left int := p_limit;
+  v_left int := least(p_limit, greatest(p_bytes / orchestrator._largest_payload(), 1));
   v_claimed int := 0;
   v_share int;
   v_taken int;
   v_place int := 0;
   v_from timestamptz;
-  v_weigh boolean := p_limit > p_bytes / 262144;
-  v_most bigint := p_bytes / greatest(p_limit, 1);   -- of one task, on average
-  v_units int;
-  v_now timestamptz := clock_timestamp();
+  v_now timestamptz;
 begin
-  if p_limit is null or p_limit < 0 or p_bytes is null or p_bytes < 1
-     or not exists (select from orchestrator.workers w where w.id = p_worker_id and w.declared_dead_at is null) then
-    perform orchestrator._refuse_claim(p_worker_id, p_limit, p_bytes);
+  if (p_limit >= 0) is not true then
+    perform orchestrator._invalid('limit', 'must be 0 or more', 'How many tasks this worker has room for.');
+  elsif (p_bytes > 0) is not true then
+    perform orchestrator._invalid('bytes', 'must be 1 or more', 'How many bytes of payloads this worker has room for.');
   end if;
-  -- a guess that is quick, and right wherever there is a pattern
-  if array_to_string(p_types, ' ') ~ '[*:]( |$)' or exists (select from orchestrator.task_types p where p.paused) then
-    p_types := orchestrator._claimable(p_types);
-  end if;
-  while p_limit >= 500 and v_place < 7 and not pg_try_advisory_xact_lock(hashtext('orchestrator.claim'), v_place) loop
+  p_limit := v_left;
+  while v_left >= 500 and v_place < 7 and not pg_try_advisory_xact_lock(hashtext('orchestrator.claim'), v_place) loop
     v_place := v_place + 1;
   end loop;
-  select array_agg(l.type), array_agg(l.priority), array_agg(l.head), exists (select from orchestrator.type_limits)
-  into v_types, v_priorities, v_heads, v_limited
-  from (select * from orchestrator._ready_lanes(p_types) l order by l.priority desc, l.head) l;
-  if v_limited then
-    select l.types, l.priorities, l.heads, l.limits into v_types, v_priorities, v_heads, v_limits from orchestrator._limited_lanes(v_asked) l;
-    v_now := clock_timestamp();   -- after the wait for the limits' locks
-  end if;
-  while v_left > 0 and v_first <= cardinality(v_types) loop
-    v_lanes := cardinality(array_positions(v_priorities, v_priorities[v_first]));
+  l := orchestrator._lanes_to_claim(p_worker_id, p_types);
+  v_now := clock_timestamp();   -- after the wait for limits' locks
+  while v_left > 0 and v_first <= cardinality(l.types) loop
+    v_lanes := cardinality(array_positions(l.priorities, l.priorities[v_first]));
     v_last := v_first + v_lanes - 1;
     while v_left > 0 and v_lanes > 0 loop   -- ends: in each pass but the first, a lane gives its whole share or is done with
       v_share := ceil(v_left::double precision / v_lanes);
       for i in v_first..v_last loop
-        continue when v_heads[i] is null;
-        if v_limits[i] is not null then
-          v_units := case when v_weigh then 262144 / greatest(v_most, 1) + 1 else 1 end;   -- each counts as a largest payload
-          return query select * from orchestrator._claim_limited(p_worker_id, v_limits[i], v_types[i], v_priorities[i], v_heads[i],
-                                                                 least(v_share, greatest(v_left / v_units, (v_left = p_limit)::int)), v_now);
+        continue when l.heads[i] is null;
+        v_from := l.heads[i];
+        if l.limits[i] is not null then
+          return query select * from orchestrator._claim_limited(p_worker_id, l.limits[i], l.types[i], l.priorities[i], v_from, least(v_share, v_left), v_now);
           get diagnostics v_taken = row_count;
-          v_left := v_left - v_taken * v_units;
-          if v_taken < v_share then
-            v_heads[i] := null;
-            v_lanes := v_lanes - 1;
+        else
+          if v_place > 0 then
+            v_from := (
+              select t.queued_at from orchestrator.tasks t
+              where t.type = l.types[i] and t.priority = l.priorities[i] and t.queued_at >= l.heads[i]
+              order by t.queued_at offset v_place::bigint * v_share limit 1);   -- null, so none, in a shorter lane
           end if;
-          exit when v_left <= 0;
-          continue;
+          return query
+            -- materialized: a join might run LIMIT … SKIP LOCKED again, and claim more than the limit
+            with pick as materialized (
+              select t.ctid as tid, t.queued_at from orchestrator.tasks t
+              where t.type = l.types[i] and t.priority = l.priorities[i] and t.queued_at >= v_from and (t.expires_at is null or t.expires_at > v_now)
+              order by t.queued_at limit least(v_share, v_left) for no key update skip locked)
+            update orchestrator.tasks t
+            set status = 'claimed', worker_id = p_worker_id, claim_id = v_claim_id, claimed_at = v_now, updated_at = v_now, queued_at = null,
+                expires_at = null
+            from pick p where t.ctid = p.tid
+            returning t.claim_id, t.id, t.type, t.payload, t.attempts, t.max_retries, t.priority, t.created_at,
+                      date_part('epoch', v_now - p.queued_at), t.recoveries, t.meta;
+          get diagnostics v_taken = row_count;
+          v_claimed := v_claimed + v_taken;
+          if v_taken > random() * 500 then
+            perform orchestrator._note_lane(l.types[i], l.priorities[i]);
+          end if;
         end if;
-        v_from := v_heads[i];
-        if v_place > 0 then
-          v_from := (
-            select t.queued_at from orchestrator.tasks t
-            where t.type = v_types[i] and t.priority = v_priorities[i] and t.queued_at >= v_heads[i]
-            order by t.queued_at offset v_place::bigint * v_share limit 1);   -- null, so none, in a shorter lane
-        end if;
-        return query
-          -- materialized: a join might run LIMIT … SKIP LOCKED again, and claim more than the limit
-          with pick as materialized (
-            select t.ctid as tid, t.queued_at, case when v_weigh then orchestrator._most_bytes(t.payload) end as bytes from orchestrator.tasks t
-            where t.type = v_types[i] and t.priority = v_priorities[i] and t.queued_at >= v_from and (t.expires_at is null or t.expires_at > v_now)
-            order by t.queued_at limit least(v_share, v_left) for no key update skip locked)
-          update orchestrator.tasks t
-          set status = 'claimed', worker_id = p_worker_id, claim_id = v_claim_id, claimed_at = v_now, updated_at = v_now, queued_at = null,
-              expires_at = null
-          from pick p where t.ctid = p.tid and (not v_weigh or (select sum(q.bytes) <= v_most * count(*) from pick q))
-          returning t.claim_id, t.id, t.type, t.payload, t.attempts, t.max_retries, t.priority, t.created_at,
-                    date_part('epoch', v_now - p.queued_at), t.recoveries, t.meta;
-        get diagnostics v_taken = row_count;
-        v_claimed := v_claimed + v_taken;
         v_left := v_left - v_taken;
-        if v_taken > random() * 500 then
-          perform orchestrator._note_lane(v_types[i], v_priorities[i]);
-        end if;
         exit when v_left <= 0;
-        if v_taken = 0 and v_weigh and orchestrator._too_heavy(v_types[i], v_priorities[i], v_from, least(v_share, v_left), v_most) then
-          v_weigh := false;
-          v_left := least(v_left, greatest((p_bytes - v_claimed * v_most) / 262144, (v_claimed = 0)::int));
-          exit;   -- and pass again, with smaller shares
-        end if;
-        if v_taken < v_share and v_from = v_heads[i] then   -- where it started further on, there may be some before
-          v_heads[i] := null;
+        if v_taken < v_share and v_from = l.heads[i] then   -- where it started further on, there may be some before
+          l.heads[i] := null;
           v_lanes := v_lanes - 1;
         end if;
       end loop;

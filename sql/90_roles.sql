@@ -64,6 +64,7 @@ begin
   grant select (idle, handles) on orchestrator.workers to orchestrator_producer;
   grant insert on orchestrator.task_waits, orchestrator.expiries to orchestrator_producer, orchestrator_operator;
   grant select, delete on orchestrator.task_waits to orchestrator_operator;
+  grant usage on sequence orchestrator.payload_doublings to orchestrator_producer, orchestrator_operator;
 
   -- replace_task; to append it reads payloads, which a producer may not
   grant select (status, priority, created_at, queued_at, next_retry_at, attempts, parked_at, blocked_until, expires_at, concurrency_key)

@@ -15,6 +15,7 @@ CHAOS = Path(__file__).parent / "chaos"
 sys.path.append(str(CHAOS))
 
 import durable  # noqa: E402
+import limits  # noqa: E402
 import schedules  # noqa: E402
 from harness import Lab  # noqa: E402
 
@@ -191,6 +192,34 @@ def test_verdict_sees_a_step_that_was_done_again_and_a_charge_too_many(lab: Lab)
     found = " | ".join(lab.problems)
     assert f"{id} did check again under claim {second}" in found and "1 charges too many or too few" in found
     assert "1 results that are not those of the steps" in found and "what was done is not what was recorded" in found
+def test_the_monitor_sees_what_is_over_its_limit_and_nothing_else(lab: Lab) -> None:
+    monitor = limits.Monitor(lab)
+    monitor.set("lim:both", (2, 1))
+    now = lab.value("select extract(epoch from clock_timestamp())::float8")
+    held = [("lim:both", "a", now, now), ("lim:both", "b", now, now)]
+    monitor.judge(held)
+    assert monitor.over == []
+    monitor.judge([*held, ("lim:both", None, now, now)])
+    monitor.judge([held[0], held[0]])
+    assert monitor.over == ["3 in flight of lim:both , the limit is 2", "2 in flight of lim:both a, the limit is 1"]
+    monitor.set("lim:both", (1, 1))
+    monitor.judge(held)   # claimed before the limit fell
+    assert len(monitor.over) == 2
+    now = lab.value("select extract(epoch from clock_timestamp())::float8")
+    monitor.judge([("lim:both", key, now, now) for key in "ab"])
+    assert monitor.over[2:] == ["2 in flight of lim:both , the limit is 1"]
+
+
+def test_verdict_sees_a_rate_that_was_exceeded_and_what_is_left_under_a_limit(lab: Lab) -> None:
+    lab.execute(limits.CLAIMED)
+    lab.execute("insert into chaos.claimed select 'lim:rate', '2030-01-01Z'::timestamptz + n * interval '25 ms' "
+                "from generate_series(1, 80) n")
+    limits.check(lab, limits.Monitor(lab))
+    assert lab.problems == []
+    lab.execute("insert into chaos.claimed values ('lim:rate', '2030-01-01 00:00:00.99Z')")
+    lab.execute("insert into orchestrator.claims (id, worker_id, open_tasks, limit_name) values (1, 'w', 1, 'lim:all')")
+    limits.check(lab, limits.Monitor(lab))
+    assert lab.problems == ["41 were claimed within 1 s, the rate is 40", "1 claims and 0 parked tasks are left"]
 
 
 def test_a_fault_that_never_bit_fails(lab: Lab) -> None:

@@ -513,6 +513,19 @@ def test_a_claim_of_small_tasks_takes_as_many_as_it_may(conn):
     assert claim_bytes(conn, 2000, 67_108_864)[0] == 2000
 
 
+@pytest.mark.parametrize(("kib", "most"), [(15, 2000), (20, 1000), (60, 500), (100, 250), (250, 125)])
+def test_a_claim_takes_as_many_as_may_all_be_as_large_as_the_largest_ever(conn, kib, most):
+    """Nobody weighs what is claimed: that cost every claim 5%."""
+    register(conn)
+    for refused in ("to_jsonb(repeat('x', 300000))", "'[1e20000]'"):
+        with pytest.raises(psycopg.Error, match="payload"):
+            conn.execute(f"select orchestrator.enqueue('t', {refused}::jsonb)")
+    conn.execute("select orchestrator.enqueue('other', to_jsonb(repeat('x', %s * 1024)))", [kib])
+    enqueue_some(conn, 2100)
+    assert claim_bytes(conn, 2000, 2000 * 16384)[0] == most
+    assert claim_bytes(conn, 50, 2000 * 16384)[0] == 50
+
+
 @pytest.mark.parametrize("bytes", [None, 0, -1])
 def test_a_claim_without_a_sensible_bound_of_bytes_is_refused(conn, bytes):
     register(conn)

@@ -281,7 +281,7 @@ def test_a_payload_that_others_could_not_show_is_refused(conn, payload, problem)
 def test_an_honest_payload_is_accepted_and_its_text_is_within_what_a_claim_reckons_with(conn, payload):
     register(conn)
     conn.execute(f"select orchestrator.enqueue('t', {payload})")
-    assert value(conn, "select octet_length(payload::text) <= orchestrator._most_bytes(payload) from orchestrator.tasks")
+    assert value(conn, "select octet_length(payload::text) <= orchestrator._largest_payload() from orchestrator.tasks")
     assert len(claim(conn)) == 1
 
 

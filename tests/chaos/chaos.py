@@ -27,6 +27,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import collecting  # noqa: E402, F401 (it registers its fault, as the next ones)
 import durable  # noqa: E402, F401
+import limits  # noqa: E402, F401
 import schedules  # noqa: E402, F401
 from faults import FAULTS, SERVER_CLOCK  # noqa: E402
 from harness import Lab, Row, follow, local_server, server_with_a_clock  # noqa: E402

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,13 @@ def work(task: Task) -> None:
     time.sleep(task.payload.get("seconds", 0))
     if task.attempt <= task.payload.get("fail", 0):
         raise RuntimeError("fails on purpose")
+
+
+def snooze(task: Task) -> None:
+    """Puts itself off in its first `snooze` seconds, then works."""
+    if (datetime.now(UTC) - task.created_at).total_seconds() < task.payload["snooze"]:
+        raise orchestrator.Snooze(task.payload["snooze"])
+    work(task)
 
 
 def wait(task: Task) -> None:
@@ -118,6 +126,7 @@ def hold_gil(task: Task) -> None:
 POLICY = {"max_retries": 10, "base_delay": 0.2, "max_delay": 1}
 HANDLERS = {
     "work": Handler(noted(work), **POLICY),
+    **{name: Handler(noted(snooze), **POLICY) for name in ("lim:all", "lim:key", "lim:both", "lim:rate", "pat:a", "pat:b")},
     "wait": Handler(noted(wait), **POLICY),
     "fulfil": Handler(noted(fulfil), **POLICY),
     "deaf": Handler(noted(deaf), **POLICY),
