@@ -948,6 +948,15 @@ class Task:
                 raise ClaimLost(f"task {self.id} is no longer held by claim {self.claim_id}")
         self.ended = "transaction"
 
+    def parents(self) -> dict[str, Any]:
+        """The results of the tasks that this one waited for, by id; None of one that did not complete."""
+        link = Link(self._worker.config, "orchestrator task")
+        try:
+            return {parent: None if result is None else _decode(result)[0]
+                    for parent, result in link.call("parent_results", self.id)}
+        finally:
+            link.close()
+
     def complete(self, result: Any) -> None:
         """Inside `with task.transaction()`: the result that commits with the completion."""
         if not self._in_transaction:
@@ -3165,7 +3174,8 @@ Info orchestrator_build build: Versions
 LEADER_METRICS = """
 Gauge tasks_pending{type} waiting: Ready to be claimed
 Gauge tasks_parked{type} parked: Tasks whose concurrency key is full
-Gauge tasks_scheduled{type} scheduled: Retries and delayed tasks
+Gauge tasks_scheduled{type} scheduled: Retries, delayed and blocked tasks
+Gauge tasks_blocked{type} blocked: Tasks that wait for others
 Gauge tasks_in_flight{type} in_flight: Claimed or running, on all workers
 Gauge tasks_dead_letters{type} dead_letters: Dead letters kept
 Gauge tasks_oldest_pending_seconds{type} oldest_seconds: Age of the oldest ready task
@@ -3800,36 +3810,45 @@ def do_install(args: Args) -> int:
 @arg("--max-retries", type=int, help="default: the policy of the type")
 @arg("--delay", help="such as 10m, or a number of seconds")
 @arg("--run-at", help="such as 2030-01-31T12:00:00+00:00")
-@arg("--file", help="JSON lines {type, payload, priority, idempotency_key, max_retries, run_at}, with the "
-                    "other flags for what they leave out; - is standard input")
+@arg("--expires", help="if it has not been claimed within this time, it never runs; such as 10m")
+@arg("--after", metavar="ID", action="append", help="a task that it waits for; may be repeated")
+@arg("--on-failure", choices=("wait", "cancel", "run"), default="wait",
+     help="if one of those fails: wait until it is retried and completes, cancel it, or run it; default wait")
+@arg("--file", help="JSON lines {type, payload, priority, idempotency_key, max_retries, run_at, expires_at, "
+                    "after, on_failure}, with the other flags for what they leave out; - is standard input")
 @arg("--on-error", choices=("continue", "stop"), help="what to do at a bad line; default continue")
 def do_enqueue(args: Args) -> int:
     """add a task, or many from a file"""
     delay = None if args.delay is None else check_seconds("--delay", args.delay)
     run_at = None if args.run_at is None else _moment(args.run_at)
+    expires = None if args.expires is None else check_seconds("--expires", args.expires)
     if delay is not None and run_at is not None:
         raise ConfigError("--delay: give either --run-at or --delay")
     if args.file:
-        due = datetime.now().astimezone() + timedelta(seconds=delay) if delay else run_at
-        return _enqueue_file(args, due)
+        now = datetime.now().astimezone()
+        return _enqueue_file(args, now + timedelta(seconds=delay) if delay else run_at,
+                             None if expires is None else now + timedelta(seconds=expires))
     if not args.type:
         raise ConfigError("TYPE: say which type to enqueue, or --file tasks.jsonl")
     if args.on_error:
         raise ConfigError("--on-error: goes with --file only")
     task_id = args.app.enqueue(args.type, _payload(args.payload), priority=args.priority, delay=delay,
                                idempotency_key=args.key, max_retries=args.max_retries, run_at=run_at,
-                               concurrency_key=args.concurrency_key)
+                               concurrency_key=args.concurrency_key, expires=expires, after=args.after,
+                               on_failure=args.on_failure)
     if not task_id.created:
         print(f"the key {_cell(args.key)} is known: this is the id of the first task", file=sys.stderr)
     return _say(args, {"id": task_id, "created": task_id.created}, task_id)
 
 
-def _enqueue_file(args: Args, run_at: datetime | None) -> int:
+def _enqueue_file(args: Args, run_at: datetime | None, expires_at: datetime | None) -> int:
     """Enqueue each line of a file, which may be of any size: it is read and sent in batches."""
     if args.key is not None or args.payload is not None:
         raise ConfigError(f"{'PAYLOAD' if args.key is None else '--key'}: belongs in the lines of the file")
     defaults = {"type": args.type, "priority": check_priority(args.priority),
-                "max_retries": check_retries(args.max_retries), "run_at": run_at and run_at.isoformat()}
+                "max_retries": check_retries(args.max_retries), "run_at": run_at and run_at.isoformat(),
+                "expires_at": expires_at and expires_at.isoformat(), "after": args.after,
+                "on_failure": args.on_failure}
     given = json.dumps({name: value for name, value in defaults.items() if value is not None})
     counts, stop, before = collections.Counter(created=0, known=0, bad=0), args.on_error == "stop", 0
     try:
@@ -3890,7 +3909,9 @@ def do_show(args: Args) -> int:
     events = task.pop("events")
     print(f"{task['type']} {task['id']}: {task['status']}\n  {task.pop('explanation')}")
     for name, value in task.items():
-        if value is not None and name not in ("id", "type", "status"):
+        if name in ("parents", "children"):
+            value = ", ".join(f"{other['id']} ({other['status'] or 'deleted'})" for other in value) or None
+        if value is not None and name not in ("id", "type", "status", "after"):
             print(f"  {name:20} {_cell(value)}")
     for event in events:
         lines = [_cell(line) for line in (event["detail"] or "").split("\n")]   # a traceback has many

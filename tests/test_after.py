@@ -215,8 +215,8 @@ def test_what_waits_for_a_task_goes_its_way_in_the_transaction_that_ends_it(conn
     else:
         assert (status(conn, child), status(conn, grandchild), waits(conn)) == ("cancelled", "cancelled", [])
         why = "select detail from orchestrator.task_events where task_id = %s"
-        assert value(conn, why, child) == f"task {parent}, which it waited for: {'dead_letter' if dead else 'cancelled'}"
-        assert value(conn, why, grandchild) == f"task {child}, which it waited for: cancelled"
+        assert value(conn, why, child) == f"task {parent} {'is a dead letter' if dead else 'was cancelled'}"
+        assert value(conn, why, grandchild) == f"task {child} was cancelled"
     assert audit(conn) == []
 
 
@@ -274,7 +274,7 @@ def test_a_parent_that_is_deleted_ends_the_wait(conn, how, on_failure):
     else:
         assert (status(conn, child), status(conn, grandchild), waits(conn)) == ("cancelled", "cancelled", [])
         detail = value(conn, "select detail from orchestrator.task_events where task_id = %s", child)
-        assert detail == f"task {parent}, which it waited for: deleted"
+        assert detail == f"task {parent} was deleted"
     assert audit(conn) == []
 
 
@@ -346,6 +346,80 @@ def test_many_parents_and_many_children(conn):
     assert taken["id"] == middle
     complete(conn, taken["claim_id"], middle)
     assert ready(conn) == after and waits(conn) == [] and audit(conn) == []
+
+
+# --- what people see ------------------------------------------------------------------------------------------------------------------
+
+def explain(conn, id):
+    return value(conn, "select orchestrator.explain_task(%s)", id)
+
+
+def test_a_blocked_task_says_what_it_waits_for_and_how_to_free_it(conn):
+    first, second = enqueue(conn), enqueue(conn)
+    child = enqueue(conn, after=[first, second], run_at="2030-01-01")
+    assert explain(conn, child) == f"waits for task {first} (pending), task {second} (pending), and for 2030-01-01 00:00:00+00"
+    claimed = {t["id"]: t["claim_id"] for t in claim(conn)}
+    fail(conn, claimed[second], second, permanent=True)
+    assert explain(conn, child).startswith(
+        f"waits for task {second} (a dead letter: select orchestrator.retry_task('{second}') tries again, "
+        f"cancel_task('{child}') gives up), task {first} (claimed), and for")
+    many = enqueue(conn, after=[enqueue(conn) for _ in range(5)])
+    assert explain(conn, many).endswith(" and 2 more")
+    cancel(conn, first)
+    complete(conn, claimed[first], first)
+    assert explain(conn, child).endswith(f": task {first} was cancelled; select orchestrator.retry_task('{child}') runs it")
+    other = enqueue(conn)
+    cancel(conn, other)
+    assert ":" not in explain(conn, other).split("+")[1]
+
+
+def test_a_task_shows_its_parents_and_the_children_that_wait_for_it(conn):
+    parent = enqueue(conn, "up")
+    child = enqueue(conn, "down", after=[parent])
+    show = "select orchestrator.show_task(%s)"
+    assert value(conn, show, child)["parents"] == [{"id": parent, "type": "up", "status": "pending"}]
+    assert value(conn, show, parent)["children"] == [{"id": child, "type": "down", "status": "pending"}]
+    assert (value(conn, show, parent)["parents"], value(conn, show, child)["children"]) == ([], [])
+    complete(conn, *claim_one(conn, types=["up"]))
+    assert value(conn, show, child)["parents"][0]["status"] == "completed" and value(conn, show, parent)["children"] == []
+
+
+def test_blocked_tasks_are_counted_as_such_and_not_as_ended(conn):
+    parent = enqueue(conn)
+    enqueue(conn, "u", after=[parent])
+    enqueue(conn, "u", run_at="2030-01-01")
+    assert rows(conn, "select type, waiting, scheduled, blocked from orchestrator.queue_stats where type in ('t', 'u') order by 1") == [
+        {"type": "t", "waiting": 1, "scheduled": 0, "blocked": 0}, {"type": "u", "waiting": 0, "scheduled": 2, "blocked": 1}]
+    register(conn, "v", {"u": {}})
+    conn.execute("select orchestrator.sample_stats('leader', %s)", [lead(conn)])
+    assert {t["type"]: t["blocked"] for t in value(conn, "select orchestrator.metrics()")["types"]} == {"t": 0, "u": 1, "other": 0}
+    assert value(conn, "select orchestrator.api_overview()")["totals"]["ended_total"] == 0
+    pending = "select next_retry_at from orchestrator.pending_tasks where type = 'u' order by id"
+    assert [at and at.year for at in column(conn, pending)] == [None, 2030]
+
+
+def test_the_audit_knows_the_rules_of_waits(conn):
+    parent, other = enqueue(conn), enqueue(conn)
+    child = enqueue(conn, after=[parent, other])
+    [claimed, _] = claim(conn)
+    conn.execute("alter table orchestrator.tasks drop constraint if exists every_rule_holds")
+
+    def broken(update):
+        with conn.transaction(force_rollback=True):
+            conn.execute(update)
+            return sorted({invariant for invariant, *_ in audit(conn)})
+
+    assert broken("delete from orchestrator.task_waits") == ["blocked is who waits for a task"]
+    unblocked = "update orchestrator.tasks set blocked_until = null where blocked_until is not null"
+    assert broken(unblocked) == ["who waits for a task is blocked"]
+    assert broken(f"delete from orchestrator.tasks where id = '{child}'") == ["who waits for a task is blocked"]
+    assert broken("update orchestrator.tasks set expires_at = now() + interval '1 hour' where blocked_until is not null") == [
+        "what expires is looked at then"]
+    waited = f"insert into orchestrator.task_waits values ('{parent}', '{child}', 'wait')"
+    complete(conn, claimed["claim_id"], parent)
+    assert broken(waited) == []   # it may have been missed, and is looked at soon
+    assert broken(f"{waited}; update orchestrator.tasks set completed_at = now() - interval '2 minutes' where id = '{parent}'") == [
+        "what has ended is waited for no longer"]
 
 
 # --- looks ----------------------------------------------------------------------------------------------------------------------------
