@@ -106,8 +106,8 @@ def ended(conn, end):
 @pytest.mark.parametrize("call", ENQUEUED)
 @pytest.mark.parametrize(("end", "on_failure", "problem"), [
     ("unknown", "wait", f"there is no task {NOBODY}"), ("unknown", "cancel", "there is no task"), ("unknown", "run", "there is no task"),
-    ("null", "wait", "there is no task null"), ("cancelled", "wait", "task .* is cancelled"), ("cancelled", "cancel", "task .* is cancelled"),
-    ("dead_letter", "cancel", "task .* is a dead letter")])
+    ("null", "wait", "there is no task null"), ("cancelled", "wait", "task .* is cancelled"),
+    ("cancelled", "cancel", "task .* is cancelled"), ("dead_letter", "cancel", "task .* is a dead letter")])
 def test_a_parent_that_can_not_be_waited_for_is_refused(conn, call, end, on_failure, problem):
     parent, good = ended(conn, end), enqueue(conn)
     before = value(conn, "select count(*) from orchestrator.tasks")

@@ -222,7 +222,7 @@ AT_A_CHILD = {
 
 def at_a_child(conn: Any, term: int, mode: str) -> dict[str, Any]:
     conn.execute("delete from orchestrator.task_waits; delete from orchestrator.expiries")
-    claim_id, gone = prepare(conn, "dead_letter")
+    _, gone = prepare(conn, "dead_letter")
     conn.execute("update orchestrator.tasks set dead_at = now() - interval '1 day'")
     parent, other = enqueue(conn), enqueue(conn)
     [first], [second] = claim(conn, "v", limit=1), claim(conn, "v", limit=1)

@@ -207,8 +207,8 @@ MUTANTS = [
            "after before_retention"),
     Mutant("expiry isn't in the claim", "30_claim", "claim_tasks", "and (t.expires_at is null or t.expires_at > v_now)", "",
            "expiry never"),
-    Mutant("expiry isn't in the claim under a limit", "32_limits", "_line_up", "and (t.expires_at is null or t.expires_at > clock_timestamp())",
-           "", "expiry never"),
+    Mutant("expiry isn't in the claim under a limit", "32_limits", "_line_up",
+           "and (t.expires_at is null or t.expires_at > clock_timestamp())", "", "expiry never"),
     Mutant("a claimed task still expires", "30_claim", "claim_tasks", "expires_at = null", "expires_at = t.expires_at",
            "expiry claimed"),
     # limits
