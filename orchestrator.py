@@ -1062,6 +1062,15 @@ class Task:
             self._check_held(not rows)
         self.ended = "transaction"
 
+    def parents(self) -> dict[str, Any]:
+        """The results of the tasks that this one waited for, by id; None of one that did not complete."""
+        link = Link(self._worker.config, "orchestrator task")
+        try:
+            return {parent: None if result is None else _decode(result)[0]
+                    for parent, result in link.call("parent_results", self.id)}
+        finally:
+            link.close()
+
     def complete(self, result: Any) -> None:
         """Inside `with task.transaction()`: the result that commits with the completion."""
         if not self._in_transaction:
@@ -3352,7 +3361,8 @@ Info orchestrator_build build: Versions
 LEADER_METRICS = """
 Gauge tasks_pending{type} waiting: Ready to be claimed
 Gauge tasks_parked{type} parked: Tasks whose concurrency key is full
-Gauge tasks_scheduled{type} scheduled: Retries and delayed tasks
+Gauge tasks_scheduled{type} scheduled: Retries, delayed and blocked tasks
+Gauge tasks_blocked{type} blocked: Tasks that wait for others
 Gauge tasks_in_flight{type} in_flight: Claimed or running, on all workers
 Gauge tasks_dead_letters{type} dead_letters: Dead letters kept
 Gauge tasks_oldest_pending_seconds{type} oldest_seconds: Age of the oldest ready task
@@ -3990,8 +4000,12 @@ def do_install(args: Args) -> int:
 @arg("--max-retries", type=int, help="default: the policy of the type")
 @arg("--delay", help="such as 10m, or a number of seconds")
 @arg("--run-at", type=_moment, help="such as 2030-01-31T12:00:00+00:00")
-@arg("--file", help="JSON lines {type, payload, priority, idempotency_key, max_retries, run_at}, with the "
-                    "other flags for what they leave out; - is standard input")
+@arg("--expires", help="if it has not been claimed within this time, it never runs; such as 10m")
+@arg("--after", metavar="ID", action="append", help="a task that it waits for; may be repeated")
+@arg("--on-failure", choices=("wait", "cancel", "run"), default="wait",
+     help="if one of those fails: wait until it is retried and completes, cancel it, or run it; default wait")
+@arg("--file", help="JSON lines {type, payload, priority, idempotency_key, max_retries, run_at, expires_at, "
+                    "after, on_failure}, with the other flags for what they leave out; - is standard input")
 @arg("--on-error", choices=("continue", "stop"), help="what to do at a bad line; default continue")
 @arg("--replace", dest="modes", action="append_const", const="replace",
      help="with --key: a task that waits under it takes the new payload and time")
@@ -4012,15 +4026,18 @@ def do_enqueue(args: Args) -> int:
         raise ConfigError("--timeout: goes with --wait")
     given = _options(args, "priority concurrency_key delay run_at")
     if args.modes:
-        if len(args.modes) > 1 or args.idempotency_key is None or args.max_retries is not None:
-            raise ConfigError(f"--{args.modes[0]}: goes with --key, without --max-retries and other modes")
+        if (len(args.modes) > 1 or args.idempotency_key is None
+                or (args.max_retries, args.expires, args.after) != (None, None, None)):
+            raise ConfigError(f"--{args.modes[0]}: goes with --key, without --max-retries, --expires, --after "
+                              "and other modes")
         task_id = args.app.replace(args.type, args.idempotency_key, args.payload, mode=args.modes[0],
                                    max_wait=args.max_wait, **given)
     elif args.max_wait is not None:
         raise ConfigError("--max-wait: goes with --replace or --append")
     else:
         given["priority"] = args.priority or 0
-        task_id = args.app.enqueue(args.type, args.payload, **_options(args, "idempotency_key max_retries"), **given)
+        task_id = args.app.enqueue(args.type, args.payload, **given, **_options(
+            args, "idempotency_key max_retries expires after on_failure"))
         if not task_id.created:
             print(f"the key {_cell(args.idempotency_key)} is known: this is the id of the first task",
                   file=sys.stderr)
@@ -4036,12 +4053,13 @@ def _enqueue_file(args: Args) -> int:
             raise ConfigError(f"{name}: belongs in the lines of the file")
     if args.wait or args.modes or args.max_wait:
         raise ConfigError("--file: goes without --wait, --replace, --append and --keep")
-    due = _run_at(args.run_at, args.delay)
+    now, due = datetime.now().astimezone(), _run_at(args.run_at, args.delay)
     if args.delay is not None:
-        due = datetime.now().astimezone() + timedelta(seconds=check_seconds("delay", args.delay))
+        due = now + timedelta(seconds=check_seconds("delay", args.delay))
     check_retries(args.max_retries)
-    defaults = {**_options(args, "type max_retries concurrency_key"), "priority": check_priority(args.priority or 0),
-                "run_at": due}
+    defaults = {**_options(args, "type max_retries concurrency_key after on_failure"), "run_at": due,
+                "priority": check_priority(args.priority or 0), "expires_at": None if args.expires is None else
+                now + timedelta(seconds=check_seconds("expires", args.expires))}
     given = json.dumps({name: value for name, value in defaults.items() if value is not None}, default=str)
     counts, stop, before = collections.Counter(created=0, known=0, bad=0), args.on_error == "stop", 0
     try:
@@ -4116,7 +4134,9 @@ def do_show(args: Args) -> int:
     events, steps = task.pop("events"), task.pop("steps") or ()
     print(f"{task['type']} {task['id']}: {task['status']}\n  {task.pop('explanation')}")
     for name, value in task.items():
-        if value is not None and name not in ("id", "type", "status"):
+        if name in ("parents", "children"):
+            value = ", ".join(f"{other['id']} ({other['status'] or 'deleted'})" for other in value) or None
+        if value is not None and name not in ("id", "type", "status", "after"):
             print(f"  {name:20} {_cell(value)}")
     for step in steps:
         result = "waits for the signal" if step["at"] is None else _cell(json.dumps(step["result"]))

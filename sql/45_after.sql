@@ -85,7 +85,7 @@ begin
     delete from orchestrator.task_waits w using waits d
     where w.parent = d.id and w.child = p_child
       and (d.status = 'completed' or (d.on_failure = 'run' and d.status in ('cancelled', 'dead_letter', 'deleted'))))
-  select min(format('task %s, which it waited for: %s', w.id, w.status)) into v_why from waits w
+  select min(format('task %s %s', w.id, case w.status when 'dead_letter' then 'is a dead letter' else 'was ' || w.status end)) into v_why from waits w
   where (w.on_failure <> 'run' and w.status in ('cancelled', 'deleted')) or (w.on_failure = 'cancel' and w.status = 'dead_letter');
   if v_why is not null then
     perform orchestrator._cancel_waiting(p_child, 'cancelled', v_why);
@@ -125,6 +125,13 @@ begin
     end if;
   end loop;
 end $$;
+
+create or replace function orchestrator.parent_results(p_id uuid) returns table (id uuid, result jsonb)
+language sql stable as $$
+  select p.id, p.result from orchestrator.tasks t cross join unnest(t.after) a join orchestrator.tasks p on p.id = a where t.id = p_id
+$$;
+comment on function orchestrator.parent_results is
+  'The tasks that a task was enqueued to wait for, each with its result; without those that retention has deleted.';
 
 create or replace function orchestrator._claims_ended(p_claim_ids bigint[]) returns void
 language plpgsql as $$

@@ -12,6 +12,7 @@ create table if not exists orchestrator.type_stats (
   waiting         bigint not null default 0,   -- counting stops at 5 million of all types
   parked          bigint not null default 0,   -- their concurrency key is full
   scheduled       bigint not null default 0,
+  blocked         bigint not null default 0,   -- of those scheduled: they wait for other tasks
   in_flight       bigint not null default 0,
   dead_letters    bigint not null default 0,
   oldest_ready_at timestamptz,
@@ -57,29 +58,30 @@ comment on table orchestrator.stats_samples is
 
 -- What waits or rests, by type, each along its partial index: at most 5 million, so that it takes seconds at worst.
 create or replace function orchestrator._count_live()
-returns table (type text, waiting bigint, oldest timestamptz, parked bigint, scheduled bigint, in_flight bigint, dead_letters bigint)
+returns table (type text, waiting bigint, oldest timestamptz, parked bigint, scheduled bigint, in_flight bigint, dead_letters bigint, blocked bigint)
 language sql stable
 set plan_cache_mode = force_generic_plan
 set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
-  select u.type, sum(u.waiting)::bigint, min(u.oldest), sum(u.parked)::bigint, sum(u.scheduled)::bigint, sum(u.in_flight)::bigint, sum(u.dead)::bigint
+  select u.type, sum(u.waiting)::bigint, min(u.oldest), sum(u.parked)::bigint, sum(u.scheduled)::bigint, sum(u.in_flight)::bigint, sum(u.dead)::bigint,
+         sum(u.blocked)::bigint
   from (
-    select r.type, count(*) as waiting, min(r.queued_at) as oldest, 0 as parked, 0 as scheduled, 0 as in_flight, 0 as dead
+    select r.type, count(*) as waiting, min(r.queued_at) as oldest, 0 as parked, 0 as scheduled, 0 as in_flight, 0 as dead, 0 as blocked
     from (select t.type, t.queued_at from orchestrator.tasks t where t.queued_at is not null
           order by t.type, t.priority desc, t.queued_at limit 5000000) r group by 1
     union all
-    select p.type, 0, null, count(*), 0, 0, 0
+    select p.type, 0, null, count(*), 0, 0, 0, 0
     from (select t.type from orchestrator.tasks t where t.parked_at is not null
           order by t.parked_by, t.concurrency_key, t.type, t.priority desc, t.parked_at limit 5000000) p group by 1
     union all
-    select s.type, 0, null, 0, count(*), 0, 0
-    from (select t.type from orchestrator.tasks t where t.next_retry_at is not null order by t.next_retry_at limit 5000000) s group by 1
+    select s.type, 0, null, 0, count(*), 0, 0, count(s.blocked_until)
+    from (select t.type, t.blocked_until from orchestrator.tasks t where t.next_retry_at is not null order by t.next_retry_at limit 5000000) s group by 1
     union all
-    select f.type, 0, null, 0, 0, count(*), 0
+    select f.type, 0, null, 0, 0, count(*), 0, 0
     -- the limit keeps the planner from turning the join around, to walk all tasks that ever had a claim
     from orchestrator.claims c cross join lateral (select t.type from orchestrator.tasks t
           where t.claim_id = c.id and t.status in ('claimed', 'running') limit 5000000) f group by 1
     union all
-    select d.type, 0, null, 0, 0, 0, count(*)
+    select d.type, 0, null, 0, 0, 0, count(*), 0
     from (select t.type from orchestrator.tasks t where t.dead_at is not null order by t.dead_at limit 5000000) d group by 1
   ) u group by 1
 $$;
@@ -135,19 +137,19 @@ language sql set enable_hashjoin = on as $$
   with counts as (
     select l.*, 0 as settled, 0 as seen, 0 as failed, 0 as dead from orchestrator._count_live() l
     union all
-    select coalesce(s.type, 'other'), 0, null, 0, 0, 0, 0, count(*) filter (where t.id < p_to), count(*), 0, 0
+    select coalesce(s.type, 'other'), 0, null, 0, 0, 0, 0, 0, count(*) filter (where t.id < p_to), count(*), 0, 0
     from (select t.id, t.type from orchestrator.tasks t where t.id >= p_state.cursor order by t.id limit p_limit) t
     left join orchestrator.type_stats s on s.type = t.type and t.id >= s.since group by 1
     union all
-    select t.type, 0, null, 0, 0, 0, 0, 0, 0, count(*) filter (where e.event = 'failed'), count(*) filter (where e.event = 'dead_letter')
+    select t.type, 0, null, 0, 0, 0, 0, 0, 0, 0, count(*) filter (where e.event = 'failed'), count(*) filter (where e.event = 'dead_letter')
     from (select e.task_id, e.event from orchestrator.task_events e where e.id > p_state.last_event order by e.id limit 20000) e
     cross join lateral (select t.type from orchestrator.tasks t where t.id = e.task_id limit 1) t
     where e.event in ('failed', 'dead_letter') group by 1
     union all
-    select k.type, 0, null, 0, 0, 0, 0, 0, 0, 0, 0 from orchestrator.type_stats k),
+    select k.type, 0, null, 0, 0, 0, 0, 0, 0, 0, 0, 0 from orchestrator.type_stats k),
   counted as materialized (
     select coalesce(s.type, 'other') as type, sum(c.waiting) as waiting, min(c.oldest) as oldest, sum(c.parked) as parked, sum(c.scheduled) as scheduled,
-           sum(c.in_flight) as in_flight, sum(c.dead_letters) as dead_letters, sum(c.settled) as settled, sum(c.seen) as seen,
+           sum(c.blocked) as blocked, sum(c.in_flight) as in_flight, sum(c.dead_letters) as dead_letters, sum(c.settled) as settled, sum(c.seen) as seen,
            sum(c.failed) as failed, sum(c.dead) as dead
     from counts c left join orchestrator.type_stats s on s.type = c.type group by 1),
   changes as (
@@ -159,14 +161,14 @@ language sql set enable_hashjoin = on as $$
              greatest(extract(epoch from p_at - coalesce(k.recent_at, p_state.counted_at, p_at)), 0)::double precision as seconds) n),
   stored as (
     update orchestrator.type_stats s
-    set waiting = c.waiting, parked = c.parked, scheduled = c.scheduled, in_flight = c.in_flight, dead_letters = c.dead_letters,
+    set waiting = c.waiting, parked = c.parked, scheduled = c.scheduled, blocked = c.blocked, in_flight = c.in_flight, dead_letters = c.dead_letters,
         oldest_ready_at = c.oldest, settled = s.settled + c.settled, enqueued_total = c.enqueued_total, recent_at = p_at,
         recent = (select array_agg(r.old * exp(-c.seconds / 900) + r.new * p_state.complete::int order by r.o)
                   from unnest(s.recent, array[c.seconds, c.enqueued, c.ended, greatest(c.ended - c.dead, 0) + c.failed, c.failed])
                   with ordinality r(old, new, o))
     from changes c
-    where c.type = s.type and (s.waiting, s.parked, s.scheduled, s.in_flight, s.dead_letters, s.oldest_ready_at, s.enqueued_total, 0, 0)
-          is distinct from (c.waiting, c.parked, c.scheduled, c.in_flight, c.dead_letters, c.oldest, c.enqueued_total, c.settled, c.failed))
+    where c.type = s.type and (s.waiting, s.parked, s.scheduled, s.blocked, s.in_flight, s.dead_letters, s.oldest_ready_at, s.enqueued_total, 0, 0)
+          is distinct from (c.waiting, c.parked, c.scheduled, c.blocked, c.in_flight, c.dead_letters, c.oldest, c.enqueued_total, c.settled, c.failed))
   select coalesce(sum(c.seen), 0)::bigint from counted c
 $$;
 

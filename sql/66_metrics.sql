@@ -6,6 +6,7 @@ create or replace function orchestrator.metrics() returns jsonb
 language sql stable as $$
   with labels as (
     select n.type, coalesce(sum(t.waiting), 0) as waiting, coalesce(sum(t.parked), 0) as parked, coalesce(sum(t.scheduled), 0) as scheduled,
+           coalesce(sum(t.blocked), 0) as blocked,
            coalesce(sum(t.in_flight), 0) as in_flight, coalesce(sum(t.dead_letters), 0) as dead_letters,
            coalesce(extract(epoch from max(s.counted_at - t.oldest_ready_at)), 0) as oldest_seconds,
            coalesce(sum(t.enqueued_total), 0) as enqueued_total

@@ -72,13 +72,14 @@ create or replace view orchestrator._redacted_tasks as
   from orchestrator.tasks t;
 
 create or replace view orchestrator.pending_tasks as
-  select t.id, t.type, t.priority, t.status, t.queued_at as ready_since, t.next_retry_at, t.attempts,
+  select t.id, t.type, t.priority, t.status, t.queued_at as ready_since, case when t.blocked_until is null then t.next_retry_at end as next_retry_at,
+         t.attempts,
          orchestrator.redact_text(t.last_error) as last_error, t.created_at, t.idempotency_key, orchestrator.redact(t.payload) as payload
   from (select * from orchestrator.tasks where queued_at is not null
         union all select * from orchestrator.tasks where next_retry_at is not null
         union all select * from orchestrator.tasks where parked_at is not null) t;
 comment on view orchestrator.pending_tasks is
-  'Tasks that wait: ready since ready_since, not before next_retry_at, or (with neither) until others of their concurrency key have ended.';
+  'Tasks that wait: ready since ready_since, not before next_retry_at, or (with neither) until others have ended: those in after, or of their concurrency key.';
 
 create or replace view orchestrator.running_tasks as
   select t.id, t.type, t.priority, t.status, t.worker_id, t.claimed_at, t.started_at, clock_timestamp() - t.claimed_at as age,
@@ -107,13 +108,13 @@ create or replace view orchestrator.queue_stats as
   types as (
     select c.type from counted c union select p.type from orchestrator.task_types p where orchestrator._prefix(p.type) is null
     union select s.type from orchestrator.type_stats s where s.type <> 'other')
-  select y.type, coalesce(c.waiting, 0) as waiting, coalesce(c.parked, 0) as parked, coalesce(c.scheduled, 0) as scheduled, coalesce(c.in_flight, 0) as in_flight,
+  select y.type, coalesce(c.waiting, 0) as waiting, coalesce(c.parked, 0) as parked, coalesce(c.scheduled, 0) as scheduled, coalesce(c.blocked, 0) as blocked, coalesce(c.in_flight, 0) as in_flight,
          coalesce(c.dead_letters, 0) as dead_letters, coalesce(clock_timestamp() - c.oldest, interval '0') as oldest_waiting_age,
          exists (select from orchestrator.task_types p where p.paused and y.type like p.likes) as paused, r.per_second, r.failure_share, r.median, r.p95
   from types y left join counted c using (type) left join orchestrator._recent r using (type)
   order by y.type;
 comment on view orchestrator.queue_stats is
-  'By type, counted live: ready, parked, scheduled, in flight, dead letters, the age of the oldest ready one, and whether the type is '
+  'By type, counted live: ready, parked, scheduled (of these blocked by other tasks), in flight, dead letters, the age of the oldest ready one, and whether the type is '
   'paused. From type_stats: tasks ended per second and share of failed attempts lately, seconds that runs took.';
 
 -- The three tasks that have been in flight longest under a limit, of one key or of all, and their workers.
@@ -124,6 +125,18 @@ language sql stable as $$
   from (select t.id, t.worker_id, t.claimed_at from orchestrator.claims c join orchestrator.tasks t on t.claim_id = c.id
         where c.limit_name = p_limit and (p_key is null or c.key = p_key) and t.status in ('claimed', 'running') order by t.claimed_at limit 3) h
   left join orchestrator.workers w on w.id = h.worker_id
+$$;
+
+-- Its parents that failed come first, each with the call that frees it.
+create or replace function orchestrator._explain_blocked(p_id uuid, p_until timestamptz) returns text
+language sql stable as $$
+  select format('waits for %s%s%s', string_agg(format('task %s (%s)', w.parent, case when w.status = 'dead_letter'
+                  then format('a dead letter: select orchestrator.retry_task(%L) tries again, cancel_task(%L) gives up', w.parent, p_id)
+                  else coalesce(w.status, 'deleted') end), ', ' order by w.n) filter (where w.n <= 3),
+                case when count(*) > 3 then format(' and %s more', count(*) - 3) end,
+                case when p_until > clock_timestamp() then format(', and for %s', p_until) end)
+  from (select w.parent, t.status::text, row_number() over (order by t.status = 'dead_letter' desc, w.parent) as n
+        from orchestrator.task_waits w left join orchestrator.tasks t on t.id = w.parent where w.child = p_id) w
 $$;
 
 create or replace function orchestrator.explain_task(p_id uuid) returns text
@@ -142,7 +155,10 @@ begin
   where p.paused and t.type like p.likes order by p.type = t.type desc limit 1;
   select * into l from orchestrator.limits x where x.type = orchestrator._limit_of(t.type);
   case
-    when t.status in ('completed', 'cancelled') then return format('%s at %s', t.status, t.completed_at);
+    when t.status in ('completed', 'cancelled') then
+      return format('%s at %s%s', t.status, t.completed_at,
+        (select ': ' || nullif(concat_ws(': ', nullif(e.event, 'cancelled'), e.detail), '') || format('; select orchestrator.retry_task(%L) runs it', t.id)
+         from orchestrator.task_events e where e.task_id = t.id and e.event in ('cancelled', 'expired') order by e.id desc limit 1));
     when t.status = 'dead_letter' then
       return format('gave up after %s at %s: select orchestrator.retry_task(%L) tries again', orchestrator._count_of(t.attempts, 'attempt'), t.dead_at, t.id);
     when t.status in ('claimed', 'running') then
@@ -150,6 +166,8 @@ begin
         case when t.cancel_requested_at is not null then ', asked to stop at ' || t.cancel_requested_at else '' end,
         coalesce((select ', whose last heartbeat is ' || extract(epoch from clock_timestamp() - w.last_heartbeat)::int || ' s old'
                   from orchestrator.workers w where w.id = t.worker_id), ', which is gone: the leader will recover it'));
+    when t.blocked_until is not null then return orchestrator._explain_blocked(t.id, t.blocked_until);
+    when t.expires_at <= clock_timestamp() then return format('expired at %s: promote_due, which workers call, cancels it', t.expires_at);
     when v_workers = 0 then return format('no live worker handles %s: start one with a handler for it', t.type);
     when v_paused is not null then return format('%1$s is paused: select orchestrator.resume_type(%1$L)', v_paused);
     when t.next_retry_at is not null then
@@ -190,12 +208,17 @@ language sql stable as $$
   select to_jsonb(t) || jsonb_build_object(
     'payload', r.payload, 'result', r.result, 'progress', r.progress, 'meta', r.meta, 'steps', r.steps, 'last_error', orchestrator.redact_text(t.last_error),
     'claim_id', t.claim_id::text, 'max_retries', coalesce(t.max_retries, (orchestrator._policy(t.type)).max_retries),
+    'parents', (select coalesce(jsonb_agg(jsonb_build_object('id', a.id, 'type', p.type, 'status', p.status) order by a.n), '[]')
+                from unnest(t.after) with ordinality a(id, n) left join orchestrator._bare_tasks p on p.id = a.id where a.n <= 100),
+    'children', (select coalesce(jsonb_agg(jsonb_build_object('id', c.id, 'type', c.type, 'status', c.status) order by c.id), '[]')
+                 from (select w.child from orchestrator.task_waits w where w.parent = t.id order by w.child limit 100) w
+                 join orchestrator._bare_tasks c on c.id = w.child),
     'explanation', orchestrator.explain_task(t.id), 'events', orchestrator._events(t.id, true))
   from orchestrator._bare_tasks t join orchestrator._redacted_tasks r on r.id = t.id where t.id = p_id
 $$;
 comment on function orchestrator.show_task is
   'A task''s whole story: its row (secrets blanked, but for meta; progress as [[name, value], …] in the handler''s order; claim_id as text), '
-  'explain_task, and its events. Null if there is none.';
+  'explain_task, its events, and up to 100 parents (after) and children that wait for it. Null if there is none.';
 
 create or replace function orchestrator.get_task(p_id uuid) returns jsonb
 language sql stable as $$

@@ -28,7 +28,7 @@ HANDLERS = {"a": {"max_retries": 1, "base_delay": 3600}, "b:": {"max_retries": 2
 OPERATIONS = """
   enqueue enqueue enqueue_many enqueue_many claim claim claim claim start start complete complete complete fail fail fail release snooze
   progress cancel cancel retry promote promote pause_or_resume limit die recover recover maintain prune
-  schedule fire fire fire_by_hand pause_or_resume_schedule
+  schedule fire fire fire_by_hand pause_or_resume_schedule enqueue_after enqueue_after expire
 """.split()  # noqa: SIM905
 EXAMPLES, STEPS = int(os.environ.get("MODEL_EXAMPLES", "60")), 100
 WAITING, IN_FLIGHT = ("pending", "retry_scheduled"), ("claimed", "running")
@@ -47,12 +47,18 @@ class Task:
     worker: str | None = None
     asked: bool = False
     turn: str | None = None  # its concurrency key
+    blocked: bool = False
+    expires: bool = False
+    waits: dict[str, str] = field(default_factory=dict, compare=False)  # what it still waits for: on_failure
+    delayed: bool = field(default=False, compare=False)  # when it no longer waits
     limit: str | None = field(default=None, compare=False)  # that it was claimed under
 
     def leave(self, status: str, scheduled: bool = False) -> None:
-        self.status, self.scheduled, self.asked = status, scheduled, False
+        self.status, self.scheduled, self.asked, self.blocked = status, scheduled, False, False
         if status in WAITING:
             self.claim = self.worker = None
+        else:
+            self.expires = False
 
     def started(self) -> None:
         self.attempts += self.status == "claimed"
@@ -100,6 +106,19 @@ class Model:
         return sum(task.status in IN_FLIGHT and self.limit_of(task.type) == limit and turn in (None, task.turn)
                    for task in self.tasks.values())
 
+    def settle(self) -> None:
+        """What waits for tasks that have ended goes its way; a child is younger than its parents."""
+        for _, task in sorted(self.tasks.items()):
+            for parent, mode in list(task.waits.items()) if task.blocked else ():
+                ended = self.tasks[parent].status
+                if ended == "completed" or (mode == "run" and ended in ("cancelled", "dead_letter")):
+                    del task.waits[parent]
+                elif ended == "cancelled" or (mode == "cancel" and ended == "dead_letter"):
+                    task.leave("cancelled")
+                    break
+            if task.blocked and not task.waits:
+                task.blocked, task.scheduled = False, task.delayed
+
     def held(self, claim: int, id: str) -> Task | None:
         task = self.tasks.get(id)
         return task if task and task.claim == claim and task.status in IN_FLIGHT else None
@@ -115,6 +134,7 @@ class Queue(RuleBasedStateMachine):
         self.conn.execute("""
           truncate orchestrator.tasks, orchestrator.claims, orchestrator.workers, orchestrator.task_types, orchestrator.task_events,
                    orchestrator.type_limits, orchestrator.starts, orchestrator.freed_keys, orchestrator.schedules,
+                   orchestrator.task_waits, orchestrator.expiries,
                    orchestrator.lanes, orchestrator.lane_floors, public.transitions""")
         self.term = steps.lead(self.conn)
         for _ in range(2):
@@ -153,6 +173,30 @@ class Queue(RuleBasedStateMachine):
         self.model.tasks[id] = Task(type, priority, most, scheduled=later, turn=turn)
         if key:
             self.model.keys[type, key] = id
+
+    def enqueue_after(self, draw: Random) -> None:
+        type, priority, mode = draw.choice(TYPES), draw.choice(PRIORITIES), draw.choice(["wait", "cancel", "run"])
+        bad = {"wait": ["cancelled"], "cancel": ["cancelled", "dead_letter"], "run": []}[mode]
+        known = [id for id, task in self.model.tasks.items() if task.status not in bad]
+        parents = draw.sample(known[-8:], min(len(known), draw.randint(1, 3)))
+        later, expires, key = draw.choice([False, False, True]), draw.choice([False, True]), draw.choice([None, None, "k"])
+        id = steps.enqueue(self.conn, type, {}, priority=priority, after=parents, on_failure=mode, run_at="2030-01-01" if later else None,
+                           expires_at="2031-01-01" if expires else None, idempotency_key=key)
+        if key and (type, key) in self.model.keys:
+            assert id == self.model.keys[type, key]
+            return
+        self.model.tasks[id] = Task(type, priority, None, blocked=True, expires=expires, waits=dict.fromkeys(parents, mode), delayed=later)
+        if key:
+            self.model.keys[type, key] = id
+
+    def expire(self, draw: Random) -> None:
+        up = [id for id, task in self.model.tasks.items() if task.expires and draw.choice([False, True])]
+        self.conn.execute("update orchestrator.tasks set expires_at = clock_timestamp() where id = any (%s::uuid[])", [up])
+        self.conn.execute("update orchestrator.expiries set at = clock_timestamp() where task_id = any (%s::uuid[])", [up])
+        for id in up:
+            self.model.tasks[id].leave("cancelled")
+        self.promote(draw)
+        self.counts["expired"] += len(up)
 
     def enqueue_many(self, draw: Random) -> None:
         type, priority = draw.choice(TYPES), draw.choice(PRIORITIES)
@@ -199,6 +243,7 @@ class Queue(RuleBasedStateMachine):
         for claimed in got:
             task = self.model.tasks[claimed["id"]]
             assert (claimed["attempts"], claimed["recoveries"]) == (task.attempts, task.recoveries)
+            task.expires = False
             task.status, task.claim, task.worker, task.limit = "claimed", claimed["claim_id"], worker, self.model.limit_of(task.type)
         claims = {t["claim_id"] for t in got}
         assert not claims & set(self.model.claims)
@@ -336,7 +381,8 @@ class Queue(RuleBasedStateMachine):
         if due:
             self.conn.execute("update orchestrator.tasks set next_retry_at = clock_timestamp() where next_retry_at is not null")
         steps.promote(self.conn)
-        query = "select id::text from orchestrator.tasks where next_retry_at is not null"
+        query = "select id::text from orchestrator.tasks where next_retry_at is not null and blocked_until is null"
+        self.model.settle()
         still = set(steps.column(self.conn, query))  # where no delay was asked for, some are due already
         for id, task in self.model.tasks.items():
             if task.scheduled and id not in still:
@@ -461,12 +507,14 @@ class Queue(RuleBasedStateMachine):
         name = draw.choice(OPERATIONS)
         note(name)
         getattr(self, name)(draw)
+        self.model.settle()
         self.counts["steps"] += 1
 
     @invariant()
     def the_database_is_what_the_model_says(self) -> None:
-        query = """select id::text, type, priority, max_retries, status::text, next_retry_at is not null, attempts, recoveries, claim_id,
-                          worker_id, cancel_requested_at is not null, concurrency_key from orchestrator.tasks"""
+        query = """select id::text, type, priority, max_retries, status::text, next_retry_at is not null and blocked_until is null,
+                          attempts, recoveries, claim_id, worker_id, cancel_requested_at is not null, concurrency_key, blocked_until is not null,
+                          expires_at is not null from orchestrator.tasks"""
         found = {id: Task(*columns) for id, *columns in self.conn.execute(query)}
         assert found == self.model.tasks
         open_tasks = Counter(task.claim for task in self.model.tasks.values() if task.status in IN_FLIGHT)
@@ -493,5 +541,5 @@ def test_random_calls_leave_the_database_as_the_model_says(conn):
     run_state_machine_as_test(queue, settings=settings(
         max_examples=EXAMPLES, stateful_step_count=STEPS, deadline=None, database=None, derandomize=True,
         suppress_health_check=list(HealthCheck), phases=(Phase.generate,)))
-    for bite in ("claimed", "completed", "retry_scheduled", "dead_letter", "cancelled", "rejected", "recovered", "fired"):
+    for bite in ("claimed", "completed", "retry_scheduled", "dead_letter", "cancelled", "rejected", "recovered", "fired", "expired"):
         assert Queue.counts[bite] >= EXAMPLES // 10, Queue.counts  # else the steps didn't get anywhere

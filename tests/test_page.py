@@ -406,6 +406,18 @@ def test_a_story_follows_its_task_and_acts_on_it(conn: Connection, page: Page) -
     expect(page.locator("#story").get_by_role("button", name="Retry")).to_be_visible()
 
 
+def test_a_story_links_its_parents_and_the_children_that_wait_for_it(conn: Connection, page: Page) -> None:
+    parent = enqueue(conn, "nobody:parent")
+    child = enqueue(conn, "nobody:child", after=[parent])
+    page.goto(page.url.split("#")[0] + "#task=" + child)
+    facts = page.locator("#story-facts")
+    expect(facts).to_contain_text("Waited fornobody:parent pending")
+    expect(page.locator("#story-why")).to_contain_text(f"waits for task {parent} (pending)")
+    facts.get_by_role("link", name="nobody:parent").click()
+    expect(page.locator("#story-id")).to_have_text(parent)
+    expect(facts).to_contain_text("Waiting for itnobody:child pending")
+
+
 def test_an_unknown_task_is_said_and_not_an_outage(
         worker: Callable[..., WorkerProcess], tabs: Callable[..., Tab]) -> None:
     tab = tabs(worker().address + "/#task=01890a5d-ac96-774b-bcce-b302099a8057")

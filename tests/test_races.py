@@ -206,3 +206,60 @@ def test_claims_are_locked_in_the_order_of_their_ids(connections, first_name, se
         second.commit()
     assert audit(watcher) == []
     check_transitions(watcher)
+
+
+# What may meet at a child: the first is done but not committed when the second begins. parent and other are in flight, and the child
+# waits for both; gone is a dead letter that it waits for, too, where retention takes part.
+AT_A_CHILD = {
+    "complete": lambda conn, at: complete(conn, at["claim"], at["parent"]),
+    "complete the other": lambda conn, at: complete(conn, at["other_claim"], at["other"]),
+    "fail for good": lambda conn, at: fail(conn, at["claim"], at["parent"], permanent=True),
+    "cancel the child": lambda conn, at: cancel(conn, at["child"]),
+    "cancel another parent": lambda conn, at: cancel(conn, at["waiting"]),
+    "prune": lambda conn, at: row(conn, "select * from orchestrator.prune('leader', %s, '0', '1 hour')", at["term"]),
+    "retry": lambda conn, at: retry(conn, at["gone"]),
+    "promote": lambda conn, at: conn.execute("select orchestrator.promote_due()"),
+}
+
+
+def at_a_child(conn: Any, term: int, mode: str) -> dict[str, Any]:
+    conn.execute("delete from orchestrator.task_waits; delete from orchestrator.expiries")
+    _, gone = prepare(conn, "dead_letter")
+    conn.execute("update orchestrator.tasks set dead_at = now() - interval '1 day'")
+    parent, other = enqueue(conn), enqueue(conn)
+    [first], [second] = claim(conn, "v", limit=1), claim(conn, "v", limit=1)
+    waiting = enqueue(conn, "later")
+    child = enqueue(conn, "child", after=[parent, other] if mode == "two" else [parent, other, gone, waiting], on_failure="wait")
+    enqueue(conn, "grandchild", after=[child], on_failure="run")
+    return {"term": term, "gone": gone, "claim": first["claim_id"], "parent": parent, "other_claim": second["claim_id"], "other": other,
+            "waiting": waiting, "child": child}
+
+
+def end_of(conn: Any) -> list[Any]:
+    conn.execute("update orchestrator.tasks set next_retry_at = clock_timestamp() where blocked_until is not null")
+    conn.execute("select orchestrator.promote_due()")   # what was skipped is looked at later
+    return conn.execute("""select type, status::text, queued_at is not null, blocked_until is not null, dead_at is not null
+                           from orchestrator.tasks order by id""").fetchall() + conn.execute("""
+                           select p.type, c.type from orchestrator.task_waits w left join orchestrator.tasks p on p.id = w.parent
+                           join orchestrator.tasks c on c.id = w.child order by 1, 2""").fetchall()
+
+
+@pytest.mark.parametrize(("first_name", "second_name"), [(a, b) for a in AT_A_CHILD for b in AT_A_CHILD if a != b])
+def test_two_that_meet_at_a_child_end_as_if_one_came_after_the_other(connections, first_name, second_name):
+    watcher, first, second, term = connections
+    mode = "four" if {first_name, second_name} & {"cancel another parent", "prune", "retry"} else "two"
+    ends = []
+    for names in ((first_name, second_name), (second_name, first_name)):
+        at = at_a_child(watcher, term, mode)
+        for name in names:
+            AT_A_CHILD[name](watcher, at)
+        ends.append(end_of(watcher))
+    at = at_a_child(watcher, term, mode)
+    AT_A_CHILD[first_name](first, at)
+    _, later = meet(watcher, second, lambda: AT_A_CHILD[second_name](second, at))
+    first.commit()
+    later.result(15)
+    second.commit()
+    assert end_of(watcher) in ends
+    assert audit(watcher) == []
+    check_transitions(watcher)
