@@ -24,12 +24,12 @@ language sql as $$
   insert into orchestrator.operations (action, filter, value) values (p_action, p_filter, p_value) returning id
 $$;
 
--- For events: who did it, and as part of which bulk operation.
+-- For events: who did it, and in which bulk operation.
 create or replace function orchestrator._by() returns text
 language sql stable
 return coalesce('operation ' || nullif(current_setting('orchestrator.operation', true), '') || ' ', '') || 'by ' || current_user;
 
--- The lists that hold all tasks of a status, in the order of display: those with an index of their own, or ids, newest first.
+-- The lists that have all tasks of a status, as they are shown: those with an index of their own, or by id.
 create or replace function orchestrator._walks(p_status text) returns text[]
 language sql immutable parallel safe
 return case when p_status in ('ready', 'parked', 'blocked', 'scheduled', 'in_flight', 'dead_letter') then array[p_status]
@@ -37,48 +37,26 @@ return case when p_status in ('ready', 'parked', 'blocked', 'scheduled', 'in_fli
   when p_status in ('pending', 'waiting') then '{ready,parked,blocked,scheduled}'
   when p_status = 'unfinished' then '{in_flight,ready,parked,blocked,scheduled}' else '{ids}' end;
 
--- Nulls where the filter says nothing; low and high bound ids.
-create or replace function orchestrator._filter(
-  p_filter jsonb, out type text, out likes text, out status text, out low uuid, out high uuid, out ids uuid[], out priority int,
-  out key text, out error text, out payload jsonb)
+create or replace function orchestrator._check_filter(p_filter jsonb) returns void
 language plpgsql stable as $$
 declare
-  v_known text[] := '{id,ids,type,status,created_after,created_before,priority,concurrency_key,error,payload,all}'::text[];
+  v_keys text[] := '{id,ids,type,status,created_after,created_before,priority,concurrency_key,error,payload,all}'::text[];
   v_statuses text[] := '{ready,parked,blocked,scheduled,waiting,in_flight,unfinished,ended}' ||
     array_remove(enum_range(null::orchestrator.task_status)::text[], 'failed');   -- none rests in failed
-  v_prefix text := lower(replace(btrim(p_filter ->> 'id'), '-', ''));
-  v_bad text;
 begin
-  type := p_filter ->> 'type';
-  likes := orchestrator._like(type);
-  status := p_filter ->> 'status';
-  key := p_filter ->> 'concurrency_key';
-  error := p_filter ->> 'error';
-  payload := p_filter -> 'payload';
-  begin
-    select e.key || case when e.key = any (v_known) then ': is empty' else ': is not known' end into v_bad from jsonb_each(p_filter) e
-    where e.key <> all (v_known) or e.value in ('null', '""', '{}') limit 1;
-    priority := (p_filter ->> 'priority')::int;
-    ids := case when p_filter ? 'ids' then array(select jsonb_array_elements_text(p_filter -> 'ids')::uuid) end;
-    low := case when p_filter ? 'created_after' then orchestrator._uuid_at((p_filter ->> 'created_after')::timestamptz) end;
-    high := case when p_filter ? 'created_before' then orchestrator._uuid_at((p_filter ->> 'created_before')::timestamptz) end;
-  exception when data_exception then
-    v_bad := sqlerrm;
-  end;
-  if v_bad is not null then
-    perform orchestrator._invalid('filter', v_bad, 'An object of some of ' || array_to_string(v_known, ', ') || '.');
-  elsif v_prefix !~ '^[0-9a-f]{1,32}$' then
-    perform orchestrator._invalid('id', 'must be the beginning of a task''s id', 'Digits and a to f.');
-  elsif status <> all (v_statuses) then
+  perform orchestrator._invalid(case when k.known then k.key else 'filter' end, case when k.known then 'is empty' else k.key || ' is not known' end,
+                                'A filter is an object of some of ' || array_to_string(v_keys, ', ') || '.')
+  from (select e.key, e.value, e.key = any (v_keys) as known from jsonb_each(p_filter) e) k where not k.known or k.value in ('null', '""', '{}');
+  if p_filter ->> 'status' <> all (v_statuses) then
     perform orchestrator._invalid('status', 'is unknown', 'One of ' || array_to_string(v_statuses, ', ') || '.');
+  elsif replace(btrim(p_filter ->> 'id'), '-', '') !~* '^[0-9a-f]{1,32}$' then
+    perform orchestrator._invalid('id', 'must be the beginning of a task''s id', 'Digits and a to f.');
   end if;
-  low := greatest(low, rpad(coalesce(v_prefix, ''), 32, '0')::uuid);
-  high := least(high, rpad(coalesce(v_prefix, ''), 32, 'f')::uuid);
 end $$;
 
--- Tasks that match a filter: of the list p_walk from its p_skip-th task, or by id: `ids` from p_from down, `up` from p_from up.
--- Looks at p_bound tasks. Returns how many it looked at, and, unless that was the end of the list, which in the list it looked at last.
--- Each part of the union reads along an index, and no further than the limits ask for, so nothing here may sort but ids.
+-- The tasks of the list p_walk that match, from its p_skip-th on, or by id: `ids` from p_from down, `up` from p_from up. Looks at
+-- p_bound tasks, and says at how many, and if there are more, at which last. Each part of the union reads along an index, as far as
+-- p_limit needs.
 create or replace function orchestrator._matching(
   p_filter jsonb, p_walk text, p_skip int, p_from uuid, p_limit int, p_bound int, out ids uuid[], out looked int, out stopped int, out last uuid)
 language plpgsql stable as $$
@@ -86,25 +64,30 @@ language plpgsql stable as $$
 declare
   f record;
   r record;
-  v_low text;
-  v_high text;
-  v_some uuid[];   -- by id: there are no others
+  v_prefix text := orchestrator._prefix(coalesce(p_filter ->> 'type', '*'));
+  v_id text := coalesce(replace(btrim(p_filter ->> 'id'), '-', ''), '');
+  v_low uuid;
+  v_high uuid;
 begin
-  select * into f from orchestrator._filter(p_filter);
-  v_low := coalesce(orchestrator._prefix(coalesce(f.type, '*')), f.type);
-  v_high := v_low || case when orchestrator._prefix(coalesce(f.type, '*')) is null then '' else U&'\+10FFFF' end;
-  v_some := f.ids;
-  p_from := coalesce(p_from, case p_walk when 'up' then '00000000-0000-0000-0000-000000000000' else 'ffffffff-ffff-ffff-ffff-ffffffffffff' end::uuid);
-  if p_walk = 'up' and v_some is null and orchestrator._walks(f.status) <> '{ids}' then
-    v_some := '{}';
-    for r in select m.* from unnest(orchestrator._walks(f.status)) w
-             cross join lateral orchestrator._matching(p_filter - '{error,payload}'::text[], w, 0, null, p_bound, p_bound) m loop
-      v_some := case when r.stopped is null then v_some || r.ids end;   -- null: too many to sort
+  perform orchestrator._check_filter(p_filter);
+  select x.*, orchestrator._like(x.type) as likes, coalesce(v_prefix, x.type) as first, coalesce(v_prefix || U&'\+10FFFF', x.type) as final into f
+  from jsonb_to_record(p_filter) x(ids uuid[], type text, status text, created_after timestamptz, created_before timestamptz, priority int,
+                                   concurrency_key text, error text, payload jsonb);
+  v_low := greatest(rpad(v_id, 32, '0')::uuid, case when f.created_after is not null then orchestrator._uuid_at(f.created_after) end,
+                    case when p_walk = 'up' then p_from end);
+  v_high := least(rpad(v_id, 32, 'f')::uuid, case when f.created_before is not null then orchestrator._uuid_at(f.created_before) end,
+                  case when p_walk = 'ids' then p_from end);
+  if p_walk = 'up' and f.ids is null and orchestrator._walks(f.status) <> '{ids}' then
+    f.ids := '{}';
+    for r in select m.* from unnest(orchestrator._walks(f.status)) w cross join lateral orchestrator._matching(
+               p_filter - '{error,payload}'::text[], w, 0, null, p_limit * 10, least(p_limit * 10, p_bound)) m loop
+      f.ids := case when r.stopped is null then f.ids || r.ids end;   -- null: too many to sort
+      exit when f.ids is null;
     end loop;
   end if;
   with walked as materialized (
     select row_number() over () as place, w.* from (
-      (select t.* from orchestrator._bare_tasks t where p_walk = 'ready' and t.queued_at is not null and t.type >= v_low and t.type <= v_high
+      (select t.* from orchestrator._bare_tasks t where p_walk = 'ready' and t.queued_at is not null and t.type >= f.first and t.type <= f.final
        order by t.type, t.priority desc, t.queued_at offset p_skip limit p_bound)
       union all
       (select t.* from orchestrator._bare_tasks t where p_walk = 'parked' and t.parked_at is not null
@@ -123,19 +106,19 @@ begin
        cross join lateral (select t.* from orchestrator._bare_tasks t
          where t.claim_id = c.id and t.status in ('claimed', 'running') limit 10000000) t offset p_skip limit p_bound)
       union all
-      (select t.* from orchestrator._bare_tasks t where p_walk = 'ids' and v_some is null and t.id >= f.low and t.id <= f.high and t.id < p_from
+      (select t.* from orchestrator._bare_tasks t where p_walk = 'ids' and f.ids is null and t.id >= v_low and t.id <= v_high and t.id is distinct from p_from
        order by t.id desc limit p_bound)
       union all
-      (select t.* from orchestrator._bare_tasks t where p_walk = 'up' and v_some is null and t.id >= f.low and t.id <= f.high and t.id > p_from
+      (select t.* from orchestrator._bare_tasks t where p_walk = 'up' and f.ids is null and t.id >= v_low and t.id <= v_high and t.id is distinct from p_from
        order by t.id limit p_bound)
       union all
-      (select t.* from (select u.id from (select distinct unnest(v_some) as id) u
-         where case p_walk when 'up' then u.id > p_from when 'ids' then u.id < p_from end order by case p_walk when 'up' then u.id end, u.id desc) u
-       cross join lateral (select t.* from orchestrator._bare_tasks t where t.id = u.id limit 1) t limit p_bound)) w),
+      (select t.* from (select distinct unnest(f.ids) as id order by id) u
+       cross join lateral (select b.* from orchestrator._bare_tasks b where b.id = u.id limit 1) t limit p_bound)) w),
   found as materialized (
     select w.place, w.id from walked w
-    where w.id >= f.low and w.id <= f.high and (f.type is null or w.type like f.likes) and (f.priority is null or w.priority = f.priority)
-      and (f.key is null or w.concurrency_key = f.key)
+    where w.id >= v_low and w.id <= v_high and w.id is distinct from p_from
+      and (f.type is null or w.type like f.likes) and (f.priority is null or w.priority = f.priority)
+      and (f.concurrency_key is null or w.concurrency_key = f.concurrency_key)
       and (f.status is null or case f.status when 'ready' then w.queued_at is not null when 'parked' then w.parked_at is not null
         when 'blocked' then w.blocked_until is not null when 'scheduled' then w.next_retry_at is not null
         when 'waiting' then w.status in ('pending', 'retry_scheduled') when 'in_flight' then w.status in ('claimed', 'running')
@@ -148,8 +131,7 @@ begin
                        when (select count(*) from walked) = p_bound then p_bound end as place)
   select array(select x.id from found x order by x.place), coalesce(s.place, (select count(*) from walked)), s.place,
          (select w.id from walked w where w.place = s.place limit 1)
-    into ids, looked, stopped, last
-  from stop s;
+    into ids, looked, stopped, last from stop s;
 end $$;
 
 -- Acts on those of these tasks that nobody else holds, that still match, and that may be acted upon; returns how many that are.
