@@ -12,7 +12,7 @@ begin
   if t.status in ('pending', 'retry_scheduled') then
     update orchestrator.tasks x
     set status = 'cancelled', completed_at = clock_timestamp(), updated_at = clock_timestamp(), queued_at = null, next_retry_at = null,
-        parked_at = null, parked_by = null
+        parked_at = null, parked_by = null, blocked_until = null
     where x.id = p_id;
     perform orchestrator._add_event(p_id, 'cancelled', null, null, orchestrator._by());
     if t.queued_at is not null and t.concurrency_key is not null then

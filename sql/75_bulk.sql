@@ -112,7 +112,7 @@ begin
       (select t.* from orchestrator._bare_tasks t where p_walk = 'up' and f.ids is null and t.id >= v_low and t.id <= v_high and t.id is distinct from p_from
        order by t.id limit p_bound)
       union all
-      (select t.* from (select distinct unnest(f.ids) as id order by id) u
+      (select t.* from (select d.id from (select distinct unnest(f.ids) as id) d order by case p_walk when 'up' then d.id end, d.id desc) u
        cross join lateral (select b.* from orchestrator._bare_tasks b where b.id = u.id limit 1) t limit p_bound)) w),
   found as materialized (
     select w.place, w.id from walked w
@@ -185,7 +185,7 @@ declare
   v_ids uuid[];
 begin
   p_dry_run := coalesce(p_dry_run, true);
-  p_filter := coalesce(p_filter, '{}');
+  p_filter := case when jsonb_typeof(p_filter) = 'object' then p_filter else '{}' end;
   if p_operation is not null then
     select o.filter, o.value, o.next_after into p_filter, p_value, p_after from orchestrator.operations o
     where o.id = p_operation and o.action = p_action and o.ended_at is null for no key update;
