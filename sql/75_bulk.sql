@@ -187,7 +187,7 @@ begin
   p_dry_run := coalesce(p_dry_run, true);
   p_filter := case when jsonb_typeof(p_filter) = 'object' then p_filter else '{}' end;
   if p_operation is not null then
-    select o.filter, o.value, o.next_after into p_filter, p_value, p_after from orchestrator.operations o
+    select o.filter, o.value, coalesce(p_after, o.next_after) into p_filter, p_value, p_after from orchestrator.operations o
     where o.id = p_operation and o.action = p_action and o.ended_at is null for no key update;
     if not found then
       perform orchestrator._invalid('operation', 'is none of this action that has not ended', 'Look into the table operations.');
