@@ -19,9 +19,9 @@ comment on table orchestrator.operations is
 select setval('orchestrator.operations_id_seq', m.id) from (select max(id) as id from orchestrator.operations) m   -- as in 10_tables.sql
 where m.id > coalesce(pg_sequence_last_value('orchestrator.operations_id_seq'), 0);
 
-create or replace function orchestrator._log(p_action text, p_filter jsonb, p_value jsonb default null) returns bigint
+create or replace function orchestrator._log(p_action text, p_key text, p_name text, p_value jsonb default null) returns void
 language sql as $$
-  insert into orchestrator.operations (action, filter, value) values (p_action, p_filter, p_value) returning id
+  insert into orchestrator.operations (action, filter, value) values (p_action, jsonb_build_object(p_key, p_name), p_value)
 $$;
 
 -- For events: who did it, and in which bulk operation.
@@ -85,35 +85,32 @@ begin
       exit when f.ids is null;
     end loop;
   end if;
-  with walked as materialized (
+  with b as not materialized (select * from orchestrator._bare_tasks),
+  walked as materialized (
     select row_number() over () as place, w.* from (
-      (select t.* from orchestrator._bare_tasks t where p_walk = 'ready' and t.queued_at is not null and t.type >= f.first and t.type <= f.final
-       order by t.type, t.priority desc, t.queued_at offset p_skip limit p_bound)
+      (select * from b where p_walk = 'ready' and queued_at is not null and type >= f.first and type <= f.final
+       order by type, priority desc, queued_at offset p_skip limit p_bound)
       union all
-      (select t.* from orchestrator._bare_tasks t where p_walk = 'parked' and t.parked_at is not null
-       order by t.parked_by, t.concurrency_key, t.type, t.priority desc, t.parked_at offset p_skip limit p_bound)
+      (select * from b where p_walk = 'parked' and parked_at is not null
+       order by parked_by, concurrency_key, type, priority desc, parked_at offset p_skip limit p_bound)
       union all
-      (select t.* from orchestrator._bare_tasks t where p_walk = 'blocked' and t.blocked_until is not null
-       order by t.blocked_until offset p_skip limit p_bound)
+      (select * from b where p_walk = 'blocked' and blocked_until is not null order by blocked_until offset p_skip limit p_bound)
       union all
-      (select t.* from orchestrator._bare_tasks t where p_walk = 'scheduled' and t.next_retry_at is not null
-       order by t.next_retry_at offset p_skip limit p_bound)
+      (select * from b where p_walk = 'scheduled' and next_retry_at is not null order by next_retry_at offset p_skip limit p_bound)
       union all
-      (select t.* from orchestrator._bare_tasks t where p_walk = 'dead_letter' and t.dead_at is not null
-       order by t.dead_at desc offset p_skip limit p_bound)
+      (select * from b where p_walk = 'dead_letter' and dead_at is not null order by dead_at desc offset p_skip limit p_bound)
       union all
-      (select t.* from (select c.id from orchestrator.claims c where p_walk = 'in_flight' order by c.id) c
-       cross join lateral (select t.* from orchestrator._bare_tasks t
-         where t.claim_id = c.id and t.status in ('claimed', 'running') limit 10000000) t offset p_skip limit p_bound)
+      (select t.* from (select id from orchestrator.claims where p_walk = 'in_flight' order by id) c
+       cross join lateral (select * from b where claim_id = c.id and status in ('claimed', 'running') limit 10000000) t offset p_skip limit p_bound)
       union all
-      (select t.* from orchestrator._bare_tasks t where p_walk = 'ids' and f.ids is null and t.id >= v_low and t.id <= v_high and t.id is distinct from p_from
-       order by t.id desc limit p_bound)
+      (select * from b where p_walk = 'ids' and f.ids is null and id >= v_low and id <= v_high and id is distinct from p_from
+       order by id desc limit p_bound)
       union all
-      (select t.* from orchestrator._bare_tasks t where p_walk = 'up' and f.ids is null and t.id >= v_low and t.id <= v_high and t.id is distinct from p_from
-       order by t.id limit p_bound)
+      (select * from b where p_walk = 'up' and f.ids is null and id >= v_low and id <= v_high and id is distinct from p_from
+       order by id limit p_bound)
       union all
-      (select t.* from (select d.id from (select distinct unnest(f.ids) as id) d order by case p_walk when 'up' then d.id end, d.id desc) u
-       cross join lateral (select b.* from orchestrator._bare_tasks b where b.id = u.id limit 1) t limit p_bound)) w),
+      (select t.* from (select d from (select distinct unnest(f.ids) as d) d order by case p_walk when 'up' then d end, d desc) u
+       cross join lateral (select * from b where id = u.d limit 1) t limit p_bound)) w),
   found as materialized (
     select w.place, w.id from walked w
     where w.id >= v_low and w.id <= v_high and w.id is distinct from p_from
@@ -209,7 +206,10 @@ begin
     sample := orchestrator._task_summaries(v_ids[:5]);
     return;
   end if;
-  operation := coalesce(p_operation, orchestrator._log(p_action, p_filter, p_value));
+  operation := p_operation;
+  if operation is null then
+    insert into orchestrator.operations (action, filter, value) values (p_action, p_filter, p_value) returning id into operation;
+  end if;
   perform set_config('orchestrator.operation', operation::text, true);
   done := orchestrator._act(p_action, p_filter, v_ids, (p_value #>> '{}')::int);
   skipped := matched - done;
@@ -219,11 +219,10 @@ begin
   where o.id = operation;
 end $$;
 comment on function orchestrator.bulk_tasks is
-  'Acts on the tasks that a filter matches: cancel, retry, run_now, prioritize (p_value), purge (what has ended). A dry run, the default, '
-  'changes nothing: it counts up to 100,000 (matched) and shows five (sample). Otherwise it does up to p_limit (10,000 at most) in the '
-  'order of their ids, skips what others hold or the action doesn''t apply to, and notes who did how many in operations. Call it again '
-  'with p_operation => operation (a dry run: p_after => next_after) until next_after is null. A filter is an object of id (its '
-  'beginning), ids, type (or pattern), status, created_after, created_before, priority, concurrency_key, error (a part of it), payload '
-  '(a part of it, secrets blanked), or {"all": true}. Status, as tasks have it, or ready, parked, blocked, scheduled, waiting (all of '
-  'these), in_flight, unfinished (waiting or in flight), ended (completed or cancelled); left out: cancel unfinished, retry '
-  'dead_letter, run_now scheduled, prioritize waiting, purge ended. Raises OR001.';
+  'Cancels, retries, runs now, prioritizes (p_value) or purges (if ended) the tasks that a filter matches. A dry run, the default, changes '
+  'nothing: it counts up to 100,000 (matched) and shows five (sample). Otherwise it takes p_limit (up to 10,000) by their ids, skips what '
+  'others hold and what the action doesn''t apply to, and notes that in operations. Call it again with p_operation => operation (a dry '
+  'run: p_after => next_after) until next_after is null. The filter: an object of id (its beginning), ids, type (or pattern), status, '
+  'created_after, created_before, priority, concurrency_key, error and payload (a part of it, secrets blanked), or {"all": true}. Status: '
+  'as tasks have it, ready, parked, blocked, scheduled, waiting (those four), in_flight, unfinished (both), ended (completed or '
+  'cancelled); if left out, unfinished to cancel, dead_letter to retry, scheduled, waiting, ended to purge. Raises OR001.';
