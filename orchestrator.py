@@ -2756,6 +2756,7 @@ DeadHook = TypeVar("DeadHook", bound=DeadLetterHook)
 Result = TypeVar("Result")
 Parameters = typing.ParamSpec("Parameters")
 LINKS = 4   # connections of a program that enqueues from many threads
+BULK_BATCH = 500   # tasks of bulk() in one call: others wait for them up to 50 ms
 ENDED = ("completed", "dead_letter", "cancelled", "not_found")
 
 
@@ -3064,14 +3065,39 @@ class Operator(Client):
         """The view queue_stats: counts, rates and run times by type."""
         return self.view("queue_stats")
 
-    def _list(self, limit: int, before: str | None = None, **search: Any
+    def bulk(self, action: str, filter: Mapping[str, Any], *, dry_run: bool = True, value: Any = None,
+             limit: int | None = None, operation: int | None = None,
+             progress: Callable[[int], object] = int) -> dict[str, Any]:
+        """Cancel, retry, run_now, prioritize (value) or purge what a filter matches, in batches.
+
+        A dry run changes nothing: it counts, and shows a sample. operation: one that was interrupted, to go
+        on with. progress(n) is called after each batch, with how many that were so far.
+        """
+        left = check_whole("limit", 10 ** 9 if limit is None else limit, 1, 10 ** 9)
+        sums: dict[str, Any] = {"operation": operation, "matched": 0, "done": 0, "skipped": 0, "sample": []}
+        after, given = None, to_json("filter", filter, self.router.encode)
+        while left:
+            row = self.json("bulk_tasks", p_action=action, p_filter=given,
+                            p_dry_run=dry_run, p_value=None if value is None else json.dumps(value),
+                            p_limit=min(BULK_BATCH, left), p_operation=sums["operation"], p_after=after)[0]
+            for name in ("matched", "done", "skipped"):
+                sums[name] += row[name] or 0
+            sums |= {"operation": row["operation"], "sample": sums["sample"] or row["sample"] or []}
+            left, after = left - (row["done"] or 0), row["next_after"]
+            progress(sums["matched" if dry_run else "done"])
+            if after is None:
+                break
+        return sums
+
+    def _list(self, filter: Mapping[str, Any], limit: int, before: str | None = None
               ) -> tuple[list[dict[str, Any]], str | None]:
         """Tasks, and where to go on: a page looks at a bounded number of tasks, and may be empty."""
         check_whole("limit", limit, 1, 1000)
         tasks: list[dict[str, Any]] = []
+        given = to_json("filter", filter, self.router.encode)
         while True:
-            size = min(200, limit - len(tasks))
-            page = json.loads(self.call("api_tasks", p_before=before, p_limit=size, **search)[0][0])
+            page = json.loads(self.call("api_tasks", p_filter=given, p_before=before,
+                                        p_limit=min(200, limit - len(tasks)))[0][0])
             tasks += page["tasks"]
             before = page["next"]
             if before is None or len(tasks) >= limit:
@@ -3079,8 +3105,8 @@ class Operator(Client):
 
     # The last one: from here on, `list` is this method.
     def list(self, filter: Mapping[str, Any] | None = None, limit: int = 50) -> list[dict[str, Any]]:
-        """Tasks by type (or pattern) and status, as the command list shows them; secrets are blanked."""
-        return self._list(limit, **{"p_" + name: value for name, value in (filter or {}).items()})[0]
+        """Tasks that a filter of bulk_tasks matches, as the command list shows them; secrets are blanked."""
+        return self._list(filter or {}, limit)[0]
 
 
 class Orchestrator(Operator):
@@ -3594,14 +3620,16 @@ class HttpRequest(http.server.BaseHTTPRequestHandler):
             raise Refused(413, f"send at most {MAX_BODY} bytes")
         try:
             body = json.loads(self.rfile.read(int(length)) or "{}", parse_int=str)
-            bad = [name[:50] for name, value in body.items() if not isinstance(value, str | None)]
+            kinds = (str, bool, dict, type(None))
+            bad = [name[:50] for name, value in body.items() if not isinstance(value, kinds)]
         except TimeoutError:
             raise Refused(408, "the body did not come") from None
         except (ValueError, RecursionError, AttributeError):   # the last: not an object
             bad = ["body"]
         if bad:
-            raise Refused(400, f"{bad[0]}: send a JSON object of strings and whole numbers")
-        return {name: value for name, value in body.items() if value is not None}
+            raise Refused(400, f"{bad[0]}: send a JSON object of strings, whole numbers, booleans, objects")
+        return {name: value if isinstance(value, str) else json.dumps(value)
+                for name, value in body.items() if value is not None}
 
     def _authorize(self) -> None:
         """Actions need ADMIN_TOKEN as a bearer. No other site's page can send that: a browser asks before it
@@ -3931,7 +3959,11 @@ BATCH_BYTES = 2 ** 22    # of a file's lines, in one call
 LINE_BYTES = 2 ** 20     # a longer line can't be a task
 # What SQL can't say of a line, since it can't be sent.
 LONG_LINE, NO_TEXT = f"is longer than {LINE_BYTES} bytes", "is not UTF-8, or has a NUL character"
-RETRY_BATCH = 500        # dead letters retried in one call
+FILTERS = {
+    "type": "or a pattern such as mail:*", "status": "such as ready, unfinished, ended or dead_letter",
+    "created-before": "such as 2h ago, as 2h, or 2030-01-31T12:00:00Z", "created-after": "as --created-before",
+    "priority": "exactly this", "concurrency-key": "of this key", "error": "a part of the last error",
+    "payload": "JSON that the payload contains"}
 Command = Callable[["Args"], int]
 ARGUMENTS: dict[Command, list[Any]] = collections.defaultdict(list)
 
@@ -3958,17 +3990,39 @@ def _payload(text: str, name: str = "payload") -> Any:
         raise ConfigError(f"{name}: is not JSON: {getattr(error, 'msg', error)}") from None
 
 
-def _moment(text: str) -> datetime:
+def _moment(text: str, flag: str = "--run-at") -> datetime:
     """A local time is refused: it may come twice a year, or not at all."""
     with contextlib.suppress(ValueError):
         if (moment := datetime.fromisoformat(text)).tzinfo is not None:
             return moment
-    raise ConfigError("--run-at: must be a moment with its time zone, such as 2030-01-31T12:00:00+00:00")
+    raise ConfigError(f"{flag}: must be a moment with its time zone, such as 2030-01-31T12:00:00+00:00")
 
 
 def _options(args: Args, names: str) -> dict[str, Any]:
     """The flags that are keyword arguments of the program's API, too."""
     return {name: getattr(args, name) for name in names.split()}
+
+
+def filtered(command: Command) -> Command:
+    """Give a command the filter of tasks."""
+    for name, text in FILTERS.items():
+        arg("--" + name, dest="filter_" + name.replace("-", "_"), help=text)(command)
+    return command
+
+
+def _filter(args: Args) -> dict[str, Any]:
+    found = {name[7:]: value for name, value in vars(args).items()
+             if name.startswith("filter_") and value is not None}
+    for name in found.keys() & {"created_before", "created_after"}:
+        try:
+            age = timedelta(seconds=parse_duration(found[name], unit_needed=True))
+            moment = datetime.now().astimezone() - age
+        except ValueError:
+            moment = _moment(found[name], "--" + name.replace("_", "-"))
+        found[name] = moment.isoformat()
+    if "payload" in found:
+        found["payload"] = _payload(found["payload"])
+    return found
 
 
 def do_run(args: Args) -> int:
@@ -4106,13 +4160,12 @@ def _wait(args: Args, *ids: str) -> int:
     return 1 if failures else 0
 
 
-@arg("--status", help="such as ready, running or dead_letter")
-@arg("--type")
+@filtered
 @arg("--limit", type=int, default=50, help="from 1 to 1000; default 50")
 @arg("--before", help="go on after a page: what it said is next, or an id")
 def do_list(args: Args) -> int:
     """list tasks, the newest first; those of a type or status in that state's order"""
-    tasks, before = args.app._list(args.limit, args.before, p_type=args.type, p_status=args.status)
+    tasks, before = args.app._list(_filter(args), args.limit, args.before)
     _table(args, tasks, "id type status priority attempts created_at last_error")
     if before and not args.json:
         print(f"more: --before {before}", file=sys.stderr)
@@ -4147,27 +4200,24 @@ def do_show(args: Args) -> int:
     return 0
 
 
-@arg("id")
-def do_cancel(args: Args) -> int:
-    """cancel a task"""
-    return _outcome(args, args.app.cancel(args.id), "cancelled", "cancelling")
+def many(command: Command) -> Command:
+    """Give a command the arguments of _bulk."""
+    for name, options in (
+            ("--all", {"action": "store_true", "help": "every task that it applies to"}),
+            ("--limit", {"type": int, "help": "stop after so many tasks"}),
+            ("--operation", {"type": int, "help": "go on with one that was interrupted"}),
+            ("--yes", {"action": "store_true", "help": "act; without it, only say on what"})):
+        arg(name, **options)(command)
+    return filtered(command)
 
 
 @arg("id", nargs="?")
-@arg("--dead-letters", action="store_true", help="all of them, the oldest first")
-@arg("--type", help="only dead letters of this type")
-@arg("--limit", type=int, help="only so many dead letters")
-def do_retry(args: Args) -> int:
-    """retry a dead letter or a cancelled task"""
-    if args.dead_letters:
-        if args.id:
-            raise ConfigError("ID: goes without --dead-letters")
-        return _retry_dead_letters(args)
+@many
+def do_cancel(args: Args) -> int:
+    """cancel a task, or those that match a filter"""
     if not args.id:
-        raise ConfigError("ID: say which task to retry, or --dead-letters")
-    if args.type is not None or args.limit is not None:
-        raise ConfigError("--type, --limit: go with --dead-letters only")
-    return _outcome(args, args.app.retry(args.id), "pending")
+        return _bulk(args, "cancel", "cancelled")
+    return _one(args, args.app.cancel, "cancelled", "cancelling")
 
 
 @arg("id")
@@ -4178,26 +4228,57 @@ def do_signal(args: Args) -> int:
     return _outcome(args, args.app.signal(args.id, args.name, args.value), "delivered")
 
 
+@arg("id", nargs="?")
+@many
+@arg("--dead-letters", action="store_true", help="as --status dead_letter --yes")
+def do_retry(args: Args) -> int:
+    """retry a dead letter or a cancelled task, or those that match a filter"""
+    if args.dead_letters:
+        args.filter_status, args.yes = "dead_letter", True
+    if not args.id:
+        return _bulk(args, "retry", "retried")
+    return _one(args, args.app.retry, "pending")
+
+
+@many
+def do_purge(args: Args) -> int:
+    """delete ended tasks that match a filter; dead letters with --status dead_letter only"""
+    return _bulk(args, "purge", "deleted")
+
+
+def _one(args: Args, act: Callable[[str], str], *good: str) -> int:
+    if _filter(args) or args.all or args.limit is not None or args.operation is not None:
+        raise ConfigError("ID: goes without a filter")
+    return _outcome(args, act(args.id), *good)
+
+
 def _outcome(args: Args, status: str, *good: str) -> int:
     return _say(args, {"id": args.id, "status": status}, status, 0 if status in good else 1)
 
 
-def _retry_dead_letters(args: Args) -> int:
-    """Retry in batches, the oldest first, and so many: what fails again meanwhile is left alone."""
-    def dead_letters() -> int:
-        rows = args.app.view("queue_stats")
-        return sum(row["dead_letters"] for row in rows if args.type in (None, row["type"]))
-    wanted = dead_letters()
-    if args.limit is not None:
-        wanted = min(wanted, check_whole("--limit", args.limit, 1, 10 ** 9))
-    retried, count = 0, 1
-    while count and retried < wanted:
-        count = args.app.call("retry_dead_letters", args.type, min(RETRY_BATCH, wanted - retried))[0][0]
-        retried += count
-        _progress(f"{retried} of {wanted}")
-    remain = dead_letters()
-    return _say(args, {"retried": retried, "remaining": remain},
-                f"{_many(retried, 'dead letter')} retried, {remain} {'remains' if remain == 1 else 'remain'}")
+def _bulk(args: Args, action: str, done: str) -> int:
+    """Show what matches; with --yes act on it in batches, of which each is a transaction of its own."""
+    given = {**_filter(args), **({"all": True} if args.all else {})}
+    if not given and args.operation is None:
+        raise ConfigError(f"ID: say which task to {action}, or which with --type and the like, or --all")
+    sums = args.app.bulk(action, given, dry_run=not args.yes, limit=args.limit, operation=args.operation,
+                         progress=lambda n: _progress(f"{n} tasks"))
+    if args.yes:
+        del sums["sample"]
+        return _say(args, sums, "{done} {0}, {skipped} skipped (operation {operation})".format(done, **sums))
+    if not args.json:
+        _table(args, sums["sample"], "id type status priority attempts created_at last_error")
+        print(f"{_many(sums['matched'], 'task')} in all: --yes to {action}")
+        return 0
+    return _say(args, {"matched": sums["matched"], "sample": sums["sample"]}, "")
+
+
+@arg("--limit", type=int, default=50, help="from 1 to 1000; default 50")
+def do_operations(args: Args) -> int:
+    """what operators did to many tasks, types, limits and schedules"""
+    limit = check_whole("--limit", args.limit, 1, 1000)
+    rows = json.loads(args.app.call("api_operations", limit)[0][0])["operations"]
+    return _table(args, rows, "id at by action filter value done skipped ended_at")
 
 
 @arg("type")

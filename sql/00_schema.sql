@@ -87,7 +87,7 @@ end;
 -- The smallest UUIDv7 of a moment.
 create or replace function orchestrator._uuid_at(p_at timestamptz) returns uuid
 language sql immutable parallel safe
-return (lpad(to_hex(greatest(floor(extract(epoch from p_at) * 1000), 0)::bigint), 12, '0') || '70008000000000000000')::uuid;
+return (lpad(to_hex(least(greatest(floor(extract(epoch from p_at) * 1000), 0), 281474976710655)::bigint), 12, '0') || '70008000000000000000')::uuid;
 
 -- The prefix `a:` of the pattern `a:` or `a:*`; null of a type. Only this function knows what a pattern is.
 create or replace function orchestrator._prefix(p_pattern text) returns text

@@ -90,7 +90,7 @@ begin
         (next_at, active_since) = (
           select case when same then s.next_at else n.next_at end, case when same then s.active_since else n.active_since end
           from (select (s.cron, s.timezone) = (n.cron, n.timezone) and s.last_error is null as same) x);
-    perform orchestrator._log('schedule', jsonb_build_object('schedule', p_name), jsonb_build_object('cron', p_cron, 'timezone', p_timezone, 'type', p_type));
+    perform orchestrator._log('schedule', 'schedule', p_name, jsonb_build_object('cron', p_cron, 'timezone', p_timezone, 'type', p_type));
   end if;
   return (select s.next_at from orchestrator.schedules s where s.name = p_name and not s.paused);
 end $$;
@@ -104,7 +104,7 @@ create or replace function orchestrator.unschedule(p_name text) returns boolean
 language plpgsql as $$
 begin
   delete from orchestrator.schedules s where s.name = p_name;
-  if found then perform orchestrator._log('unschedule', jsonb_build_object('schedule', p_name)); return true; end if;
+  if found then perform orchestrator._log('unschedule', 'schedule', p_name); return true; end if;
   return false;
 end $$;
 comment on function orchestrator.unschedule is 'Removes a schedule; its tasks stay. Returns whether there was one.';
@@ -113,7 +113,7 @@ create or replace function orchestrator.pause_schedule(p_name text) returns bool
 language plpgsql as $$
 begin
   update orchestrator.schedules s set paused = true where s.name = p_name and not s.paused;
-  if found then perform orchestrator._log('pause_schedule', jsonb_build_object('schedule', p_name)); return true; end if;
+  if found then perform orchestrator._log('pause_schedule', 'schedule', p_name); return true; end if;
   return (select false from orchestrator.schedules s where s.name = p_name);
 end $$;
 comment on function orchestrator.pause_schedule is
@@ -126,7 +126,7 @@ begin
   set paused = false, last_error = null, active_since = clock_timestamp(),
       next_at = (select f.at from orchestrator.fire_times(s.cron, s.timezone, clock_timestamp(), 1) f(at))
   where s.name = p_name and s.paused;
-  if found then perform orchestrator._log('resume_schedule', jsonb_build_object('schedule', p_name)); return true; end if;
+  if found then perform orchestrator._log('resume_schedule', 'schedule', p_name); return true; end if;
   return (select false from orchestrator.schedules s where s.name = p_name);
 end $$;
 comment on function orchestrator.resume_schedule is
@@ -144,7 +144,7 @@ begin
   v_id := orchestrator.enqueue(p_type => s.type, p_payload => s.payload, p_priority => s.priority, p_max_retries => s.max_retries,
                                 p_meta => orchestrator._fire_meta(s.name, clock_timestamp()));
   update orchestrator.schedules x set last_fire_at = clock_timestamp(), last_task_id = v_id where x.name = p_name;
-  perform orchestrator._log('fire_schedule', jsonb_build_object('schedule', p_name), jsonb_build_object('task_id', v_id));
+  perform orchestrator._log('fire_schedule', 'schedule', p_name, jsonb_build_object('task_id', v_id));
   return v_id;
 end $$;
 comment on function orchestrator.fire_schedule is

@@ -290,7 +290,7 @@ begin
   where (l.max_running, l.max_per_key, l.rate, l.rate_per) is distinct from (excluded.max_running, excluded.max_per_key, excluded.rate, excluded.rate_per);
   changed := found;
   if changed then
-    perform orchestrator._log('limit', jsonb_build_object('type', p_type), jsonb_strip_nulls(jsonb_build_object(
+    perform orchestrator._log('limit', 'type', p_type, jsonb_strip_nulls(jsonb_build_object(
       'max_running', p_max_running, 'max_per_key', p_max_per_key, 'rate', p_rate, 'per', p_per)));
     update orchestrator.type_limits l set since = null where l.type like orchestrator._like(p_type) or p_type like l.likes;
     insert into orchestrator.freed_keys values (p_type, null);

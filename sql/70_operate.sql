@@ -68,7 +68,7 @@ begin
   insert into orchestrator.task_types as t (type, paused) values (p_type, true)
   on conflict (type) do update set paused = true, updated_at = clock_timestamp() where not t.paused;
   changed := found;
-  if changed then perform orchestrator._log('pause', jsonb_build_object('type', p_type)); end if;
+  if changed then perform orchestrator._log('pause', 'type', p_type); end if;
 end $$;
 comment on function orchestrator.pause_type is
   'Keeps tasks of a type or pattern from being claimed; those in flight go on. Returns whether that is new, and how many known '
@@ -81,7 +81,7 @@ begin
   update orchestrator.task_types t set paused = false, updated_at = clock_timestamp() where t.type = p_type and t.paused;
   changed := found;
   if changed then
-    perform orchestrator._log('resume', jsonb_build_object('type', p_type));
+    perform orchestrator._log('resume', 'type', p_type);
     perform pg_notify('orchestrator', '') where exists (select from orchestrator.workers w where w.idle);
   end if;
 end $$;

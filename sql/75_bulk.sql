@@ -19,17 +19,17 @@ comment on table orchestrator.operations is
 select setval('orchestrator.operations_id_seq', m.id) from (select max(id) as id from orchestrator.operations) m   -- as in 10_tables.sql
 where m.id > coalesce(pg_sequence_last_value('orchestrator.operations_id_seq'), 0);
 
-create or replace function orchestrator._log(p_action text, p_filter jsonb, p_value jsonb default null) returns bigint
+create or replace function orchestrator._log(p_action text, p_key text, p_name text, p_value jsonb default null) returns void
 language sql as $$
-  insert into orchestrator.operations (action, filter, value) values (p_action, p_filter, p_value) returning id
+  insert into orchestrator.operations (action, filter, value) values (p_action, jsonb_build_object(p_key, p_name), p_value)
 $$;
 
--- For events: who did it, and as part of which bulk operation.
+-- For events: who did it, and in which bulk operation.
 create or replace function orchestrator._by() returns text
 language sql stable
 return coalesce('operation ' || nullif(current_setting('orchestrator.operation', true), '') || ' ', '') || 'by ' || current_user;
 
--- The lists that hold all tasks of a status, in the order of display: those with an index of their own, or ids, newest first.
+-- The lists that have all tasks of a status, as they are shown: those with an index of their own, or by id.
 create or replace function orchestrator._walks(p_status text) returns text[]
 language sql immutable parallel safe
 return case when p_status in ('ready', 'parked', 'blocked', 'scheduled', 'in_flight', 'dead_letter') then array[p_status]
@@ -37,48 +37,26 @@ return case when p_status in ('ready', 'parked', 'blocked', 'scheduled', 'in_fli
   when p_status in ('pending', 'waiting') then '{ready,parked,blocked,scheduled}'
   when p_status = 'unfinished' then '{in_flight,ready,parked,blocked,scheduled}' else '{ids}' end;
 
--- Nulls where the filter says nothing; low and high bound ids.
-create or replace function orchestrator._filter(
-  p_filter jsonb, out type text, out likes text, out status text, out low uuid, out high uuid, out ids uuid[], out priority int,
-  out key text, out error text, out payload jsonb)
+create or replace function orchestrator._check_filter(p_filter jsonb) returns void
 language plpgsql stable as $$
 declare
-  v_known text[] := '{id,ids,type,status,created_after,created_before,priority,concurrency_key,error,payload,all}'::text[];
+  v_keys text[] := '{id,ids,type,status,created_after,created_before,priority,concurrency_key,error,payload,all}'::text[];
   v_statuses text[] := '{ready,parked,blocked,scheduled,waiting,in_flight,unfinished,ended}' ||
     array_remove(enum_range(null::orchestrator.task_status)::text[], 'failed');   -- none rests in failed
-  v_prefix text := lower(replace(btrim(p_filter ->> 'id'), '-', ''));
-  v_bad text;
 begin
-  type := p_filter ->> 'type';
-  likes := orchestrator._like(type);
-  status := p_filter ->> 'status';
-  key := p_filter ->> 'concurrency_key';
-  error := p_filter ->> 'error';
-  payload := p_filter -> 'payload';
-  begin
-    select e.key || case when e.key = any (v_known) then ': is empty' else ': is not known' end into v_bad from jsonb_each(p_filter) e
-    where e.key <> all (v_known) or e.value in ('null', '""', '{}') limit 1;
-    priority := (p_filter ->> 'priority')::int;
-    ids := case when p_filter ? 'ids' then array(select jsonb_array_elements_text(p_filter -> 'ids')::uuid) end;
-    low := case when p_filter ? 'created_after' then orchestrator._uuid_at((p_filter ->> 'created_after')::timestamptz) end;
-    high := case when p_filter ? 'created_before' then orchestrator._uuid_at((p_filter ->> 'created_before')::timestamptz) end;
-  exception when data_exception then
-    v_bad := sqlerrm;
-  end;
-  if v_bad is not null then
-    perform orchestrator._invalid('filter', v_bad, 'An object of some of ' || array_to_string(v_known, ', ') || '.');
-  elsif v_prefix !~ '^[0-9a-f]{1,32}$' then
-    perform orchestrator._invalid('id', 'must be the beginning of a task''s id', 'Digits and a to f.');
-  elsif status <> all (v_statuses) then
+  perform orchestrator._invalid(case when k.known then k.key else 'filter' end, case when k.known then 'is empty' else k.key || ' is not known' end,
+                                'A filter is an object of some of ' || array_to_string(v_keys, ', ') || '.')
+  from (select e.key, e.value, e.key = any (v_keys) as known from jsonb_each(p_filter) e) k where not k.known or k.value in ('null', '""', '{}');
+  if p_filter ->> 'status' <> all (v_statuses) then
     perform orchestrator._invalid('status', 'is unknown', 'One of ' || array_to_string(v_statuses, ', ') || '.');
+  elsif replace(btrim(p_filter ->> 'id'), '-', '') !~* '^[0-9a-f]{1,32}$' then
+    perform orchestrator._invalid('id', 'must be the beginning of a task''s id', 'Digits and a to f.');
   end if;
-  low := greatest(low, rpad(coalesce(v_prefix, ''), 32, '0')::uuid);
-  high := least(high, rpad(coalesce(v_prefix, ''), 32, 'f')::uuid);
 end $$;
 
--- Tasks that match a filter: of the list p_walk from its p_skip-th task, or by id: `ids` from p_from down, `up` from p_from up.
--- Looks at p_bound tasks. Returns how many it looked at, and, unless that was the end of the list, which in the list it looked at last.
--- Each part of the union reads along an index, and no further than the limits ask for, so nothing here may sort but ids.
+-- The tasks of the list p_walk that match, from its p_skip-th on, or by id: `ids` from p_from down, `up` from p_from up. Looks at
+-- p_bound tasks, and says at how many, and if there are more, at which last. Each part of the union reads along an index, as far as
+-- p_limit needs.
 create or replace function orchestrator._matching(
   p_filter jsonb, p_walk text, p_skip int, p_from uuid, p_limit int, p_bound int, out ids uuid[], out looked int, out stopped int, out last uuid)
 language plpgsql stable as $$
@@ -86,56 +64,58 @@ language plpgsql stable as $$
 declare
   f record;
   r record;
-  v_low text;
-  v_high text;
-  v_some uuid[];   -- by id: there are no others
+  v_prefix text := orchestrator._prefix(coalesce(p_filter ->> 'type', '*'));
+  v_id text := coalesce(replace(btrim(p_filter ->> 'id'), '-', ''), '');
+  v_low uuid;
+  v_high uuid;
 begin
-  select * into f from orchestrator._filter(p_filter);
-  v_low := coalesce(orchestrator._prefix(coalesce(f.type, '*')), f.type);
-  v_high := v_low || case when orchestrator._prefix(coalesce(f.type, '*')) is null then '' else U&'\+10FFFF' end;
-  v_some := f.ids;
-  p_from := coalesce(p_from, case p_walk when 'up' then '00000000-0000-0000-0000-000000000000' else 'ffffffff-ffff-ffff-ffff-ffffffffffff' end::uuid);
-  if p_walk = 'up' and v_some is null and orchestrator._walks(f.status) <> '{ids}' then
-    v_some := '{}';
-    for r in select m.* from unnest(orchestrator._walks(f.status)) w
-             cross join lateral orchestrator._matching(p_filter - '{error,payload}'::text[], w, 0, null, p_bound, p_bound) m loop
-      v_some := case when r.stopped is null then v_some || r.ids end;   -- null: too many to sort
+  perform orchestrator._check_filter(p_filter);
+  select x.*, orchestrator._like(x.type) as likes, coalesce(v_prefix, x.type) as first, coalesce(v_prefix || U&'\+10FFFF', x.type) as final into f
+  from jsonb_to_record(p_filter) x(ids uuid[], type text, status text, created_after timestamptz, created_before timestamptz, priority int,
+                                   concurrency_key text, error text, payload jsonb);
+  v_low := greatest(rpad(v_id, 32, '0')::uuid, case when f.created_after is not null then orchestrator._uuid_at(f.created_after) end,
+                    case when p_walk = 'up' then p_from end);
+  v_high := least(rpad(v_id, 32, 'f')::uuid, case when f.created_before is not null then orchestrator._uuid_at(f.created_before) end,
+                  case when p_walk = 'ids' then p_from end);
+  if p_walk = 'up' and f.ids is null and orchestrator._walks(f.status) <> '{ids}' then
+    f.ids := '{}';
+    for r in select m.* from unnest(orchestrator._walks(f.status)) w cross join lateral orchestrator._matching(
+               p_filter - '{error,payload}'::text[], w, 0, null, p_limit * 10, least(p_limit * 10, p_bound)) m loop
+      f.ids := case when r.stopped is null then f.ids || r.ids end;   -- null: too many to sort
+      exit when f.ids is null;
     end loop;
   end if;
-  with walked as materialized (
+  with b as not materialized (select * from orchestrator._bare_tasks),
+  walked as materialized (
     select row_number() over () as place, w.* from (
-      (select t.* from orchestrator._bare_tasks t where p_walk = 'ready' and t.queued_at is not null and t.type >= v_low and t.type <= v_high
-       order by t.type, t.priority desc, t.queued_at offset p_skip limit p_bound)
+      (select * from b where p_walk = 'ready' and queued_at is not null and type >= f.first and type <= f.final
+       order by type, priority desc, queued_at offset p_skip limit p_bound)
       union all
-      (select t.* from orchestrator._bare_tasks t where p_walk = 'parked' and t.parked_at is not null
-       order by t.parked_by, t.concurrency_key, t.type, t.priority desc, t.parked_at offset p_skip limit p_bound)
+      (select * from b where p_walk = 'parked' and parked_at is not null
+       order by parked_by, concurrency_key, type, priority desc, parked_at offset p_skip limit p_bound)
       union all
-      (select t.* from orchestrator._bare_tasks t where p_walk = 'blocked' and t.blocked_until is not null
-       order by t.blocked_until offset p_skip limit p_bound)
+      (select * from b where p_walk = 'blocked' and blocked_until is not null order by blocked_until offset p_skip limit p_bound)
       union all
-      (select t.* from orchestrator._bare_tasks t where p_walk = 'scheduled' and t.next_retry_at is not null
-       order by t.next_retry_at offset p_skip limit p_bound)
+      (select * from b where p_walk = 'scheduled' and next_retry_at is not null order by next_retry_at offset p_skip limit p_bound)
       union all
-      (select t.* from orchestrator._bare_tasks t where p_walk = 'dead_letter' and t.dead_at is not null
-       order by t.dead_at desc offset p_skip limit p_bound)
+      (select * from b where p_walk = 'dead_letter' and dead_at is not null order by dead_at desc offset p_skip limit p_bound)
       union all
-      (select t.* from (select c.id from orchestrator.claims c where p_walk = 'in_flight' order by c.id) c
-       cross join lateral (select t.* from orchestrator._bare_tasks t
-         where t.claim_id = c.id and t.status in ('claimed', 'running') limit 10000000) t offset p_skip limit p_bound)
+      (select t.* from (select id from orchestrator.claims where p_walk = 'in_flight' order by id) c
+       cross join lateral (select * from b where claim_id = c.id and status in ('claimed', 'running') limit 10000000) t offset p_skip limit p_bound)
       union all
-      (select t.* from orchestrator._bare_tasks t where p_walk = 'ids' and v_some is null and t.id >= f.low and t.id <= f.high and t.id < p_from
-       order by t.id desc limit p_bound)
+      (select * from b where p_walk = 'ids' and f.ids is null and id >= v_low and id <= v_high and id is distinct from p_from
+       order by id desc limit p_bound)
       union all
-      (select t.* from orchestrator._bare_tasks t where p_walk = 'up' and v_some is null and t.id >= f.low and t.id <= f.high and t.id > p_from
-       order by t.id limit p_bound)
+      (select * from b where p_walk = 'up' and f.ids is null and id >= v_low and id <= v_high and id is distinct from p_from
+       order by id limit p_bound)
       union all
-      (select t.* from (select u.id from (select distinct unnest(v_some) as id) u
-         where case p_walk when 'up' then u.id > p_from when 'ids' then u.id < p_from end order by case p_walk when 'up' then u.id end, u.id desc) u
-       cross join lateral (select t.* from orchestrator._bare_tasks t where t.id = u.id limit 1) t limit p_bound)) w),
+      (select t.* from (select d from (select distinct unnest(f.ids) as d) d order by case p_walk when 'up' then d end, d desc) u
+       cross join lateral (select * from b where id = u.d limit 1) t limit p_bound)) w),
   found as materialized (
     select w.place, w.id from walked w
-    where w.id >= f.low and w.id <= f.high and (f.type is null or w.type like f.likes) and (f.priority is null or w.priority = f.priority)
-      and (f.key is null or w.concurrency_key = f.key)
+    where w.id >= v_low and w.id <= v_high and w.id is distinct from p_from
+      and (f.type is null or w.type like f.likes) and (f.priority is null or w.priority = f.priority)
+      and (f.concurrency_key is null or w.concurrency_key = f.concurrency_key)
       and (f.status is null or case f.status when 'ready' then w.queued_at is not null when 'parked' then w.parked_at is not null
         when 'blocked' then w.blocked_until is not null when 'scheduled' then w.next_retry_at is not null
         when 'waiting' then w.status in ('pending', 'retry_scheduled') when 'in_flight' then w.status in ('claimed', 'running')
@@ -148,8 +128,7 @@ begin
                        when (select count(*) from walked) = p_bound then p_bound end as place)
   select array(select x.id from found x order by x.place), coalesce(s.place, (select count(*) from walked)), s.place,
          (select w.id from walked w where w.place = s.place limit 1)
-    into ids, looked, stopped, last
-  from stop s;
+    into ids, looked, stopped, last from stop s;
 end $$;
 
 -- Acts on those of these tasks that nobody else holds, that still match, and that may be acted upon; returns how many that are.
@@ -170,8 +149,11 @@ begin
       else t.status in ('completed', 'cancelled', 'dead_letter') end
     order by t.id);
   if p_action = 'purge' then
+    perform orchestrator._parents_ended(v_ids);   -- first, since some completed
     delete from orchestrator.task_events e where e.task_id = any (v_ids);
     delete from orchestrator.tasks t where t.id = any (v_ids);
+    perform orchestrator._parents_ended(v_ids);   -- of dead letters
+    perform orchestrator._prune_steps(v_ids);
   elsif p_action in ('cancel', 'retry') then
     foreach v_id in array v_ids loop
       perform case p_action when 'cancel' then orchestrator.cancel_task(v_id) else orchestrator.retry_task(v_id) end;
@@ -198,14 +180,14 @@ create or replace function orchestrator.bulk_tasks(
   p_action text, p_filter jsonb, p_dry_run boolean default true, p_value jsonb default null, p_limit int default 1000,
   p_operation bigint default null, p_after uuid default null,
   out operation bigint, out matched int, out done int, out skipped int, out next_after uuid, out sample jsonb)
-language plpgsql set orchestrator.operation = '' as $$
+language plpgsql as $$
 declare
   v_ids uuid[];
 begin
   p_dry_run := coalesce(p_dry_run, true);
-  p_filter := coalesce(p_filter, '{}');
+  p_filter := case when jsonb_typeof(p_filter) = 'object' then p_filter else '{}' end;
   if p_operation is not null then
-    select o.filter, o.value, o.next_after into p_filter, p_value, p_after from orchestrator.operations o
+    select o.filter, o.value, coalesce(p_after, o.next_after) into p_filter, p_value, p_after from orchestrator.operations o
     where o.id = p_operation and o.action = p_action and o.ended_at is null for no key update;
     if not found then
       perform orchestrator._invalid('operation', 'is none of this action that has not ended', 'Look into the table operations.');
@@ -227,9 +209,13 @@ begin
     sample := orchestrator._task_summaries(v_ids[:5]);
     return;
   end if;
-  operation := coalesce(p_operation, orchestrator._log(p_action, p_filter, p_value));
+  operation := p_operation;
+  if operation is null then
+    insert into orchestrator.operations (action, filter, value) values (p_action, p_filter, p_value) returning id into operation;
+  end if;
   perform set_config('orchestrator.operation', operation::text, true);
   done := orchestrator._act(p_action, p_filter, v_ids, (p_value #>> '{}')::int);
+  perform set_config('orchestrator.operation', '', true);
   skipped := matched - done;
   update orchestrator.operations o
   set done = coalesce(o.done, 0) + bulk_tasks.done, skipped = coalesce(o.skipped, 0) + bulk_tasks.skipped, next_after = bulk_tasks.next_after,
@@ -237,11 +223,19 @@ begin
   where o.id = operation;
 end $$;
 comment on function orchestrator.bulk_tasks is
-  'Acts on the tasks that a filter matches: cancel, retry, run_now, prioritize (p_value), purge (what has ended). A dry run, the default, '
-  'changes nothing: it counts up to 100,000 (matched) and shows five (sample). Otherwise it does up to p_limit (10,000 at most) in the '
-  'order of their ids, skips what others hold or the action doesn''t apply to, and notes who did how many in operations. Call it again '
-  'with p_operation => operation (a dry run: p_after => next_after) until next_after is null. A filter is an object of id (its '
-  'beginning), ids, type (or pattern), status, created_after, created_before, priority, concurrency_key, error (a part of it), payload '
-  '(a part of it, secrets blanked), or {"all": true}. Status, as tasks have it, or ready, parked, blocked, scheduled, waiting (all of '
-  'these), in_flight, unfinished (waiting or in flight), ended (completed or cancelled); left out: cancel unfinished, retry '
-  'dead_letter, run_now scheduled, prioritize waiting, purge ended. Raises OR001.';
+  'Cancels, retries, runs now, prioritizes (p_value) or purges (if ended) the tasks that a filter matches. A dry run, the default, changes '
+  'nothing: it counts up to 100,000 (matched) and shows five (sample). Otherwise it takes p_limit (up to 10,000) by their ids, skips what '
+  'others hold and what the action doesn''t apply to, and notes that in operations. Call it again with p_operation => operation (a dry '
+  'run: p_after => next_after) until next_after is null. The filter: an object of id (its beginning), ids, type (or pattern), status, '
+  'created_after, created_before, priority, concurrency_key, error and payload (a part of it, secrets blanked), or {"all": true}. Status: '
+  'as tasks have it, ready, parked, blocked, scheduled, waiting (those four), in_flight, unfinished (both), ended (completed or '
+  'cancelled); if left out, unfinished to cancel, dead_letter to retry, scheduled, waiting, ended to purge. Raises OR001.';
+
+create or replace function orchestrator.retry_dead_letters(p_type text default null, p_limit int default 1000) returns int
+language plpgsql as $$
+begin
+  return (select b.done from orchestrator.bulk_tasks(
+    'retry', jsonb_strip_nulls(jsonb_build_object('status', 'dead_letter', 'type', p_type)), false, p_limit => least(p_limit, 10000)) b);
+end $$;
+comment on function orchestrator.retry_dead_letters is
+  'Retries up to p_limit (at most 10,000) dead letters of a type or pattern (null: all). Returns how many: call it again until that is 0.';

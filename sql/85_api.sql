@@ -147,28 +147,23 @@ begin
     'back_to', (select t.created_at from orchestrator.tasks t where t.id = v_before));
 end $$;
 comment on function orchestrator.api_tasks is
-  'Search by a filter (bulk_tasks has its keys; p_id, p_type and p_status are among them); p_limit (1 to 200); p_before: next of the '
-  'page before. States with an index come in its order, all else by id, the newest first; a type alone: in flight, ready, parked, '
-  'blocked, scheduled, dead letters, then what has ended. Each page looks at 10,000 tasks or a few more, so one that is not full may '
-  'have a next. looked: at how many; back_to: how far back it got; cut: a state''s list ends at 100,000. Raises OR001.';
+  'Search by a filter (see bulk_tasks; p_id, p_type and p_status are parts of it); p_limit (1 to 200); p_before: next of the page before. '
+  'States with an index come in its order, all else the newest first; a type alone: in flight, ready, parked, blocked, scheduled, dead '
+  'letters, then what has ended. A page looks at 10,000 tasks or a few more, so one that is not full may have a next. looked: at how '
+  'many; back_to: how far back it got; cut: a state''s list ends at 100,000. Raises OR001.';
 
-create or replace function orchestrator._task_summary(t orchestrator._bare_tasks) returns jsonb
+create or replace function orchestrator._task_summaries(p_ids uuid[]) returns jsonb
 language sql as $$
-  select to_jsonb(x) || case when t.status in ('claimed', 'running')
-    then jsonb_build_object('age', orchestrator._age(coalesce(t.started_at, t.claimed_at)), 'progress', r.progress) else '{}' end
-  from orchestrator._redacted_tasks r cross join lateral (
+  select coalesce(jsonb_agg(to_jsonb(x) || case when x.status in ('claimed', 'running') then
+    jsonb_build_object('age', orchestrator._age(coalesce(x.started_at, x.claimed_at)), 'progress', r.progress) else '{}' end order by u.place), '[]')
+  from unnest(p_ids) with ordinality u(id, place)
+  cross join lateral (select * from orchestrator._bare_tasks b where b.id = u.id limit 1) t
+  cross join lateral (select * from orchestrator._redacted_tasks b where b.id = u.id limit 1) r
+  cross join lateral (
     select t.id, t.type, t.status, t.priority, t.attempts, coalesce(t.max_retries, (orchestrator._policy(t.type)).max_retries) as max_retries,
       t.worker_id, t.created_at, t.queued_at, t.parked_at, t.concurrency_key, t.blocked_until, t.claimed_at, t.started_at, t.completed_at, t.dead_at, t.next_retry_at, t.cancel_requested_at,
       left(orchestrator.redact_text(t.last_error), 500) as last_error, r.preview as payload,
       round(extract(epoch from t.next_retry_at - clock_timestamp()), 3) as due_in) x
-  where r.id = t.id
-$$;
-
-create or replace function orchestrator._task_summaries(p_ids uuid[]) returns jsonb
-language sql as $$
-  select coalesce(jsonb_agg(orchestrator._task_summary(x.t) order by u.place), '[]')
-  from unnest(p_ids) with ordinality u(id, place)
-  cross join lateral (select t from orchestrator._bare_tasks t where t.id = u.id limit 1) x
 $$;
 
 create or replace function orchestrator.api_failures(p_type text default null, p_limit int default 50) returns jsonb

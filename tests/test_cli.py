@@ -313,12 +313,20 @@ def test_retry_of_dead_letters(cli: Callable[..., Answer], conn: Connection) -> 
         cli("enqueue", kind)
     conn.execute("select from orchestrator.claim_tasks('w', '{a,b}', 5)")
     conn.execute("select orchestrator.fail_task(claim_id, id, 'bad', null, true) from orchestrator.tasks")
-    assert cli("retry", "--dead-letters", "--type", "a", "--limit", "1", "--json").json == {"retried": 1, "remaining": 1}
-    assert cli("retry", "--dead-letters", "--limit", "1").out == "1 dead letter retried, 1 remains\n"
-    assert cli("retry", "--dead-letters").out == "1 dead letter retried, 0 remain\n"
-    assert cli("retry", "--dead-letters", "--json").json == {"retried": 0, "remaining": 0}
-    for args, words in (([UNKNOWN, "--dead-letters"], "ID: "), ([UNKNOWN, "--type", "a"], "--type, --limit: "),
-                        ([UNKNOWN, "--limit", "1"], "--type, --limit: "), (["--dead-letters", "--limit", "0"], "--limit: ")):
+
+    def remaining(*args: str) -> int:
+        return int(cli("retry", *args, "--json").json["matched"])
+
+    assert cli("retry", "--dead-letters", "--type", "a", "--limit", "1", "--json").json == {
+        "operation": 1, "matched": 1, "done": 1, "skipped": 0}
+    assert (remaining("--type", "a"), remaining("--all")) == (1, 2)
+    assert cli("retry", "--dead-letters", "--limit", "1").out == "1 retried, 0 skipped (operation 2)\n"
+    assert remaining("--all") == 1
+    assert cli("retry", "--dead-letters").out == "1 retried, 0 skipped (operation 3)\n"
+    assert remaining("--all") == 0
+    assert cli("retry", "--dead-letters", "--json").json == {"operation": 4, "matched": 0, "done": 0, "skipped": 0}
+    for args, words in (([UNKNOWN, "--dead-letters"], "ID: "), ([UNKNOWN, "--type", "a"], "ID: "),
+                        ([UNKNOWN, "--limit", "1"], "ID: "), (["--dead-letters", "--limit", "0"], "--limit: ")):
         refused(cli("retry", *args), words)
 
 
@@ -331,20 +339,67 @@ def test_all_dead_letters_are_retried_in_batches_whatever_fails_again_meanwhile(
         conn.execute("select orchestrator.fail_task(c.claim_id, c.id, 'bad', null, true) from orchestrator.claim_tasks('w', '{a}', 2000) c")
 
     fail_all()
-    really_call, batches = orchestrator.Orchestrator.call, []
+    really_call, batches = orchestrator.Orchestrator.json, []
 
     def call(app: Any, function: str, *args: Any, **named: Any) -> Any:
         answer = really_call(app, function, *args, **named)
-        if function == "retry_dead_letters":
-            batches.append(answer[0][0])
+        if function == "bulk_tasks":
+            batches.append(answer[0]["done"])
             fail_all()   # a broken handler: they are dead letters again at once
         return answer
 
-    monkeypatch.setattr(orchestrator.Orchestrator, "call", call)
-    assert cli("retry", "--dead-letters", "--json").json == {"retried": 1250, "remaining": 1250}
-    assert max(batches) <= orchestrator.RETRY_BATCH and sum(batches) == 1250
+    monkeypatch.setattr(orchestrator.Orchestrator, "json", call)
+    assert cli("retry", "--dead-letters", "--json").json == {"operation": 1, "matched": 1250, "done": 1250, "skipped": 0}
+    assert max(batches) <= orchestrator.BULK_BATCH and sum(batches) == 1250
+    assert value(conn, "select count(*) from orchestrator.tasks where status = 'dead_letter'") == 1250
     assert value(conn, "select count(*) from orchestrator.task_events where event = 'retried'") == 1250
     assert value(conn, "select count(distinct task_id) from orchestrator.task_events where event = 'retried'") == 1250
+
+
+@pytest.mark.parametrize(("command", "done"), [("cancel", "cancelled"), ("retry", "retried"), ("purge", "deleted")])
+def test_many_are_shown_first_and_acted_on_with_yes(cli: Callable[..., Answer], conn: Connection, command: str, done: str) -> None:
+    ids = [cli("enqueue", "mail:a", '{"user": 7}').out.strip() for _ in range(7)]
+    others = [cli("enqueue", "other").out.strip(), cli("enqueue", "mail:a", '{"user": 8}').out.strip()]
+    if command != "cancel":
+        for id in ids + others:
+            cli("cancel", id)
+    filter = [command, "--type", "mail:*", "--payload", '{"user": 7}', "--created-after", "1h", "--created-before", "2090-01-01T00:00:00Z",
+              "--priority", "0", *(["--status", "cancelled"] if command == "retry" else [])]
+    before = conn.execute("select * from orchestrator.tasks order by id").fetchall()
+    lines = cli(*filter).out.splitlines()
+    assert lines[0].split()[:3] == ["id", "type", "status"] and [line.split()[0] for line in lines[1:-1]] == ids[:5]
+    assert lines[-1] == f"7 tasks in all: --yes to {command}"
+    shown = cli(*filter, "--json").json
+    assert shown["matched"] == 7 and [t["id"] for t in shown["sample"]] == ids[:5]
+    assert conn.execute("select * from orchestrator.tasks order by id").fetchall() == before
+    assert value(conn, "select count(*) from orchestrator.operations") == 0
+    answer = cli(*filter, "--yes")
+    assert (answer.code, answer.out) == (0, f"7 {done}, 0 skipped (operation 1)\n")
+    assert cli(*filter, "--yes", "--json").json["done"] == 0
+    kept = dict(conn.execute("select id::text, status::text from orchestrator.tasks").fetchall())
+    assert {kept.pop(id) for id in others} == {"pending" if command == "cancel" else "cancelled"}
+    assert list(kept.values()) == {"cancel": ["cancelled"] * 7, "retry": ["pending"] * 7, "purge": []}[command]
+    log = cli("operations").out.splitlines()
+    assert log[0].split()[:5] == ["id", "at", "by", "action", "filter"] and log[2].split()[0] == "1" and f" {command} " in log[2]
+    assert [o["done"] for o in cli("operations", "--json").json] == [0, 7] and len(cli("operations", "--limit", "1", "--json").json) == 1
+
+
+def test_bad_filters_of_many_are_refused(cli: Callable[..., Answer]) -> None:
+    for args, words in ((["--status", "lost"], "status: is unknown"), (["--created-before", "soon"], "--created-before: must be a moment"),
+                        (["--payload", "{"], "payload: is not JSON"), (["--priority", "high"], "filter: |.*integer"), ([], "ID: "),
+                        (["--type", ""], "type: is empty"), (["--operation", "7"], "operation: ")):
+        refused(cli("cancel", *args, "--yes"), words)
+    refused(cli("purge"), "ID: ")
+    assert cli("cancel", "--all").out.splitlines()[-1] == "0 tasks in all: --yes to cancel"
+
+
+def test_list_takes_the_same_filters(cli: Callable[..., Answer]) -> None:
+    wanted = cli("enqueue", "mail:a", '{"user": 7}', "--concurrency-key", "acme", "--priority", "3").out.strip()
+    cli("enqueue", "mail:b")
+    for filter in (["--payload", '{"user": 7}'], ["--concurrency-key", "acme"], ["--priority", "3"], ["--type", "mail:a", "--created-after", "1h"],
+                   ["--status", "unfinished", "--priority", "3"]):
+        assert [task["id"] for task in cli("list", *filter, "--json").json] == [wanted]
+    assert cli("list", "--error", "x", "--json").json == cli("list", "--created-before", "1h", "--json").json == []
 
 
 def test_pause_and_resume_end_with_0_when_the_state_is_as_asked(cli: Callable[..., Answer], conn: Connection) -> None:

@@ -157,7 +157,7 @@ def test_without_an_admin_token_post_is_403(ports, path):
 @pytest.mark.parametrize("given", ["", "Bearer", "Bearer sésame".encode().decode("latin-1"), basic("x:boss"), "Bearer bos", "Bearer boss2"])
 def test_post_takes_nothing_but_the_admin_token_as_a_bearer(ports, given):
     """A password that a browser sends by itself must not do: then any site's form could post."""
-    assert ask(ports["token"], "/api/retry_dead_letters", "POST", b"{}", Content_Length="2", Authorization=given)[0] == 401
+    assert ask(ports["token"], "/api/bulk", "POST", b"{}", Content_Length="2", Authorization=given)[0] == 401
 
 
 @pytest.mark.parametrize("path", [
@@ -222,7 +222,9 @@ def post(port: int, name: str, **fields: Any) -> tuple[int, Any]:
     ("cancel", {"id": "x"}, "id: "), ("cancel", {"id": 12}, "id: "), ("retry", {"id": ""}, "id: "), ("cancel", {}, "none"),
     ("cancel", {"id": UNKNOWN, "colour": "blue"}, "id, colour"), ("cancel", {"id": [UNKNOWN]}, "id: send a JSON object"),
     ("cancel", {"id": 1.5}, "id: send"), ("cancel", {"id": "\0"}, "id: must be text"), ("cancel", {"id": "\ud800"}, "id: must be text"),
-    ("retry_dead_letters", {"type": "t", "limit": "many"}, "limit: "), ("retry_dead_letters", {"limit": 10 ** 12}, "limit: "),
+    ("bulk", {"action": "retry", "filter": {"type": "t"}, "limit": "many"}, "limit: "), ("bulk", {"action": "retry", "filter": {"type": "t"}, "limit": 10 ** 12}, "limit: "),
+    ("bulk", {"action": "retry", "filter": {}}, "filter: "), ("bulk", {"action": "retry", "filter": {"colour": "blue"}}, "colour"),
+    ("bulk", {"action": "retry", "filter": "{"}, "filter: "), ("limit", {"type": "t", "max_running": "x"}, "max_running: "),
     ("pause", {"type": "a*b"}, "type: ")])
 def test_a_bad_field_of_an_action_is_400_and_named(ports, name, fields, word):
     status, answer = post(ports["token"], name, **fields)
@@ -243,7 +245,15 @@ def test_actions_answer_with_what_their_function_returns(ports, server_url):
         task_id = enqueue(conn, "nobody's")
     assert post(ports["token"], "cancel", id=task_id) == (200, {"result": "cancelled"})
     assert post(ports["token"], "retry", id=task_id) == (200, {"result": "pending"})
-    assert post(ports["token"], "retry_dead_letters", type=None, limit=10) == (200, {"result": 0})
+    for filter in ('{"ids": ["%s"]}' % task_id, {"ids": [task_id]}):
+        shown = post(ports["token"], "bulk", action="cancel", filter=filter, limit=10)[1]["result"]
+        assert (shown["matched"], shown["done"], shown["sample"][0]["id"]) == (1, None, task_id)
+    done = post(ports["token"], "bulk", action="cancel", filter=filter, dry_run=False, value=None)[1]["result"]
+    assert (done["matched"], done["done"], done["next_after"]) == (1, 1, None)
+    status, _, body = ask(ports["open"], "/api/operations?limit=1")
+    assert status == 200 and json.loads(body)["operations"][0]["id"] == done["operation"]
+    assert post(ports["token"], "limit", type="limited", max_running=5) == (200, {"result": {"changed": True, "matching": 0}})
+    assert post(ports["token"], "limit", type="limited") == (200, {"result": {"changed": True, "matching": 0}})
     for action in ("pause", "resume"):
         assert post(ports["token"], action, type="t") == (200, {"result": {"changed": True, "matching": 1}})
 

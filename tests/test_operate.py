@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import psycopg
 import pytest
+from psycopg.types.json import Jsonb
 
 from postgres import wait_for_lock
 from steps import (
@@ -129,20 +130,25 @@ def test_retry_makes_a_task_claimable_and_notifies(conn, connect):
     assert rung(listener, conn) == [""] and len(claim(conn)) == 1
 
 
-def test_retry_dead_letters_takes_the_oldest_of_a_type_or_of_all_up_to_the_limit(conn):
+def retry_dead(conn, limit=1000, **filter):
+    """How many dead letters a call of bulk_tasks retries; the filter's keys may be left out."""
+    return value(conn, "select done from orchestrator.bulk_tasks('retry', %s, false, p_limit => %s)", Jsonb(filter or {"all": True}), limit)
+
+
+def test_retry_of_dead_letters_takes_the_oldest_of_a_type_or_of_all_up_to_the_limit(conn):
     a, b, c, d = dead_letter(conn, "a"), dead_letter(conn, "b"), dead_letter(conn, "a"), dead_letter(conn, "a")
-    assert value(conn, "select orchestrator.retry_dead_letters('a', 2)") == 2
+    assert retry_dead(conn, 2, type="a") == 2
     assert [status(conn, id) for id in (a, b, c, d)] == ["pending", "dead_letter", "pending", "dead_letter"]
-    assert value(conn, "select orchestrator.retry_dead_letters()") == 2
-    assert value(conn, "select orchestrator.retry_dead_letters()") == 0
+    assert retry_dead(conn) == 2
+    assert retry_dead(conn) == 0
 
 
-def test_retry_dead_letters_passes_over_one_that_somebody_else_is_retrying(conn, connect):
+def test_retry_of_dead_letters_passes_over_one_that_somebody_else_is_retrying(conn, connect):
     one, other = dead_letter(conn), dead_letter(conn)
     operator = connect(autocommit=False)
     retry(operator, one)
     conn.execute("set lock_timeout = '1s'")
-    assert value(conn, "select orchestrator.retry_dead_letters()") == 1
+    assert retry_dead(conn) == 1
     operator.commit()
     assert status(conn, one) == status(conn, other) == "pending"
 
@@ -213,8 +219,10 @@ def test_pausing_says_how_many_known_types_it_covers(conn, type, matching):
     assert pause(conn, type, "resume") == (True, matching)
 
 
-def test_retry_dead_letters_takes_a_pattern_and_a_bounded_number(conn):
+def test_retry_of_dead_letters_takes_a_pattern_and_a_bounded_number(conn):
     ids = [dead_letter(conn, type) for type in ("a:1", "a:2", "b")]
-    assert value(conn, "select orchestrator.retry_dead_letters('a:', 1000000)") == 2
+    with pytest.raises(psycopg.Error, match="limit: must be a whole number from 1 to 10000"):
+        retry_dead(conn, 1000000, type="a:")
+    assert retry_dead(conn, 10000, type="a:") == 2
     assert [status(conn, id) for id in ids] == ["pending", "pending", "dead_letter"]
-    assert value(conn, "select orchestrator.retry_dead_letters(null, null)") == 1
+    assert retry_dead(conn) == 1

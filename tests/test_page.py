@@ -4,6 +4,7 @@ from __future__ import annotations
 import re
 import shutil
 import textwrap
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -283,13 +284,14 @@ def test_wide_actions_ask_before(conn: Connection, page: Page) -> None:
     conn.execute("select orchestrator.pause_type('fails')")
     button = page.get_by_role("button", name="Retry the dead letters of fails")
     button.click()
-    expect(page.locator("#confirm")).to_contain_text("Retry all dead letters of fails?")
-    page.get_by_role("button", name="Leave it").click()
+    give_token(page)
+    expect(page.locator("#confirm")).to_contain_text("Retry 3 tasks?")
+    expect(page.locator("#confirm")).to_contain_text("type fails, status dead_letter")
+    page.locator("#confirm").get_by_role("button", name="Leave it").click()
     assert {status(conn, id) for id in failed} == {"dead_letter"}
     button.click()
     page.get_by_role("button", name="Retry them").click()
-    give_token(page)
-    expect(page.locator("#notice")).to_contain_text("3 dead letters of fails are back in the queue.")
+    expect(page.locator("#notice")).to_contain_text("3 tasks are back in the queue.")
     assert {status(conn, id) for id in failed} == {"pending"}
     page.get_by_role("button", name="Pause ok").click()
     page.get_by_role("button", name="Pause it").click()
@@ -297,6 +299,43 @@ def test_wide_actions_ask_before(conn: Connection, page: Page) -> None:
     eventually(lambda: value(conn, paused))
     page.get_by_role("button", name="Resume ok").click()
     eventually(lambda: value(conn, paused) is False)
+
+
+def test_what_was_found_is_cancelled_retried_and_purged_after_a_preview(conn: Connection, page: Page) -> None:
+    conn.execute("select orchestrator.pause_type(%s)", [SCRIPT])
+    ids = enqueue_some(conn, 700, SCRIPT)
+    kept = enqueue(conn, "ok", run_at="2030-01-01")
+    states = "select distinct status::text from orchestrator.tasks where type = %s"
+
+    def act(action: str, state: str) -> None:
+        page.goto(page.url.split("#")[0] + "#" + urllib.parse.urlencode({"type": SCRIPT, "status": state}))
+        page.get_by_role("button", name=f"{action} these").click()
+
+    act("Cancel", "ready")
+    give_token(page)
+    expect(page.locator("#confirm")).to_contain_text("Cancel 700 tasks?")
+    expect(page.locator("#confirm")).to_contain_text(SCRIPT)
+    assert column(conn, states, SCRIPT) == ["pending"] and value(conn, "select count(*) from orchestrator.operations where action = 'cancel'") == 0
+    page.get_by_role("button", name="Cancel them").click()
+    expect(page.locator("#notice")).to_contain_text("700 tasks are cancelled.")
+    assert column(conn, states, SCRIPT) == ["cancelled"]
+    act("Retry", "cancelled")
+    page.get_by_role("button", name="Retry them").click()
+    expect(page.locator("#notice")).to_contain_text("700 tasks are back in the queue.")
+    act("Purge", "ready")
+    page.get_by_role("button", name="Purge them").click()
+    expect(page.locator("#notice")).to_contain_text("0 tasks are deleted.")
+    conn.execute("select orchestrator.cancel_task(%s)", [ids[0]])
+    act("Purge", "cancelled")
+    page.get_by_role("button", name="Purge it").click()
+    expect(page.locator("#notice")).to_contain_text("1 task is deleted.")
+    assert status(conn, kept) == "pending" and value(conn, "select count(*) from orchestrator.tasks") == 700
+    page.get_by_role("link", name="back to the overview").click()
+    rows = page.locator("#operations tbody tr")
+    expect(rows).to_have_count(5)
+    expect(rows.first).to_contain_text("purge")
+    expect(rows.last).to_contain_text('pause{"type":"')
+    assert page.evaluate("[document.scripts.length, document.images.length, typeof window.hacked]") == [1, 0, "undefined"]
 
 
 def test_page_is_read_only_without_an_admin_token(
@@ -309,6 +348,10 @@ def test_page_is_read_only_without_an_admin_token(
     page.locator("#dead-letters td.id a").click()
     expect(page.locator("#story")).to_be_visible()
     expect(page.locator("#story button:visible")).to_have_count(1)   # Close
+    page.keyboard.press("Escape")
+    page.goto(address + "/#status=dead_letter")
+    expect(page.locator("#found tbody tr")).to_have_count(1)
+    expect(page.locator("#results button:visible")).to_have_count(0)
     request = urllib.request.Request(address + "/api/retry", data=b'{"id": "%s"}' % failed.encode(),
                                      headers={"Authorization": f"Bearer {TOKEN}"}, method="POST")
     with pytest.raises(HTTPError) as refused:

@@ -50,7 +50,7 @@ HOT = {
     "cancel_task, waiting": "select orchestrator.cancel_task(%(waiting)s)",
     "cancel_task, in flight": "select orchestrator.cancel_task(%(id)s)",
     "retry_task": "select orchestrator.retry_task(%(dead)s)",
-    "bulk_tasks, retry": """select orchestrator.bulk_tasks('retry', jsonb_build_object('ids', jsonb_build_array(%(dead)s)), false)""",
+    "bulk_tasks, retry": """select orchestrator.bulk_tasks('retry', jsonb_build_object('ids', jsonb_build_array(%(dead)s::text)), false)""",
     "heartbeat": "select * from orchestrator.heartbeat('w')",
     "cancelling_tasks": "select * from orchestrator.cancelling_tasks('w')",
     "recover_orphans": "select * from orchestrator.recover_orphans('leader', %(term)s)",
@@ -59,6 +59,13 @@ HOT = {
     "prune": "select * from orchestrator.prune('leader', %(term)s, '1 day', '1 day', 20)",
 }
 NOBODY = "00000000-0000-0000-0000-000000000000"
+# Filters, and how many rows of tasks a preview of what they match may read: three times those in the state, or those that are named.
+FILTERS = [
+    ('{"status": "dead_letter"}', 6_100), ('{"status": "dead_letter", "error": "x"}', 6_100), ('{"status": "scheduled"}', 15_100),
+    ('{"status": "retry_scheduled"}', 10_100), ('{"status": "parked"}', 0), ('{"status": "blocked", "type": "t*"}', 0),
+    ('{"status": "in_flight"}', 0), ('{"status": "running", "payload": {"a": 1}}', 0), ('{"status": "ready", "type": "none"}', 0),
+    ('{"status": "ready", "type": "none:*"}', 0), ('{"ids": ["%(waiting)s", "%(dead)s"]}', 10), ('{"id": "%(waiting)s"}', 10),
+    ('{"created_after": "2090-01-01"}', 5_100), ('{"created_before": "2020-01-01", "status": "completed"}', 100)]   # of random ids
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +80,9 @@ def session(server, template):
         register(conn, "w", "tuv")
         conn.execute("analyze")
         nothing = {"claim": 0, "id": NOBODY, "ids": [NOBODY], "waiting": NOBODY, "dead": NOBODY, "term": term}
+        for filter, _ in FILTERS:
+            for _ in range(7):
+                conn.execute("select orchestrator.bulk_tasks('purge', %s)", [filter.replace("%(waiting)s", NOBODY).replace("%(dead)s", NOBODY)])
         for call in HOT.values():
             with conn.transaction(force_rollback=True):
                 for _ in range(7):
@@ -118,6 +128,21 @@ def test_no_hot_function_scans_tasks_by_a_plan_of_when_it_was_empty(session, nam
         assert counted["seq_scan"] == before[table]["seq_scan"], f"{name} scanned {table}"
         assert counted["rows"] - before[table]["rows"] < 500, f"{name} read many rows of {table}"
     assert entries_after - entries < 1000, f"{name} walked an index"
+
+
+@pytest.mark.parametrize(("filter", "most"), FILTERS)
+def test_a_filter_reads_along_an_index_what_it_may_match(session, filter, most):
+    conn, _ = session
+    ids = {"waiting": value(conn, "select id from orchestrator.tasks where queued_at is not null limit 1"),
+           "dead": value(conn, "select id from orchestrator.tasks where dead_at is not null limit 1")}
+    for name, id in ids.items():
+        filter = filter.replace(f"%({name})s", str(id))
+    with conn.transaction(force_rollback=True):
+        before = row_by_table(conn)["tasks"]
+        conn.execute("select orchestrator.bulk_tasks('purge', %s)", [filter])
+        after = row_by_table(conn)["tasks"]
+    assert after["seq_scan"] == before["seq_scan"]
+    assert after["rows"] - before["rows"] <= most
 
 
 def row_by_table(conn):

@@ -88,7 +88,7 @@ def test_documents_say_of_each_code_block_how_it_is_tested() -> None:
 
 def test_readme_is_short_and_every_document_is_linked_from_it() -> None:
     assert TEXTS["README.md"].count("\n") <= 350
-    assert set(re.findall(r"\]\((docs/\w+\.md)\)", TEXTS["README.md"])) == TEXTS.keys() - {"README.md"}
+    assert set(re.findall(r"\]\((docs/[\w-]+\.md)\)", TEXTS["README.md"])) == TEXTS.keys() - {"README.md"}
 
 
 def test_documents_psql_examples_run(installed: str, server: Server) -> None:
