@@ -1,8 +1,9 @@
-"""A backend for Django's tasks, over Django's own connection: Django 6, or 5.2 with django-tasks. Used by examples/django_project.py.
+"""A backend for Django's tasks, over Django's own connection: for Django 6, or 5.2 with the package django-tasks.
 
     TASKS = {"default": {"BACKEND": "django_backend.OrchestratorBackend", "OPTIONS": {"database": "default"}}}
 
-Workers are `python orchestrator.py --handlers worker.py`, where worker.py calls django.setup() and has HANDLERS = {"django:": run}.
+Copy examples/django_backend.py into a project; examples/django_project.py is a small one. Its workers are
+`python orchestrator.py --handlers worker.py`, where worker.py calls django.setup() and has HANDLERS = {"django:": run}.
 The type is django:QUEUE:PATH, so that workers, limits and pauses may name a queue by "django:emails:*". Failed attempts are repeated.
 """
 import json
@@ -22,8 +23,7 @@ except ImportError:   # Django 5.2
     from django_tasks.backends.base import BaseTaskBackend
     from django_tasks.base import TaskError
 
-STATUSES = {"completed": TaskResultStatus.SUCCESSFUL, "dead_letter": TaskResultStatus.FAILED, "cancelled": TaskResultStatus.FAILED,
-            "claimed": TaskResultStatus.RUNNING, "running": TaskResultStatus.RUNNING}
+STATUSES = {"completed": "SUCCESSFUL", "dead_letter": "FAILED", "cancelled": "FAILED", "claimed": "RUNNING", "running": "RUNNING"}
 
 
 class OrchestratorBackend(BaseTaskBackend):
@@ -37,8 +37,8 @@ class OrchestratorBackend(BaseTaskBackend):
     def enqueue(self, task, args, kwargs):
         self.validate_task(task)
         kind, payload = f"django:{task.queue_name}:{task.module_path}", json.dumps({"args": args, "kwargs": kwargs})
-        result = self.get_result(self.call("select orchestrator.enqueue(%s, %s::jsonb, %s, p_run_at => %s)",
-                                           kind, payload, task.priority, task.run_after))
+        task_id = self.call("select orchestrator.enqueue(%s, %s::jsonb, %s, p_run_at => %s)", kind, payload, task.priority, task.run_after)
+        result = self.get_result(task_id)
         signals.task_enqueued.send(type(self), task_result=result)
         return result
 
@@ -50,19 +50,18 @@ class OrchestratorBackend(BaseTaskBackend):
             raise exceptions.TaskResultDoesNotExist(result_id) from None
         started, ended = (parse_datetime(at or "") for at in (found["started_at"], found["completed_at"] or found["dead_at"]))
         attempts = found["attempts"] + (found["status"] == "claimed")   # counted a moment after it began
-        errors = [event["detail"] or "" for event in found["events"] if event["event"] == "failed"]
+        failures = [event["detail"] or "" for event in found["events"] if event["event"] == "failed"]
         result = TaskResult(
             task=import_string(path).using(queue_name=queue, priority=found["priority"], backend=self.alias), backend=self.alias,
             id=str(found["id"]), args=found["payload"]["args"], kwargs=found["payload"]["kwargs"], started_at=started, finished_at=ended,
-            status=STATUSES.get(found["status"], TaskResultStatus.READY), enqueued_at=parse_datetime(found["created_at"]),
+            status=TaskResultStatus(STATUSES.get(found["status"], "READY")), enqueued_at=parse_datetime(found["created_at"]),
             last_attempted_at=started, worker_ids=[found["worker_id"] or ""] * attempts,
-            errors=[TaskError(exception_class_path="builtins.Exception", traceback=text) for text in errors])   # its class isn't kept
+            errors=[TaskError(exception_class_path="builtins.Exception", traceback=text) for text in failures])   # its class isn't kept
         object.__setattr__(result, "_return_value", found["result"])   # as Django's own backends do
         return result
 
 
-def run(task):
-    """The orchestrator's handler of "django:"."""
+def run(task):   # the handler of "django:"
     try:
         job = import_string(task.type.split(":", 2)[2])
         context = [TaskContext(task_result=job.get_backend().get_result(task.id))] if job.takes_context else []

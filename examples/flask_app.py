@@ -65,4 +65,5 @@ if __name__ == "__main__":
         connection.execute("create table if not exists flask_orders (id serial primary key, customer text, status text default 'new')")
     server = make_server("127.0.0.1", int(sys.argv[1]) if sys.argv[1:] else 8000, web, threaded=True)
     print(f"http://127.0.0.1:{server.server_port}/orders", flush=True)
-    server.serve_forever()
+    server.serve_forever()   # until Ctrl-C
+    app.stop()
