@@ -8,7 +8,7 @@
   python orchestrator.py enqueue TYPE '{...}'  add a task, like select orchestrator.enqueue('TYPE', '{...}')
   python orchestrator.py show ID               what happened to a task, and why it is not running
   python orchestrator.py COMMAND --help        install, enqueue, list, show, cancel, retry, pause, resume,
-                                               stats, schedule, schedules, unschedule, fire, next, audit, psql
+                                               signal, stats, schedule, schedules, unschedule, fire, next, audit, psql
 
 In a program:
 
@@ -205,6 +205,13 @@ def check_text(name: str, text: str) -> str:
     return text
 
 
+def _key(name: str, key: str | UUID) -> str:
+    text = check_text(name, str(key))
+    if not 1 <= len(text.encode()) <= 255:
+        raise ValueError(f"{name}: must be 1 to 255 bytes")
+    return text
+
+
 def check_id(task_id: str | UUID) -> str:
     if not re.fullmatch(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", str(task_id)):
         raise ValueError("id: must be a task's id, a UUID such as 01890000-0000-7000-8000-000000000000")
@@ -328,6 +335,10 @@ class Config:
         "", "bearer token with which the page may cancel, retry and pause; unset: the page is read-only")
     shutdown_grace: float = _setting(
         30.0, "how long running tasks may continue after SIGTERM before they are given back", 0, 86400)
+    max_tasks: int = _setting(
+        0, "after about so many tasks a worker stops as by SIGTERM, to be started anew; 0: never", 0, 10 ** 9)
+    max_age: float = _setting(
+        0.0, "after this time a worker stops as by SIGTERM, or up to 10% sooner; 0: never", 0, LONGEST_DELAY)
     retention_completed: float = _setting(
         604800.0, "how long completed and cancelled tasks are kept; 0: forever", 0, LONGEST_DELAY)
     retention_dead_letter: float = _setting(
@@ -791,6 +802,7 @@ def ensure_schema(connection: psycopg.Connection[Row]) -> None:
 #                  or report loop ("abandoned": a stand-in reports for it), by the report loop ("reported")
 
 RESULT_LIMIT = 1_048_576   # bytes of JSON that a handler may return, or report as its progress
+STEP_LIMIT = 262_144       # those of a step
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -827,6 +839,9 @@ class Task:
     _cancelled: threading.Event | None = None
     _in_transaction = False
     _result: str | None = None
+    # by name, what steps returned, when it is known; in a transaction, what is to be recorded at its end
+    _steps: dict[str, Any] | None = None
+    _unrecorded: dict[str, str] | None = None
     cancel_reason: str | None = None
     on_cancel: Callable[[], object] | None = None
     # what its pool thread does while it waits for the event loop
@@ -917,6 +932,89 @@ class Task:
         """Report how far it is: JSON that `show` and the page display (the latest of each half second)."""
         self._worker.reports.progress[self.id] = (self, self._worker.router.result_json(value))
 
+    def step(self, name: str, function: Callable[..., Any], *, transaction: bool = False) -> Any:
+        """What function() returned, as JSON of up to 256 KiB: in a later attempt it is not called again.
+
+        With transaction=True it gets a connection, whose writes commit together with the record of the step.
+        Raises ClaimLost if another worker has the task by now.
+        """
+        steps = self._known_steps(name)
+        if name not in steps and transaction:
+            with self._connection() as connection:
+                self._record(steps, name, function(connection))
+        elif name not in steps:
+            self._record(steps, name, function())
+        return steps[name]
+
+    async def step_async(self, name: str, function: Callable[[], Any]) -> Any:
+        """step() for an `async def` handler; an awaitable that function() returns is awaited."""
+        steps = await asyncio.to_thread(self._known_steps, name)
+        if name not in steps:
+            value = function()
+            value = await value if inspect.isawaitable(value) else value
+            await asyncio.to_thread(self._record, steps, name, value)
+        return steps[name]
+
+    def signal(self, name: str, timeout: Seconds | None = None) -> Any:
+        """The value of a signal, or None after `timeout`, counted from the first call in any attempt.
+
+        Until then it raises Snooze: no slot of the pool is held, and the handler begins anew when it comes.
+        """
+        wait = None if timeout is None else _interval(check_seconds("timeout", timeout))
+        held, value, snooze = self._worker.call_step(
+            self, "await_signal", self.claim_id, self.id, _key("name", name), wait)
+        self._check_held(held)
+        if snooze is not None:
+            raise Snooze(snooze)
+        return None if value is None else _decode(value)[0]
+
+    async def signal_async(self, name: str, timeout: Seconds | None = None) -> Any:
+        """signal() for an `async def` handler."""
+        return await asyncio.to_thread(self.signal, name, timeout)
+
+    def _known_steps(self, name: str) -> dict[str, Any]:
+        _key("name", name)
+        if self._steps is None:
+            self._steps = dict(_decode(self._worker.call_step(self, "steps", self.id)[0])[0])
+        return self._steps
+
+    def _record(self, steps: dict[str, Any], name: str, value: Any) -> None:
+        text = self._worker.router.result_json(value, STEP_LIMIT)
+        if self._unrecorded is not None:
+            self._unrecorded[name] = text
+        else:
+            self._check_held(
+                self._worker.call_step(self, "record_step", self.claim_id, self.id, name, text)[0])
+        steps[name] = _decode(text)[0]
+
+    def _check_held(self, held: bool) -> None:
+        if not held:
+            raise ClaimLost(f"task {self.id} is no longer held by claim {self.claim_id}")
+
+    @contextlib.contextmanager
+    def _connection(self) -> Iterator[psycopg.Connection[Row]]:
+        """A connection in a transaction, which at its end records the steps that were done in it."""
+        if self._unrecorded is not None:
+            raise RuntimeError("a transaction of this task is open already")
+        worker, self._unrecorded = self._worker, {}
+        try:
+            with connect(worker.config, "orchestrator task") as connection:
+                if worker.reports.link.pooled or not worker.config.prepared_statements:
+                    connection.prepare_threshold = None
+                connection.autocommit = connection.read_only = connection.deferrable = False
+                connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
+                # the handler's timeout, not the database, bounds the handler's own work
+                configure(connection, {
+                    "statement_timeout": "0", "idle_in_transaction_session_timeout": "0"}, local=True)
+                yield connection
+                for step in self._unrecorded.items():
+                    self._check_held(call_in(connection, "record_step", self.claim_id, self.id, *step)[0][0])
+        except BaseException:
+            self._steps = None   # what was done in it is undone
+            raise
+        finally:
+            self._unrecorded = None
+
     @contextlib.contextmanager
     def transaction(self) -> Iterator[psycopg.Connection[Row]]:
         """A connection whose writes commit together with the completion of this task, or not at all.
@@ -924,15 +1022,7 @@ class Task:
         The result is what task.complete() was given in the block; what the handler returns comes too late.
         Rolls back and raises ClaimLost if another worker has the task by now, Cancelled if it was cancelled.
         """
-        worker = self._worker
-        with connect(worker.config, "orchestrator task") as connection:
-            if worker.reports.link.pooled or not worker.config.prepared_statements:
-                connection.prepare_threshold = None
-            connection.autocommit = connection.read_only = connection.deferrable = False
-            connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
-            # the handler's timeout, not the database, bounds the handler's own work
-            configure(connection, {
-                "statement_timeout": "0", "idle_in_transaction_session_timeout": "0"}, local=True)
+        with self._connection() as connection:
             self._in_transaction = True
             try:
                 yield connection
@@ -944,8 +1034,7 @@ class Task:
                 connection.rollback()
                 self.cancel("cancelled")
                 raise Cancelled("cancelled")
-            if rows:
-                raise ClaimLost(f"task {self.id} is no longer held by claim {self.claim_id}")
+            self._check_held(not rows)
         self.ended = "transaction"
 
     def complete(self, result: Any) -> None:
@@ -1098,6 +1187,9 @@ class Router:
         self.limits: dict[str, Limit] = {}
         self.middleware: list[Middleware] = []
         self.dead_letter_hooks: list[DeadLetterHook] = []
+        self.enqueue_hooks: list[Callable[[], Mapping[str, Any] | None]] = []
+        self.start_hooks: list[Callable[[], object]] = []
+        self.stop_hooks: list[Callable[[], object]] = []
         self.encode = json_encoder(default)
         self.loop: asyncio.AbstractEventLoop | None = None
         self._loop_lock = threading.Lock()   # guards the start of the event loop's thread
@@ -1165,10 +1257,10 @@ class Router:
         running = None if self.loop is None else asyncio.current_task(self.loop)
         return None if running is None else running.get_name()
 
-    def result_json(self, value: Any) -> str:
+    def result_json(self, value: Any, limit: int = RESULT_LIMIT) -> str:
         text = to_json("result", value, self.encode)
-        if len(text) > RESULT_LIMIT:
-            raise ValueError(f"over {RESULT_LIMIT} bytes of JSON: store the data elsewhere, return its key")
+        if len(text) > limit:
+            raise ValueError(f"over {limit} bytes of JSON: store the data elsewhere, return its key")
         return text
 
     def completed(self, task: Task, result: Any) -> Outcome:
@@ -2594,6 +2686,9 @@ class Worker:
         self.pool = Pool(config.worker_pool_size, router, self.counters)
         self.reports, self.claims, self.heartbeat = ReportLoop(self), ClaimLoop(self), HeartbeatLoop(self)
         self.loops = (self.claims, self.reports, self.heartbeat)
+        # Of all handlers' threads, one after the other.
+        self.steps, self.steps_lock = Link(config), threading.Lock()
+        self.worn_at = clock() + (config.max_age or math.inf) * random.uniform(0.9, 1)
 
     def log(self, level: int, message: str, *args: object, **fields: object) -> None:
         log.log(level, message, *args, extra={"worker": self.id, **fields})
@@ -2634,12 +2729,33 @@ class Worker:
         self.pool.stop()
         for loop in self.loops:
             loop.join(last)
+        self.steps.close()
         log.info("worker %s stopped", self.id)
 
     def _enter(self, stage: threading.Event) -> None:
         stage.set()
         for loop in self.loops:
             loop.bell.set()
+
+    def call_step(self, task: Task, function: str, *args: Any) -> Row:
+        """For a handler's thread: one row, asked for until the database answers or the task is to stop."""
+        backoff = Backoff()
+        while True:
+            try:
+                with self.steps_lock:
+                    self.steps.reopen_if_closed()
+                    return self.steps.call(function, *args)[0]
+            except psycopg.Error as error:
+                if error.sqlstate == "OR001":
+                    raise ValueError(error_line(error)) from None
+                if is_refusal(error) or task.cancelled.wait(backoff.next()):
+                    raise
+
+    def worn_out(self) -> bool:
+        """Whether MAX_TASKS or MAX_AGE says that another process should take over."""
+        with self.counters.lock:
+            ran = sum(sum(tally.counts) for tally in self.counters.seconds.values())
+        return clock() >= self.worn_at or 0 < self.config.max_tasks <= ran
 
     def forget(self, task: Task) -> None:
         held = self.tasks.get(task.id)
@@ -2703,6 +2819,7 @@ def _new_worker_id() -> str:
 
 # =============================================================================================== orchestrator
 Function = TypeVar("Function", bound=Callable[[Task], Any])
+Hook = TypeVar("Hook", bound=Callable[[], Any])
 Result = TypeVar("Result")
 LINKS = 4   # connections of a program that enqueues from many threads
 
@@ -2819,6 +2936,8 @@ class Client:
         return None if next_at is None else datetime.fromisoformat(str(next_at))
 
     def _meta(self, meta: Mapping[str, Any] | None) -> str | None:
+        for hook in self.router.enqueue_hooks if isinstance(meta or {}, Mapping) else ():
+            meta = {**(hook() or {}), **(meta or {})} or None
         return None if meta is None else to_json("meta", meta, self.router.encode)
 
     def limit(self, type: str, *, max_running: int | None = None, max_per_key: int | None = None,
@@ -2836,9 +2955,17 @@ class Client:
         """cancelled, cancelling (asked to stop), not_found, or the status of a task that has ended."""
         return str(self.call("cancel_task", check_id(task_id))[0][0])
 
-    def retry(self, task_id: str | UUID) -> str:
-        """pending, not_found, or the status of a task that can't be retried."""
-        return str(self.call("retry_task", check_id(task_id))[0][0])
+    def retry(self, task_id: str | UUID, *, fresh: bool = False) -> str:
+        """pending, not_found, or the status of a task that can't be retried. fresh: steps are forgotten."""
+        return str(self.call("retry_task", check_id(task_id), bool(fresh))[0][0])
+
+    def signal(self, task_id: str | UUID, name: str, value: Any = None) -> str:
+        """delivered, known (the first counts), timed_out, not_found, or the status of a task that has ended.
+
+        What task.signal(name) returns then; default {}. Raises ValueError, which names the field.
+        """
+        text = to_json("value", {} if value is None else value, self.router.encode)
+        return str(self.call("signal_task", check_id(task_id), _key("name", name), text)[0][0])
 
     def get(self, task_id: str | UUID) -> dict[str, Any] | None:
         """The task and its events, nothing redacted; None if there is none."""
@@ -2919,19 +3046,31 @@ class _Rehearsal(Task):
 
     connection: psycopg.Connection[Any] | None
     report: Callable[[Any], object]
+    signals: Mapping[str, Any]
 
     def progress(self, value: Any) -> None:
         self.report(json.loads(self._worker.router.result_json(value)))
 
     @contextlib.contextmanager
-    def transaction(self) -> Iterator[psycopg.Connection[Any]]:
+    def _connection(self) -> Iterator[psycopg.Connection[Any]]:
         if self.connection is None:
             raise RuntimeError("task.transaction(): give perform() a transaction=connection, or use drain()")
         with self.connection.transaction():
-            self._in_transaction = True
             yield self.connection
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[psycopg.Connection[Any]]:
+        with self._connection() as connection:
+            self._in_transaction = True
+            yield connection
             self._in_transaction = False
         self.ended = "transaction"
+
+    def answer(self, function: str, *args: Any) -> Row:
+        """What the database would, to record_step and await_signal."""
+        value = self.signals.get(args[2])
+        return (True, None if value is None else self._worker.router.result_json(value),
+                None if function == "record_step" or args[2] in self.signals else 3600.0)
 
 
 class _Drain(Journal):
@@ -2983,8 +3122,8 @@ class _Drain(Journal):
     def close(self) -> None:
         with contextlib.suppress(psycopg.Error):
             self.worker.claims.link.call("release_forgotten", self.worker.id, "{}")
-        for loop in self.worker.loops:
-            loop.close()
+        for link in (*self.worker.loops, self.worker.steps):
+            link.close()
         self.hook_thread.shutdown()
 
 
@@ -3059,13 +3198,33 @@ class Orchestrator(Client):
         self.router.dead_letter_hooks.append(hook)
         return hook
 
+    def on_enqueue(self, hook: Hook) -> Hook:
+        """Merge what hook() returns, a dict or None, into the meta of all that this program enqueues.
+
+        It is called in the thread that enqueues, so in a handler it sees that task's context.
+        """
+        self.router.enqueue_hooks.append(hook)
+        return hook
+
+    def on_start(self, hook: Hook) -> Hook:
+        """Have hook() called before the worker claims anything; if it raises, the worker does not start."""
+        self.router.start_hooks.append(hook)
+        return hook
+
+    def on_stop(self, hook: Hook) -> Hook:
+        """Have hook() called after the worker has stopped, the last first; what it raises is logged."""
+        self.router.stop_hooks.append(hook)
+        return hook
+
     def perform(self, type: str, payload: Any = None, *, attempt: int = 1, id: str | UUID | None = None,
                 meta: Mapping[str, Any] | None = None, transaction: psycopg.Connection[Any] | None = None,
-                progress: Callable[[Any], object] = lambda value: None) -> Any:
+                progress: Callable[[Any], object] = lambda value: None, steps: dict[str, Any] | None = None,
+                signals: Mapping[str, Any] = types.MappingProxyType({})) -> Any:
         """Test a handler inside the middleware, without a database; returns and raises what it does.
 
         Payload, result and progress go through JSON. progress: called with what task.progress() reports.
-        transaction: the connection of task.transaction(). Raises ValueError, which names the field.
+        transaction: the connection of task.transaction(). steps: those that are known; others join them.
+        signals: those that came; None for one that timed out. Raises ValueError, which names the field.
         """
         handler, encode = self.router.find(check_text("type", type)), self.router.encode
         if handler is None:
@@ -3073,9 +3232,10 @@ class Orchestrator(Client):
         payload = to_json("payload", {} if payload is None else payload, encode)
         row = (0, check_id(id or uuid4()), type, payload, check_whole("attempt", attempt, 1, 1001) - 1, None,
                0, str(datetime.now(UTC)), 0.0, 0, self._meta(meta))
-        worker: Any = types.SimpleNamespace(id="perform", router=self.router)
+        worker: Any = types.SimpleNamespace(id="perform", router=self.router, call_step=_Rehearsal.answer)
         task = _Rehearsal(worker, row, handler)
-        task.connection, task.report = transaction, progress
+        task.connection, task.report, task.signals = transaction, progress, signals
+        task._steps = {} if steps is None else steps
         result = _run_here(task, lambda: self.router.finish(task, self.router.call(task)))
         text = task._result if task.ended else self.router.result_json(result)
         return None if text is None else json.loads(text)
@@ -3113,6 +3273,12 @@ class Orchestrator(Client):
         self._open()
         if not self.router.handlers:
             log.warning("no handlers are registered: this worker has nothing to run")
+        for hook in self.router.start_hooks:
+            try:
+                hook()
+            except Exception as error:
+                log.exception("on_start failed")
+                raise ConfigError(f"on_start: {describe_error(error)}") from error
         revive = self._embedded.start if self._embedded else None
         self.worker = worker = Worker(self.config, self.router, revive)
         try:
@@ -3124,7 +3290,7 @@ class Orchestrator(Client):
                 log.info("the page and /metrics are at http://%s:%d/", *self._http.server_address[:2])
         except BaseException:
             self.worker = None
-            self.close()
+            self._stopped()
             raise
         return self
 
@@ -3136,6 +3302,15 @@ class Orchestrator(Client):
         worker, self.worker = self.worker, None
         if worker is not None:
             worker.stop(self.config.shutdown_grace if grace is None else grace, hurry)
+            self._stopped()
+        self.close()
+
+    def _stopped(self) -> None:
+        for hook in reversed(self.router.stop_hooks):
+            try:
+                hook()
+            except Exception:
+                log.exception("on_stop failed")
         self.close()
 
     def run(self) -> None:
@@ -3162,7 +3337,7 @@ class Orchestrator(Client):
             worker = self.start().worker
             assert worker is not None
             starting = False
-            while worker.fatal is None:
+            while worker.fatal is None and not worker.worn_out():
                 with contextlib.suppress(queue.Empty):
                     signals.get(timeout=0.5)
                     break
@@ -3224,13 +3399,6 @@ def _plain_errors() -> Iterator[None]:
         if error.sqlstate in NOT_INSTALLED:
             raise ConfigError(f"DATABASE_URL: {database_problem(error)}") from None
         raise
-
-
-def _key(name: str, key: str | UUID) -> str:
-    text = check_text(name, str(key))
-    if not 1 <= len(text.encode()) <= 255:
-        raise ValueError(f"{name}: must be 1 to 255 bytes")
-    return text
 
 
 def _run_at(run_at: datetime | None, delay: Seconds | None) -> datetime | After | None:
@@ -3999,11 +4167,14 @@ def do_show(args: Args) -> int:
         return 0
     # Python refuses to parse a number of over 4300 digits
     task = json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 1000 else digits)
-    events = task.pop("events")
+    events, steps = task.pop("events"), task.pop("steps") or ()
     print(f"{task['type']} {task['id']}: {task['status']}\n  {task.pop('explanation')}")
     for name, value in task.items():
         if value is not None and name not in ("id", "type", "status"):
             print(f"  {name:20} {_cell(value)}")
+    for step in steps:
+        result = "waits for the signal" if step["at"] is None else _cell(json.dumps(step["result"]))
+        print(f"  step {_cell(step['name']):15} {result}")
     for event in events:
         lines = [_cell(line) for line in (event["detail"] or "").split("\n")]   # a traceback has many
         print(f"  {event['at']}  {event['event']:16} " + "\n      ".join(lines))
@@ -4031,6 +4202,14 @@ def do_retry(args: Args) -> int:
     if args.type is not None or args.limit is not None:
         raise ConfigError("--type, --limit: go with --dead-letters only")
     return _outcome(args, args.app.retry(args.id), "pending")
+
+
+@arg("id")
+@arg("name", help="what its handler waits for with task.signal(name)")
+@arg("value", nargs="?", help="JSON; default {}")
+def do_signal(args: Args) -> int:
+    """send a task a value, for which it may be waiting"""
+    return _outcome(args, args.app.signal(args.id, args.name, _payload(args.value, "value")), "delivered")
 
 
 def _outcome(args: Args, status: str, *good: str) -> int:
@@ -4228,11 +4407,11 @@ def load_handlers(router: Router, name: str) -> None:
         getattr(router, name.lower()).update(given)
 
 
-def _payload(text: str | None) -> Any:
+def _payload(text: str | None, name: str = "payload") -> Any:
     try:
         return json.loads(text or "{}", parse_constant=int)   # which refuses NaN and Infinity
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"payload: is not JSON: {getattr(error, 'msg', error)}") from None
+        raise ConfigError(f"{name}: is not JSON: {getattr(error, 'msg', error)}") from None
 
 
 def _moment(text: str) -> datetime:

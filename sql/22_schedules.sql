@@ -143,7 +143,8 @@ declare
 begin
   select * into s from orchestrator.schedules x where x.name = p_name for no key update;
   if not found then return null; end if;
-  v_id := orchestrator.enqueue(p_type => s.type, p_payload => s.payload, p_priority => s.priority, p_max_retries => s.max_retries);
+  v_id := orchestrator.enqueue(p_type => s.type, p_payload => s.payload, p_priority => s.priority, p_max_retries => s.max_retries,
+                                p_meta => orchestrator._fire_meta(s.name, clock_timestamp()));
   update orchestrator.schedules x set last_fire_at = clock_timestamp(), last_task_id = v_id where x.name = p_name;
   return v_id;
 end $$;
@@ -153,6 +154,12 @@ comment on function orchestrator.fire_schedule(text) is
 create or replace function orchestrator._fire_key(p_name text, p_at timestamptz) returns text
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp as $$
   select 'schedule:' || p_name || ':' || to_char(p_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"')
+$$;
+
+-- {"schedule": NAME, "fire_at": "2026-11-26T12:00:00Z"}
+create or replace function orchestrator._fire_meta(p_name text, p_at timestamptz) returns jsonb
+language sql stable set search_path = pg_catalog, pg_temp as $$
+  select jsonb_build_object('schedule', p_name, 'fire_at', right(orchestrator._fire_key(p_name, p_at), 20))
 $$;
 
 -- Deals with what is due of one schedule, whose row the caller has locked. Returns how many tasks it enqueued.
@@ -171,7 +178,8 @@ begin
     continue when not s.overlap and exists (
       select from orchestrator.tasks t where t.id = s.last_task_id and t.status in ('pending', 'claimed', 'running', 'retry_scheduled'));
     s.last_task_id := orchestrator.enqueue(p_type => s.type, p_payload => s.payload, p_priority => s.priority,
-                                           p_idempotency_key => orchestrator._fire_key(s.name, v_at), p_max_retries => s.max_retries);
+                                           p_idempotency_key => orchestrator._fire_key(s.name, v_at), p_max_retries => s.max_retries,
+                                           p_meta => orchestrator._fire_meta(s.name, v_at));
     s.last_fire_at := v_at;
     v_fired := v_fired + 1;
   end loop;

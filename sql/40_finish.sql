@@ -271,7 +271,9 @@ begin
   perform from orchestrator.claims c where c.id = p_claim_id for no key update;
   if not found then return 'rejected'; end if;
   if orchestrator._lock_and_end_cancelled(p_claim_id, array[p_id]) > 0 then return 'cancelled'; end if;
-  return case orchestrator._release(p_claim_id, array[p_id], 'snoozed', false, p_delay) when 0 then 'rejected' else 'snoozed' end;
+  if orchestrator._release(p_claim_id, array[p_id], 'snoozed', false, p_delay) = 0 then return 'rejected'; end if;
+  perform orchestrator._wake(p_id);
+  return 'snoozed';
 end $$;
 comment on function orchestrator.snooze_task is
   'Puts a task off, uncharged. Returns snoozed, cancelled or rejected. Raises OR001.';

@@ -76,6 +76,7 @@ begin
     get diagnostics completed = row_count;
     delete from orchestrator.task_events e where e.task_id = any (v_ids)
       and not exists (select from orchestrator.tasks t where t.id = e.task_id);
+    perform orchestrator._prune_steps(v_ids);
   end if;
   if p_dead_letter > interval '0' then
     v_ids := array(select t.id from orchestrator.tasks t where t.dead_at < v_dead_before order by t.dead_at limit p_limit
@@ -84,8 +85,9 @@ begin
     delete from orchestrator.tasks t where t.id = any (v_ids);
     get diagnostics dead_letters = row_count;
     delete from orchestrator.task_events e where e.task_id = any (v_ids);
+    perform orchestrator._prune_steps(v_ids);
   end if;
 end $$;
 comment on function orchestrator.prune is
   'The leader''s: deletes tasks that completed or were cancelled p_completed ago, and dead letters of p_dead_letter ago (0: kept '
-  'for ever), with their events. Looks at p_limit tasks of each. more: call it again at once. Nulls under a stale term.';
+  'for ever), with their events and steps. Looks at p_limit tasks of each. more: call it again at once. Nulls under a stale term.';

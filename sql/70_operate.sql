@@ -36,7 +36,7 @@ comment on function orchestrator.cancel_task is
   'Cancels a waiting task at once (returns cancelled); asks one in flight to stop (cancelling): it ends as cancelled when its '
   'handler does. Else returns the status of what has ended, or not_found.';
 
-create or replace function orchestrator.retry_task(p_id uuid) returns text
+create or replace function orchestrator.retry_task(p_id uuid, p_fresh boolean default false) returns text
 language plpgsql as $$
 declare
   t record;
@@ -48,13 +48,14 @@ begin
   set status = 'pending', queued_at = clock_timestamp(), updated_at = clock_timestamp(), attempts = 0, recoveries = 0, worker_id = null,
       claim_id = null, claimed_at = null, started_at = null, completed_at = null, dead_at = null, progress = null
   where x.id = p_id;
+  delete from orchestrator.task_steps s where s.task_id = p_id and (s.at is null or p_fresh);   -- a wait for a signal begins anew
   perform orchestrator._add_event(p_id, 'retried', null, null, 'by ' || current_user);
   perform orchestrator._notify_idle(t.type);
   return 'pending';
 end $$;
 comment on function orchestrator.retry_task is
-  'Puts a dead letter or a cancelled task back at the tail of its lane, with all its retries. Returns pending, else the status '
-  'that it has, or not_found.';
+  'Puts a dead letter or a cancelled task back at the tail of its lane, with all its retries. It goes on after its last step; '
+  'p_fresh: steps and signals are forgotten. Returns pending, else the status that it has, or not_found.';
 
 create or replace function orchestrator.retry_dead_letters(p_type text default null, p_limit int default 1000) returns int
 language plpgsql as $$

@@ -66,7 +66,9 @@ create or replace view orchestrator._bare_tasks as
 
 create or replace view orchestrator._redacted_tasks as
   select t.id, orchestrator.redact(t.payload) as payload, orchestrator.redact(t.result) as result,
-         orchestrator._in_order(t.progress) as progress, orchestrator._preview(t.payload) as preview, t.meta
+         orchestrator._in_order(t.progress) as progress, orchestrator._preview(t.payload) as preview, t.meta,
+         (select jsonb_agg(jsonb_build_object('name', s.name, 'result', orchestrator.redact(s.result), 'at', s.at, 'until', s.until) order by s.at, s.name)
+          from orchestrator.task_steps s where s.task_id = t.id) as steps
   from orchestrator.tasks t;
 
 create or replace view orchestrator.pending_tasks as
@@ -151,7 +153,10 @@ begin
     when v_workers = 0 then return format('no live worker handles %s: start one with a handler for it', t.type);
     when v_paused is not null then return format('%1$s is paused: select orchestrator.resume_type(%1$L)', v_paused);
     when t.next_retry_at is not null then
-      return format('not before %s (%s)', t.next_retry_at, case when t.attempts > 0 then 'a retry of attempt ' || t.attempts else 'scheduled' end);
+      return coalesce(
+        (select format('snoozed until the signal %1$s%2$s: select orchestrator.signal_task(%3$L, %1$L)', s.name, ' or ' || nullif(s.until, 'infinity'), t.id)
+         from orchestrator.task_steps s where t.status = 'pending' and s.task_id = t.id and s.at is null and s.until > clock_timestamp() limit 1),
+        format('not before %s (%s)', t.next_retry_at, case when t.attempts > 0 then 'a retry of attempt ' || t.attempts else 'scheduled' end));
     when t.parked_at is not null then
       return format('parked: as many of its concurrency key %L are in flight as the limit %s allows%s; it goes on when one of them ends',
                     t.concurrency_key, t.parked_by, orchestrator._holders(t.parked_by, t.concurrency_key));
@@ -183,7 +188,7 @@ $$;
 create or replace function orchestrator.show_task(p_id uuid) returns jsonb
 language sql stable as $$
   select to_jsonb(t) || jsonb_build_object(
-    'payload', r.payload, 'result', r.result, 'progress', r.progress, 'meta', r.meta, 'last_error', orchestrator.redact_text(t.last_error),
+    'payload', r.payload, 'result', r.result, 'progress', r.progress, 'meta', r.meta, 'steps', r.steps, 'last_error', orchestrator.redact_text(t.last_error),
     'claim_id', t.claim_id::text, 'max_retries', coalesce(t.max_retries, (orchestrator._policy(t.type)).max_retries),
     'explanation', orchestrator.explain_task(t.id), 'events', orchestrator._events(t.id, true))
   from orchestrator._bare_tasks t join orchestrator._redacted_tasks r on r.id = t.id where t.id = p_id

@@ -100,6 +100,9 @@ language sql stable as $$
   select 'an event belongs to a task', e.task_id, null, format('%s events of a task that is gone', count(*))
   from orchestrator.task_events e where not exists (select from orchestrator.tasks t where t.id = e.task_id) group by 2
   union all
+  select 'a step belongs to a task', s.task_id, null, s.name
+  from orchestrator.task_steps s where not exists (select from orchestrator.tasks t where t.id = s.task_id)
+  union all
   select v.invariant, null, w.id, format('term %s until %s, declared dead at %s', w.leader_term, w.leader_until, w.declared_dead_at)
   from orchestrator.workers w cross join lateral (values
     ('one worker leads at most', w.is_leader and (select count(*) from orchestrator.workers o where o.is_leader) > 1),

@@ -44,7 +44,7 @@ begin
       when p.proname = 'enqueue' then 'orchestrator_producer, orchestrator_worker, orchestrator_operator'   -- firing a schedule enqueues
       when p.proname ~ '^enqueue' then 'orchestrator_producer, orchestrator_worker'
       when p.proname ~ '^(schedule|limit_type)$' then 'orchestrator_worker, orchestrator_operator'   -- a worker applies its SCHEDULES and LIMITS
-      when p.proname ~ '^(cancel|retry|pause|resume)_|^(unschedule|fire_schedule)$' then 'orchestrator_operator'
+      when p.proname ~ '^(cancel|retry|pause|resume|signal)_|^(unschedule|fire_schedule)$' then 'orchestrator_operator'
       when p.proname ~ '^(api|show|explain)_|^(audit|metrics|fire_times|schedule_history)$' then v_look
       else 'orchestrator_worker' end as roles
     from pg_proc p where p.pronamespace = 'orchestrator'::regnamespace
@@ -67,7 +67,7 @@ begin
   execute format('grant select (%s) on orchestrator.tasks to %s', v_shown, v_look);
   for r in
     select c.oid::regclass as name, c.relkind from pg_class c
-    where c.relnamespace = 'orchestrator'::regnamespace and c.relkind in ('r', 'v', 'S') and c.relname not in ('tasks', 'schedules')
+    where c.relnamespace = 'orchestrator'::regnamespace and c.relkind in ('r', 'v', 'S') and c.relname not in ('tasks', 'schedules', 'task_steps')
   loop
     if r.relkind = 'S' then
       execute format('grant select on sequence %s to %s', r.name, v_look);
@@ -79,6 +79,11 @@ begin
   end loop;
   grant select, delete on orchestrator.tasks to orchestrator_worker;
   execute format('grant update (%s) on orchestrator.tasks to orchestrator_worker, orchestrator_operator', v_changed);
+
+  -- steps return what handlers know; who signals sees their names
+  grant select, insert, update, delete on orchestrator.task_steps to orchestrator_worker;
+  execute format('grant select (task_id, name, at, until) on orchestrator.task_steps to %s', v_look);
+  grant insert (task_id, name, result, at), update (result, at, until), delete on orchestrator.task_steps to orchestrator_operator;
 
   -- cancel, retry, pause, limit
   grant insert, update on orchestrator.task_types, orchestrator.type_limits to orchestrator_operator;

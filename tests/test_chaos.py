@@ -14,6 +14,7 @@ from postgres import Server
 CHAOS = Path(__file__).parent / "chaos"
 sys.path.append(str(CHAOS))
 
+import durable  # noqa: E402
 import schedules  # noqa: E402
 from harness import Lab  # noqa: E402
 
@@ -161,6 +162,35 @@ def test_verdict_sees_a_fire_time_that_has_no_task_and_no_reason(lab: Lab) -> No
     found = " | ".join(lab.problems)
     assert " fire times without a task, such as of all 3 at " in found and " fire times left out although the last task had ended" in found
     assert "a fire time of 'one', has no task although workers were there" in found
+
+
+def test_verdict_sees_a_step_that_was_done_again_and_a_charge_too_many(lab: Lab) -> None:
+    lab.execute(durable.LEDGER)
+    lab.execute("select orchestrator.register_worker('a:1:x', 'here', 1, '0')")
+    id = lab.value("select orchestrator.enqueue('fulfil')::text")
+
+    def flying() -> int:
+        return int(lab.value("select claim_id from orchestrator.claim_tasks('a:1:x', '{fulfil}', 1)"))
+
+    def does(claim_id: int, *names: str) -> None:
+        with (lab.folder / "steps-1").open("a") as ledger:
+            ledger.writelines(f"{id} {claim_id} {name}\n" for name in names)
+    first = flying()
+    lab.execute("insert into chaos.charges values (%s, %s)", id, first)
+    for name in ("check", "charge"):
+        lab.execute("select orchestrator.record_step(%s, %s, %s, to_jsonb(format('%%s of claim %%s', %s::text, %s::bigint)))",
+                    first, id, name, name, first)
+    does(first, "check", "check", "charge")
+    assert durable.check(lab) == 1 and lab.problems == []
+    lab.execute("select orchestrator.release_tasks(%s)", first)
+    second = flying()
+    does(second, "check", "ship")
+    lab.execute("insert into chaos.charges values (%s, %s)", id, second)
+    complete(lab, second, id)
+    assert durable.check(lab) == 2
+    found = " | ".join(lab.problems)
+    assert f"{id} did check again under claim {second}" in found and "1 charges too many or too few" in found
+    assert "1 results that are not those of the steps" in found and "what was done is not what was recorded" in found
 
 
 def test_a_fault_that_never_bit_fails(lab: Lab) -> None:

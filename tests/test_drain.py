@@ -10,6 +10,7 @@ import pytest
 
 from apps import audit, events, make_app, running, story, wait_for
 from orchestrator import Cancelled, ConfigError, Discard, Handler, Orchestrator, Retry, Snooze, Task
+from postgres import eventually
 from steps import column, enqueue, value
 
 Connection = psycopg.Connection[Any]
@@ -247,6 +248,38 @@ def test_without_a_schema_it_is_installed_and_a_wrong_address_is_told(db: str) -
     assert make_app(db, {"a": behave}).drain() == {}
     with pytest.raises((psycopg.OperationalError, ConfigError)):
         Orchestrator("postgresql://nobody@127.0.0.1:1/none", {"a": behave}).drain()
+
+
+def test_steps_and_signals_are_the_real_ones(installed: str, conn: Connection) -> None:
+    charged: list[int] = []
+
+    def handler(task: Task) -> Any:
+        return [task.step("charge", lambda: charged.append(task.attempt) or len(charged)), task.signal("approved")]
+
+    app = make_app(installed, {"order": handler})
+    task_id = app.enqueue("order")
+    assert app.drain() == {"snoozed": 1}
+    app.signal(task_id, "approved", {"by": "alice"})
+    assert app.drain() == {"completed": 1}
+    assert (story(app, task_id)["result"], charged) == ([1, {"by": "alice"}], [1])
+
+
+def test_hooks_at_enqueue_give_meta(installed: str) -> None:
+    app = make_app(installed, {"a": lambda task: task.meta})
+    app.on_enqueue(lambda: {"trace": "t"})
+    assert app.perform("a", meta={"by": "alice"}) == {"trace": "t", "by": "alice"}
+    task_id = app.enqueue("a")
+    assert app.drain() == {"completed": 1}
+    assert story(app, task_id)["result"] == {"trace": "t"}
+
+
+def test_no_connection_is_left_open(installed: str, conn: Connection) -> None:
+    app = make_app(installed, {"a": lambda task: task.step("one", lambda: 1)})
+    app.enqueue("a")
+    app.drain()
+    app.close()
+    others = "select count(*) from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()"
+    eventually(lambda: value(conn, others) == 0)   # the server notices a moment later
 
 
 def test_scheduled_runs_what_is_delayed_or_to_be_retried_at_once(installed: str, conn: Connection) -> None:

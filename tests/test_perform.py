@@ -173,6 +173,40 @@ def test_complete_belongs_inside_the_transaction(db: str) -> None:
         make(handler).perform("a", transaction=connection)
 
 
+def fulfil(task: Task) -> Any:
+    charge = task.step("charge", lambda: {"paid": (task.payload, task.attempt)})
+    if (answer := task.signal("approved", timeout="1d")) is None:
+        raise Discard("nobody approved it")
+    return [charge, answer, task.step("ship", lambda: task.attempt)]
+
+
+def test_steps_are_known_to_the_next_attempt_if_they_are_given() -> None:
+    app, steps = make(fulfil), dict[str, Any]()
+    with pytest.raises(Snooze):
+        app.perform("a", 5, steps=steps)
+    assert steps == {"charge": {"paid": [5, 1]}}
+    assert app.perform("a", 5, attempt=2, steps=steps, signals={"approved": {"by": "alice"}}) == [{"paid": [5, 1]}, {"by": "alice"}, 2]
+    assert steps == {"charge": {"paid": [5, 1]}, "ship": 2}
+    with pytest.raises(Discard, match="nobody approved it"):
+        app.perform("a", 5, signals={"approved": None})
+    assert app.perform("a", 5, signals={"approved": False})[1] is False
+
+
+def test_steps_and_signals_of_coroutines_are_rehearsed_too() -> None:
+    async def handler(task: Task) -> Any:
+        return [await task.step_async("one", lambda: 1), await task.signal_async("two")]
+    assert make(handler).perform("a", signals={"two": 2}) == [1, 2]
+
+
+def test_a_step_may_use_the_connection_that_was_given(db: str) -> None:
+    def handler(task: Task) -> Any:
+        return task.step("count", lambda connection: value(connection, "select 6 * 7"), transaction=True)
+    with psycopg.connect(db) as connection:
+        assert make(handler).perform("a", transaction=connection) == 42
+    with pytest.raises(RuntimeError, match="transaction=connection"):
+        make(handler).perform("a")
+
+
 def test_what_the_handler_logs_has_the_tasks_id() -> None:
     stream, logger = io.StringIO(), logging.getLogger("test_perform")
     handler = logging.StreamHandler(stream)

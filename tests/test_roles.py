@@ -27,9 +27,10 @@ DECISIONS = {
         "register_worker", "unregister_worker", "heartbeat", "cancelling_tasks", "set_idle", "announce_stop", "promote_due", "claim_tasks",
         "start_tasks", "complete_tasks", "fail_tasks", "fail_task", "release_tasks", "release_forgotten", "snooze_task",
         "record_progress", "acquire_leadership", "resign_leadership", "declare_dead", "declare_disconnected_dead", "recover_orphans",
-        "raise_floors", "rescan_lanes", "prune", "sample_stats", "note_lost_result", "get_task", "limit_type"},
+        "raise_floors", "rescan_lanes", "prune", "sample_stats", "note_lost_result", "get_task", "limit_type",
+        "record_step", "steps", "await_signal"},
     "operator": READ | {"cancel_task", "retry_task", "retry_dead_letters", "pause_type", "resume_type", "limit_type", "enqueue", "schedule",
-                         "unschedule", "pause_schedule", "resume_schedule", "fire_schedule"},
+                         "unschedule", "pause_schedule", "resume_schedule", "fire_schedule", "signal_task"},
     "auditor": READ,
 }
 ROLES = sorted(DECISIONS)
@@ -275,6 +276,28 @@ def test_worker_and_operator_fire_schedules_and_an_auditor_sees_all_of_them_but_
                       "select orchestrator.schedule('x', '@daily', 't')"):
             with pytest.raises(psycopg.errors.InsufficientPrivilege):
                 producer.execute(query)
+
+
+def test_worker_records_steps_operator_signals_and_nobody_else_reads_what_they_hold(login, conn):
+    register(conn)
+    id = enqueue(conn)
+    with psycopg.connect(login("worker"), autocommit=True) as worker, psycopg.connect(login("operator"), autocommit=True) as operator, \
+            psycopg.connect(login("auditor"), autocommit=True) as auditor:
+        [flying] = claim(worker, limit=1)
+        assert value(worker, "select orchestrator.record_step(%s, %s, 'charge', '{\"token\": \"hunter2\"}')", flying["claim_id"], id)
+        assert value(worker, "select held from orchestrator.await_signal(%s, %s, 'go')", flying["claim_id"], id)
+        assert value(worker, "select orchestrator.snooze_task(%s, %s, '1 hour')", flying["claim_id"], id) == "snoozed"
+        assert "signal go" in value(operator, "select orchestrator.explain_task(%s)", id)
+        assert value(operator, "select orchestrator.signal_task(%s, 'go', '{\"pin\": 1}')", id) == "delivered"
+        assert value(worker, "select orchestrator.steps(%s)", id) == {"charge": {"token": "hunter2"}, "go": {"pin": 1}}
+        assert "hunter2" not in str(value(auditor, "select orchestrator.show_task(%s)", id))
+        assert value(operator, "select orchestrator.cancel_task(%s)", id) == "cancelled"
+        assert value(operator, "select orchestrator.retry_task(%s, true)", id) == "pending"
+        assert value(worker, "select orchestrator.steps(%s)", id) == {}
+        for user in (operator, auditor):
+            with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                user.execute("select result from orchestrator.task_steps")
+        assert audit(auditor) == audit(operator) == []
 
 
 def post(address: str, action: str, **body: str) -> tuple[int, Any]:

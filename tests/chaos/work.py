@@ -9,6 +9,9 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import psycopg
 
 import orchestrator
 from orchestrator import Handler, Task
@@ -16,21 +19,24 @@ from orchestrator import Handler, Task
 FOLDER = Path(os.environ.get("CHAOS_FOLDER", "."))
 _file = os.open(FOLDER / f"executions-{os.getpid()}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 
+_steps = os.open(FOLDER / f"steps-{os.getpid()}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+
 
 def note(kind: str, task: Task) -> None:
     """begin | end | error, task, claim, attempt, worker, when: the monotonic clock is one for the whole machine."""
     os.write(_file, f"{kind} {task.id} {task.claim_id} {task.attempt} {task.worker_id} {time.monotonic()}\n".encode())
 
 
-def noted(function: Callable[[Task], None]) -> Callable[[Task], None]:
-    def run(task: Task) -> None:
+def noted(function: Callable[[Task], Any]) -> Callable[[Task], Any]:
+    def run(task: Task) -> Any:
         note("begin", task)
         try:
-            function(task)
+            result = function(task)
         except BaseException:
             note("error", task)
             raise
         note("end", task)
+        return result
     return run
 
 
@@ -44,6 +50,21 @@ def wait(task: Task) -> None:
     """Lasts as long as it may: `seconds`, or until it is asked to stop."""
     if task.cancelled.wait(task.payload["seconds"]):
         raise orchestrator.Cancelled
+
+
+def fulfil(task: Task) -> list[Any]:
+    """Three steps, the second of which writes in its own transaction, and a signal in between."""
+    def step(name: str) -> str:
+        os.write(_steps, f"{task.id} {task.claim_id} {name}\n".encode())
+        time.sleep(task.payload["seconds"])
+        return f"{name} of claim {task.claim_id}"
+
+    def charge(connection: psycopg.Connection[Any]) -> str:
+        connection.execute("insert into chaos.charges values (%s, %s)", [task.id, task.claim_id])
+        return step("charge")
+    results = [task.step("check", lambda: step("check")), task.step("charge", charge, transaction=True)]
+    answer = task.signal("approved", timeout=600)
+    return [*results, answer, task.step("ship", lambda: step("ship"))]
 
 
 def deaf(task: Task) -> None:
@@ -98,6 +119,7 @@ POLICY = {"max_retries": 10, "base_delay": 0.2, "max_delay": 1}
 HANDLERS = {
     "work": Handler(noted(work), **POLICY),
     "wait": Handler(noted(wait), **POLICY),
+    "fulfil": Handler(noted(fulfil), **POLICY),
     "deaf": Handler(noted(deaf), **POLICY),
     "gil": Handler(noted(hold_gil), **POLICY),
     "abort": Handler(noted(abort), max_retries=2, base_delay=0.1, max_delay=0.5),
