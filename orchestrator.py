@@ -2751,11 +2751,11 @@ class Worker:
                 if is_refusal(error) or task.cancelled.wait(backoff.next()):
                     raise
 
-    def worn_out(self) -> bool:
-        """Whether MAX_TASKS or MAX_AGE says that another process should take over."""
+    def worn_out(self) -> str:
+        """The setting by which another process should take over, or ""."""
         with self.counters.lock:
             ran = sum(sum(tally.counts) for tally in self.counters.seconds.values())
-        return clock() >= self.worn_at or 0 < self.config.max_tasks <= ran
+        return "MAX_AGE" if clock() >= self.worn_at else "MAX_TASKS" if 0 < self.config.max_tasks <= ran else ""
 
     def forget(self, task: Task) -> None:
         held = self.tasks.get(task.id)
@@ -3277,7 +3277,6 @@ class Orchestrator(Client):
             try:
                 hook()
             except Exception as error:
-                log.exception("on_start failed")
                 raise ConfigError(f"on_start: {describe_error(error)}") from error
         revive = self._embedded.start if self._embedded else None
         self.worker = worker = Worker(self.config, self.router, revive)
@@ -3337,9 +3336,12 @@ class Orchestrator(Client):
             worker = self.start().worker
             assert worker is not None
             starting = False
-            while worker.fatal is None and not worker.worn_out():
+            while worker.fatal is None:
                 with contextlib.suppress(queue.Empty):
                     signals.get(timeout=0.5)
+                    break
+                if setting := worker.worn_out():
+                    log.info("%s is reached", setting)
                     break
             self._stop(lambda: not signals.empty())
             if worker.fatal is not None:

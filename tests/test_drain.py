@@ -4,13 +4,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
 import psycopg
 import pytest
 
 from apps import audit, events, make_app, running, story, wait_for
 from orchestrator import Cancelled, ConfigError, Discard, Handler, Orchestrator, Retry, Snooze, Task
-from postgres import eventually
+from postgres import Server, eventually
 from steps import column, enqueue, value
 
 Connection = psycopg.Connection[Any]
@@ -196,6 +197,38 @@ def test_limits_are_the_real_ones(installed: str, conn: Connection) -> None:
     app.call("release_forgotten", "other", "{}")
     assert app.drain("a") == {"completed": 2}
     app.call("unregister_worker", "other")
+
+
+def test_a_drain_ends_as_a_worker_would(server: Server, template: str) -> None:
+    """Of the same tasks, under the same limits."""
+    def ends_of(run: Callable[[Orchestrator], object]) -> list[Any]:
+        url = server.create_database(template=urlsplit(template).path.lstrip("/"))
+        app = make_app(url, {"a": Handler(behave, base_delay=3600), "key:": behave, "parent": lambda task: app.enqueue("child") and None,
+                             "child": behave})
+        app.limit("key:*", max_running=2, max_per_key=1)
+        app.limit("a", max_running=1)
+        for way in ("returns something", "fails", "retries later", "is discarded", "snoozes"):
+            app.enqueue("a", way)
+        app.enqueue_many("key:x", list("abcdef"), concurrency_keys=list("xyxyxy"))
+        app.enqueue("parent")
+        run(app)
+        app.close()
+        with psycopg.connect(url, autocommit=True) as conn:
+            found = conn.execute("""
+                select type, payload, status::text, attempts, result, left(last_error, 20), worker_id is null, claim_id is null,
+                       (select array_agg(event order by id) from orchestrator.task_events where task_id = t.id)
+                from orchestrator.tasks t order by type, payload""").fetchall()
+            assert audit(conn) == []
+        server.drop_database(url)
+        return found
+
+    def run_worker(app: Orchestrator) -> None:
+        with running(app.config.database_url, app):
+            left = "select count(*) from orchestrator.tasks where num_nonnulls(queued_at, parked_at) > 0 or status in ('claimed', 'running')"
+            with psycopg.connect(app.config.database_url, autocommit=True) as conn:
+                eventually(lambda: value(conn, left) == 0 and value(conn, "select count(*) from orchestrator.tasks") == 13)
+
+    assert ends_of(lambda app: app.drain()) == ends_of(run_worker)
 
 
 def test_a_paused_type_waits(installed: str) -> None:

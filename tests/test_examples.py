@@ -344,6 +344,30 @@ def test_the_django_backend_does_what_djangos_own_promise(installed: str, tmp_pa
     assert result.stdout == "all is well\n", result.stdout + result.stderr
 
 
+def test_a_django_worker_is_the_module_of_the_documents(
+        worker_process: Callable[..., Any], installed: str, conn: psycopg.Connection[Any], tmp_path: Path) -> None:
+    [worker] = re.findall(r"```python\n(import os, django .*?)```", (REPOSITORY / "docs/integrations.md").read_text(), re.DOTALL)
+    (tmp_path / "worker.py").write_text(worker)
+    (tmp_path / "mysite").mkdir()
+    address = psycopg.conninfo.conninfo_to_dict(installed)
+    names = {"NAME": address["dbname"], "USER": address["user"], "HOST": address["host"], "PORT": address["port"]}
+    (tmp_path / "mysite" / "settings.py").write_text(
+        f"DATABASES = {{'default': {names | {'ENGINE': 'django.db.backends.postgresql'}}}}\n"
+        "TASKS = {'default': {'BACKEND': 'django_backend.OrchestratorBackend'}}\nUSE_TZ = True\n")
+    (tmp_path / "mysite" / "tasks.py").write_text("""if True:
+        try:
+            from django.tasks import task
+        except ImportError:   # Django 5.2
+            from django_tasks import task
+
+        @task(takes_context=True)
+        def double(context, n):
+            return [2 * n, context.attempt]""")
+    conn.execute("select orchestrator.enqueue('django:default:mysite.tasks.double', '{\"args\": [4], \"kwargs\": {}}')")
+    worker_process(installed, HANDLERS=tmp_path / "worker.py", PYTHONPATH=f"{EXAMPLES}:{tmp_path}")
+    eventually(lambda: conn.execute("select result from orchestrator.tasks where status = 'completed'").fetchone() == ([8, 1],))
+
+
 def test_pydantic_payload_refuses_wrong_payloads_by_the_names_of_the_fields(start: Callable[..., Program]) -> None:
     program = start("pydantic_payload.py")
     assert program.process.wait(40) == 0, program.output
