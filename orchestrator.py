@@ -3068,8 +3068,7 @@ class _Rehearsal(Task):
 
     def answer(self, function: str, *args: Any) -> Row:
         """What the database would, to record_step and await_signal."""
-        value = self.signals.get(args[2])
-        return (True, None if value is None else self._worker.router.result_json(value),
+        return (True, self._worker.router.result_json(self.signals.get(args[2])),
                 None if function == "record_step" or args[2] in self.signals else 3600.0)
 
 

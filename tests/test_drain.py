@@ -120,7 +120,7 @@ def test_it_runs_a_type_or_a_pattern_of_those_that_are_handled(installed: str, c
 @pytest.mark.parametrize("types", ["fax", "fax:*", "", "mail"])
 def test_types_that_nobody_handles_are_an_error(installed: str, types: str) -> None:
     with pytest.raises(ValueError, match=f"types: no handler is registered for '{types}'".replace("*", r"\*")):
-        make_app(installed, {"mail:": behave}).drain(types)
+        make_app(installed, {"mail:": behave} if types else {"*": behave}).drain(types)
 
 
 def test_a_handlers_exception_is_raised_once_it_is_recorded(installed: str) -> None:
@@ -253,7 +253,7 @@ def test_a_schedule_that_was_fired_is_run(installed: str) -> None:
 def test_hooks_have_been_called_when_it_returns(installed: str) -> None:
     dead: list[Any] = []
     app = make_app(installed, {"a": behave})
-    app.on_dead_letter(lambda task, error: dead.append((task.id, error)))
+    app.on_dead_letter(lambda task, error: threading.Event().wait(0.2) or dead.append((task.id, error)))
     task_id = app.enqueue("a", "is discarded")
     assert app.drain() == {"dead_letter": 1}
     assert dead == [(task_id, "hopeless")]
@@ -266,6 +266,20 @@ def test_what_others_have_locked_is_left_to_them(installed: str, conn: Connectio
     other.execute("select from orchestrator.tasks where id = %s for update", [held])
     assert app.drain() == {"completed": 1}
     other.rollback()
+    assert app.drain() == {"completed": 1}
+
+
+def test_an_outcome_waits_for_the_lock_on_its_row(
+        installed: str, connect: Callable[..., Connection], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.LOCKED_SECONDS", 0.05)
+    other = connect(autocommit=False)
+
+    def handler(task: Task) -> None:
+        other.execute("select from orchestrator.tasks where id = %s for update", [task.id])
+        threading.Timer(1.2, other.rollback).start()   # the first report gives up after a second
+
+    app = make_app(installed, {"a": handler})
+    app.enqueue("a")
     assert app.drain() == {"completed": 1}
 
 
@@ -282,6 +296,16 @@ def test_without_a_schema_it_is_installed_and_a_wrong_address_is_told(db: str) -
     assert make_app(db, {"a": behave}).drain() == {}
     with pytest.raises((psycopg.OperationalError, ConfigError)):
         Orchestrator("postgresql://nobody@127.0.0.1:1/none", {"a": behave}).drain()
+
+
+def test_retries_that_are_due_and_schedules_that_are_due_are_run(installed: str, conn: Connection) -> None:
+    app = make_app(installed, {"a": behave, "nightly": behave})
+    app.enqueue("a", "retries later")
+    assert app.drain() == {"retry_scheduled": 1}
+    app.schedule("nightly", "30 3 * * *", "nightly")
+    conn.execute("update orchestrator.tasks set next_retry_at = now() - interval '1 second', payload = '1'")
+    conn.execute("update orchestrator.schedules set next_at = now() - interval '1 second'")
+    assert app.drain() == {"completed": 2}
 
 
 def test_steps_and_signals_are_the_real_ones(installed: str, conn: Connection) -> None:
