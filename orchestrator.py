@@ -8,7 +8,8 @@
   python orchestrator.py enqueue TYPE '{...}'  add a task, like select orchestrator.enqueue('TYPE', '{...}')
   python orchestrator.py show ID               what happened to a task, and why it is not running
   python orchestrator.py COMMAND --help        install, enqueue, list, show, cancel, retry, pause, resume,
-                                               signal, stats, schedule, schedules, unschedule, fire, next, audit, psql
+                                               signal, stats, schedule, schedules, unschedule, fire, next,
+                                               audit, psql
 
 In a program:
 
@@ -961,12 +962,15 @@ class Task:
         Until then it raises Snooze: no slot of the pool is held, and the handler begins anew when it comes.
         """
         wait = None if timeout is None else _interval(check_seconds("timeout", timeout))
-        held, value, snooze = self._worker.call_step(
-            self, "await_signal", self.claim_id, self.id, _key("name", name), wait)
-        self._check_held(held)
-        if snooze is not None:
-            raise Snooze(snooze)
-        return None if value is None else _decode(value)[0]
+        steps = self._known_steps(name)
+        if name not in steps:
+            held, value, snooze = self._worker.call_step(
+                self, "await_signal", self.claim_id, self.id, name, wait)
+            self._check_held(held)
+            if snooze is not None:
+                raise Snooze(snooze)
+            steps[name] = None if value is None else _decode(value)[0]
+        return steps[name]
 
     async def signal_async(self, name: str, timeout: Seconds | None = None) -> Any:
         """signal() for an `async def` handler."""
@@ -974,6 +978,7 @@ class Task:
 
     def _known_steps(self, name: str) -> dict[str, Any]:
         _key("name", name)
+        self._check_held(self.cancel_reason != "lost")
         if self._steps is None:
             self._steps = dict(_decode(self._worker.call_step(self, "steps", self.id)[0])[0])
         return self._steps
@@ -2745,17 +2750,20 @@ class Worker:
                 with self.steps_lock:
                     self.steps.reopen_if_closed()
                     return self.steps.call(function, *args)[0]
-            except psycopg.Error as error:
-                if error.sqlstate == "OR001":
-                    raise ValueError(error_line(error)) from None
-                if is_refusal(error) or task.cancelled.wait(backoff.next()):
+            except psycopg.OperationalError:
+                if task.cancelled.wait(backoff.next()):
                     raise
+            except psycopg.Error as error:
+                if error.sqlstate != "OR001":
+                    raise
+                raise ValueError(error_line(error)) from None
 
     def worn_out(self) -> str:
         """The setting by which another process should take over, or ""."""
         with self.counters.lock:
             ran = sum(sum(tally.counts) for tally in self.counters.seconds.values())
-        return "MAX_AGE" if clock() >= self.worn_at else "MAX_TASKS" if 0 < self.config.max_tasks <= ran else ""
+        worn = 0 < self.config.max_tasks <= ran
+        return "MAX_TASKS" if worn else "MAX_AGE" if clock() >= self.worn_at else ""
 
     def forget(self, task: Task) -> None:
         held = self.tasks.get(task.id)
@@ -2936,8 +2944,9 @@ class Client:
         return None if next_at is None else datetime.fromisoformat(str(next_at))
 
     def _meta(self, meta: Mapping[str, Any] | None) -> str | None:
-        for hook in self.router.enqueue_hooks if isinstance(meta or {}, Mapping) else ():
-            meta = {**(hook() or {}), **(meta or {})} or None
+        for hook in self.router.enqueue_hooks:
+            if meta is None or isinstance(meta, Mapping):
+                meta = {**(hook() or {}), **(meta or {})} or None
         return None if meta is None else to_json("meta", meta, self.router.encode)
 
     def limit(self, type: str, *, max_running: int | None = None, max_per_key: int | None = None,
@@ -3272,23 +3281,23 @@ class Orchestrator(Client):
         self._open()
         if not self.router.handlers:
             log.warning("no handlers are registered: this worker has nothing to run")
-        for hook in self.router.start_hooks:
-            try:
-                hook()
-            except Exception as error:
-                raise ConfigError(f"on_start: {describe_error(error)}") from error
         revive = self._embedded.start if self._embedded else None
         self.worker = worker = Worker(self.config, self.router, revive)
         try:
             if self.http_server is not None and self.config.metrics_port != PORT_OFF:
                 self._http = type(self).http_server(self.config, worker.status)
                 self._http.start()
-            worker.start()
+            self._call_start_hooks()
+            try:
+                worker.start()
+            except BaseException:
+                self._call_stop_hooks()
+                raise
             if self._http is not None:
                 log.info("the page and /metrics are at http://%s:%d/", *self._http.server_address[:2])
         except BaseException:
             self.worker = None
-            self._stopped()
+            self.close()
             raise
         return self
 
@@ -3300,16 +3309,22 @@ class Orchestrator(Client):
         worker, self.worker = self.worker, None
         if worker is not None:
             worker.stop(self.config.shutdown_grace if grace is None else grace, hurry)
-            self._stopped()
+            self._call_stop_hooks()
         self.close()
 
-    def _stopped(self) -> None:
+    def _call_start_hooks(self) -> None:
+        for hook in self.router.start_hooks:
+            try:
+                hook()
+            except Exception as error:
+                raise ConfigError(f"on_start: {describe_error(error)}") from error
+
+    def _call_stop_hooks(self) -> None:
         for hook in reversed(self.router.stop_hooks):
             try:
                 hook()
             except Exception:
                 log.exception("on_stop failed")
-        self.close()
 
     def run(self) -> None:
         """Run a worker until SIGTERM or SIGINT; a second signal ends the grace period at once.

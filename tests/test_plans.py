@@ -10,7 +10,7 @@ from steps import lead, register, row, rows, value
 FILLED = 100_000
 READS = """
   select relname as name, seq_scan, seq_tup_read + coalesce(idx_tup_fetch, 0) as rows from pg_stat_xact_user_tables
-  where schemaname = 'orchestrator' and relname in ('tasks', 'task_events') order by 1
+  where schemaname = 'orchestrator' and relname in ('tasks', 'task_events', 'task_steps') order by 1
 """
 INDEX_ENTRIES = """
   select sum(pg_stat_get_xact_tuples_returned(indexrelid)) from pg_index where indrelid = 'orchestrator.tasks'::regclass
@@ -37,6 +37,10 @@ HOT = {
     "release_tasks of a whole claim": "select orchestrator.release_tasks(%(claim)s)",
     "snooze_task": "select orchestrator.snooze_task(%(claim)s, %(id)s, '1 hour')",
     "promote_due": "select * from orchestrator.promote_due(10)",
+    "record_step": "select orchestrator.record_step(%(claim)s, %(id)s, 'a', '1')",
+    "steps": "select orchestrator.steps(%(id)s)",
+    "await_signal": "select orchestrator.await_signal(%(claim)s, %(id)s, 'go')",
+    "signal_task": "select orchestrator.signal_task(%(waiting)s, 'go')",
     "note_lost_result": "select orchestrator.note_lost_result(%(id)s, 'no')",
     "pause_type": "select * from orchestrator.pause_type('*')",
     "cancel_task, waiting": "select orchestrator.cancel_task(%(waiting)s)",
@@ -82,6 +86,7 @@ def session(server, template):
           insert into orchestrator.tasks (id, type, status, queued_at, completed_at, started_at, attempts, claim_id)
           select gen_random_uuid(), 't', 'completed', null, now(), now(), 1, 1 from generate_series(1, 5000)""")
         other.execute("insert into orchestrator.task_events (task_id, event) select id, 'failed' from orchestrator.tasks")
+        other.execute("insert into orchestrator.task_steps (task_id, name, result, at) select id, 's', '1', now() from orchestrator.tasks")
         for type in "tuv":
             other.execute("select orchestrator.enqueue(%s)", [type])
         yield conn, term

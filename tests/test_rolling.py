@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import threading
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -162,13 +164,28 @@ def test_an_exception_in_on_start_is_a_config_error_and_no_worker_starts(install
 
 def test_on_stop_runs_where_the_worker_cannot_start_after_on_start(installed: str, conn: Connection) -> None:
     heard: list[str] = []
-    with running(installed, {}) as other:
-        app = make_app(installed, {}, metrics_port=other._http.server_address[1])
-        app.on_start(lambda: heard.append("start"))
-        app.on_stop(lambda: heard.append("stop"))
-        with pytest.raises(ConfigError, match="METRICS_PORT"):
-            app.start()
+    app = make_app(installed, {})
+    app.on_start(lambda: heard.append("start"))
+    app.on_stop(lambda: heard.append("stop"))
+    conn.execute("create or replace function orchestrator.schema_version() returns int language sql immutable as 'select 99'")
+    with pytest.raises(ConfigError, match="version 99"):
+        app.start()
     assert heard == ["start", "stop"] and app.worker is None
+
+
+def test_health_is_answered_and_ready_is_not_while_on_start_takes_its_time(installed: str) -> None:
+    app = make_app(installed, {})
+    answers: list[int] = []
+
+    @app.on_start
+    def slow() -> None:
+        for path in ("health", "ready"):
+            try:
+                answers.append(urllib.request.urlopen(f"http://127.0.0.1:{app._http.server_address[1]}/{path}", timeout=10).status)
+            except urllib.error.HTTPError as error:
+                answers.append(error.code)
+    with running(installed, app):
+        assert answers == [200, 503]
 
 
 def run_program(installed: str, tmp_path: Path, *args: str, **settings: Any) -> subprocess.Popen[bytes]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import signal
 import threading
 from collections.abc import Callable
@@ -405,6 +406,34 @@ def test_a_step_waits_for_a_database_that_is_away_and_runs_once(installed: str, 
     assert ran == [1]
 
 
+def test_a_step_whose_row_is_locked_for_long_is_recorded_later(
+        installed: str, conn: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    with registered(installed) as worker:
+        id = enqueue(conn, "a")
+        [task] = claimed(worker, 1)
+        task.step("before", lambda: 1)
+        call, errors = worker.steps.call, [psycopg.errors.LockNotAvailable("locked"), psycopg.OperationalError("away")]
+
+        def hindered(*args: Any) -> Any:
+            if errors:
+                raise errors.pop()
+            return call(*args)
+        monkeypatch.setattr(worker.steps, "call", hindered)
+        assert task.step("a", lambda: 2) == 2 and errors == [] and known(conn, id) == {"before": 1, "a": 2}
+        worker.steps.close()
+
+
+def test_a_step_of_a_lost_task_does_not_begin(installed: str, conn: Connection) -> None:
+    with registered(installed) as worker:
+        enqueue(conn, "a")
+        [task] = claimed(worker, 1)
+        worker.declared_dead(worker.id)
+        ran: list[int] = []
+        with pytest.raises(ClaimLost):
+            task.step("a", lambda: ran.append(1))
+        assert ran == [] and worker.steps.connection is None
+
+
 def test_a_step_of_a_task_that_is_to_stop_does_not_wait_for_the_database(installed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with registered(installed) as worker:
         app = make_app(installed)
@@ -534,6 +563,25 @@ def test_a_wait_that_nobody_answers_ends_after_its_timeout(installed: str) -> No
         done = wait_for(app, app.enqueue("t", {"timeout": "300ms"}))
         assert app.signal(done["id"], "approved") == "dead_letter"
     assert done["last_error"] == "nobody approved it" and done["attempts"] == 1 and events(done)[0] == "snoozed"
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_no_wake_up_is_lost_among_many_signals_at_any_moment(
+        installed: str, conn: Connection, connect: Callable[..., Connection], seed: int) -> None:
+    """A lost one would leave its task off for an hour."""
+    def handler(task: Task) -> list[Any]:
+        return [task.signal("first"), task.step("between", lambda: 1), task.signal("second", timeout=3600)]
+    app, dice, sender = make_app(installed, {"t": handler}), random.Random(seed), connect()
+    with running(installed, app):
+        ids = app.enqueue_many("t", range(150))
+        left = [(id, name) for id in ids for name in ("first", "second")]
+        dice.shuffle(left)
+        for id, name in left:
+            assert send(sender, id, name, name) == "delivered"
+        eventually(lambda: value(conn, "select bool_and(status = 'completed') from orchestrator.tasks"), 30)
+    assert column(conn, "select distinct result from orchestrator.tasks") == [["first", 1, "second"]]
+    assert value(conn, "select count(*) from orchestrator.task_events where event = 'snoozed'") > 0
+    assert audit(conn) == []
 
 
 @pytest.mark.parametrize(("name", "timeout"), [("", None), ("a", -1), ("a", "soon"), (None, None)])

@@ -2,6 +2,7 @@
 A step that was recorded is not done again, one in a transaction has written once, and every signal arrives."""
 from __future__ import annotations
 
+import random
 import signal
 import time
 
@@ -42,10 +43,11 @@ def check(lab: Lab) -> int:
 
 @fault("SIGKILL and SIGSTOP, with steps and signals")
 def steps(lab: Lab) -> str:
-    total, rounds = (400, 6) if lab.short else (6_000, 60)
+    total, rounds = (300, 6) if lab.short else (4_000, 60)
+    lengths = random.Random(lab.seed)
     lab.execute(LEDGER)
     lab.work(3)
-    producer = lab.produce(total, rate=total / (rounds * 1.5), make=lambda n: ("fulfil", {"seconds": lab.random.uniform(0, 0.1)}))
+    producer = lab.produce(total, rate=total / (rounds * 1.5), make=lambda n: ("fulfil", {"seconds": lengths.uniform(0, 0.3)}))
     killed: dict[int, float] = {}
     sent = 0
 
