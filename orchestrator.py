@@ -3055,7 +3055,10 @@ class _Rehearsal(Task):
 
     connection: psycopg.Connection[Any] | None
     report: Callable[[Any], object]
-    signals: Mapping[str, Any]
+    parents_given: dict[str, Any]
+
+    def parents(self) -> dict[str, Any]:
+        return self.parents_given
 
     def progress(self, value: Any) -> None:
         self.report(json.loads(self._worker.router.result_json(value)))
@@ -3074,11 +3077,6 @@ class _Rehearsal(Task):
             yield connection
             self._in_transaction = False
         self.ended = "transaction"
-
-    def answer(self, function: str, *args: Any) -> Row:
-        """What the database would, to record_step and await_signal."""
-        return (True, self._worker.router.result_json(self.signals.get(args[2])),
-                None if function == "record_step" or args[2] in self.signals else 3600.0)
 
 
 class _Drain(Journal):
@@ -3227,12 +3225,12 @@ class Orchestrator(Client):
     def perform(self, type: str, payload: Any = None, *, attempt: int = 1, id: str | UUID | None = None,
                 meta: Mapping[str, Any] | None = None, transaction: psycopg.Connection[Any] | None = None,
                 progress: Callable[[Any], object] = lambda value: None, steps: dict[str, Any] | None = None,
-                signals: Mapping[str, Any] = types.MappingProxyType({})) -> Any:
+                parents: dict[str, Any] | None = None) -> Any:
         """Test a handler inside the middleware, without a database; returns and raises what it does.
 
         Payload, result and progress go through JSON. progress: called with what task.progress() reports.
-        transaction: the connection of task.transaction(). steps: those that are known; others join them.
-        signals: those that came; None for one that timed out. Raises ValueError, which names the field.
+        transaction: the connection of task.transaction(). steps: what is known by name of steps and signals,
+        to which new steps are added. parents: of task.parents(). Raises ValueError, which names the field.
         """
         handler, encode = self.router.find(check_text("type", type)), self.router.encode
         if handler is None:
@@ -3240,9 +3238,11 @@ class Orchestrator(Client):
         payload = to_json("payload", {} if payload is None else payload, encode)
         row = (0, check_id(id or uuid4()), type, payload, check_whole("attempt", attempt, 1, 1001) - 1, None,
                0, str(datetime.now(UTC)), 0.0, 0, self._meta(meta))
-        worker: Any = types.SimpleNamespace(id="perform", router=self.router, call_step=_Rehearsal.answer)
+        # to record_step: held; to await_signal: held, no value, look again in an hour
+        worker: Any = types.SimpleNamespace(
+            id="perform", router=self.router, call_step=lambda *call: (True, None, 3600.0))
         task = _Rehearsal(worker, row, handler)
-        task.connection, task.report, task.signals = transaction, progress, signals
+        task.connection, task.report, task.parents_given = transaction, progress, parents or {}
         task._steps = {} if steps is None else steps
         result = _run_here(task, lambda: self.router.finish(task, self.router.call(task)))
         text = task._result if task.ended else self.router.result_json(result)

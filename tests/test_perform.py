@@ -185,17 +185,23 @@ def test_steps_are_known_to_the_next_attempt_if_they_are_given() -> None:
     with pytest.raises(Snooze):
         app.perform("a", 5, steps=steps)
     assert steps == {"charge": {"paid": [5, 1]}}
-    assert app.perform("a", 5, attempt=2, steps=steps, signals={"approved": {"by": "alice"}}) == [{"paid": [5, 1]}, {"by": "alice"}, 2]
-    assert steps == {"charge": {"paid": [5, 1]}, "ship": 2}
-    with pytest.raises(Discard, match="nobody approved it"):
-        app.perform("a", 5, signals={"approved": None})
-    assert app.perform("a", 5, signals={"approved": False})[1] is False
+    steps["approved"] = {"by": "alice"}   # a signal
+    assert app.perform("a", 5, attempt=2, steps=steps) == [{"paid": [5, 1]}, {"by": "alice"}, 2]
+    assert steps == {"charge": {"paid": [5, 1]}, "approved": {"by": "alice"}, "ship": 2}
+    with pytest.raises(Discard, match="nobody approved it"):   # it has timed out
+        app.perform("a", 5, steps={"approved": None})
 
 
 def test_steps_and_signals_of_coroutines_are_rehearsed_too() -> None:
     async def handler(task: Task) -> Any:
         return [await task.step_async("one", lambda: 1), await task.signal_async("two")]
-    assert make(handler).perform("a", signals={"two": 2}) == [1, 2]
+    assert make(handler).perform("a", steps={"two": 2}) == [1, 2]
+
+
+def test_results_of_parents_are_those_that_are_given() -> None:
+    app = make(lambda task: sum(task.parents().values()))
+    assert app.perform("a", parents={"one": 1, "two": 2}) == 3
+    assert app.perform("a") == 0
 
 
 def test_a_step_may_use_the_connection_that_was_given(db: str) -> None:
