@@ -76,13 +76,13 @@ import types
 import typing
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
-from datetime import date, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from datetime import time as time_of_day
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NoReturn, TypeVar, overload
 from urllib.parse import parse_qsl, quote, urlsplit
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import psycopg
 from prometheus_client import CollectorRegistry, ProcessCollector, core, generate_latest
@@ -1382,11 +1382,11 @@ def _no_generator(result: Any) -> Any:
     return result
 
 
-def run_task(router: Router, task: Task) -> None:
-    """Run one task's handler and set its outcome; nothing that a handler does gets past here."""
+def run_task(router: Router, task: Task) -> BaseException | None:
+    """Run one task's handler and set its outcome; what the handler raised is returned, not raised."""
     if task.cancel_reason is not None:   # before it started: it goes back, or ends as cancelled
         task.outcome = RELEASED
-        return
+        return None
     try:
         result = router.call(task) if router.middleware else task.handler.function(task)
         if result is not None:
@@ -1394,6 +1394,8 @@ def run_task(router: Router, task: Task) -> None:
         task.outcome = None if result is None else router.completed(task, result)
     except BaseException as error:   # SystemExit and KeyboardInterrupt too: they must not end the thread
         task.outcome = _outcome_of(task, error)
+        return error
+    return None
 
 
 def _outcome_of(task: Task, error: BaseException) -> Outcome:
@@ -3109,6 +3111,103 @@ class Operator(Client):
         return self._list(filter or {}, limit)[0]
 
 
+class _Rehearsal(Task):
+    """A task of perform()."""
+
+    connection: psycopg.Connection[Any] | None
+    report: Callable[[Any], object]
+    parents_given: dict[str, Any]
+
+    def parents(self) -> dict[str, Any]:
+        return self.parents_given
+
+    def progress(self, value: Any) -> None:
+        self.report(json.loads(self._worker.router.result_json(value)))
+
+    @contextlib.contextmanager
+    def _connection(self) -> Iterator[psycopg.Connection[Any]]:
+        if self.connection is None:
+            raise RuntimeError("task.transaction(): give perform() a transaction=connection, or use drain()")
+        with self.connection.transaction():
+            yield self.connection
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[psycopg.Connection[Any]]:
+        with self._connection() as connection:
+            self._in_transaction = True
+            yield connection
+            self._in_transaction = False
+        self.ended = "transaction"
+
+
+class _Drain(Journal):
+    """A worker without threads, which runs one task at a time, and whose journal this is."""
+
+    def __init__(self, app: Client, types: str) -> None:
+        self.types = [pattern if _covers(types, pattern) else types for pattern in app.router.handlers
+                      if _covers(types, pattern) or _covers(pattern, types)]
+        if not types or not self.types:
+            raise ValueError(f"types: no handler is registered for {types!r}")
+        super().__init__(Worker(app.config, app.router))
+        self.worker.id = f"drain:{self.worker.id}"
+        self.worker.reports.journal = self
+        self.outcomes: collections.Counter[str] = collections.Counter()
+
+    def ended(self, task: Task, status: str) -> None:
+        super().ended(task, status)
+        self.outcomes[status] += 1
+
+    def completed(self, tasks: list[Task]) -> None:
+        super().completed(tasks)
+        self.outcomes.update("completed" for _ in tasks)
+
+    def claim(self, scheduled: bool) -> Task | None:
+        worker, call = self.worker, self.worker.claims.link.call
+        worker.claims._promote_due()
+        for row in call("claim_tasks", worker.id, texts(self.types), 1):
+            handler = worker.router.handlers[self.counters.label(row[2])]
+            task = worker.tasks[row[1]] = Task(worker, row, handler)
+            return task
+        if not scheduled:
+            return None
+        for pattern in self.types:
+            call("bulk_tasks", "run_now", json.dumps({"type": pattern}), False)
+        return self.claim(False)
+
+    def run(self, task: Task) -> BaseException | None:
+        """Run a task and report it; returns what its handler raised."""
+        worker, task.claimed = self.worker, clock()
+        error = _run_here(task, run_task, worker.router, task)
+        task.seconds = clock() - task.started
+        worker.pool.finished.append(task)
+        worker.reports.poll()
+        while task.id in worker.tasks:   # someone has locked its row
+            worker.stopped.wait(0.05)
+            worker.reports.poll()
+        return error
+
+    def close(self) -> None:
+        with contextlib.suppress(psycopg.Error):
+            self.worker.claims.link.call("release_forgotten", self.worker.id, "{}")
+        for link in (*self.worker.loops, self.worker.steps):
+            link.close()
+        self.hook_thread.shutdown()
+
+
+def _covers(pattern: str, kind: str) -> bool:
+    return pattern == kind or (pattern.endswith((":", "*")) and kind.startswith(pattern.rstrip("*")))
+
+
+def _run_here(task: Task, run: Callable[..., Result], *args: Any) -> Result:
+    """Call run(*args) as a pool thread does: with the task's deadline, and its id in what is logged."""
+    slot, context, task.started = Slot(), contextvars.copy_context(), clock()
+    slot.task = task
+    if task.handler.timeout is not None:
+        task.deadline = task.started + task.handler.timeout
+    context.run(_running_in.set, slot)
+    return context.run(run, *args)
+
+
 class Orchestrator(Operator):
     """Handlers, connections to enqueue with, and a worker: what a program uses, from any thread.
 
@@ -3183,6 +3282,56 @@ class Orchestrator(Operator):
         """Have hook() called after the worker has stopped, the last first; what it raises is logged."""
         self.router.stop_hooks.append(hook)
         return hook
+
+    def perform(self, type: str, payload: Any = None, *, attempt: int = 1, id: str | UUID | None = None,
+                meta: Mapping[str, Any] | None = None, transaction: psycopg.Connection[Any] | None = None,
+                progress: Callable[[Any], object] = lambda value: None, steps: dict[str, Any] | None = None,
+                parents: dict[str, Any] | None = None) -> Any:
+        """Test a handler inside the middleware, without a database; returns and raises what it does.
+
+        Payload, result and progress go through JSON. progress: called with what task.progress() reports.
+        transaction: the connection of task.transaction(). steps: what is known by name of steps and signals,
+        to which new steps are added. parents: of task.parents(). Raises ValueError, which names the field.
+        """
+        handler, encode = self.router.find(check_text("type", type)), self.router.encode
+        if handler is None:
+            raise ValueError(f"type: no handler is registered for {type!r}")
+        payload = to_json("payload", {} if payload is None else payload, encode)
+        row = (0, check_id(id or uuid4()), type, payload, check_whole("attempt", attempt, 1, 1001) - 1, None,
+               0, str(datetime.now(UTC)), 0.0, 0, self._meta(meta))
+        # to record_step: held; to await_signal: held, no value, look again in an hour
+        worker: Any = types.SimpleNamespace(
+            id="perform", router=self.router, call_step=lambda *call: (True, None, 3600.0))
+        task = _Rehearsal(worker, row, handler)
+        task.connection, task.report, task.parents_given = transaction, progress, parents or {}
+        task._steps = {} if steps is None else steps
+        result = _run_here(task, lambda: self.router.finish(task, self.router.call(task)))
+        text = task._result if task.ended else self.router.result_json(result)
+        return None if text is None else json.loads(text)
+
+    def drain(self, types: str = "*", *, scheduled: bool = False, raises: bool = False,
+              limit: int = 10_000) -> collections.Counter[str]:
+        """Run the ready tasks of a type or pattern in this thread until there are none: for tests.
+
+        Returns how many ended how: completed, retry_scheduled, dead_letter, snoozed, cancelled. scheduled:
+        also what is delayed or to be retried, at once. raises: raise what a handler raised, once recorded.
+        Raises RuntimeError if more than `limit` tasks would run.
+        """
+        check_whole("limit", limit, 1, 2 ** 31)
+        self._open()
+        drain = _Drain(self, types)
+        try:
+            drain.worker.heartbeat.register()
+            while task := drain.claim(scheduled):
+                if drain.outcomes.total() >= limit:
+                    raise RuntimeError(f"limit: {limit} tasks ran, and there are more: is it a loop?")
+                error = drain.run(task)
+                failed = task.outcome is not None and task.outcome.kind == "failed"
+                if error is not None and ((raises and failed) or isinstance(error, KeyboardInterrupt)):
+                    raise error
+        finally:
+            drain.close()
+        return drain.outcomes
 
     def start(self) -> Orchestrator:
         """Run a worker in this process's threads. Raises ConfigError."""

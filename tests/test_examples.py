@@ -1,6 +1,7 @@
 """Each short program of examples/ does what it says, as a process on a real database."""
 from __future__ import annotations
 
+import gzip
 import http.server
 import importlib.util
 import json
@@ -12,6 +13,7 @@ import tempfile
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,11 +31,12 @@ EXAMPLES = REPOSITORY / "examples"
 class Program:
     """An example that was started; its output in a file."""
 
-    def __init__(self, name: str, url: str, folder: Path, *args: str) -> None:
+    def __init__(self, name: str, url: str, folder: Path, *args: str, **settings: str) -> None:
         self.log = Path(tempfile.mkstemp(prefix=name, dir=folder)[1])
         with self.log.open("w") as output:
-            self.process = subprocess.Popen([sys.executable, str(EXAMPLES / name), *args], cwd=folder, stdin=subprocess.DEVNULL,
-                                            stdout=output, stderr=output, env=clean_environment(DATABASE_URL=url, METRICS_PORT=0))
+            self.process = subprocess.Popen(
+                [sys.executable, str(EXAMPLES / name), *args], cwd=folder, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                env=clean_environment(DATABASE_URL=url, METRICS_PORT=0, **settings))
 
     @property
     def output(self) -> str:
@@ -53,8 +56,8 @@ class Program:
 def start(installed: str, tmp_path: Path) -> Iterator[Callable[..., Program]]:
     started: list[Program] = []
 
-    def start(name: str, *args: str) -> Program:
-        started.append(Program(name, installed, tmp_path, *args))
+    def start(name: str, *args: str, **settings: str) -> Program:
+        started.append(Program(name, installed, tmp_path, *args, **settings))
         return started[-1]
 
     yield start
@@ -71,12 +74,13 @@ def test_each_example_has_a_test_and_is_named_in_its_help() -> None:
             assert f"examples/{path.name}" in path.read_text()[:600], f"{path.name} does not say how to run it"
 
 
-def ask(url: str, body: dict[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
+def ask(url: str, body: dict[str, Any] | None = None, kind: str = "application/json") -> tuple[int, dict[str, Any]]:
+    data = None if body is None else (json.dumps(body) if kind == "application/json" else urllib.parse.urlencode(body)).encode()
     try:
-        with urllib.request.urlopen(url, None if body is None else json.dumps(body).encode(), timeout=10) as answer:
+        with urllib.request.urlopen(urllib.request.Request(url, data, {"Content-Type": kind}), timeout=10) as answer:
             return answer.status, json.load(answer)
     except urllib.error.HTTPError as error:
-        return error.code, json.load(error)
+        return error.code, json.load(error) if error.headers.get_content_subtype() == "json" else {}
 
 
 def test_web_app_stores_an_order_and_its_task_together_or_neither(start: Callable[..., Program], conn: psycopg.Connection[Any]) -> None:
@@ -158,7 +162,10 @@ def test_alerting_announces_what_ends_here_and_what_ends_elsewhere_once_each(
 
 @pytest.mark.parametrize(("name", "expected"), [
     ("web_app.py", "^http://"), ("other_drivers.py", "^tasks"), ("checked_payload.py", "^completed"),
-    ("my_handlers.py", "worker .* started"), ("alerting.py", "^watching"), ("exactly_once.py", "deposits left")])
+    ("my_handlers.py", "worker .* started"), ("alerting.py", "^watching"), ("exactly_once.py", "deposits left"),
+    ("django_project.py", "^confirmed"), ("fastapi_app.py", "running on"), ("flask_app.py", "^http://"),
+    ("pydantic_payload.py", "^completed"), ("asyncio_program.py", "^completed"), ("structured_logs.py", "shipping"),
+    ("opentelemetry_traces.py", "process"), ("sentry_errors.py", "^snoozed")])
 def test_examples_start_on_an_empty_database(name: str, expected: str, db: str, tmp_path: Path) -> None:
     program = Program(name, db, tmp_path)
     try:
@@ -235,3 +242,210 @@ def test_psql_only_is_a_producer_a_worker_and_an_operator(installed: str, server
     assert any(line.endswith("|rejected") for line in lines)
     assert lines[lines.index("pending") + 1] == "cancelled"
     assert lines[-1] == "0", "audit() finds nothing"
+
+
+# -------------------------------------------------------------------------------------------------- with others' packages
+def lines_of(program: Program) -> list[dict[str, Any]]:
+    """What it printed as JSON, once it has ended."""
+    assert program.process.wait(50) == 0, program.output
+    return [json.loads(line) for line in program.output.splitlines() if line.startswith("{")]
+
+
+@pytest.mark.parametrize(("name", "table", "kind"), [
+    ("fastapi_app.py", "fastapi_orders", "application/json"), ("flask_app.py", "flask_orders", "application/x-www-form-urlencoded")])
+def test_web_frameworks_store_an_order_and_its_task_together_or_neither(
+        start: Callable[..., Program], conn: psycopg.Connection[Any], name: str, table: str, kind: str) -> None:
+    program = start(name, "0")
+    address = re.findall(r"http://[\d.:]+", program.printed("(running on |^)http://"))[0] + "/orders"
+    status, placed = ask(address, {"customer": "Ada"}, kind)
+    assert status == 201
+    eventually(lambda: ask(f"{address}/{placed['order']}") == (200, {"customer": "Ada", "status": "confirmed"}))
+    assert conn.execute("select id::text, payload from orchestrator.tasks").fetchall() == [(placed["task"], {"order": placed["order"]})]
+    assert ask(address, {"customer": ""}, kind)[0] == 400
+    assert ask(f"{address}/2")[0] == 404
+    assert conn.execute(f"select (select count(*) from orchestrator.tasks), (select count(*) from {table})").fetchone() == (1, 1)
+    program.process.send_signal(signal.SIGINT)
+    program.printed("worker .* stopped")
+    assert conn.execute("select status::text from orchestrator.tasks").fetchall() == [("completed",)]
+
+
+def test_django_stores_an_order_and_its_task_together_or_neither(start: Callable[..., Program], conn: psycopg.Connection[Any]) -> None:
+    program = start("django_project.py")   # which uses "django_backend.py"
+    assert program.process.wait(40) == 0, program.output
+    assert "confirmed: Ada in de, attempt 1" in program.output
+    assert conn.execute("select customer, status from django_orders").fetchall() == [("Ada", "confirmed")]
+    tasks = conn.execute("select type, priority, status::text, payload from orchestrator.tasks").fetchall()
+    assert tasks == [("django:emails:__main__.confirm", 5, "completed", {"args": [1], "kwargs": {"language": "de"}})]
+
+
+def test_the_django_backend_does_what_djangos_own_promise(installed: str, tmp_path: Path) -> None:
+    """In a process of its own, since Django has one configuration a process."""
+    (tmp_path / "jobs.py").write_text("""if True:
+        from django_project import task
+
+        @task
+        async def double(n):
+            return {"n": [2 * n, (1,)]}
+
+        @task(takes_context=True)
+        def fail(context):
+            raise LookupError(f"attempt {context.attempt}")""")
+    (tmp_path / "checks.py").write_text("""if True:
+        import asyncio, contextlib, datetime
+        from django_project import app, confirm, run, transaction
+        from django_backend import TaskResultStatus as Status, exceptions, signals
+        from jobs import double, fail
+
+        def refused(error, call, *args, **kwargs):
+            try:
+                call(*args, **kwargs)
+            except error:
+                return
+            raise AssertionError(f"{error} was not raised")
+
+        seen = []
+        signals.task_enqueued.connect(lambda sender, task_result, **kwargs: seen.append(task_result.id), weak=False)
+        app.handler("django:", run, max_retries=1, base_delay=0)
+        with transaction.atomic():
+            result = double.enqueue(4)
+            assert result.status == Status.READY and app.get(result.id) is None, "it is not committed yet"
+            with contextlib.suppress(KeyError), transaction.atomic():
+                undone = double.enqueue(5)
+                raise KeyError
+        later = double.using(run_after=datetime.datetime.now(datetime.UTC) + datetime.timedelta(hours=1), priority=7).enqueue(6)
+        failed = fail.enqueue()
+        assert seen == [result.id, undone.id, later.id, failed.id]
+        assert app.drain("django:emails:*") == {}
+        assert app.drain() == {"completed": 1, "retry_scheduled": 1, "dead_letter": 1}
+
+        result.refresh()
+        assert (result.status, result.return_value, result.attempts) == (Status.SUCCESSFUL, {"n": [8, [1]]}, 1)
+        assert result.enqueued_at <= result.started_at <= result.finished_at and result.errors == []
+        failed.refresh()
+        assert (failed.status, failed.attempts, failed.is_finished) == (Status.FAILED, 2, True)
+        assert [f"LookupError: attempt {n}" in error.traceback for n, error in enumerate(failed.errors, 1)] == [True, True]
+        later = double.get_result(later.id)
+        assert (later.status, later.task.priority, later.args, later.finished_at) == (Status.READY, 7, [6], None)
+
+        for nothing in (undone.id, app.enqueue("other:kind:of"), "x", None):
+            refused(exceptions.TaskResultDoesNotExist, double.get_result, nothing)
+        refused(exceptions.TaskResultMismatch, confirm.get_result, result.id)
+        refused(TypeError, double.enqueue, object())
+
+        async def main():
+            result = await double.aenqueue(1)
+            await result.arefresh()
+            assert result.status == Status.READY
+
+        asyncio.run(main())
+        print("all is well")""")
+    result = subprocess.run([sys.executable, "checks.py"], check=False, cwd=tmp_path, capture_output=True, text=True, timeout=50,
+                            env=clean_environment(DATABASE_URL=installed, PYTHONPATH=f"{EXAMPLES}:{REPOSITORY}"))
+    assert result.stdout == "all is well\n", result.stdout + result.stderr
+
+
+def test_a_django_worker_is_the_module_of_the_documents(
+        worker_process: Callable[..., Any], installed: str, conn: psycopg.Connection[Any], tmp_path: Path) -> None:
+    [worker] = re.findall(r"```python\n(import os, django .*?)```", (REPOSITORY / "docs/integrations.md").read_text(), re.DOTALL)
+    (tmp_path / "worker.py").write_text(worker)
+    (tmp_path / "mysite").mkdir()
+    address = psycopg.conninfo.conninfo_to_dict(installed)
+    names = {"NAME": address["dbname"], "USER": address["user"], "HOST": address["host"], "PORT": address["port"]}
+    (tmp_path / "mysite" / "settings.py").write_text(
+        f"DATABASES = {{'default': {names | {'ENGINE': 'django.db.backends.postgresql'}}}}\n"
+        "TASKS = {'default': {'BACKEND': 'django_backend.OrchestratorBackend'}}\nUSE_TZ = True\n")
+    (tmp_path / "mysite" / "tasks.py").write_text("""if True:
+        try:
+            from django.tasks import task
+        except ImportError:   # Django 5.2
+            from django_tasks import task
+
+        @task(takes_context=True)
+        def double(context, n):
+            return [2 * n, context.attempt]""")
+    conn.execute("select orchestrator.enqueue('django:default:mysite.tasks.double', '{\"args\": [4], \"kwargs\": {}}')")
+    worker_process(installed, HANDLERS=tmp_path / "worker.py", PYTHONPATH=f"{EXAMPLES}:{tmp_path}")
+    eventually(lambda: conn.execute("select result from orchestrator.tasks where status = 'completed'").fetchone() == ([8, 1],))
+
+
+def test_pydantic_payload_refuses_wrong_payloads_by_the_names_of_the_fields(start: Callable[..., Program]) -> None:
+    program = start("pydantic_payload.py")
+    assert program.process.wait(40) == 0, program.output
+    good, *bad = re.findall(r"^(?:completed|dead_letter) .*$", program.output, re.MULTILINE)
+    assert good == "completed {'due': '2030-01-31', 'amount': '39.80', 'number': 1, 'currency': 'EUR'}"
+    assert [re.findall(r"(\w+): ", line) for line in bad] == [["due", "currency"], ["amount", "paid"]]
+    assert [line.split()[0] for line in bad] == ["dead_letter", "dead_letter"]
+
+
+def test_asyncio_program_gets_its_results(start: Callable[..., Program], conn: psycopg.Connection[Any]) -> None:
+    program = start("asyncio_program.py")
+    assert program.process.wait(40) == 0, program.output
+    assert sorted(re.findall(r"^completed .*$", program.output, re.MULTILINE)) == [f"completed /{page} by asyncio" for page in "abcd"]
+    assert conn.execute("select count(*) from orchestrator.tasks where max_retries = 5").fetchone() == (4,)
+    assert (conn.execute("select count(*) from orchestrator.tasks where payload ->> 'url' ~ '/next'").fetchone() or (0,))[0] == 4
+
+
+def test_structured_logs_have_the_task_in_each_line_of_its_handler(start: Callable[..., Program], conn: psycopg.Connection[Any]) -> None:
+    lines = {line["event"].split(":")[0]: line for line in lines_of(start("structured_logs.py"))}
+    (task_id,) = conn.execute("select id::text from orchestrator.tasks").fetchone() or ("",)
+    for event, logger in (("shipping", "shop"), ("the printer is low on paper", "a.library.that.knows.no.structlog")):
+        line = lines[event]
+        assert (line["task_id"], line["task_type"], line["attempt"], line["logger"]) == (task_id, "order:ship", 1, logger)
+    assert lines["shipping"]["order"] == 7
+    assert lines["task completed"]["task_id"] == task_id and lines["task completed"]["duration"] >= 0
+    assert "task_id" not in lines["outside of any task"]
+
+
+def test_opentelemetry_traces_lead_from_enqueue_to_run_and_retries_link_back(start: Callable[..., Program]) -> None:
+    spans = lines_of(start("opentelemetry_traces.py"))
+    request, first, again, label, ship = spans
+    assert [span["name"] for span in spans] == [
+        "POST /orders", "process order:confirm", "process order:confirm", "print the label", "process order:ship"]
+    trace_of, id_of = (lambda span: span["context"]["trace_id"]), (lambda span: span["context"]["span_id"])
+    assert (trace_of(first), first["parent_id"]) == (trace_of(request), id_of(request))
+    assert (first["status"]["status_code"], first["events"][0]["attributes"]["exception.type"]) == ("ERROR", "ConnectionError")
+    assert trace_of(again) != trace_of(request) and again["parent_id"] is None
+    assert [link["context"]["span_id"] for link in again["links"]] == [id_of(request)]
+    assert (again["status"]["status_code"], again["attributes"]["task.attempt"]) == ("UNSET", 2)
+    assert (trace_of(ship), ship["parent_id"]) == (trace_of(again), id_of(again))   # enqueued inside of a handler
+    assert (trace_of(label), label["parent_id"]) == (trace_of(again), id_of(ship))   # inside of a coroutine
+    assert {span["kind"] for span in (first, again, ship)} == {"SpanKind.CONSUMER"}
+
+
+class Sentry(http.server.BaseHTTPRequestHandler):
+    """Keeps the items of the envelopes that it gets: their type and their content."""
+
+    items: list[tuple[str, dict[str, Any]]]
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.headers["Content-Encoding"] == "gzip":
+            body = gzip.decompress(body)
+        _, *lines = [json.loads(line) for line in body.splitlines() if line]
+        self.items += [(head["type"], content) for head, content in zip(lines[::2], lines[1::2], strict=True)]
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+def test_sentry_errors_have_the_task_and_the_trace_of_the_request(start: Callable[..., Program], conn: psycopg.Connection[Any]) -> None:
+    Sentry.items = []
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Sentry)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        program = start("sentry_errors.py", SENTRY_DSN=f"http://key@127.0.0.1:{server.server_port}/1")
+        assert program.process.wait(50) == 0, program.output
+    finally:
+        server.shutdown()
+        server.server_close()
+    ids = dict(conn.execute("select type || ' ' || status::text, id::text from orchestrator.tasks").fetchall())
+    events = [content for kind, content in Sentry.items if kind == "event"]
+    told = sorted((each["exception"]["values"][-1]["type"], each["level"], each["contexts"]["task"]["attempt"], each["tags"]["task.id"])
+                  for each in events)
+    confirm, check = ids["order:confirm dead_letter"], ids["order:check dead_letter"]
+    assert told == [("ConnectionError", "error", 2, confirm), ("ConnectionError", "warning", 1, confirm), ("Discard", "error", 1, check)]
+    traces = [(content["transaction"], content["contexts"]["trace"]["trace_id"]) for kind, content in Sentry.items if kind == "transaction"]
+    assert sorted(name for name, _ in traces) == ["POST /orders", "order:check", "order:check", "order:confirm", "order:confirm"]
+    assert {each["contexts"]["trace"]["trace_id"] for each in events} == {dict(traces)["POST /orders"]}

@@ -6,6 +6,7 @@ An invisible comment above each code block says how: `<!-- test: HOW -->`, with 
   python worker, prints "TEXT"  a program that runs until it gets SIGTERM, on an empty database
   shell, prints "A" and "B"     in a folder with a copy of the program
   handlers, enqueue TYPE        a handlers module, loaded by a worker that gets such a task
+  pytest, FILE                  a file of a folder in which pytest then runs
   project, setup                how to copy the program into a project
   project, worker               the command that runs the project's worker
   project, prints "A" and "B"   commands beside that worker, which prints both
@@ -78,10 +79,12 @@ def run(args: list[str], stdin: str, **options: Any) -> str:
 
 
 def test_documents_say_of_each_code_block_how_it_is_tested() -> None:
-    known = (r'psql|(python( worker)?|shell), prints ".+"|handlers, enqueue \S+|project, (setup|worker|prints ".+" and ".+")|none, .+')
+    known = (r'psql|(python( worker)?|shell), prints ".+"|pytest, \w+\.py|handlers, enqueue \S+|'
+             r'project, (setup|worker|prints ".+" and ".+")|none, .+')
     wrong = [block for block in BLOCKS if not re.fullmatch(known, block.how)]
     assert not wrong
-    assert {block.how.split(",")[0] for block in BLOCKS} == {"psql", "python", "python worker", "shell", "handlers", "project", "none"}
+    assert {block.how.split(",")[0] for block in BLOCKS} == {
+        "psql", "python", "python worker", "pytest", "shell", "handlers", "project", "none"}
     allowed = ("interactive", "CI", "there are no such hosts", "Docker", "cluster", "Prometheus")
     assert all(any(word in block.how for word in allowed) for block in BLOCKS if block.how.startswith("none"))
 
@@ -135,6 +138,14 @@ def test_documents_python_worker_prints_what_it_says_and_stops_on_sigterm(
     finally:
         process.kill()
         process.wait()
+
+
+def test_documents_pytest_example_passes(db: str, server: Server, tmp_path: Path) -> None:
+    files = [block for block in BLOCKS if block.how.startswith("pytest, ")]
+    for block in files:
+        (tmp_path / block.how.removeprefix("pytest, ")).write_text(block.code)
+    output = run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"], "", cwd=tmp_path, env=environment(tmp_path, db, server))
+    assert f"{sum(block.code.count('def test_') for block in files)} passed" in output
 
 
 @pytest.mark.parametrize("block", those("shell"))
