@@ -3153,13 +3153,9 @@ class _Drain(Journal):
         self.worker.reports.journal = self
         self.outcomes: collections.Counter[str] = collections.Counter()
 
-    def ended(self, task: Task, status: str) -> None:
-        super().ended(task, status)
-        self.outcomes[status] += 1
-
-    def completed(self, tasks: list[Task]) -> None:
-        super().completed(tasks)
-        self.outcomes.update("completed" for _ in tasks)
+    def ended(self, tasks: list[Task], status: str) -> None:
+        super().ended(tasks, status)
+        self.outcomes.update(status for _ in tasks)
 
     def claim(self, scheduled: bool) -> Task | None:
         worker, call = self.worker, self.worker.claims.link.call
@@ -3202,8 +3198,6 @@ def _run_here(task: Task, run: Callable[..., Result], *args: Any) -> Result:
     """Call run(*args) as a pool thread does: with the task's deadline, and its id in what is logged."""
     slot, context, task.started = Slot(), contextvars.copy_context(), clock()
     slot.task = task
-    if task.handler.timeout is not None:
-        task.deadline = task.started + task.handler.timeout
     context.run(_running_in.set, slot)
     return context.run(run, *args)
 
@@ -4110,7 +4104,7 @@ LINE_BYTES = 2 ** 20     # a longer line can't be a task
 LONG_LINE, NO_TEXT = f"is longer than {LINE_BYTES} bytes", "is not UTF-8, or has a NUL character"
 FILTERS = {
     "type": "or a pattern such as mail:*", "status": "such as ready, unfinished, ended or dead_letter",
-    "created-before": "such as 2h ago, as 2h, or 2030-01-31T12:00:00Z", "created-after": "as --created-before",
+    "created-before": "such as 2h for 2 h ago, or 2030-01-31T12:00:00Z", "created-after": "the same",
     "priority": "exactly this", "concurrency-key": "of this key", "error": "a part of the last error",
     "payload": "JSON that the payload contains"}
 Command = Callable[["Args"], int]
@@ -4231,8 +4225,8 @@ def do_enqueue(args: Args) -> int:
     if args.modes:
         if (len(args.modes) > 1 or args.idempotency_key is None
                 or (args.max_retries, args.expires, args.after) != (None, None, None)):
-            raise ConfigError(f"--{args.modes[0]}: goes with --key, without --max-retries, --expires, --after "
-                              "and other modes")
+            raise ConfigError(f"--{args.modes[0]}: goes with --key, without --max-retries, --expires, "
+                              "--after and other modes")
         task_id = args.app.replace(args.type, args.idempotency_key, args.payload, mode=args.modes[0],
                                    max_wait=args.max_wait, **given)
     elif args.max_wait is not None:
@@ -4261,7 +4255,8 @@ def _enqueue_file(args: Args) -> int:
         due = now + timedelta(seconds=check_seconds("delay", args.delay))
     check_retries(args.max_retries)
     defaults = {**_options(args, "type max_retries concurrency_key after on_failure"), "run_at": due,
-                "priority": check_priority(args.priority or 0), "expires_at": None if args.expires is None else
+                "priority": check_priority(args.priority or 0),
+                "expires_at": None if args.expires is None else
                 now + timedelta(seconds=check_seconds("expires", args.expires))}
     given = json.dumps({name: value for name, value in defaults.items() if value is not None}, default=str)
     counts, stop, before = collections.Counter(created=0, known=0, bad=0), args.on_error == "stop", 0
