@@ -102,7 +102,9 @@ begin
     perform orchestrator._shrink_claim(p_claim_ids[i], v_done);
     v_from := v_to + 1;
   end loop;
-  perform orchestrator._parents_ended(p_ids);
+  if exists (select from orchestrator.task_waits) then
+    perform orchestrator._parents_ended(p_ids);
+  end if;
 end $$;
 comment on function orchestrator.complete_tasks is
   'Completes tasks grouped by claim: p_ids holds p_counts[i] tasks of p_claim_ids[i], one claim after another; p_results, if '
@@ -184,7 +186,9 @@ begin
     perform orchestrator._shrink_claim(p_claim_ids[i], (outcome <> 'rejected')::int);
     return next;
   end loop;
-  perform orchestrator._parents_ended(p_ids);
+  if exists (select from orchestrator.task_waits) then
+    perform orchestrator._parents_ended(p_ids);
+  end if;
 end $$;
 comment on function orchestrator.fail_tasks is
   'Records a failed attempt of each task, named by its claim: a retry after p_retry_afters[i] (null: the policy''s backoff), or a '

@@ -55,7 +55,8 @@ def test_each_way_to_enqueue_takes_after_on_failure_and_expires(app: Orchestrato
 @pytest.mark.parametrize(("options", "words"), [
     ({"after": ["x"]}, "after[1]: must be a task's id"), ({"after": [UNKNOWN]}, f"after[1]: there is no task {UNKNOWN}"),
     ({"after": [], "on_failure": "ignore"}, "on_failure: must be wait, cancel or run"), ({"expires": -1}, "expires: "),
-    ({"expires": 0}, "expires_at: must be a moment to come"), ({"expires": datetime.now(UTC).replace(tzinfo=None)}, "expires: must be a datetime with"),
+    ({"expires": 0}, "expires_at: must be a moment to come"),
+    ({"expires": datetime.now(UTC).replace(tzinfo=None)}, "expires: must be a datetime with"),
     ({"expires": 5, "delay": 10}, "expires_at: must be a moment to come, after run_at")])
 def test_enqueue_names_the_field_that_is_wrong(app: Orchestrator, options: dict[str, Any], words: str) -> None:
     for call in (lambda: app.enqueue("t", **options), lambda: app.enqueue("t", idempotency_key="k", **options),

@@ -513,7 +513,8 @@ class Queue(RuleBasedStateMachine):
     @invariant()
     def the_database_is_what_the_model_says(self) -> None:
         query = """select id::text, type, priority, max_retries, status::text, next_retry_at is not null and blocked_until is null,
-                          attempts, recoveries, claim_id, worker_id, cancel_requested_at is not null, concurrency_key, blocked_until is not null,
+                          attempts, recoveries, claim_id, worker_id, cancel_requested_at is not null, concurrency_key,
+                          blocked_until is not null,
                           expires_at is not null from orchestrator.tasks"""
         found = {id: Task(*columns) for id, *columns in self.conn.execute(query)}
         assert found == self.model.tasks
