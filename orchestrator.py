@@ -3731,10 +3731,10 @@ Orchestrator.embedded_server = Embedded
 BATCH_LINES = 1000       # of a file, in one call
 BATCH_BYTES = 2 ** 22
 LINE_BYTES = 2 ** 20     # a longer line can't be a task
-BULK_BATCH = 500         # tasks in one call: others wait for them up to 50 ms
+BULK_BATCH = 200         # tasks in one call: others wait for these, some 20 ms
 FILTERS = {
     "type": "or a pattern such as mail:*", "status": "such as ready, unfinished, ended or dead_letter",
-    "created-before": "such as 2h ago, as 2h, or 2030-01-31T12:00:00Z", "created-after": "as --created-before",
+    "created-before": "such as 2h (ago), or 2030-01-31T12:00:00Z", "created-after": "as --created-before",
     "priority": "exactly this", "concurrency-key": "of this key", "error": "a part of the last error",
     "payload": "JSON that the payload contains"}
 Command = Callable[["Args"], int]
