@@ -249,17 +249,17 @@ def test_operator_acts_on_many_by_their_payloads_without_reading_them_and_purges
         enqueue(conn, payload={"n": n, "password": "hunter2"})
     bulk = "select matched, done from orchestrator.bulk_tasks(%s, %s, %s)"
     with psycopg.connect(login("operator"), autocommit=True) as operator:
-        for payload, matched in (('{"n": 1}', 1), ('{"password": "hunter2"}', 0), ('{"password": "[redacted]"}', 3)):
+        for payload, matched in (('{"n": 1}', 1), ('{"password": "hunter2"}', 0), ('{"password": "[redacted]"}', 2)):
             filter = '{"payload": ' + payload + "}"
             assert operator.execute(bulk, ["cancel", filter, True]).fetchone() == (matched, None)
-            assert operator.execute(bulk, ["cancel", filter, False]).fetchone() == (matched, {1: 1, 0: 0, 3: 2}[matched])
+            assert operator.execute(bulk, ["cancel", filter, False]).fetchone() == (matched, matched)
         assert "hunter2" not in str(operator.execute("select sample from orchestrator.bulk_tasks('purge', '{\"all\": true}')").fetchall())
         assert column(operator, "select distinct by from orchestrator.operations") == [operator.info.user]
         assert column(operator, "select distinct detail from orchestrator.task_events where detail !~ '^operation [0-9]+ by user_'") == []
         with pytest.raises(psycopg.errors.InsufficientPrivilege):
             operator.execute(bulk, ["purge", '{"all": true}', False])
     with psycopg.connect(login("operator", "worker"), autocommit=True) as both:
-        assert both.execute(bulk, ["purge", '{"all": true}', False]).fetchone() == (2, 2)
+        assert both.execute(bulk, ["purge", '{"all": true}', False]).fetchone() == (3, 3)
     for role in ("producer", "worker", "auditor"):
         with psycopg.connect(login(role), autocommit=True) as other, pytest.raises(psycopg.errors.InsufficientPrivilege):
             other.execute(bulk, ["cancel", '{"all": true}', True])
