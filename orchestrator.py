@@ -2758,7 +2758,7 @@ DeadHook = TypeVar("DeadHook", bound=DeadLetterHook)
 Result = TypeVar("Result")
 Parameters = typing.ParamSpec("Parameters")
 LINKS = 4   # connections of a program that enqueues from many threads
-BULK_BATCH = 500   # tasks of bulk() in one call: others wait for them up to 50 ms
+BULK_BATCH = 200   # tasks of bulk() in one call: others wait for these, some 20 ms
 ENDED = ("completed", "dead_letter", "cancelled", "not_found")
 
 
@@ -4104,7 +4104,7 @@ LINE_BYTES = 2 ** 20     # a longer line can't be a task
 LONG_LINE, NO_TEXT = f"is longer than {LINE_BYTES} bytes", "is not UTF-8, or has a NUL character"
 FILTERS = {
     "type": "or a pattern such as mail:*", "status": "such as ready, unfinished, ended or dead_letter",
-    "created-before": "such as 2h for 2 h ago, or 2030-01-31T12:00:00Z", "created-after": "the same",
+    "created-before": "such as 2h (ago), or 2030-01-31T12:00:00Z", "created-after": "as --created-before",
     "priority": "exactly this", "concurrency-key": "of this key", "error": "a part of the last error",
     "payload": "JSON that the payload contains"}
 Command = Callable[["Args"], int]

@@ -696,9 +696,49 @@ def cost(bench: Bench, reps: int) -> None:
     bench.row("cost", "an idle worker's CPU", [cpu * 100], "%", goal=1, at_most=True)
 
 
+def bulk(bench: Bench, reps: int) -> None:
+    """Many cancelled, retried and purged in the command line's batches while two types drain, one of them being operated on."""
+    count = 5_000 if QUICK else 100_000
+    with bench.database() as (url, connection):
+        fill(url, count)
+        for action, given in (("cancel", {"type": "noop"}), ("retry", {"status": "cancelled"}), ("cancel", {"type": "noop"}),
+                              ("purge", {"status": "cancelled"})):
+            settle(connection)
+            stop, waits = threading.Event(), [0.0]
+            drainer = threading.Thread(target=report_until, args=(url, stop, waits))
+            drainer.start()
+            started, operation, done = time.perf_counter(), None, 0
+            while True:
+                operation, some, after = connection.execute(
+                    "select operation, done, next_after from orchestrator.bulk_tasks(%s, %s, false, p_limit => %s, p_operation => %s)",
+                    [action, json.dumps(given), orchestrator.BULK_BATCH, operation]).fetchone()
+                done += some
+                if after is None:
+                    break
+            seconds = time.perf_counter() - started
+            stop.set()
+            drainer.join()
+            bench.row("bulk", f"{action}, {count:,} tasks", [done / seconds], "tasks/s")
+            bench.row("bulk", "the longest report of outcomes meanwhile", [max(waits) * 1000], "ms", goal=100, at_most=True)
+
+
+def report_until(url: str, stop: threading.Event, waits: list[float]) -> None:
+    app = orchestrator.Orchestrator(url)
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("select orchestrator.register_worker('reporter', 'host', 10, '1', '{\"flow\": {}, \"noop\": {}}')")
+        while not stop.is_set():
+            app.enqueue_many("flow", [PAYLOAD] * 10)
+            rows = claim(connection, "reporter", ["flow", "noop"], 20)
+            started = time.perf_counter()
+            complete(connection, rows)
+            waits.append(time.perf_counter() - started)
+    app.close()
+
+
 WORKLOADS: dict[str, Callable[[Bench, int], None]] = {
     "drain": drain, "life": life, "enqueue": enqueue, "producers": producers, "latency": latency, "sleeping": sleeping, "million": million,
-    "snapshot": snapshot, "fleet": fleet, "replica": replica, "growth": growth, "scrape": scrape, "cost": cost}
+    "snapshot": snapshot, "fleet": fleet, "replica": replica, "growth": growth, "scrape": scrape, "cost": cost,
+    "bulk": bulk}
 
 
 # --------------------------------------------------------------------------------------------------------------- output

@@ -352,7 +352,8 @@ def test_an_unknown_id_is_null(conn: Connection) -> None:
     ("tasks", {"status": "ready", "before": UNKNOWN}, "before"), ("tasks", {"status": "ready", "before": "ready+999999"}, "before"),
     ("tasks", {"status": "ready", "before": "scheduled+1"}, "before"), ("tasks", {"id": "01", "type": "t", "before": "ready+1"}, "before"),
     ("tasks", {"filter": '{"colour": "blue"}'}, "filter"), ("tasks", {"filter": '{"error": ""}'}, "error"),
-    ("failures", {"limit": "201"}, "limit"), ("operations", {"limit": "0"}, "limit"), ("history", {"minutes": "0"}, "minutes"), ("history", {"minutes": "121"}, "minutes")])
+    ("failures", {"limit": "201"}, "limit"), ("operations", {"limit": "0"}, "limit"),
+    ("history", {"minutes": "0"}, "minutes"), ("history", {"minutes": "121"}, "minutes")])
 def test_a_bad_value_is_named(conn: Connection, name: str, parameters: dict[str, str], field: str) -> None:
     assert refused(conn, name, **parameters) == ("OR001", field)
 

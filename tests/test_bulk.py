@@ -36,7 +36,6 @@ from steps import (
     value,
 )
 
-STATES = ("ready", "scheduled", "parked", "blocked", "claimed", "running", "stopping", "retry_scheduled", "dead_letter", "completed", "cancelled")
 MATCH = {   # status → the states that it matches
     "ready": {"ready"}, "parked": {"parked"}, "blocked": {"blocked"}, "scheduled": {"scheduled", "retry_scheduled"},
     "waiting": {"ready", "scheduled", "parked", "blocked", "retry_scheduled"}, "in_flight": {"claimed", "running", "stopping"},
@@ -117,7 +116,8 @@ def unaudited(connect: Any) -> Connection:
 # -------------------------------------------------------------------------------------------------------------- filters
 @pytest.mark.parametrize("given", [*MATCH, None])
 @pytest.mark.parametrize("action", ACTS)
-def test_each_action_does_what_its_filter_matches_and_applies_to_and_skips_the_rest(unaudited: Connection, action: str, given: str | None) -> None:
+def test_each_action_does_what_its_filter_matches_and_applies_to_and_skips_the_rest(
+        unaudited: Connection, action: str, given: str | None) -> None:
     conn = unaudited
     made, others = each_state(conn), each_state_of_nobody(conn)
     filter = {"type": "t", **({"status": given} if given else {})}
@@ -143,9 +143,10 @@ def each_state_of_nobody(conn: Connection) -> list[str]:
 
 @pytest.mark.parametrize(("filter", "found"), [
     ({"type": "mail:*"}, "ab"), ({"type": "mail:"}, "ab"), ({"type": "mail:a"}, "a"), ({"type": "m_il:*"}, ""), ({"priority": 5}, "b"),
-    ({"priority": "5"}, "b"), ({"concurrency_key": "acme"}, "c"), ({"payload": {"user": {"id": 7}}}, "a"), ({"payload": {"list": [2]}}, "b"),
-    ({"payload": {"password": "hunter2"}}, ""), ({"payload": {"password": "[redacted]"}}, "c"), ({"all": True}, "abc"),
-    ({"type": "mail:*", "priority": 0}, "a"), ({"created_before": "2020-01-01"}, ""), ({"created_before": "infinity", "created_after": "-infinity"}, "abc"), ({"created_after": "2020-01-01"}, "abc"),
+    ({"priority": "5"}, "b"), ({"concurrency_key": "acme"}, "c"), ({"payload": {"user": {"id": 7}}}, "a"),
+    ({"payload": {"list": [2]}}, "b"), ({"payload": {"password": "hunter2"}}, ""), ({"payload": {"password": "[redacted]"}}, "c"),
+    ({"all": True}, "abc"), ({"created_before": "infinity", "created_after": "-infinity"}, "abc"),
+    ({"type": "mail:*", "priority": 0}, "a"), ({"created_before": "2020-01-01"}, ""), ({"created_after": "2020-01-01"}, "abc"),
     ({"created_after": "2090-01-01"}, ""), ({"all": True, "type": "other"}, "c")])
 def test_what_a_filter_matches_in_bulk_is_what_it_lists(conn: Connection, filter: dict[str, Any], found: str) -> None:
     made = {"a": enqueue(conn, "mail:a", {"user": {"id": 7, "name": "x"}}), "b": enqueue(conn, "mail:b", {"list": [1, 2]}, priority=5),
@@ -175,7 +176,8 @@ def test_a_part_of_the_error_is_found_whatever_its_case_and_no_secret_in_it_is(c
     fail(conn, second["claim_id"], second["id"], "timeout", permanent=True)
     assert [t["id"] for t in bulk(conn, "retry", {"error": "such host"}, dry_run=True)["sample"]] == [first["id"]]
     assert bulk(conn, "retry", {"error": "me:[redacted]@"}, dry_run=True)["matched"] == 1
-    assert bulk(conn, "retry", {"error": "hunter2"}, dry_run=True)["matched"] == bulk(conn, "retry", {"error": "me:h"}, dry_run=True)["matched"] == 0
+    for secret in ("hunter2", "me:h"):
+        assert bulk(conn, "retry", {"error": secret}, dry_run=True)["matched"] == 0
 
 
 def test_ids_and_the_beginning_of_one_stand_for_those_tasks_whatever_their_state(conn: Connection) -> None:
@@ -193,7 +195,8 @@ def test_ids_and_the_beginning_of_one_stand_for_those_tasks_whatever_their_state
 @pytest.mark.parametrize(("action", "filter", "field", "said"), [
     ("cancel", {}, "filter", "is empty"), ("cancel", None, "filter", "is empty"), ("cancel", {"all": False}, "filter", "is empty"),
     ("cancel", {"colour": "blue"}, "filter", "colour is not known"), ("cancel", {"type": ""}, "type", "is empty"),
-    ("cancel", {"type": None}, "type", "is empty"), ("cancel", {"error": ""}, "error", "is empty"), ("cancel", {"payload": {}}, "payload", "is empty"),
+    ("cancel", {"type": None}, "type", "is empty"), ("cancel", {"error": ""}, "error", "is empty"),
+    ("cancel", {"payload": {}}, "payload", "is empty"),
     ("cancel", {"status": "lost"}, "status", "is unknown"), ("cancel", {"status": "failed"}, "status", "is unknown"),
     ("cancel", {"id": "xyz"}, "id", "beginning"), ("drop", {"all": True}, "action", "must be"), (None, {"all": True}, "action", "must be"),
     ("prioritize", {"all": True}, "value", "must be a priority")])
@@ -214,7 +217,8 @@ def test_a_value_of_the_wrong_type_is_refused(conn: Connection, filter: Any) -> 
 
 
 def test_a_value_and_a_limit_are_refused_where_they_mean_nothing(conn: Connection) -> None:
-    for options, field in (({"value": Jsonb(1)}, "value"), ({"limit": 0}, "limit"), ({"limit": 10001}, "limit"), ({"operation": 1}, "operation")):
+    for options, field in (({"value": Jsonb(1)}, "value"), ({"limit": 0}, "limit"), ({"limit": 10001}, "limit"),
+                           ({"operation": 1}, "operation")):
         with pytest.raises(psycopg.Error) as refused:
             bulk(conn, "cancel", {"all": True}, **options)
         assert (refused.value.sqlstate, refused.value.diag.column_name) == ("OR001", field)
@@ -270,10 +274,12 @@ def test_events_and_the_log_say_who_did_it_and_in_which_operation(conn: Connecti
         assert newest["detail"] == f"operation {operation} by {me}"
     assert events(conn, waiting) == ["prioritized", "cancelled", "retried"] and events(conn, later) == ["run_now", "cancelled"]
     assert events(conn, flying) == ["cancel_requested"]
-    assert rows(conn, "select by, action, filter, value, done, skipped, ended_at >= at as ended from orchestrator.operations order by id") == [
+    log = "select by, action, filter, value, done, skipped, ended_at >= at as ended from orchestrator.operations order by id"
+    assert rows(conn, log) == [
         {"by": me, "action": action, "filter": filter, "value": value, "done": done, "skipped": 0, "ended": True}
-        for action, filter, value, done in (("prioritize", {"ids": [waiting]}, 4, 1), ("run_now", {"ids": [later]}, None, 1),
-                                            ("cancel", {"type": "t", "status": "unfinished"}, None, 3), ("retry", {"ids": [waiting]}, None, 1))]
+        for action, filter, value, done in (
+            ("prioritize", {"ids": [waiting]}, 4, 1), ("run_now", {"ids": [later]}, None, 1),
+            ("cancel", {"type": "t", "status": "unfinished"}, None, 3), ("retry", {"ids": [waiting]}, None, 1))]
     cancel(conn, waiting)   # by itself: no operation
     assert column(conn, "select detail from orchestrator.task_events order by id desc limit 1") == [f"by {me}"]
 
@@ -392,9 +398,11 @@ def test_a_task_that_no_longer_matches_when_its_lock_is_had_is_skipped(conn: Con
     ids = enqueue_some(conn, 2)
     conn.execute("""
         create function pg_temp.claims() returns trigger language plpgsql as $$ begin
-          update orchestrator.tasks set queued_at = null, next_retry_at = '2030-01-01' where id = (select min(id::text)::uuid from orchestrator.tasks);
+          update orchestrator.tasks set queued_at = null, next_retry_at = '2030-01-01'
+          where id = (select min(id::text)::uuid from orchestrator.tasks);
           return new; end $$""")
-    conn.execute("create trigger between_look_and_lock after insert on orchestrator.operations for each row execute function pg_temp.claims()")
+    conn.execute("create trigger between_look_and_lock after insert on orchestrator.operations"
+                 " for each row execute function pg_temp.claims()")
     answer = bulk(conn, "cancel", {"status": "ready"})
     assert (answer["matched"], answer["done"], answer["skipped"]) == (2, 1, 1)
     assert [status(conn, id) for id in ids] == ["pending", "cancelled"]
@@ -476,8 +484,8 @@ def test_what_changes_behaviour_is_logged_once_and_what_changes_nothing_is_not(c
     assert [(o["action"], o["filter"], o["value"]) for o in reversed(found)] == [
         ("pause", {"type": "t"}, None), ("limit", {"type": "t"}, {"max_running": 3}),
         ("schedule", {"schedule": "s"}, {"cron": "@daily", "timezone": "UTC", "type": "t"}), ("pause_schedule", {"schedule": "s"}, None),
-        ("resume", {"type": "t"}, None), ("resume_schedule", {"schedule": "s"}, None), ("fire_schedule", {"schedule": "s"}, {"task_id": id}),
-        ("unschedule", {"schedule": "s"}, None)]
+        ("resume", {"type": "t"}, None), ("resume_schedule", {"schedule": "s"}, None),
+        ("fire_schedule", {"schedule": "s"}, {"task_id": id}), ("unschedule", {"schedule": "s"}, None)]
     assert {o["by"] for o in found} == {me} and all(o["ended_at"] for o in found)
     assert [o["action"] for o in value(conn, "select orchestrator.api_operations(1)")["operations"]] == ["unschedule"]
 

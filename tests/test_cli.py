@@ -396,8 +396,8 @@ def test_bad_filters_of_many_are_refused(cli: Callable[..., Answer]) -> None:
 def test_list_takes_the_same_filters(cli: Callable[..., Answer]) -> None:
     wanted = cli("enqueue", "mail:a", '{"user": 7}', "--concurrency-key", "acme", "--priority", "3").out.strip()
     cli("enqueue", "mail:b")
-    for filter in (["--payload", '{"user": 7}'], ["--concurrency-key", "acme"], ["--priority", "3"], ["--type", "mail:a", "--created-after", "1h"],
-                   ["--status", "unfinished", "--priority", "3"]):
+    for filter in (["--payload", '{"user": 7}'], ["--concurrency-key", "acme"], ["--priority", "3"],
+                   ["--type", "mail:a", "--created-after", "1h"], ["--status", "unfinished", "--priority", "3"]):
         assert [task["id"] for task in cli("list", *filter, "--json").json] == [wanted]
     assert cli("list", "--error", "x", "--json").json == cli("list", "--created-before", "1h", "--json").json == []
 

@@ -222,7 +222,8 @@ def post(port: int, name: str, **fields: Any) -> tuple[int, Any]:
     ("cancel", {"id": "x"}, "id: "), ("cancel", {"id": 12}, "id: "), ("retry", {"id": ""}, "id: "), ("cancel", {}, "none"),
     ("cancel", {"id": UNKNOWN, "colour": "blue"}, "id, colour"), ("cancel", {"id": [UNKNOWN]}, "id: send a JSON object"),
     ("cancel", {"id": 1.5}, "id: send"), ("cancel", {"id": "\0"}, "id: must be text"), ("cancel", {"id": "\ud800"}, "id: must be text"),
-    ("bulk", {"action": "retry", "filter": {"type": "t"}, "limit": "many"}, "limit: "), ("bulk", {"action": "retry", "filter": {"type": "t"}, "limit": 10 ** 12}, "limit: "),
+    ("bulk", {"action": "retry", "filter": {"type": "t"}, "limit": "many"}, "limit: "),
+    ("bulk", {"action": "retry", "filter": {"type": "t"}, "limit": 10 ** 12}, "limit: "),
     ("bulk", {"action": "retry", "filter": {}}, "filter: "), ("bulk", {"action": "retry", "filter": {"colour": "blue"}}, "colour"),
     ("bulk", {"action": "retry", "filter": "{"}, "filter: "), ("limit", {"type": "t", "max_running": "x"}, "max_running: "),
     ("pause", {"type": "a*b"}, "type: ")])
@@ -245,7 +246,7 @@ def test_actions_answer_with_what_their_function_returns(ports, server_url):
         task_id = enqueue(conn, "nobody's")
     assert post(ports["token"], "cancel", id=task_id) == (200, {"result": "cancelled"})
     assert post(ports["token"], "retry", id=task_id) == (200, {"result": "pending"})
-    for filter in ('{"ids": ["%s"]}' % task_id, {"ids": [task_id]}):
+    for filter in (json.dumps({"ids": [task_id]}), {"ids": [task_id]}):
         shown = post(ports["token"], "bulk", action="cancel", filter=filter, limit=10)[1]["result"]
         assert (shown["matched"], shown["done"], shown["sample"][0]["id"]) == (1, None, task_id)
     done = post(ports["token"], "bulk", action="cancel", filter=filter, dry_run=False, value=None)[1]["result"]

@@ -82,7 +82,7 @@ def session(server, template):
         nothing = {"claim": 0, "id": NOBODY, "ids": [NOBODY], "waiting": NOBODY, "dead": NOBODY, "term": term}
         for filter, _ in FILTERS:
             for _ in range(7):
-                conn.execute("select orchestrator.bulk_tasks('purge', %s)", [filter.replace("%(waiting)s", NOBODY).replace("%(dead)s", NOBODY)])
+                conn.execute("select orchestrator.bulk_tasks('purge', %s)", [filter % {"waiting": NOBODY, "dead": NOBODY}])
         for call in HOT.values():
             with conn.transaction(force_rollback=True):
                 for _ in range(7):
@@ -135,8 +135,7 @@ def test_a_filter_reads_along_an_index_what_it_may_match(session, filter, most):
     conn, _ = session
     ids = {"waiting": value(conn, "select id from orchestrator.tasks where queued_at is not null limit 1"),
            "dead": value(conn, "select id from orchestrator.tasks where dead_at is not null limit 1")}
-    for name, id in ids.items():
-        filter = filter.replace(f"%({name})s", str(id))
+    filter %= ids
     with conn.transaction(force_rollback=True):
         before = row_by_table(conn)["tasks"]
         conn.execute("select orchestrator.bulk_tasks('purge', %s)", [filter])

@@ -267,6 +267,27 @@ def test_operator_cancels_retries_and_pauses_without_a_right_on_payloads(login, 
     assert audit(conn) == []
 
 
+def test_operator_acts_on_many_by_their_payloads_without_reading_them_and_purges_only_as_a_worker_too(login, conn):
+    for n in range(3):
+        enqueue(conn, payload={"n": n, "password": "hunter2"})
+    bulk = "select matched, done from orchestrator.bulk_tasks(%s, %s, %s)"
+    with psycopg.connect(login("operator"), autocommit=True) as operator:
+        for payload, matched in (('{"n": 1}', 1), ('{"password": "hunter2"}', 0), ('{"password": "[redacted]"}', 2)):
+            filter = '{"payload": ' + payload + "}"
+            assert operator.execute(bulk, ["cancel", filter, True]).fetchone() == (matched, None)
+            assert operator.execute(bulk, ["cancel", filter, False]).fetchone() == (matched, matched)
+        assert "hunter2" not in str(operator.execute("select sample from orchestrator.bulk_tasks('purge', '{\"all\": true}')").fetchall())
+        assert column(operator, "select distinct by from orchestrator.operations") == [operator.info.user]
+        assert column(operator, "select distinct detail from orchestrator.task_events where detail !~ '^operation [0-9]+ by user_'") == []
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            operator.execute(bulk, ["purge", '{"all": true}', False])
+    with psycopg.connect(login("operator", "worker"), autocommit=True) as both:
+        assert both.execute(bulk, ["purge", '{"all": true}', False]).fetchone() == (3, 3)
+    for role in ("producer", "worker", "auditor"):
+        with psycopg.connect(login(role), autocommit=True) as other, pytest.raises(psycopg.errors.InsufficientPrivilege):
+            other.execute(bulk, ["cancel", '{"all": true}', True])
+
+
 def test_worker_and_operator_fire_schedules_and_an_auditor_sees_all_of_them_but_their_payloads(login, conn):
     with psycopg.connect(login("operator"), autocommit=True) as operator:
         operator.execute("select orchestrator.schedule('by hand', '@yearly', 'task:t', '{\"password\": \"hunter2\"}')")

@@ -88,10 +88,11 @@ MUTANTS = [
     # bulk operations
     Mutant("a dry run that writes", "75_bulk", "bulk_tasks", "if p_dry_run then", "if false then", "bulk dry_run"),
     Mutant("bulk acts out of order", "75_bulk", "_act", "    order by t.id);", "    order by t.id desc);", "bulk created_before"),
-    Mutant("a batch out of order", "75_bulk", "_matching", "       order by t.id limit p_bound)", "       order by t.id desc limit p_bound)",
+    Mutant("a batch out of order", "75_bulk", "_matching", "       order by id limit p_bound)", "       order by id desc limit p_bound)",
            "bulk more_than"),
     Mutant("bulk waits for who holds a task", "75_bulk", "_act", "update skip locked", "update", "bulk without_waiting"),
-    Mutant("bulk acts on what no longer matches", "75_bulk", "_act", "p_filter || jsonb_build_object", "jsonb_build_object", "bulk no_longer"),
+    Mutant("bulk acts on what no longer matches", "75_bulk", "_act", "p_filter || jsonb_build_object", "jsonb_build_object",
+           "bulk no_longer"),
     Mutant("an operation that ended starts again", "75_bulk", "bulk_tasks", "and o.ended_at is null", "", "bulk bounded"),
     Mutant("now() in promote_due", "30_claim", "promote_due",
            "queued_at = clock_timestamp()", "queued_at = now()", "floors began_before"),
