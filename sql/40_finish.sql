@@ -87,8 +87,7 @@ begin
     update orchestrator.tasks t
     set status = 'completed', started_at = coalesce(t.started_at, t.claimed_at), completed_at = v_now, updated_at = v_now,
         attempts = t.attempts + (t.status = 'claimed')::int,
-        -- not a join, which would walk the table
-        result = case when p_results is not null then p_results[v_from - 1 + array_position(v_ids, t.id)] end
+        result = p_results[v_from - 1 + array_position(v_ids, t.id)]   -- not a join, which would walk the table
     where t.id = any (v_ids) and t.claim_id is not distinct from p_claim_ids[i]
       and t.status in ('claimed', 'running') and t.cancel_requested_at is null;
     get diagnostics v_done = row_count;

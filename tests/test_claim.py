@@ -471,6 +471,22 @@ def test_each_ready_type_may_be_the_one_that_is_taken_by_chance(conn):
     assert seen == {f"m:{n:06}" for n in range(1, 5)}
 
 
+@pytest.mark.parametrize("analyzed", [False, True])
+@pytest.mark.parametrize("ready", [2, 20, 300])
+def test_a_claim_takes_what_it_may_whatever_the_planner_knows_and_others_have_set(conn, connect, analyzed, ready):
+    """A plan with the picked rows as the inner side of the join would pick again for each outer row."""
+    register(conn)
+    enqueue_some(conn, ready)
+    if analyzed:
+        conn.execute("analyze orchestrator.tasks")
+    for setting in ("enable_tidscan", "enable_nestloop", "enable_indexscan", "enable_material"):
+        other = connect()
+        other.execute(f"set {setting} = off")
+        for limit in (1, ready // 2, ready):
+            with other.transaction(force_rollback=True):
+                assert len(claim(other, limit=limit)) == limit
+
+
 def claim_bytes(conn, limit, bytes, types=("t",)):
     got = rows(conn, "select id, octet_length(payload::text) as size from orchestrator.claim_tasks('w', %s, %s, %s)", list(types), limit,
     bytes)

@@ -94,8 +94,8 @@ def enqueue(lab: Lab, n: int) -> None:
 
 def cancel_some(lab: Lab) -> None:
     """Of those that wait, are parked or in flight; some come back."""
-    for call, which in (("cancel_task", "status not in ('completed', 'cancelled', 'dead_letter')"), ("cancel_task", "parked_at is not null"),
-                        ("retry_task", "status = 'cancelled'")):
+    for call, which in (("cancel_task", "status not in ('completed', 'cancelled', 'dead_letter')"),
+                        ("cancel_task", "parked_at is not null"), ("retry_task", "status = 'cancelled'")):
         lab.execute(f"""select orchestrator.{call}(t.id) from (
                           select id from orchestrator.tasks where {which} order by random() limit 8) t""")
 

@@ -54,7 +54,7 @@ MUTANTS = [
            "claim lanes"),
     Mutant("a lane that filled its share is left", "30_claim", "claim_tasks", "v_taken < v_share and", "v_taken <= v_share and",
            "claim lane"),
-    Mutant("what is before the start is left", "30_claim", "claim_tasks", "and v_from = v_heads[i]", "", "claim started_further"),
+    Mutant("what is before the start is left", "30_claim", "claim_tasks", "and v_from = l.heads[i]", "", "claim started_further"),
     Mutant("large claims start at the same rows", "30_claim", "claim_tasks", "v_place::bigint * v_share", "0", "claim started_further"),
     Mutant("a short lane is passed over", "30_claim", "claim_tasks", "v_place := 0;   --", "--", "claim too_short"),
     # the lock order: claims by id, before tasks
