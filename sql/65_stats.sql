@@ -59,9 +59,7 @@ comment on table orchestrator.stats_samples is
 -- What waits or rests, by type, each along its partial index: at most 5 million, so that it takes seconds at worst.
 create or replace function orchestrator._count_live()
 returns table (type text, waiting bigint, oldest timestamptz, parked bigint, scheduled bigint, in_flight bigint, dead_letters bigint, blocked bigint)
-language sql stable
-set plan_cache_mode = force_generic_plan
-set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
+language sql stable as $$
   select u.type, sum(u.waiting)::bigint, min(u.oldest), sum(u.parked)::bigint, sum(u.scheduled)::bigint, sum(u.in_flight)::bigint, sum(u.dead)::bigint,
          sum(u.blocked)::bigint
   from (

@@ -255,7 +255,7 @@ MUTANTS = [
            "perform orchestrator._give_way(t.type, t.concurrency_key)", "null",
            "limits gives_way"),
     # plans and noise
-    Mutant("the planner may scan", "88_settings", "", "'enable_seqscan = off'", "'enable_seqscan = on'", "plans complete_tasks"),
+    Mutant("the planner may scan", "88_settings", "", "enable_seqscan = off", "enable_seqscan = on", "plans complete_tasks"),
     Mutant("due by a volatile function", "30_claim", "promote_due",
            "t.next_retry_at <= v_now", "t.next_retry_at <= clock_timestamp()", "plans promote"),
     Mutant("every enqueue notifies", "20_enqueue", "_notify_idle", "w.idle and", "", "enqueue notifies"),
