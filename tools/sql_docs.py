@@ -26,7 +26,9 @@ from postgres import install_schema, start_server
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DOCUMENTS = {"docs/sql.md": ("sql",), "docs/settings.md": ("settings",), "docs/metrics.md": ("metrics", "alerts")}
-HEADINGS = {"20_enqueue.sql": "Enqueue", "22_schedules.sql": "Schedules", "32_limits.sql": "Limits", "70_operate.sql": "Operate",
+HEADINGS = {"20_enqueue.sql": "Enqueue", "22_schedules.sql": "Schedules", "32_limits.sql": "Limits", "45_after.sql": "Workflows",
+            "47_replace.sql": "Workflows", "48_steps.sql": "Workflows", "83_wait.sql": "Workflows", "70_operate.sql": "Operate",
+            "75_bulk.sql": "Operate",
             "80_inspect.sql": "Inspect", "82_audit.sql": "Inspect",
             "00_schema.sql": "Inspect"}   # for people; the rest is for workers, the leader and the page
 FUNCTIONS = """
