@@ -75,12 +75,13 @@ create or replace function orchestrator._wake(p_id uuid) returns void
 language plpgsql as $$
 declare
   v_type text;
+  v_names text[] := array(select s.name from orchestrator.task_steps s where s.task_id = p_id and s.at is not null and s.until is not null);
 begin
+  if v_names = '{}' then return; end if;
   update orchestrator.tasks t set queued_at = clock_timestamp(), next_retry_at = null, updated_at = clock_timestamp()
-  where t.id = p_id and t.status = 'pending' and t.next_retry_at is not null and exists (
-    select from orchestrator.task_steps s where s.task_id = p_id and s.at is not null and s.until is not null) returning t.type into v_type;
+  where t.id = p_id and t.status = 'pending' and t.next_retry_at is not null returning t.type into v_type;
   if not found then return; end if;
-  update orchestrator.task_steps s set until = null where s.task_id = p_id and s.at is not null and s.until is not null;
+  update orchestrator.task_steps s set until = null where s.task_id = p_id and s.name = any (v_names);
   perform orchestrator._notify_idle(v_type);
 end $$;
 
