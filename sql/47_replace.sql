@@ -30,7 +30,7 @@ begin
     id := t.id;
     action := case p_mode when 'keep' then 'kept' else 'replaced' end;
     if t.waits and p_mode = 'keep' then return; end if;
-    exit when t.waits and t.attempts = 0;
+    exit when t.waits and t.attempts = 0 and not exists (select from orchestrator.task_steps s where s.task_id = t.id);
     update orchestrator.tasks x set idempotency_key = null, updated_at = clock_timestamp() where x.id = t.id;
     v_passed := coalesce(t.id, v_passed);
     select e.id, case when e.created then 'enqueued' else action end into id, action from orchestrator.enqueue_many(

@@ -72,6 +72,7 @@ begin
   grant update (payload, priority, idempotency_key, updated_at, queued_at, next_retry_at)
     on orchestrator.tasks to orchestrator_producer, orchestrator_worker;
   grant insert (task_id, event, detail) on orchestrator.task_events to orchestrator_producer;
+  grant select (task_id) on orchestrator.task_steps to orchestrator_producer;
   grant insert on orchestrator.freed_keys to orchestrator_producer;
   grant select on orchestrator.type_limits to orchestrator_producer;
 

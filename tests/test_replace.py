@@ -92,6 +92,8 @@ STATES: dict[str, tuple[Callable[[Any, str], object], str, str]] = {
     "blocked": (lambda conn, id: conn.execute(
         "update orchestrator.tasks set queued_at = null, blocked_until = now() + interval '1 day'"), "replaced", "kept"),
     "snoozed": (lambda conn, id: taken(conn, lambda c, id: snooze(conn, c, id)), "replaced", "kept"),
+    "with steps": (lambda conn, id: taken(conn, lambda c, id: (conn.execute("select orchestrator.record_step(%s, %s, 'a', '1')", [c, id]),
+                                                               snooze(conn, c, id))), "enqueued", "kept"),
     "cancelled and retried": (lambda conn, id: conn.execute(
         "select orchestrator.cancel_task(%(id)s), orchestrator.retry_task(%(id)s)", {"id": id}), "replaced", "kept"),
     "expired": (lambda conn, id: conn.execute("update orchestrator.tasks set expires_at = now()"), "enqueued", "enqueued"),
