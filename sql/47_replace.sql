@@ -30,7 +30,7 @@ begin
     id := t.id;
     action := case p_mode when 'keep' then 'kept' else 'replaced' end;
     if t.waits and p_mode = 'keep' then return; end if;
-    exit when t.waits and t.attempts = 0;
+    exit when t.waits and t.attempts = 0 and not exists (select from orchestrator.task_steps s where s.task_id = t.id);
     update orchestrator.tasks x set idempotency_key = null, updated_at = clock_timestamp() where x.id = t.id;
     v_passed := coalesce(t.id, v_passed);
     select e.id, case when e.created then 'enqueued' else action end into id, action from orchestrator.enqueue_many(
@@ -56,7 +56,8 @@ begin
   update orchestrator.tasks x
   set payload = coalesce(p_payload, '{}'), priority = coalesce(p_priority, x.priority), updated_at = clock_timestamp(),
       queued_at = case when v_later then null when v_tail then clock_timestamp() else x.queued_at end,
-      next_retry_at = case when p_run_at is null then x.next_retry_at when v_later then p_run_at end
+      next_retry_at = case when p_run_at is null or x.blocked_until is not null then x.next_retry_at when v_later then p_run_at end,
+      blocked_until = case when x.blocked_until is not null then coalesce(p_run_at, x.blocked_until) end
   where x.id = t.id returning x.queued_at is not null into t.waits;
   if t.queued_at is not null and t.concurrency_key is not null and (v_later or v_tail) then
     perform orchestrator._give_way(p_type, t.concurrency_key);

@@ -69,9 +69,10 @@ begin
   -- replace_task; to append it reads payloads, which a producer may not
   grant select (status, priority, created_at, queued_at, next_retry_at, attempts, parked_at, blocked_until, expires_at, concurrency_key)
     on orchestrator.tasks to orchestrator_producer;
-  grant update (payload, priority, idempotency_key, updated_at, queued_at, next_retry_at)
+  grant update (payload, priority, idempotency_key, updated_at, queued_at, next_retry_at, blocked_until)
     on orchestrator.tasks to orchestrator_producer, orchestrator_worker;
   grant insert (task_id, event, detail) on orchestrator.task_events to orchestrator_producer;
+  grant select (task_id) on orchestrator.task_steps to orchestrator_producer;
   grant insert on orchestrator.freed_keys to orchestrator_producer;
   grant select on orchestrator.type_limits to orchestrator_producer;
 

@@ -82,6 +82,17 @@ def parked(conn: Any, id: str) -> None:
     assert task(conn, id)["parked_at"] is not None
 
 
+def blocked(conn: Any, id: str) -> None:
+    conn.execute("insert into orchestrator.task_waits (parent, child, on_failure) values (%s, %s, 'wait')", [enqueue(conn, "u"), id])
+    conn.execute("update orchestrator.tasks set queued_at = null, blocked_until = now(), next_retry_at = now() + interval '1 day' "
+                 "where id = %s", [id])
+
+
+def expiring(conn: Any, id: str, length: str) -> None:
+    conn.execute("insert into orchestrator.expiries (at, task_id) select now() + %s::interval, %s", [length, id])
+    conn.execute("update orchestrator.tasks t set expires_at = e.at from orchestrator.expiries e where t.id = e.task_id")
+
+
 # How a task of the key k comes to be so. The first of the table's columns is what becomes of it in the modes replace and append,
 # the second in the mode keep: changed or kept as the one task of its key, or the key passed on to a new one.
 STATES: dict[str, tuple[Callable[[Any, str], object], str, str]] = {
@@ -89,14 +100,14 @@ STATES: dict[str, tuple[Callable[[Any, str], object], str, str]] = {
     "delayed": (lambda conn, id: conn.execute(
         "update orchestrator.tasks set queued_at = null, next_retry_at = now() + interval '1 day'"), "replaced", "kept"),
     "parked": (parked, "replaced", "kept"),
-    "blocked": (lambda conn, id: conn.execute(
-        "update orchestrator.tasks set queued_at = null, blocked_until = now() + interval '1 day'"), "replaced", "kept"),
+    "blocked": (blocked, "replaced", "kept"),
     "snoozed": (lambda conn, id: taken(conn, lambda c, id: snooze(conn, c, id)), "replaced", "kept"),
+    "with steps": (lambda conn, id: taken(conn, lambda c, id: (conn.execute("select orchestrator.record_step(%s, %s, 'a', '1')", [c, id]),
+                                                               snooze(conn, c, id))), "enqueued", "kept"),
     "cancelled and retried": (lambda conn, id: conn.execute(
         "select orchestrator.cancel_task(%(id)s), orchestrator.retry_task(%(id)s)", {"id": id}), "replaced", "kept"),
-    "expired": (lambda conn, id: conn.execute("update orchestrator.tasks set expires_at = now()"), "enqueued", "enqueued"),
-    "expiring later": (lambda conn, id: conn.execute(
-        "update orchestrator.tasks set expires_at = now() + interval '1 hour'"), "replaced", "kept"),
+    "expired": (lambda conn, id: expiring(conn, id, "0"), "enqueued", "enqueued"),
+    "expiring later": (lambda conn, id: expiring(conn, id, "1 hour"), "replaced", "kept"),
     "claimed": (lambda conn, id: claim_one(conn), "enqueued", "kept"),
     "running": (lambda conn, id: taken(conn, lambda c, id: start(conn, c, id)), "enqueued", "kept"),
     "retry_scheduled": (lambda conn, id: taken(conn, lambda c, id: fail(conn, c, id, after="1 day")), "enqueued", "kept"),
@@ -236,12 +247,13 @@ def test_a_replaced_task_that_keeps_its_place_is_not_hidden_by_a_floor(conn):
 
 def test_a_blocked_task_takes_a_new_time_and_stays_blocked(conn):
     id = enqueue(conn, idempotency_key="k")
-    conn.execute("update orchestrator.tasks set queued_at = null, blocked_until = now() + interval '1 day'")
-    for run_in, waits in (("1 hour", True), ("-1 second", False)):
-        replace(conn, [2], run_at=soon(conn, run_in), priority=3)
+    blocked(conn, id)
+    look = task(conn, id)["next_retry_at"]
+    for run_in in ("1 hour", "-1 second"):
+        run_at = soon(conn, run_in)
+        replace(conn, [2], run_at=run_at, priority=3)
         t = task(conn, id)
-        assert (t["next_retry_at"] is not None) == waits
-        assert t["queued_at"] is None and t["blocked_until"] is not None and t["priority"] == 3
+        assert (t["queued_at"], t["blocked_until"], t["next_retry_at"], t["priority"]) == (None, run_at, look, 3)
 
 
 # --- limits --------------------------------------------------------------------------------------------------------------------

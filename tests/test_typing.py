@@ -96,6 +96,7 @@ assert_type(app.retry(made), str)
 assert_type(app.get(made), dict[str, Any] | None)
 assert_type(app.list({"type": "a", "status": "ready"}, limit=10), list[dict[str, Any]])
 assert_type(app.stats(), list[dict[str, Any]])
+assert_type(app.bulk("prioritize", {"type": "a"}, value=3, dry_run=False), dict[str, Any])
 assert_type(app.wait(made, timeout="1m"), Any)
 assert_type(app.wait_all([made]), list[Any])
 
@@ -161,6 +162,7 @@ app.replace("a", "k", [1], mode="merge")   # arg-type
 app.replace("a", payload=[1])   # call-arg
 made: int = app.enqueue("a")   # assignment
 app.list("a")   # arg-type
+app.bulk("cancel")   # call-arg
 app.wait("id", timeout=None)   # arg-type
 
 
