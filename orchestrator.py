@@ -3196,9 +3196,8 @@ def _covers(pattern: str, kind: str) -> bool:
 
 def _run_here(task: Task, run: Callable[..., Result], *args: Any) -> Result:
     """Call run(*args) as a pool thread does: with the task's deadline, and its id in what is logged."""
-    slot, context, task.started = Slot(), contextvars.copy_context(), clock()
-    slot.task = task
-    context.run(_running_in.set, slot)
+    context, task.started = contextvars.copy_context(), clock()
+    context.run(_running_in.set, types.SimpleNamespace(task=task))
     return context.run(run, *args)
 
 
