@@ -22,20 +22,12 @@ async def fetch(task):
     return f"{task.payload['url']} by {threading.current_thread().name}"
 
 
-async def ended(task_id):
-    """Wait without holding the event loop up."""
-    while (task := await asyncio.to_thread(app.get, task_id))["status"] not in ("completed", "dead_letter", "cancelled"):
-        await asyncio.sleep(0.05)
-    return task
-
-
 async def main():
     await asyncio.to_thread(app.start)   # and everything else that asks the database
     try:
         ids = await asyncio.gather(*(app.enqueue_async("page:fetch", {"url": f"/{page}", "links": 1}, max_retries=5) for page in "abcd"))
-        async with asyncio.timeout(30):
-            for task in await asyncio.gather(*map(ended, ids)):
-                print(task["status"], task["result"], flush=True)
+        for result in await asyncio.to_thread(app.wait_all, ids):
+            print("completed", result, flush=True)
     finally:
         await asyncio.to_thread(app.stop)
 

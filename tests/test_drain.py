@@ -200,7 +200,7 @@ def test_limits_are_the_real_ones(installed: str, conn: Connection) -> None:
 
 
 def test_a_drain_ends_as_a_worker_would(server: Server, template: str) -> None:
-    """Of the same tasks, under the same limits."""
+    """Of the same tasks, with the same dependencies, under the same limits."""
     def ends_of(run: Callable[[Orchestrator], object]) -> list[Any]:
         url = server.create_database(template=urlsplit(template).path.lstrip("/"))
         app = make_app(url, {"a": Handler(behave, base_delay=3600), "key:": behave, "parent": lambda task: app.enqueue("child") and None,
@@ -211,6 +211,11 @@ def test_a_drain_ends_as_a_worker_would(server: Server, template: str) -> None:
             app.enqueue("a", way)
         app.enqueue_many("key:x", list("abcdef"), concurrency_keys=list("xyxyxy"))
         app.enqueue("parent")
+        one, two, dead = app.enqueue("a", 1), app.enqueue("key:x", 2), app.enqueue("child", "is discarded")
+        last = app.enqueue("a", 3, after=[one, two])
+        app.enqueue("child", "after all", after=[last, dead], on_failure="run")
+        app.enqueue("child", "never", after=[dead], on_failure="cancel")
+        app.enqueue("child", "blocked", after=[last, dead])
         run(app)
         app.close()
         with psycopg.connect(url, autocommit=True) as conn:
@@ -227,9 +232,12 @@ def test_a_drain_ends_as_a_worker_would(server: Server, template: str) -> None:
             left = "select count(*) from orchestrator.tasks where num_nonnulls(queued_at, parked_at) > 0"
             with psycopg.connect(app.config.database_url, autocommit=True) as conn:
                 eventually(lambda: [value(conn, f"{left} or status in ('claimed', 'running')"),
-                                    value(conn, "select count(*) from orchestrator.tasks")] == [0, 13])
+                                    value(conn, "select count(*) from orchestrator.tasks")] == [0, 20])
 
-    assert ends_of(lambda app: app.drain()) == ends_of(run_worker)
+    ends = ends_of(lambda app: app.drain())
+    assert ends == ends_of(run_worker)
+    assert {payload: status for _, payload, status, *_ in ends if payload in ("after all", "never", "blocked")} == {
+        "after all": "completed", "never": "cancelled", "blocked": "pending"}
 
 
 def test_a_paused_type_waits(installed: str) -> None:
