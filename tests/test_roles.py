@@ -27,7 +27,7 @@ DECISIONS = {
         "register_worker", "unregister_worker", "heartbeat", "cancelling_tasks", "set_idle", "announce_stop", "promote_due", "claim_tasks",
         "start_tasks", "complete_tasks", "fail_tasks", "fail_task", "release_tasks", "release_forgotten", "snooze_task",
         "record_progress", "acquire_leadership", "resign_leadership", "declare_dead", "declare_disconnected_dead", "recover_orphans",
-        "raise_floors", "rescan_lanes", "prune", "sample_stats", "note_lost_result", "get_task", "limit_type"},
+        "raise_floors", "rescan_lanes", "prune", "sample_stats", "note_lost_result", "get_task", "limit_type", "parent_results"},
     "operator": READ | {"cancel_task", "retry_task", "retry_dead_letters", "pause_type", "resume_type", "limit_type", "enqueue", "schedule",
                          "unschedule", "pause_schedule", "resume_schedule", "fire_schedule"},
     "auditor": READ,
