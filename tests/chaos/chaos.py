@@ -25,7 +25,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-import schedules  # noqa: E402, F401 (it registers its fault)
+import dags  # noqa: E402, F401 (it registers its fault)
+import schedules  # noqa: E402, F401
 from faults import FAULTS, SERVER_CLOCK  # noqa: E402
 from harness import Lab, Row, follow, local_server, server_with_a_clock  # noqa: E402
 
