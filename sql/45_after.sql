@@ -113,12 +113,14 @@ declare
 begin
   if not exists (select from orchestrator.task_waits) then return; end if;
   for c in
-    select w.child, array_agg(w.parent) as parents from orchestrator.task_waits w where w.parent = any (p_parents) group by w.child order by w.child
+    -- offset 0: else it might walk all waits in the order of the children
+    select w.child, array_agg(w.parent) as parents
+    from unnest(p_parents) p cross join lateral (select * from orchestrator.task_waits x where x.parent = p offset 0) w group by w.child order by w.child
   loop
     if orchestrator._settle_child(c.child, c.parents, p_skip_locked) then   -- then the rest, with all that wait for them, directly or not
       perform orchestrator._settle_child(o.id, null, p_skip_locked) from (
         with recursive d as (
-          select w.child as id from orchestrator.task_waits w where w.parent = any (p_parents || c.child)
+          select w.child as id from unnest(p_parents || c.child) p join orchestrator.task_waits w on w.parent = p
           union select w.child from d join orchestrator.task_waits w on w.parent = d.id)
         select d.id from d order by d.id offset 0) o;
       return;

@@ -422,6 +422,22 @@ def test_the_audit_knows_the_rules_of_waits(conn):
         "what has ended is waited for no longer"]
 
 
+def test_each_role_may_do_its_part(conn, connect):
+    other = connect()
+    other.execute("set role orchestrator_producer")
+    parent = enqueue(other)
+    child = enqueue(other, after=[parent], expires_at="2030-01-01")
+    other.execute("set role orchestrator_worker")
+    [claimed] = claim(other)
+    complete(other, claimed["claim_id"], parent)
+    assert ready(conn) == {child} and other.execute("select * from orchestrator.parent_results(%s)", [child]).fetchall()
+    grandchild = enqueue(other, after=[child])
+    look(other)
+    other.execute("set role orchestrator_operator")
+    assert explain(other, grandchild) == f"waits for task {child} (pending)"
+    assert cancel(other, child) == "cancelled" and status(conn, grandchild) == "cancelled" and audit(other) == []
+
+
 # --- looks ----------------------------------------------------------------------------------------------------------------------------
 
 def missed(conn):

@@ -270,7 +270,7 @@ def test_promote_makes_due_tasks_ready_at_the_tail(conn):
 
 
 def test_promote_tells_when_the_next_is_due(conn):
-    assert row(conn, "select * from orchestrator.promote_due()") == {"promoted": 0, "next_in": None, "fired": 0}
+    assert row(conn, "select * from orchestrator.promote_due()") == {"promoted": 0, "next_in": None, "fired": 0, "expired": {}}
     conn.execute("select orchestrator.enqueue('t', p_run_at => clock_timestamp() + interval '100 seconds')")
     found = row(conn, "select * from orchestrator.promote_due()")
     assert found["promoted"] == 0 and 95 < found["next_in"] <= 100

@@ -78,7 +78,7 @@ def test_queue_stats_counts_each_type(conn, busy):
     assert found.keys() == {"t", "other", "paused"}
     age = found["t"].pop("oldest_waiting_age").total_seconds()
     assert 300 <= age < 310
-    assert found["t"] == {"waiting": 1, "parked": 0, "scheduled": 3, "in_flight": 2, "dead_letters": 1, "paused": False,
+    assert found["t"] == {"waiting": 1, "parked": 0, "scheduled": 3, "blocked": 0, "in_flight": 2, "dead_letters": 1, "paused": False,
                           "per_second": None, "failure_share": None, "median": None, "p95": None}
     assert (found["other"]["waiting"], found["paused"]["paused"], found["paused"]["waiting"]) == (1, True, 0)
 

@@ -19,7 +19,8 @@ from orchestrator import BUCKETS, Counters, Discard, Handler, Orchestrator, Rout
 from postgres import eventually
 from steps import Connection, count_now, enqueue, value
 
-GLOBAL = {"tasks_pending", "tasks_parked", "tasks_scheduled", "tasks_in_flight", "tasks_dead_letters", "tasks_oldest_pending_seconds",
+GLOBAL = {"tasks_pending", "tasks_parked", "tasks_blocked", "tasks_scheduled", "tasks_in_flight", "tasks_dead_letters",
+          "tasks_oldest_pending_seconds",
           "tasks_enqueued_total", "workers_total", "workers_dead", "recovery_age_seconds", "queue_stats_age_seconds",
           "schedule_late_seconds", "schedules_failed"}
 
@@ -39,7 +40,7 @@ CONTRACT = {
     "worker_loop_lag_seconds": ("gauge", set()), "worker_database_silence_seconds": ("gauge", set()),
     "workers_dead": ("gauge", set()), "recovery_age_seconds": ("gauge", set()),
     "schedule_late_seconds": ("gauge", set()), "schedules_failed": ("gauge", set()), "schedules_fired_total": ("counter", set()),
-    "tasks_parked": ("gauge", {"type"}),
+    "tasks_parked": ("gauge", {"type"}), "tasks_blocked": ("gauge", {"type"}), "tasks_expired_total": ("counter", {"type"}),
     "queue_stats_age_seconds": ("gauge", set()), "orchestrator_build_info": ("gauge", {"version", "schema", "python"})}
 
 Series = dict[tuple[str, tuple[tuple[str, str], ...]], float]

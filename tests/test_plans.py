@@ -10,7 +10,7 @@ from steps import lead, register, row, rows, value
 FILLED = 100_000
 READS = """
   select relname as name, seq_scan, seq_tup_read + coalesce(idx_tup_fetch, 0) as rows from pg_stat_xact_user_tables
-  where schemaname = 'orchestrator' and relname in ('tasks', 'task_events', 'task_steps') order by 1
+  where schemaname = 'orchestrator' and relname in ('tasks', 'task_events', 'task_steps', 'task_waits', 'expiries') order by 1
 """
 INDEX_ENTRIES = """
   select sum(pg_stat_get_xact_tuples_returned(indexrelid)) from pg_index where indrelid = 'orchestrator.tasks'::regclass
@@ -93,6 +93,15 @@ def session(server, template):
         other.execute("""
           insert into orchestrator.tasks (type, queued_at, next_retry_at) select 't', null, now() + interval '1 hour'
           from generate_series(1, 5000)""")
+        other.execute("""
+          with blocked as (
+            insert into orchestrator.tasks (type, queued_at, next_retry_at, blocked_until, expires_at)
+            select 't', null, now() + case when n > 5 then interval '1 hour' else '0' end, now(), now() + interval '1 hour'
+            from generate_series(1, 5000) n returning id),
+          noted as (insert into orchestrator.expiries select now() + case when n > 5 then interval '1 hour' else '0' end, id
+                    from (select row_number() over () as n, id from blocked) b)
+          insert into orchestrator.task_waits select p.id, b.id, 'wait' from blocked b
+          cross join (select id from orchestrator.tasks where type = 'v' order by queued_at desc limit 3) p""")
         other.execute("""
           insert into orchestrator.tasks (type, status, queued_at, dead_at, attempts, claim_id)
           select 't', 'dead_letter', null, now(), 1, 1 from generate_series(1, 2000)""")

@@ -502,7 +502,7 @@ def promote(conn):
 
 
 def test_promote_due_fires_and_says_when_to_come_back(conn):
-    assert promote(conn) == {"promoted": 0, "next_in": None, "fired": 0}
+    assert promote(conn) == {"promoted": 0, "next_in": None, "fired": 0, "expired": {}}
     due(conn, cron="0 0 1 1 *")
     answer = promote(conn)
     expected = of(conn, "extract(epoch from next_at - now())::float")
@@ -511,7 +511,7 @@ def test_promote_due_fires_and_says_when_to_come_back(conn):
     assert promote(conn)["next_in"] == pytest.approx(30, abs=5)   # a delayed task is earlier than the schedule
     conn.execute("select orchestrator.pause_schedule('s')")
     conn.execute("delete from orchestrator.tasks where next_retry_at is not null")
-    assert promote(conn) == {"promoted": 0, "next_in": None, "fired": 0}
+    assert promote(conn) == {"promoted": 0, "next_in": None, "fired": 0, "expired": {}}
 
 
 def test_what_was_fired_waits_for_the_flush_as_any_enqueue_does(conn):
@@ -536,7 +536,7 @@ def test_a_schedule_held_by_another_transaction_doesn_t_make_workers_spin(conn, 
     due(conn)
     other = connect(autocommit=False)
     other.execute("select from orchestrator.schedules for update")
-    assert promote(conn) == {"promoted": 0, "next_in": None, "fired": 0}
+    assert promote(conn) == {"promoted": 0, "next_in": None, "fired": 0, "expired": {}}
     schedule(conn, "free", "0 0 1 1 *")
     assert promote(conn)["next_in"] > 0
 

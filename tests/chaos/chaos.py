@@ -26,6 +26,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import collecting  # noqa: E402, F401 (it registers its fault, as the next ones)
+import dags  # noqa: E402, F401
 import durable  # noqa: E402, F401
 import limits  # noqa: E402, F401
 import schedules  # noqa: E402, F401
