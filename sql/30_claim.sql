@@ -155,7 +155,7 @@ end $$;
 -- shares further on where a lane holds that much: four workers drain 8% more.
 -- If the planner joined the picked rows as the inner side, LIMIT … SKIP LOCKED would run again for each outer row, and claim more
 -- than the limit. It can't: with enable_seqscan off, tasks t has no path but the TID scan, which is an inner side itself. A
--- materialized CTE would do as well, and takes 3% longer.
+-- materialized CTE would do as well, and takes 3% longer. It is one function, since another one in between would store each task twice.
 create or replace function orchestrator.claim_tasks(p_worker_id text, p_types text[], p_limit int, p_bytes bigint default 67108864)
 returns table (claim_id bigint, id uuid, type text, payload jsonb, attempts int, max_retries int, priority int,
                created_at timestamptz, waited double precision, recoveries int, meta jsonb)
@@ -239,7 +239,7 @@ begin
 end $$;
 comment on function orchestrator.claim_tasks is
   'Claims up to p_limit ready tasks of the types and patterns (a:, a:*, *) in p_types for a registered worker, '
-  'with p_bytes of payloads at most (or a single task). attempts: started before this one; waited: seconds since it became ready; '
+  'with p_bytes of payloads at most (or a single task), reckoning with the largest ever enqueued. attempts: started before this one; waited: seconds since it became ready; '
   'recoveries > 0: call start_tasks before its handler. Tasks under limits come under claims of their own. Its transaction commits without waiting for the flush. Raises OR001, OR003.';
 
 create or replace function orchestrator.start_tasks(p_claim_id bigint, p_ids uuid[]) returns int

@@ -14,7 +14,8 @@ language sql stable as $$
   order by l.type = p_type desc, length(l.type) desc limit 1
 $$;
 
--- Whether claims are left that may hold tasks under this limit without saying so.
+-- Whether claims are left that may hold tasks under this limit without saying so. The view limits and audit() call this and the next, so
+-- they have the planner's settings themselves.
 create or replace function orchestrator._older_claims(p_name text, p_since bigint) returns boolean
 language sql stable set enable_seqscan = off as $$
   select exists (select from orchestrator.claims c where c.id < coalesce(p_since, 9223372036854775807) and (c.limit_name is distinct from p_name or c.key is null))
@@ -47,7 +48,7 @@ end $$;
 -- whose row another transaction keeps locked, such as an operator's, is left out after a second: all else goes on.
 create or replace function orchestrator._lock_limits(p_types text[], p_claimable text[]) returns text[]
 language plpgsql
-set lock_timeout = '1s' set enable_seqscan = off set enable_bitmapscan = off as $$
+set lock_timeout = '1s' as $$
 declare
   v_held text[] := array[]::text[];
   v_name text;
@@ -78,8 +79,7 @@ end $$;
 
 -- The types that tasks of a key (null: of each key) are parked of, one after another along the index.
 create or replace function orchestrator._parked_types(p_name text, p_key text) returns table (key text, type text)
-language sql stable
-set enable_seqscan = off set enable_bitmapscan = off as $$
+language sql stable as $$
   with recursive k as (
     (select t.concurrency_key as key, t.type from orchestrator.tasks t
      where t.parked_at is not null and t.parked_by = p_name and t.concurrency_key >= coalesce(p_key, '') order by t.concurrency_key, t.type limit 1)
@@ -96,9 +96,7 @@ $$;
 -- for, at most 10,000. That many of each type, since one of them may be paused, or have no worker. A note stays where another transaction has a task locked, where there are more, and while older
 -- claims may end without leaving one. Returns whether tasks were put back.
 create or replace function orchestrator._return_parked(p_held text[]) returns boolean
-language plpgsql
-set plan_cache_mode = force_generic_plan
-set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
+language plpgsql as $$
 declare
   v_back record;
   k record;
@@ -155,8 +153,7 @@ end $$;
 
 -- How many of p_want tasks may start now under a limit that the caller has locked.
 create or replace function orchestrator._room(l orchestrator.type_limits, p_want int, p_now timestamptz) returns int
-language plpgsql
-set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+language plpgsql as $$
 begin
   if l.rate is not null then
     delete from orchestrator.starts s where s.limit_name = l.type and (s.at <= p_now - l.rate_per or s.at > p_now);   -- later: the clock was set back
@@ -174,8 +171,7 @@ end $$;
 create or replace function orchestrator._line_up(
   l orchestrator.type_limits, p_type text, p_priority int, p_from timestamptz, p_room int, p_n int,
   out tids tid[], out times timestamptz[], out keys text[], out parked tid[])
-language sql
-set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
+language sql as $$
   with pick as materialized (
     select t.ctid as tid, t.queued_at, case when l.max_per_key is not null then t.concurrency_key end as key from orchestrator.tasks t
     where t.type = p_type and t.priority = p_priority and t.queued_at >= p_from and (t.expires_at is null or t.expires_at > clock_timestamp())
@@ -201,9 +197,7 @@ create or replace function orchestrator._claim_limited(
   p_worker_id text, p_name text, p_type text, p_priority int, p_from timestamptz, p_want int, p_now timestamptz)
 returns table (claim_id bigint, id uuid, type text, payload jsonb, attempts int, max_retries int, priority int,
                created_at timestamptz, waited double precision, recoveries int, meta jsonb)
-language plpgsql
-set plan_cache_mode = force_generic_plan
-set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
+language plpgsql as $$
 #variable_conflict use_column
 declare
   v_limit orchestrator.type_limits;
@@ -248,8 +242,7 @@ end $$;
 
 -- A permit was given back, in the caller's transaction: leaves a note for its key, and wakes an idle worker if something waits.
 create or replace function orchestrator._give_back(p_name text, p_key text) returns void
-language plpgsql
-set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+language plpgsql as $$
 begin
   if p_key is not null then
     insert into orchestrator.freed_keys values (p_name, p_key);

@@ -89,7 +89,7 @@ def test_every_query_of_the_dashboard_returns_data_and_the_alerts_see_a_dead_let
     worker = worker_process(installed, HANDLERS="some_handlers", HEARTBEAT_INTERVAL="500ms", LEADER_TERM="5s")
     address = prometheus(worker.address.removeprefix("http://"))
     with psycopg.connect(installed, autocommit=True) as conn:
-        conn.execute("select orchestrator.enqueue('wait')")
+        conn.execute("select orchestrator.enqueue('wait'), orchestrator.limit_type('wait', 7)")
         missing = list(dict.fromkeys(expressions()))
 
         def all_answered() -> bool:
@@ -107,7 +107,7 @@ def test_every_query_of_the_dashboard_returns_data_and_the_alerts_see_a_dead_let
     assert {rule["health"] for rule in rules} == {"ok"}
     eventually(lambda: firing(address) == {"DeadLetterQueueGrowth"})
     metrics = set(get(f"{address}/api/v1/label/__name__/values")["data"])
-    named = set(re.findall(r"\b(?:task|worker|leader|queue|recovery)\w*_\w+(?=[{\[)]| |$)", " ".join(rule["query"] for rule in rules)))
+    named = set(re.findall(r"\b(?:task|worker|leader|queue|recovery|limit)\w*_\w+(?=[{\[)]| |$)", " ".join(rule["query"] for rule in rules)))
     assert len(named) >= 10
     assert named <= metrics
 
@@ -119,7 +119,7 @@ def firing(address: str) -> set[str]:
 def test_the_dashboard_shows_what_an_operator_looks_for():
     titles = " / ".join(panel["title"] for panel in PANELS).lower()
     for wanted in ("throughput", "success and failure", "waiting by type", "pool use", "duration", "queue wait", "leader", "dead letters",
-                   "recoveries", "live workers"):
+                   "recoveries", "live workers", "in flight under each limit", "parked"):
         assert wanted in titles
     legends = {target["legendFormat"] for panel in PANELS if panel["title"].startswith(("Duration of handlers", "Queue wait"))
                for target in panel["targets"]}
