@@ -70,7 +70,7 @@ declare
   v_high uuid;
 begin
   perform orchestrator._check_filter(p_filter);
-  select x.*, orchestrator._like(x.type) as likes, coalesce(v_prefix, x.type) as first, coalesce(v_prefix || U&'\+10FFFF', x.type) as final into f
+  select x.*, orchestrator._like(x.type) as likes, coalesce(v_prefix, x.type) as first, coalesce(v_prefix || chr(1114111), x.type) as final into f
   from jsonb_to_record(p_filter) x(ids uuid[], type text, status text, created_after timestamptz, created_before timestamptz, priority int,
                                    concurrency_key text, error text, payload jsonb);
   v_low := greatest(rpad(v_id, 32, '0')::uuid, case when f.created_after is not null then orchestrator._uuid_at(f.created_after) end,
@@ -177,7 +177,7 @@ create or replace function orchestrator.bulk_tasks(
   p_action text, p_filter jsonb, p_dry_run boolean default true, p_value jsonb default null, p_limit int default 1000,
   p_operation bigint default null, p_after uuid default null,
   out operation bigint, out matched int, out done int, out skipped int, out next_after uuid, out sample jsonb)
-language plpgsql set orchestrator.operation = '' as $$
+language plpgsql as $$
 declare
   v_ids uuid[];
 begin
@@ -210,8 +210,9 @@ begin
   if operation is null then
     insert into orchestrator.operations (action, filter, value) values (p_action, p_filter, p_value) returning id into operation;
   end if;
-  perform set_config('orchestrator.operation', operation::text, true);
+  perform set_config('orchestrator.operation', operation::text, true);   -- not for the function: that takes a superuser
   done := orchestrator._act(p_action, p_filter, v_ids, (p_value #>> '{}')::int);
+  perform set_config('orchestrator.operation', '', true);
   skipped := matched - done;
   update orchestrator.operations o
   set done = coalesce(o.done, 0) + bulk_tasks.done, skipped = coalesce(o.skipped, 0) + bulk_tasks.skipped, next_after = bulk_tasks.next_after,

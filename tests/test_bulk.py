@@ -280,7 +280,9 @@ def test_events_and_the_log_say_who_did_it_and_in_which_operation(conn: Connecti
         for action, filter, value, done in (
             ("prioritize", {"ids": [waiting]}, 4, 1), ("run_now", {"ids": [later]}, None, 1),
             ("cancel", {"type": "t", "status": "unfinished"}, None, 3), ("retry", {"ids": [waiting]}, None, 1))]
-    cancel(conn, waiting)   # by itself: no operation
+    with conn.transaction():
+        bulk(conn, "prioritize", {"ids": [waiting]}, value=Jsonb(1))
+        cancel(conn, waiting)   # by itself: no operation
     assert column(conn, "select detail from orchestrator.task_events order by id desc limit 1") == [f"by {me}"]
 
 
