@@ -32,10 +32,10 @@ return coalesce('operation ' || nullif(current_setting('orchestrator.operation',
 -- The lists that have all tasks of a status, as they are shown: those with an index of their own, or by id.
 create or replace function orchestrator._walks(p_status text) returns text[]
 language sql immutable parallel safe
-return case when p_status in ('ready', 'parked', 'blocked', 'scheduled', 'in_flight', 'dead_letter') then array[p_status]
-  when p_status in ('claimed', 'running') then '{in_flight}' when p_status = 'retry_scheduled' then '{scheduled}'
-  when p_status in ('pending', 'waiting') then '{ready,parked,blocked,scheduled}'
-  when p_status = 'unfinished' then '{in_flight,ready,parked,blocked,scheduled}' else '{ids}' end;
+return case when p_status in ('ready', 'parked', 'scheduled', 'in_flight', 'dead_letter') then array[p_status]
+  when p_status in ('claimed', 'running') then '{in_flight}' when p_status in ('retry_scheduled', 'blocked') then '{scheduled}'
+  when p_status in ('pending', 'waiting') then '{ready,parked,scheduled}'
+  when p_status = 'unfinished' then '{in_flight,ready,parked,scheduled}' else '{ids}' end;
 
 create or replace function orchestrator._check_filter(p_filter jsonb) returns void
 language plpgsql stable as $$
@@ -94,8 +94,6 @@ begin
       (select * from b where p_walk = 'parked' and parked_at is not null
        order by parked_by, concurrency_key, type, priority desc, parked_at offset p_skip limit p_bound)
       union all
-      (select * from b where p_walk = 'blocked' and blocked_until is not null order by blocked_until offset p_skip limit p_bound)
-      union all
       (select * from b where p_walk = 'scheduled' and next_retry_at is not null order by next_retry_at offset p_skip limit p_bound)
       union all
       (select * from b where p_walk = 'dead_letter' and dead_at is not null order by dead_at desc offset p_skip limit p_bound)
@@ -117,7 +115,7 @@ begin
       and (f.type is null or w.type like f.likes) and (f.priority is null or w.priority = f.priority)
       and (f.concurrency_key is null or w.concurrency_key = f.concurrency_key)
       and (f.status is null or case f.status when 'ready' then w.queued_at is not null when 'parked' then w.parked_at is not null
-        when 'blocked' then w.blocked_until is not null when 'scheduled' then w.next_retry_at is not null
+        when 'blocked' then w.blocked_until is not null when 'scheduled' then w.next_retry_at is not null and w.blocked_until is null
         when 'waiting' then w.status in ('pending', 'retry_scheduled') when 'in_flight' then w.status in ('claimed', 'running')
         when 'unfinished' then w.status in ('pending', 'retry_scheduled', 'claimed', 'running')
         when 'ended' then w.status in ('completed', 'cancelled') else w.status::text = f.status end)
@@ -144,7 +142,7 @@ begin
     from (select unnest(m.ids) as id from orchestrator._matching(p_filter || jsonb_build_object('ids', p_ids), 'up', 0, null, 10000, 10001) m) u
     cross join lateral (select b.* from orchestrator._bare_tasks b where b.id = u.id limit 1) t
     where case p_action when 'cancel' then t.status in ('pending', 'retry_scheduled', 'claimed', 'running') and t.cancel_requested_at is null
-      when 'retry' then t.status in ('dead_letter', 'cancelled') when 'run_now' then t.next_retry_at is not null
+      when 'retry' then t.status in ('dead_letter', 'cancelled') when 'run_now' then t.next_retry_at is not null and t.blocked_until is null
       when 'prioritize' then t.status in ('pending', 'retry_scheduled') and t.priority <> p_priority
       else t.status in ('completed', 'cancelled', 'dead_letter') end
     order by t.id);
@@ -162,7 +160,7 @@ begin
     set priority = coalesce(p_priority, t.priority), updated_at = clock_timestamp(),
         status = case when p_priority is null then 'pending' else t.status end,
         next_retry_at = case when p_priority is not null then t.next_retry_at end,
-        queued_at = case when t.queued_at is not null or p_priority is null and t.blocked_until is null then clock_timestamp() end,
+        queued_at = case when t.queued_at is not null or p_priority is null then clock_timestamp() end,
         parked_at = case when t.parked_at is not null then clock_timestamp() end
     where t.id = any (v_ids);
     perform orchestrator._add_event(u.id, case p_action when 'run_now' then p_action else 'prioritized' end, null, null, orchestrator._by())

@@ -96,7 +96,8 @@ def each_state(conn: Connection, type: str = "t") -> dict[str, str]:
         made[state] = enqueue(conn, type)
     conn.execute("update orchestrator.tasks set queued_at = null, parked_at = clock_timestamp(), parked_by = type, concurrency_key = 'k'"
                  " where id = %s", [made["parked"]])
-    conn.execute("update orchestrator.tasks set queued_at = null, blocked_until = clock_timestamp() where id = %s", [made["blocked"]])
+    conn.execute("update orchestrator.tasks set queued_at = null, blocked_until = clock_timestamp(), next_retry_at = '2030-01-01'"
+                 " where id = %s", [made["blocked"]])
     return made
 
 
