@@ -115,7 +115,7 @@ begin
       and (f.type is null or w.type like f.likes) and (f.priority is null or w.priority = f.priority)
       and (f.concurrency_key is null or w.concurrency_key = f.concurrency_key)
       and (f.status is null or case f.status when 'ready' then w.queued_at is not null when 'parked' then w.parked_at is not null
-        when 'blocked' then w.blocked_until is not null when 'scheduled' then w.next_retry_at is not null and w.blocked_until is null
+        when 'blocked' then w.blocked_until is not null when 'scheduled' then w.next_retry_at is not null
         when 'waiting' then w.status in ('pending', 'retry_scheduled') when 'in_flight' then w.status in ('claimed', 'running')
         when 'unfinished' then w.status in ('pending', 'retry_scheduled', 'claimed', 'running')
         when 'ended' then w.status in ('completed', 'cancelled') else w.status::text = f.status end)
@@ -223,5 +223,5 @@ comment on function orchestrator.bulk_tasks is
   'others hold and what the action doesn''t apply to, and notes that in operations. Call it again with p_operation => operation (a dry '
   'run: p_after => next_after) until next_after is null. The filter: an object of id (its beginning), ids, type (or pattern), status, '
   'created_after, created_before, priority, concurrency_key, error and payload (a part of it, secrets blanked), or {"all": true}. Status: '
-  'as tasks have it, ready, parked, blocked, scheduled, waiting (those four), in_flight, unfinished (both), ended (completed or '
+  'as tasks have it, ready, parked, blocked, scheduled, waiting (these), in_flight, unfinished (both), ended (completed or '
   'cancelled); if left out, unfinished to cancel, dead_letter to retry, scheduled, waiting, ended to purge. Raises OR001.';

@@ -161,7 +161,7 @@ language sql as $$
   cross join lateral (select * from orchestrator._redacted_tasks b where b.id = u.id limit 1) r
   cross join lateral (
     select t.id, t.type, t.status, t.priority, t.attempts, coalesce(t.max_retries, (orchestrator._policy(t.type)).max_retries) as max_retries,
-      t.worker_id, t.created_at, t.queued_at, t.parked_at, t.concurrency_key, t.claimed_at, t.started_at, t.completed_at, t.dead_at, t.next_retry_at, t.cancel_requested_at,
+      t.worker_id, t.created_at, t.queued_at, t.parked_at, t.concurrency_key, t.blocked_until, t.claimed_at, t.started_at, t.completed_at, t.dead_at, t.next_retry_at, t.cancel_requested_at,
       left(orchestrator.redact_text(t.last_error), 500) as last_error, r.preview as payload,
       round(extract(epoch from t.next_retry_at - clock_timestamp()), 3) as due_in) x
 $$;

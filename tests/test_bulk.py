@@ -37,7 +37,7 @@ from steps import (
 )
 
 MATCH = {   # status → the states that it matches
-    "ready": {"ready"}, "parked": {"parked"}, "blocked": {"blocked"}, "scheduled": {"scheduled", "retry_scheduled"},
+    "ready": {"ready"}, "parked": {"parked"}, "blocked": {"blocked"}, "scheduled": {"scheduled", "retry_scheduled", "blocked"},
     "waiting": {"ready", "scheduled", "parked", "blocked", "retry_scheduled"}, "in_flight": {"claimed", "running", "stopping"},
     "unfinished": {"ready", "scheduled", "parked", "blocked", "retry_scheduled", "claimed", "running", "stopping"},
     "ended": {"completed", "cancelled"}, "pending": {"ready", "scheduled", "parked", "blocked"}, "claimed": {"claimed", "stopping"},
@@ -45,7 +45,7 @@ MATCH = {   # status → the states that it matches
     "cancelled": {"cancelled"}}
 ACTS = {   # action → the states that it applies to, and the status that is meant where a filter names none
     "cancel": (MATCH["unfinished"] - {"stopping"}, "unfinished"), "retry": ({"dead_letter", "cancelled"}, "dead_letter"),
-    "run_now": (MATCH["scheduled"], "scheduled"), "prioritize": (MATCH["waiting"], "waiting"),
+    "run_now": (MATCH["scheduled"] - {"blocked"}, "scheduled"), "prioritize": (MATCH["waiting"], "waiting"),
     "purge": ({"completed", "cancelled", "dead_letter"}, "ended")}
 
 
