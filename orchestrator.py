@@ -3731,7 +3731,7 @@ Orchestrator.embedded_server = Embedded
 BATCH_LINES = 1000       # of a file, in one call
 BATCH_BYTES = 2 ** 22
 LINE_BYTES = 2 ** 20     # a longer line can't be a task
-BULK_BATCH = 200         # tasks in one call: others wait for these, some 20 ms
+BULK_BATCH = 100         # tasks in one call: others wait for these, some 10 ms
 FILTERS = {
     "type": "or a pattern such as mail:*", "status": "such as ready, unfinished, ended or dead_letter",
     "created-before": "such as 2h (ago), or 2030-01-31T12:00:00Z", "created-after": "as --created-before",
