@@ -2758,7 +2758,7 @@ DeadHook = TypeVar("DeadHook", bound=DeadLetterHook)
 Result = TypeVar("Result")
 Parameters = typing.ParamSpec("Parameters")
 LINKS = 4   # connections of a program that enqueues from many threads
-BULK_BATCH = 200   # tasks of bulk() in one call: others wait for these, some 20 ms
+BULK_BATCH = 100   # tasks of bulk() in one call: others wait for these, some 10 ms
 ENDED = ("completed", "dead_letter", "cancelled", "not_found")
 
 

@@ -222,7 +222,6 @@ begin
       ('index', 'tasks_dead', 'tasks (dead_at) where dead_at is not null'),
       ('index', 'tasks_cancelling', 'tasks (cancel_requested_at) where cancel_requested_at is not null'),
       ('index', 'tasks_parked', 'tasks (parked_by, concurrency_key, type, priority desc, parked_at) where parked_at is not null'),
-      ('index', 'tasks_blocked', 'tasks (blocked_until) where blocked_until is not null'),
       ('unique index', 'tasks_idempotency', 'tasks (type, idempotency_key) where idempotency_key is not null'),
       ('index', 'claims_worker', 'claims (worker_id)'),
       ('index', 'claims_limit', 'claims (limit_name, key) where limit_name is not null'),

@@ -32,10 +32,10 @@ return coalesce('operation ' || nullif(current_setting('orchestrator.operation',
 -- The lists that have all tasks of a status, as they are shown: those with an index of their own, or by id.
 create or replace function orchestrator._walks(p_status text) returns text[]
 language sql immutable parallel safe
-return case when p_status in ('ready', 'parked', 'blocked', 'scheduled', 'in_flight', 'dead_letter') then array[p_status]
-  when p_status in ('claimed', 'running') then '{in_flight}' when p_status = 'retry_scheduled' then '{scheduled}'
-  when p_status in ('pending', 'waiting') then '{ready,parked,blocked,scheduled}'
-  when p_status = 'unfinished' then '{in_flight,ready,parked,blocked,scheduled}' else '{ids}' end;
+return case when p_status in ('ready', 'parked', 'scheduled', 'in_flight', 'dead_letter') then array[p_status]
+  when p_status in ('claimed', 'running') then '{in_flight}' when p_status in ('retry_scheduled', 'blocked') then '{scheduled}'
+  when p_status in ('pending', 'waiting') then '{ready,parked,scheduled}'
+  when p_status = 'unfinished' then '{in_flight,ready,parked,scheduled}' else '{ids}' end;
 
 create or replace function orchestrator._check_filter(p_filter jsonb) returns void
 language plpgsql stable as $$
@@ -70,7 +70,7 @@ declare
   v_high uuid;
 begin
   perform orchestrator._check_filter(p_filter);
-  select x.*, orchestrator._like(x.type) as likes, coalesce(v_prefix, x.type) as first, coalesce(v_prefix || U&'\+10FFFF', x.type) as final into f
+  select x.*, orchestrator._like(x.type) as likes, coalesce(v_prefix, x.type) as first, coalesce(v_prefix || chr(1114111), x.type) as final into f
   from jsonb_to_record(p_filter) x(ids uuid[], type text, status text, created_after timestamptz, created_before timestamptz, priority int,
                                    concurrency_key text, error text, payload jsonb);
   v_low := greatest(rpad(v_id, 32, '0')::uuid, case when f.created_after is not null then orchestrator._uuid_at(f.created_after) end,
@@ -93,8 +93,6 @@ begin
       union all
       (select * from b where p_walk = 'parked' and parked_at is not null
        order by parked_by, concurrency_key, type, priority desc, parked_at offset p_skip limit p_bound)
-      union all
-      (select * from b where p_walk = 'blocked' and blocked_until is not null order by blocked_until offset p_skip limit p_bound)
       union all
       (select * from b where p_walk = 'scheduled' and next_retry_at is not null order by next_retry_at offset p_skip limit p_bound)
       union all
@@ -144,7 +142,7 @@ begin
     from (select unnest(m.ids) as id from orchestrator._matching(p_filter || jsonb_build_object('ids', p_ids), 'up', 0, null, 10000, 10001) m) u
     cross join lateral (select b.* from orchestrator._bare_tasks b where b.id = u.id limit 1) t
     where case p_action when 'cancel' then t.status in ('pending', 'retry_scheduled', 'claimed', 'running') and t.cancel_requested_at is null
-      when 'retry' then t.status in ('dead_letter', 'cancelled') when 'run_now' then t.next_retry_at is not null
+      when 'retry' then t.status in ('dead_letter', 'cancelled') when 'run_now' then t.next_retry_at is not null and t.blocked_until is null
       when 'prioritize' then t.status in ('pending', 'retry_scheduled') and t.priority <> p_priority
       else t.status in ('completed', 'cancelled', 'dead_letter') end
     order by t.id);
@@ -165,7 +163,7 @@ begin
     set priority = coalesce(p_priority, t.priority), updated_at = clock_timestamp(),
         status = case when p_priority is null then 'pending' else t.status end,
         next_retry_at = case when p_priority is not null then t.next_retry_at end,
-        queued_at = case when t.queued_at is not null or p_priority is null and t.blocked_until is null then clock_timestamp() end,
+        queued_at = case when t.queued_at is not null or p_priority is null then clock_timestamp() end,
         parked_at = case when t.parked_at is not null then clock_timestamp() end
     where t.id = any (v_ids);
     perform orchestrator._add_event(u.id, case p_action when 'run_now' then p_action else 'prioritized' end, null, null, orchestrator._by())
@@ -213,7 +211,7 @@ begin
   if operation is null then
     insert into orchestrator.operations (action, filter, value) values (p_action, p_filter, p_value) returning id into operation;
   end if;
-  perform set_config('orchestrator.operation', operation::text, true);
+  perform set_config('orchestrator.operation', operation::text, true);   -- not for the function: that takes a superuser
   done := orchestrator._act(p_action, p_filter, v_ids, (p_value #>> '{}')::int);
   perform set_config('orchestrator.operation', '', true);
   skipped := matched - done;
@@ -228,7 +226,7 @@ comment on function orchestrator.bulk_tasks is
   'others hold and what the action doesn''t apply to, and notes that in operations. Call it again with p_operation => operation (a dry '
   'run: p_after => next_after) until next_after is null. The filter: an object of id (its beginning), ids, type (or pattern), status, '
   'created_after, created_before, priority, concurrency_key, error and payload (a part of it, secrets blanked), or {"all": true}. Status: '
-  'as tasks have it, ready, parked, blocked, scheduled, waiting (those four), in_flight, unfinished (both), ended (completed or '
+  'as tasks have it, ready, parked, blocked, scheduled, waiting (these), in_flight, unfinished (both), ended (completed or '
   'cancelled); if left out, unfinished to cancel, dead_letter to retry, scheduled, waiting, ended to purge. Raises OR001.';
 
 create or replace function orchestrator.retry_dead_letters(p_type text default null, p_limit int default 1000) returns int

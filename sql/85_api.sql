@@ -148,7 +148,7 @@ begin
 end $$;
 comment on function orchestrator.api_tasks is
   'Search by a filter (see bulk_tasks; p_id, p_type and p_status are parts of it); p_limit (1 to 200); p_before: next of the page before. '
-  'States with an index come in its order, all else the newest first; a type alone: in flight, ready, parked, blocked, scheduled, dead '
+  'States with an index come in its order, all else the newest first; a type alone: in flight, ready, parked, scheduled, dead '
   'letters, then what has ended. A page looks at 10,000 tasks or a few more, so one that is not full may have a next. looked: at how '
   'many; back_to: how far back it got; cut: a state''s list ends at 100,000. Raises OR001.';
 

@@ -37,7 +37,7 @@ from steps import (
 )
 
 MATCH = {   # status → the states that it matches
-    "ready": {"ready"}, "parked": {"parked"}, "blocked": {"blocked"}, "scheduled": {"scheduled", "retry_scheduled"},
+    "ready": {"ready"}, "parked": {"parked"}, "blocked": {"blocked"}, "scheduled": {"scheduled", "retry_scheduled", "blocked"},
     "waiting": {"ready", "scheduled", "parked", "blocked", "retry_scheduled"}, "in_flight": {"claimed", "running", "stopping"},
     "unfinished": {"ready", "scheduled", "parked", "blocked", "retry_scheduled", "claimed", "running", "stopping"},
     "ended": {"completed", "cancelled"}, "pending": {"ready", "scheduled", "parked", "blocked"}, "claimed": {"claimed", "stopping"},
@@ -45,7 +45,7 @@ MATCH = {   # status → the states that it matches
     "cancelled": {"cancelled"}}
 ACTS = {   # action → the states that it applies to, and the status that is meant where a filter names none
     "cancel": (MATCH["unfinished"] - {"stopping"}, "unfinished"), "retry": ({"dead_letter", "cancelled"}, "dead_letter"),
-    "run_now": (MATCH["scheduled"], "scheduled"), "prioritize": (MATCH["waiting"], "waiting"),
+    "run_now": (MATCH["scheduled"] - {"blocked"}, "scheduled"), "prioritize": (MATCH["waiting"], "waiting"),
     "purge": ({"completed", "cancelled", "dead_letter"}, "ended")}
 
 
@@ -96,7 +96,8 @@ def each_state(conn: Connection, type: str = "t") -> dict[str, str]:
         made[state] = enqueue(conn, type)
     conn.execute("update orchestrator.tasks set queued_at = null, parked_at = clock_timestamp(), parked_by = type, concurrency_key = 'k'"
                  " where id = %s", [made["parked"]])
-    conn.execute("update orchestrator.tasks set queued_at = null, blocked_until = clock_timestamp() where id = %s", [made["blocked"]])
+    conn.execute("update orchestrator.tasks set queued_at = null, blocked_until = clock_timestamp(), next_retry_at = '2030-01-01'"
+                 " where id = %s", [made["blocked"]])
     return made
 
 
@@ -280,7 +281,9 @@ def test_events_and_the_log_say_who_did_it_and_in_which_operation(conn: Connecti
         for action, filter, value, done in (
             ("prioritize", {"ids": [waiting]}, 4, 1), ("run_now", {"ids": [later]}, None, 1),
             ("cancel", {"type": "t", "status": "unfinished"}, None, 3), ("retry", {"ids": [waiting]}, None, 1))]
-    cancel(conn, waiting)   # by itself: no operation
+    with conn.transaction():
+        bulk(conn, "prioritize", {"ids": [waiting]}, value=Jsonb(1))
+        cancel(conn, waiting)   # by itself: no operation
     assert column(conn, "select detail from orchestrator.task_events order by id desc limit 1") == [f"by {me}"]
 
 

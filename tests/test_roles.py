@@ -118,7 +118,7 @@ def test_every_function_runs_with_the_rights_of_its_caller(conn):
 
 @pytest.mark.parametrize(("role", "calls"), [
     ("producer", ("_task_summaries(array[%(id)s]::uuid[])", "_count_live()", "_ready_types('', '{}')",
-                  "_matching('{}', 'ready', 0, null, 10, 10)", "_log('x', '{}')",
+                  "_matching('{}', 'ready', 0, null, 10, 10)", "_log('pause', 'type', 'x')",
                   "_events(%(id)s, false)", "_leads('w', 1)", "_advance_safe_floor()", "_sample_runs(0, '{}')")),
     ("auditor", ("_sample_runs(0, '{}')", "_name_types(%(id)s)", "_advance_safe_floor()", "_leads('w', 1)"))])
 def test_helpers_give_no_right_that_the_tables_do_not_give(login, conn, role, calls):
