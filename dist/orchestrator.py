@@ -432,7 +432,6 @@ begin
       ('index', 'tasks_dead', 'tasks (dead_at) where dead_at is not null'),
       ('index', 'tasks_cancelling', 'tasks (cancel_requested_at) where cancel_requested_at is not null'),
       ('index', 'tasks_parked', 'tasks (parked_by, concurrency_key, type, priority desc, parked_at) where parked_at is not null'),
-      ('index', 'tasks_blocked', 'tasks (blocked_until) where blocked_until is not null'),
       ('unique index', 'tasks_idempotency', 'tasks (type, idempotency_key) where idempotency_key is not null'),
       ('index', 'claims_worker', 'claims (worker_id)'),
       ('index', 'claims_limit', 'claims (limit_name, key) where limit_name is not null'),
@@ -1324,7 +1323,7 @@ end $$;
 -- shares further on where a lane holds that much: four workers drain 8% more.
 -- If the planner joined the picked rows as the inner side, LIMIT … SKIP LOCKED would run again for each outer row, and claim more
 -- than the limit. It can't: with enable_seqscan off, tasks t has no path but the TID scan, which is an inner side itself. A
--- materialized CTE would do as well, and takes 3% longer.
+-- materialized CTE would do as well, and takes 3% longer. It is one function, since another one in between would store each task twice.
 create or replace function orchestrator.claim_tasks(p_worker_id text, p_types text[], p_limit int, p_bytes bigint default 67108864)
 returns table (claim_id bigint, id uuid, type text, payload jsonb, attempts int, max_retries int, priority int,
                created_at timestamptz, waited double precision, recoveries int, meta jsonb)
@@ -1408,7 +1407,7 @@ begin
 end $$;
 comment on function orchestrator.claim_tasks is
   'Claims up to p_limit ready tasks of the types and patterns (a:, a:*, *) in p_types for a registered worker, '
-  'with p_bytes of payloads at most (or a single task). attempts: started before this one; waited: seconds since it became ready; '
+  'with p_bytes of payloads at most (or a single task), reckoning with the largest ever enqueued. attempts: started before this one; waited: seconds since it became ready; '
   'recoveries > 0: call start_tasks before its handler. Tasks under limits come under claims of their own. Its transaction commits without waiting for the flush. Raises OR001, OR003.';
 
 create or replace function orchestrator.start_tasks(p_claim_id bigint, p_ids uuid[]) returns int
@@ -1483,7 +1482,8 @@ language sql stable as $$
   order by l.type = p_type desc, length(l.type) desc limit 1
 $$;
 
--- Whether claims are left that may hold tasks under this limit without saying so.
+-- Whether claims are left that may hold tasks under this limit without saying so. The view limits and audit() call this and the next, so
+-- they have the planner's settings themselves.
 create or replace function orchestrator._older_claims(p_name text, p_since bigint) returns boolean
 language sql stable set enable_seqscan = off as $$
   select exists (select from orchestrator.claims c where c.id < coalesce(p_since, 9223372036854775807) and (c.limit_name is distinct from p_name or c.key is null))
@@ -1516,7 +1516,7 @@ end $$;
 -- whose row another transaction keeps locked, such as an operator's, is left out after a second: all else goes on.
 create or replace function orchestrator._lock_limits(p_types text[], p_claimable text[]) returns text[]
 language plpgsql
-set lock_timeout = '1s' set enable_seqscan = off set enable_bitmapscan = off as $$
+set lock_timeout = '1s' as $$
 declare
   v_held text[] := array[]::text[];
   v_name text;
@@ -1547,8 +1547,7 @@ end $$;
 
 -- The types that tasks of a key (null: of each key) are parked of, one after another along the index.
 create or replace function orchestrator._parked_types(p_name text, p_key text) returns table (key text, type text)
-language sql stable
-set enable_seqscan = off set enable_bitmapscan = off as $$
+language sql stable as $$
   with recursive k as (
     (select t.concurrency_key as key, t.type from orchestrator.tasks t
      where t.parked_at is not null and t.parked_by = p_name and t.concurrency_key >= coalesce(p_key, '') order by t.concurrency_key, t.type limit 1)
@@ -1565,9 +1564,7 @@ $$;
 -- for, at most 10,000. That many of each type, since one of them may be paused, or have no worker. A note stays where another transaction has a task locked, where there are more, and while older
 -- claims may end without leaving one. Returns whether tasks were put back.
 create or replace function orchestrator._return_parked(p_held text[]) returns boolean
-language plpgsql
-set plan_cache_mode = force_generic_plan
-set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
+language plpgsql as $$
 declare
   v_back record;
   k record;
@@ -1624,8 +1621,7 @@ end $$;
 
 -- How many of p_want tasks may start now under a limit that the caller has locked.
 create or replace function orchestrator._room(l orchestrator.type_limits, p_want int, p_now timestamptz) returns int
-language plpgsql
-set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+language plpgsql as $$
 begin
   if l.rate is not null then
     delete from orchestrator.starts s where s.limit_name = l.type and (s.at <= p_now - l.rate_per or s.at > p_now);   -- later: the clock was set back
@@ -1643,8 +1639,7 @@ end $$;
 create or replace function orchestrator._line_up(
   l orchestrator.type_limits, p_type text, p_priority int, p_from timestamptz, p_room int, p_n int,
   out tids tid[], out times timestamptz[], out keys text[], out parked tid[])
-language sql
-set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
+language sql as $$
   with pick as materialized (
     select t.ctid as tid, t.queued_at, case when l.max_per_key is not null then t.concurrency_key end as key from orchestrator.tasks t
     where t.type = p_type and t.priority = p_priority and t.queued_at >= p_from and (t.expires_at is null or t.expires_at > clock_timestamp())
@@ -1670,9 +1665,7 @@ create or replace function orchestrator._claim_limited(
   p_worker_id text, p_name text, p_type text, p_priority int, p_from timestamptz, p_want int, p_now timestamptz)
 returns table (claim_id bigint, id uuid, type text, payload jsonb, attempts int, max_retries int, priority int,
                created_at timestamptz, waited double precision, recoveries int, meta jsonb)
-language plpgsql
-set plan_cache_mode = force_generic_plan
-set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
+language plpgsql as $$
 #variable_conflict use_column
 declare
   v_limit orchestrator.type_limits;
@@ -1717,8 +1710,7 @@ end $$;
 
 -- A permit was given back, in the caller's transaction: leaves a note for its key, and wakes an idle worker if something waits.
 create or replace function orchestrator._give_back(p_name text, p_key text) returns void
-language plpgsql
-set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+language plpgsql as $$
 begin
   if p_key is not null then
     insert into orchestrator.freed_keys values (p_name, p_key);
@@ -2412,12 +2404,14 @@ declare
 begin
   if not exists (select from orchestrator.task_waits) then return; end if;
   for c in
-    select w.child, array_agg(w.parent) as parents from orchestrator.task_waits w where w.parent = any (p_parents) group by w.child order by w.child
+    -- offset 0: else it might walk all waits in the order of the children
+    select w.child, array_agg(w.parent) as parents
+    from unnest(p_parents) p cross join lateral (select * from orchestrator.task_waits x where x.parent = p offset 0) w group by w.child order by w.child
   loop
     if orchestrator._settle_child(c.child, c.parents, p_skip_locked) then   -- then the rest, with all that wait for them, directly or not
       perform orchestrator._settle_child(o.id, null, p_skip_locked) from (
         with recursive d as (
-          select w.child as id from orchestrator.task_waits w where w.parent = any (p_parents || c.child)
+          select w.child as id from unnest(p_parents || c.child) p join orchestrator.task_waits w on w.parent = p
           union select w.child from d join orchestrator.task_waits w on w.parent = d.id)
         select d.id from d order by d.id offset 0) o;
       return;
@@ -2495,7 +2489,7 @@ begin
     id := t.id;
     action := case p_mode when 'keep' then 'kept' else 'replaced' end;
     if t.waits and p_mode = 'keep' then return; end if;
-    exit when t.waits and t.attempts = 0;
+    exit when t.waits and t.attempts = 0 and not exists (select from orchestrator.task_steps s where s.task_id = t.id);
     update orchestrator.tasks x set idempotency_key = null, updated_at = clock_timestamp() where x.id = t.id;
     v_passed := coalesce(t.id, v_passed);
     select e.id, case when e.created then 'enqueued' else action end into id, action from orchestrator.enqueue_many(
@@ -2521,7 +2515,8 @@ begin
   update orchestrator.tasks x
   set payload = coalesce(p_payload, '{}'), priority = coalesce(p_priority, x.priority), updated_at = clock_timestamp(),
       queued_at = case when v_later then null when v_tail then clock_timestamp() else x.queued_at end,
-      next_retry_at = case when p_run_at is null then x.next_retry_at when v_later then p_run_at end
+      next_retry_at = case when p_run_at is null or x.blocked_until is not null then x.next_retry_at when v_later then p_run_at end,
+      blocked_until = case when x.blocked_until is not null then coalesce(p_run_at, x.blocked_until) end
   where x.id = t.id returning x.queued_at is not null into t.waits;
   if t.queued_at is not null and t.concurrency_key is not null and (v_later or v_tail) then
     perform orchestrator._give_way(p_type, t.concurrency_key);
@@ -2612,12 +2607,13 @@ create or replace function orchestrator._wake(p_id uuid) returns void
 language plpgsql as $$
 declare
   v_type text;
+  v_names text[] := array(select s.name from orchestrator.task_steps s where s.task_id = p_id and s.at is not null and s.until is not null);
 begin
+  if v_names = '{}' then return; end if;
   update orchestrator.tasks t set queued_at = clock_timestamp(), next_retry_at = null, updated_at = clock_timestamp()
-  where t.id = p_id and t.status = 'pending' and t.next_retry_at is not null and exists (
-    select from orchestrator.task_steps s where s.task_id = p_id and s.at is not null and s.until is not null) returning t.type into v_type;
+  where t.id = p_id and t.status = 'pending' and t.next_retry_at is not null returning t.type into v_type;
   if not found then return; end if;
-  update orchestrator.task_steps s set until = null where s.task_id = p_id and s.at is not null and s.until is not null;
+  update orchestrator.task_steps s set until = null where s.task_id = p_id and s.name = any (v_names);
   perform orchestrator._notify_idle(v_type);
 end $$;
 
@@ -3331,10 +3327,10 @@ return coalesce('operation ' || nullif(current_setting('orchestrator.operation',
 -- The lists that have all tasks of a status, as they are shown: those with an index of their own, or by id.
 create or replace function orchestrator._walks(p_status text) returns text[]
 language sql immutable parallel safe
-return case when p_status in ('ready', 'parked', 'blocked', 'scheduled', 'in_flight', 'dead_letter') then array[p_status]
-  when p_status in ('claimed', 'running') then '{in_flight}' when p_status = 'retry_scheduled' then '{scheduled}'
-  when p_status in ('pending', 'waiting') then '{ready,parked,blocked,scheduled}'
-  when p_status = 'unfinished' then '{in_flight,ready,parked,blocked,scheduled}' else '{ids}' end;
+return case when p_status in ('ready', 'parked', 'scheduled', 'in_flight', 'dead_letter') then array[p_status]
+  when p_status in ('claimed', 'running') then '{in_flight}' when p_status in ('retry_scheduled', 'blocked') then '{scheduled}'
+  when p_status in ('pending', 'waiting') then '{ready,parked,scheduled}'
+  when p_status = 'unfinished' then '{in_flight,ready,parked,scheduled}' else '{ids}' end;
 
 create or replace function orchestrator._check_filter(p_filter jsonb) returns void
 language plpgsql stable as $$
@@ -3369,7 +3365,7 @@ declare
   v_high uuid;
 begin
   perform orchestrator._check_filter(p_filter);
-  select x.*, orchestrator._like(x.type) as likes, coalesce(v_prefix, x.type) as first, coalesce(v_prefix || U&'\+10FFFF', x.type) as final into f
+  select x.*, orchestrator._like(x.type) as likes, coalesce(v_prefix, x.type) as first, coalesce(v_prefix || chr(1114111), x.type) as final into f
   from jsonb_to_record(p_filter) x(ids uuid[], type text, status text, created_after timestamptz, created_before timestamptz, priority int,
                                    concurrency_key text, error text, payload jsonb);
   v_low := greatest(rpad(v_id, 32, '0')::uuid, case when f.created_after is not null then orchestrator._uuid_at(f.created_after) end,
@@ -3392,8 +3388,6 @@ begin
       union all
       (select * from b where p_walk = 'parked' and parked_at is not null
        order by parked_by, concurrency_key, type, priority desc, parked_at offset p_skip limit p_bound)
-      union all
-      (select * from b where p_walk = 'blocked' and blocked_until is not null order by blocked_until offset p_skip limit p_bound)
       union all
       (select * from b where p_walk = 'scheduled' and next_retry_at is not null order by next_retry_at offset p_skip limit p_bound)
       union all
@@ -3443,7 +3437,7 @@ begin
     from (select unnest(m.ids) as id from orchestrator._matching(p_filter || jsonb_build_object('ids', p_ids), 'up', 0, null, 10000, 10001) m) u
     cross join lateral (select b.* from orchestrator._bare_tasks b where b.id = u.id limit 1) t
     where case p_action when 'cancel' then t.status in ('pending', 'retry_scheduled', 'claimed', 'running') and t.cancel_requested_at is null
-      when 'retry' then t.status in ('dead_letter', 'cancelled') when 'run_now' then t.next_retry_at is not null
+      when 'retry' then t.status in ('dead_letter', 'cancelled') when 'run_now' then t.next_retry_at is not null and t.blocked_until is null
       when 'prioritize' then t.status in ('pending', 'retry_scheduled') and t.priority <> p_priority
       else t.status in ('completed', 'cancelled', 'dead_letter') end
     order by t.id);
@@ -3464,7 +3458,7 @@ begin
     set priority = coalesce(p_priority, t.priority), updated_at = clock_timestamp(),
         status = case when p_priority is null then 'pending' else t.status end,
         next_retry_at = case when p_priority is not null then t.next_retry_at end,
-        queued_at = case when t.queued_at is not null or p_priority is null and t.blocked_until is null then clock_timestamp() end,
+        queued_at = case when t.queued_at is not null or p_priority is null then clock_timestamp() end,
         parked_at = case when t.parked_at is not null then clock_timestamp() end
     where t.id = any (v_ids);
     perform orchestrator._add_event(u.id, case p_action when 'run_now' then p_action else 'prioritized' end, null, null, orchestrator._by())
@@ -3512,7 +3506,7 @@ begin
   if operation is null then
     insert into orchestrator.operations (action, filter, value) values (p_action, p_filter, p_value) returning id into operation;
   end if;
-  perform set_config('orchestrator.operation', operation::text, true);
+  perform set_config('orchestrator.operation', operation::text, true);   -- not for the function: that takes a superuser
   done := orchestrator._act(p_action, p_filter, v_ids, (p_value #>> '{}')::int);
   perform set_config('orchestrator.operation', '', true);
   skipped := matched - done;
@@ -3527,7 +3521,7 @@ comment on function orchestrator.bulk_tasks is
   'others hold and what the action doesn''t apply to, and notes that in operations. Call it again with p_operation => operation (a dry '
   'run: p_after => next_after) until next_after is null. The filter: an object of id (its beginning), ids, type (or pattern), status, '
   'created_after, created_before, priority, concurrency_key, error and payload (a part of it, secrets blanked), or {"all": true}. Status: '
-  'as tasks have it, ready, parked, blocked, scheduled, waiting (those four), in_flight, unfinished (both), ended (completed or '
+  'as tasks have it, ready, parked, blocked, scheduled, waiting (these), in_flight, unfinished (both), ended (completed or '
   'cancelled); if left out, unfinished to cancel, dead_letter to retry, scheduled, waiting, ended to purge. Raises OR001.';
 
 create or replace function orchestrator.retry_dead_letters(p_type text default null, p_limit int default 1000) returns int
@@ -4095,7 +4089,7 @@ begin
 end $$;
 comment on function orchestrator.api_tasks is
   'Search by a filter (see bulk_tasks; p_id, p_type and p_status are parts of it); p_limit (1 to 200); p_before: next of the page before. '
-  'States with an index come in its order, all else the newest first; a type alone: in flight, ready, parked, blocked, scheduled, dead '
+  'States with an index come in its order, all else the newest first; a type alone: in flight, ready, parked, scheduled, dead '
   'letters, then what has ended. A page looks at 10,000 tasks or a few more, so one that is not full may have a next. looked: at how '
   'many; back_to: how far back it got; cut: a state''s list ends at 100,000. Raises OR001.';
 
@@ -4228,9 +4222,10 @@ begin
   -- replace_task; to append it reads payloads, which a producer may not
   grant select (status, priority, created_at, queued_at, next_retry_at, attempts, parked_at, blocked_until, expires_at, concurrency_key)
     on orchestrator.tasks to orchestrator_producer;
-  grant update (payload, priority, idempotency_key, updated_at, queued_at, next_retry_at)
+  grant update (payload, priority, idempotency_key, updated_at, queued_at, next_retry_at, blocked_until)
     on orchestrator.tasks to orchestrator_producer, orchestrator_worker;
   grant insert (task_id, event, detail) on orchestrator.task_events to orchestrator_producer;
+  grant select (task_id) on orchestrator.task_steps to orchestrator_producer;
   grant insert on orchestrator.freed_keys to orchestrator_producer;
   grant select on orchestrator.type_limits to orchestrator_producer;
 
@@ -5012,7 +5007,7 @@ async function bulk(action, filter) {   // what it would do is shown first; then
   if (!matched) notice(`Nothing to ${action}.`);
   else if (await confirmed(`${verb} ${plural(matched, 'task')}?`, `${Object.entries(filter).map(([name, value]) => `${name} ${value}`).join(', ')}: ${list}${matched > 5 ? ' …' : ''}. ${BULK[action][1]}`, `${verb} ${matched === 1 ? 'it' : 'them'}`)) {
     do {
-      at = await step({dry_run: false, limit: 200, operation: at.operation});
+      at = await step({dry_run: false, limit: 100, operation: at.operation});
       done += at?.done ?? 0;
       notice(`${plural(done, 'task')} ${done === 1 ? 'is' : 'are'} ${BULK[action][0]}${at?.next_after ? ' …' : '.'}`);
     } while (at?.next_after);
@@ -7985,7 +7980,7 @@ DeadHook = TypeVar("DeadHook", bound=DeadLetterHook)
 Result = TypeVar("Result")
 Parameters = typing.ParamSpec("Parameters")
 LINKS = 4   # connections of a program that enqueues from many threads
-BULK_BATCH = 200   # tasks of bulk() in one call: others wait for these, some 20 ms
+BULK_BATCH = 100   # tasks of bulk() in one call: others wait for these, some 10 ms
 ENDED = ("completed", "dead_letter", "cancelled", "not_found")
 
 
@@ -8423,9 +8418,8 @@ def _covers(pattern: str, kind: str) -> bool:
 
 def _run_here(task: Task, run: Callable[..., Result], *args: Any) -> Result:
     """Call run(*args) as a pool thread does: with the task's deadline, and its id in what is logged."""
-    slot, context, task.started = Slot(), contextvars.copy_context(), clock()
-    slot.task = task
-    context.run(_running_in.set, slot)
+    context, task.started = contextvars.copy_context(), clock()
+    context.run(_running_in.set, types.SimpleNamespace(task=task))
     return context.run(run, *args)
 
 
