@@ -11,7 +11,8 @@ begin
   if not found then return 'not_found'; end if;
   if t.status in ('pending', 'retry_scheduled') then
     perform orchestrator._cancel_waiting(p_id, 'cancelled', orchestrator._by());
-    perform orchestrator._parents_ended(array[p_id]);
+    -- a bulk operation holds other tasks' rows, so it waits for none
+    perform orchestrator._parents_ended(array[p_id], coalesce(current_setting('orchestrator.operation', true), '') <> '');
     return 'cancelled';
   elsif t.status in ('claimed', 'running') then
     if t.cancel_requested_at is null then

@@ -147,10 +147,10 @@ begin
       else t.status in ('completed', 'cancelled', 'dead_letter') end
     order by t.id);
   if p_action = 'purge' then
-    perform orchestrator._parents_ended(v_ids);   -- first, since some completed
+    perform orchestrator._parents_ended(v_ids, true);   -- first, since some completed
     delete from orchestrator.task_events e where e.task_id = any (v_ids);
     delete from orchestrator.tasks t where t.id = any (v_ids);
-    perform orchestrator._parents_ended(v_ids);   -- of dead letters
+    perform orchestrator._parents_ended(v_ids, true);   -- of dead letters
     perform orchestrator._prune_steps(v_ids);
   elsif p_action in ('cancel', 'retry') then
     foreach v_id in array v_ids loop
