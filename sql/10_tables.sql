@@ -218,7 +218,7 @@ begin
       ('index', 'tasks_ready', 'tasks (type, priority desc, queued_at) where queued_at is not null'),
       ('index', 'tasks_claim', 'tasks (claim_id) where claim_id is not null'),
       ('index', 'tasks_due', 'tasks (next_retry_at) where next_retry_at is not null'),
-      ('index', 'task_waits_child', 'task_waits (child)'),
+      ('index', 'task_waits_child', 'task_waits (child, parent)'),
       ('index', 'tasks_dead', 'tasks (dead_at) where dead_at is not null'),
       ('index', 'tasks_cancelling', 'tasks (cancel_requested_at) where cancel_requested_at is not null'),
       ('index', 'tasks_parked', 'tasks (parked_by, concurrency_key, type, priority desc, parked_at) where parked_at is not null'),

@@ -348,6 +348,17 @@ def test_many_parents_and_many_children(conn):
     assert ready(conn) == after and waits(conn) == [] and audit(conn) == []
 
 
+def test_completing_some_of_many_parents_reads_no_other_waits(conn):
+    ids = column(conn, "select id::text from orchestrator.enqueue_many('t', array_fill('{}'::jsonb, array[2000]))")
+    enqueue(conn, after=ids)
+    taken = claim(conn, limit=100)
+    read = "select sum(pg_stat_get_xact_tuples_returned(indexrelid)) from pg_index where indrelid = 'orchestrator.task_waits'::regclass"
+    with conn.transaction():
+        complete(conn, taken[0]["claim_id"], *[t["id"] for t in taken])
+        assert value(conn, read) < 1000
+    assert len(waits(conn)) == 1900
+
+
 # --- what people see ------------------------------------------------------------------------------------------------------------------
 
 def explain(conn, id):
