@@ -126,7 +126,8 @@ create table if not exists orchestrator.task_events (
 );
 comment on table orchestrator.task_events is
   'What happened to a task apart from success: failed, retry_scheduled, dead_letter, released, recovered, snoozed, '
-  'cancel_requested, cancelled, retried, signalled, result_lost, key_passed_on. The newest 100 of each task are kept as long as it.';
+  'cancel_requested, cancelled, retried, signalled, run_now, prioritized, result_lost, key_passed_on. The newest 100 of each task are '
+  'kept as long as it.';
 
 create table if not exists orchestrator.lanes (
   type     text collate "C" not null,
