@@ -107,7 +107,8 @@ def test_every_query_of_the_dashboard_returns_data_and_the_alerts_see_a_dead_let
     assert {rule["health"] for rule in rules} == {"ok"}
     eventually(lambda: firing(address) == {"DeadLetterQueueGrowth"})
     metrics = set(get(f"{address}/api/v1/label/__name__/values")["data"])
-    named = set(re.findall(r"\b(?:task|worker|leader|queue|recovery|limit)\w*_\w+(?=[{\[)]| |$)", " ".join(rule["query"] for rule in rules)))
+    queries = " ".join(rule["query"] for rule in rules)
+    named = set(re.findall(r"\b(?:task|worker|leader|queue|recovery|limit)\w*_\w+(?=[{\[)]| |$)", queries))
     assert len(named) >= 10
     assert named <= metrics
 

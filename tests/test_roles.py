@@ -29,8 +29,8 @@ DECISIONS = {
         "record_progress", "acquire_leadership", "resign_leadership", "declare_dead", "declare_disconnected_dead", "recover_orphans",
         "raise_floors", "rescan_lanes", "prune", "sample_stats", "note_lost_result", "get_task", "limit_type", "replace_task",
         "wait_tasks", "record_step", "steps", "await_signal", "parent_results"},
-    "operator": READ | {"cancel_task", "retry_task", "bulk_tasks", "retry_dead_letters", "pause_type", "resume_type", "limit_type", "enqueue",
-                         "schedule", "unschedule", "pause_schedule", "resume_schedule", "fire_schedule", "signal_task"},
+    "operator": READ | {"cancel_task", "retry_task", "bulk_tasks", "retry_dead_letters", "pause_type", "resume_type", "limit_type",
+                         "enqueue", "schedule", "unschedule", "pause_schedule", "resume_schedule", "fire_schedule", "signal_task"},
     "auditor": READ,
 }
 ROLES = sorted(DECISIONS)
