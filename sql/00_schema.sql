@@ -5,7 +5,8 @@
 --                         → release_tasks | snooze_task → claim_tasks …
 -- schedule → promote_due enqueues, at each fire time.
 -- What is made again after a crash (claims, heartbeats, progress, floors, counts …) commits without waiting for the flush.
--- Lock order everywhere: the leader's row in workers → other workers → claims (ascending id) → tasks → task_steps → lane_floors (35_floors.sql).
+-- Lock order everywhere: the leader's row in workers → other workers → claims (ascending id) → tasks → task_steps → lane_floors
+-- (35_floors.sql) → tasks that wait for those (45_after.sql).
 -- A schedule's row is locked before those of tasks; promote_due skips one that is locked.
 
 -- constraints, views, defaults and inlined functions are bound by this path

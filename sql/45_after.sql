@@ -78,13 +78,14 @@ begin
   end if;
   if not found then return false; end if;
   with waits as materialized (
-    select p.id, coalesce(t.status::text, 'deleted') as status, w.on_failure
+    select p.id, coalesce(t.status::text, 'deleted') as status, w.on_failure, w.tid
     from unnest(coalesce(p_parents, array(select w.parent from orchestrator.task_waits w where w.child = p_child))) p(id)
-    join orchestrator.task_waits w on w.parent = p.id and w.child = p_child left join orchestrator.tasks t on t.id = p.id),
+    -- offset 0: else it might go through all that the child waits for
+    cross join lateral (select w.on_failure, w.ctid as tid from orchestrator.task_waits w where w.parent = p.id and w.child = p_child offset 0) w
+    left join orchestrator.tasks t on t.id = p.id),
   done as (
-    delete from orchestrator.task_waits w using waits d
-    where w.parent = d.id and w.child = p_child
-      and (d.status = 'completed' or (d.on_failure = 'run' and d.status in ('cancelled', 'dead_letter', 'deleted'))))
+    delete from orchestrator.task_waits w where w.ctid = any (array(
+      select d.tid from waits d where d.status = 'completed' or (d.on_failure = 'run' and d.status in ('cancelled', 'dead_letter', 'deleted')))))
   select min(format('task %s %s', w.id, case w.status when 'dead_letter' then 'is a dead letter' else 'was ' || w.status end)) into v_why from waits w
   where (w.on_failure <> 'run' and w.status in ('cancelled', 'deleted')) or (w.on_failure = 'cancel' and w.status = 'dead_letter');
   if v_why is not null then
