@@ -110,7 +110,8 @@ BUNDLED_SQL: dict[str, str] = {
 --                         → release_tasks | snooze_task → claim_tasks …
 -- schedule → promote_due enqueues, at each fire time.
 -- What is made again after a crash (claims, heartbeats, progress, floors, counts …) commits without waiting for the flush.
--- Lock order everywhere: the leader's row in workers → other workers → claims (ascending id) → tasks → task_steps → lane_floors (35_floors.sql).
+-- Lock order everywhere: the leader's row in workers → other workers → claims (ascending id) → tasks → task_steps → lane_floors
+-- (35_floors.sql) → tasks that wait for those (45_after.sql).
 -- A schedule's row is locked before those of tasks; promote_due skips one that is locked.
 
 -- constraints, views, defaults and inlined functions are bound by this path
@@ -336,7 +337,8 @@ create table if not exists orchestrator.task_events (
 );
 comment on table orchestrator.task_events is
   'What happened to a task apart from success: failed, retry_scheduled, dead_letter, released, recovered, snoozed, '
-  'cancel_requested, cancelled, retried, signalled, result_lost, key_passed_on. The newest 100 of each task are kept as long as it.';
+  'cancel_requested, cancelled, retried, signalled, run_now, prioritized, result_lost, key_passed_on. The newest 100 of each task are '
+  'kept as long as it.';
 
 create table if not exists orchestrator.lanes (
   type     text collate "C" not null,
@@ -428,7 +430,7 @@ begin
       ('index', 'tasks_ready', 'tasks (type, priority desc, queued_at) where queued_at is not null'),
       ('index', 'tasks_claim', 'tasks (claim_id) where claim_id is not null'),
       ('index', 'tasks_due', 'tasks (next_retry_at) where next_retry_at is not null'),
-      ('index', 'task_waits_child', 'task_waits (child)'),
+      ('index', 'task_waits_child', 'task_waits (child, parent)'),
       ('index', 'tasks_dead', 'tasks (dead_at) where dead_at is not null'),
       ('index', 'tasks_cancelling', 'tasks (cancel_requested_at) where cancel_requested_at is not null'),
       ('index', 'tasks_parked', 'tasks (parked_by, concurrency_key, type, priority desc, parked_at) where parked_at is not null'),
@@ -2369,13 +2371,14 @@ begin
   end if;
   if not found then return false; end if;
   with waits as materialized (
-    select p.id, coalesce(t.status::text, 'deleted') as status, w.on_failure
+    select p.id, coalesce(t.status::text, 'deleted') as status, w.on_failure, w.tid
     from unnest(coalesce(p_parents, array(select w.parent from orchestrator.task_waits w where w.child = p_child))) p(id)
-    join orchestrator.task_waits w on w.parent = p.id and w.child = p_child left join orchestrator.tasks t on t.id = p.id),
+    -- offset 0: else it might go through all that the child waits for
+    cross join lateral (select w.on_failure, w.ctid as tid from orchestrator.task_waits w where w.parent = p.id and w.child = p_child offset 0) w
+    left join orchestrator.tasks t on t.id = p.id),
   done as (
-    delete from orchestrator.task_waits w using waits d
-    where w.parent = d.id and w.child = p_child
-      and (d.status = 'completed' or (d.on_failure = 'run' and d.status in ('cancelled', 'dead_letter', 'deleted'))))
+    delete from orchestrator.task_waits w where w.ctid = any (array(
+      select d.tid from waits d where d.status = 'completed' or (d.on_failure = 'run' and d.status in ('cancelled', 'dead_letter', 'deleted')))))
   select min(format('task %s %s', w.id, case w.status when 'dead_letter' then 'is a dead letter' else 'was ' || w.status end)) into v_why from waits w
   where (w.on_failure <> 'run' and w.status in ('cancelled', 'deleted')) or (w.on_failure = 'cancel' and w.status = 'dead_letter');
   if v_why is not null then
@@ -3215,7 +3218,8 @@ begin
   if not found then return 'not_found'; end if;
   if t.status in ('pending', 'retry_scheduled') then
     perform orchestrator._cancel_waiting(p_id, 'cancelled', orchestrator._by());
-    perform orchestrator._parents_ended(array[p_id]);
+    -- a bulk operation holds other tasks' rows, so it waits for none
+    perform orchestrator._parents_ended(array[p_id], coalesce(current_setting('orchestrator.operation', true), '') <> '');
     return 'cancelled';
   elsif t.status in ('claimed', 'running') then
     if t.cancel_requested_at is null then
@@ -3442,10 +3446,10 @@ begin
       else t.status in ('completed', 'cancelled', 'dead_letter') end
     order by t.id);
   if p_action = 'purge' then
-    perform orchestrator._parents_ended(v_ids);   -- first, since some completed
+    perform orchestrator._parents_ended(v_ids, true);   -- first, since some completed
     delete from orchestrator.task_events e where e.task_id = any (v_ids);
     delete from orchestrator.tasks t where t.id = any (v_ids);
-    perform orchestrator._parents_ended(v_ids);   -- of dead letters
+    perform orchestrator._parents_ended(v_ids, true);   -- of dead letters
     perform orchestrator._prune_steps(v_ids);
   elsif p_action in ('cancel', 'retry') then
     foreach v_id in array v_ids loop
