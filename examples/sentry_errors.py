@@ -39,7 +39,7 @@ def reported(task, call_next):
                 raise
 
 
-@app.handler("order:confirm", max_retries=1)
+@app.handler("order:receipt", max_retries=1)
 async def confirm(task):
     raise ConnectionError("the mail server is busy")
 
@@ -52,7 +52,7 @@ def check(task):
 def main():
     sentry_sdk.init(traces_sample_rate=1.0)   # SENTRY_DSN says where to
     with sentry_sdk.start_transaction(op="http.server", name="POST /orders"):
-        app.enqueue("order:confirm", {"order": 7})
+        app.enqueue("order:receipt", {"order": 7})
         app.enqueue("order:check", {"order": 8})
     app.drain(scheduled=True)   # here and now; elsewhere a worker, which repeats what failed after a while
     app.enqueue("order:check", {"order": 7})

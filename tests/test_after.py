@@ -387,7 +387,7 @@ def test_a_blocked_task_says_what_it_waits_for_and_how_to_free_it(conn):
     assert explain(conn, child).endswith(f": task {first} was cancelled; select orchestrator.retry_task('{child}') runs it")
     other = enqueue(conn)
     cancel(conn, other)
-    assert ":" not in explain(conn, other).split("+")[1]
+    assert "task " not in explain(conn, other)
 
 
 def test_a_task_shows_its_parents_and_the_children_that_wait_for_it(conn):

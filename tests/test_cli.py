@@ -326,7 +326,7 @@ def test_retry_of_dead_letters(cli: Callable[..., Answer], conn: Connection) -> 
     assert remaining("--all") == 0
     assert cli("retry", "--dead-letters", "--json").json == {"operation": 4, "matched": 0, "done": 0, "skipped": 0}
     for args, words in (([UNKNOWN, "--dead-letters"], "ID: "), ([UNKNOWN, "--type", "a"], "ID: "),
-                        ([UNKNOWN, "--limit", "1"], "ID: "), (["--dead-letters", "--limit", "0"], "--limit: ")):
+                        ([UNKNOWN, "--limit", "1"], "ID: "), (["--dead-letters", "--limit", "0"], "limit: ")):
         refused(cli("retry", *args), words)
 
 

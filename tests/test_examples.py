@@ -444,8 +444,8 @@ def test_sentry_errors_have_the_task_and_the_trace_of_the_request(start: Callabl
     events = [content for kind, content in Sentry.items if kind == "event"]
     told = sorted((each["exception"]["values"][-1]["type"], each["level"], each["contexts"]["task"]["attempt"], each["tags"]["task.id"])
                   for each in events)
-    confirm, check = ids["order:confirm dead_letter"], ids["order:check dead_letter"]
+    confirm, check = ids["order:receipt dead_letter"], ids["order:check dead_letter"]
     assert told == [("ConnectionError", "error", 2, confirm), ("ConnectionError", "warning", 1, confirm), ("Discard", "error", 1, check)]
     traces = [(content["transaction"], content["contexts"]["trace"]["trace_id"]) for kind, content in Sentry.items if kind == "transaction"]
-    assert sorted(name for name, _ in traces) == ["POST /orders", "order:check", "order:check", "order:confirm", "order:confirm"]
+    assert sorted(name for name, _ in traces) == ["POST /orders", "order:check", "order:check", "order:receipt", "order:receipt"]
     assert {each["contexts"]["trace"]["trace_id"] for each in events} == {dict(traces)["POST /orders"]}

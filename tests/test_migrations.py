@@ -50,7 +50,7 @@ MIGRATIONS = {
         alter table orchestrator.tasks add column if not exists note text;
         create table orchestrator.notes (task_id uuid primary key, note text not null default 'it''s $1');
         insert into orchestrator.notes (task_id) select id from orchestrator.tasks;
-        drop function orchestrator.retry_task(uuid);
+        drop function orchestrator.retry_task(uuid, boolean);
         """,
     f"{LAST:03}_notes_by_text.sql": "create index notes_by_text on orchestrator.notes (note);\n",
 }
@@ -72,7 +72,8 @@ def release(folder: Path, version: int) -> Path:
             + ("create index if not exists notes_by_text on orchestrator.notes (note);\n" if version >= LAST else "")
             + "create table if not exists orchestrator.claims"))
         edit(folder / "sql" / "70_operate.sql",
-             ("retry_task(p_id uuid) returns", "retry_task(p_id uuid, p_note text default null) returns"))
+             ("retry_task(p_id uuid, p_fresh boolean default false) returns",
+              "retry_task(p_id uuid, p_fresh boolean default false, p_note text default null) returns"))
     for name, text in MIGRATIONS.items():
         if int(name[:3]) <= version:
             (folder / "sql" / "migrations" / name).write_text(text)
