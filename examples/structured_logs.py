@@ -25,7 +25,7 @@ def with_task(task, call_next):
         return call_next(task)
 
 
-@app.handler("order:ship")
+@app.handler("parcel:ship")
 async def ship(task):
     log.info("shipping", order=task.payload["order"])
     old_log.warning("the printer is low on paper")
@@ -46,7 +46,7 @@ def set_up_logging():
 
 def main():
     set_up_logging()
-    app.enqueue("order:ship", {"order": 7})
+    app.enqueue("parcel:ship", {"order": 7})
     app.drain()   # here and now; elsewhere a worker
     log.info("outside of any task")
     app.close()

@@ -390,7 +390,7 @@ def test_structured_logs_have_the_task_in_each_line_of_its_handler(start: Callab
     (task_id,) = conn.execute("select id::text from orchestrator.tasks").fetchone() or ("",)
     for event, logger in (("shipping", "shop"), ("the printer is low on paper", "a.library.that.knows.no.structlog")):
         line = lines[event]
-        assert (line["task_id"], line["task_type"], line["attempt"], line["logger"]) == (task_id, "order:ship", 1, logger)
+        assert (line["task_id"], line["task_type"], line["attempt"], line["logger"]) == (task_id, "parcel:ship", 1, logger)
     assert lines["shipping"]["order"] == 7
     assert lines["task completed"]["task_id"] == task_id and lines["task completed"]["duration"] >= 0
     assert "task_id" not in lines["outside of any task"]
