@@ -166,6 +166,9 @@ begin
         queued_at = case when t.queued_at is not null or p_priority is null then clock_timestamp() end,
         parked_at = case when t.parked_at is not null then clock_timestamp() end
     where t.id = any (v_ids);
+    perform orchestrator._give_way(k.type, k.concurrency_key)   -- one put back in its key's turn may be behind parked ones by now
+    from (select distinct b.type, b.concurrency_key from orchestrator._bare_tasks b
+          where b.id = any (v_ids) and b.concurrency_key is not null and coalesce(b.queued_at, b.parked_at) is not null) k;
     perform orchestrator._add_event(u.id, case p_action when 'run_now' then p_action else 'prioritized' end, null, null, orchestrator._by())
     from unnest(v_ids) u(id);
     perform orchestrator._notify_idle(l.type)
