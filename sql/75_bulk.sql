@@ -148,6 +148,9 @@ begin
     order by t.id);
   if p_action = 'purge' then
     perform orchestrator._parents_ended(v_ids, true);   -- first, since some completed
+    v_ids := array(   -- one that completed stays while somebody has a child of it locked, which would else be cancelled
+      select t.id from orchestrator._bare_tasks t
+      where t.id = any (v_ids) and (t.status <> 'completed' or not exists (select from orchestrator.task_waits w where w.parent = t.id)));
     delete from orchestrator.task_events e where e.task_id = any (v_ids);
     delete from orchestrator.tasks t where t.id = any (v_ids);
     perform orchestrator._parents_ended(v_ids, true);   -- of dead letters

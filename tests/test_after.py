@@ -304,6 +304,26 @@ def test_a_child_that_missed_its_parents_completion_is_freed_before_retention_de
     assert ready(conn) == {child}
 
 
+def test_retention_locks_no_child_of_an_old_parent_that_has_not_ended(conn, connect):
+    """It locked each of them in each pass, and waited for whoever had one, with the leader's row in its hand."""
+    parent = enqueue(conn)
+    child = enqueue(conn, after=[parent])
+    term = lead(conn)
+    with connect(autocommit=False) as other:
+        other.execute("select from orchestrator.tasks where id = %s for update", [child])
+        conn.execute("set lock_timeout = '1s'")
+        conn.execute("select orchestrator.prune('leader', %s, '1 microsecond', '1 day')", [term])
+
+
+def test_a_completed_parent_whose_child_somebody_has_locked_is_not_purged(conn, connect):
+    parent, child = missed(conn)
+    purge = "select done from orchestrator.bulk_tasks('purge', '{\"status\": \"completed\"}', false)"
+    with connect(autocommit=False) as other:
+        other.execute("select from orchestrator.tasks where id = %s for update", [child])
+        assert value(conn, purge) == 0
+    assert value(conn, purge) == 1 and ready(conn) == {child} and task(conn, parent) is None
+
+
 def test_a_delayed_child_waits_for_the_later_of_both(conn):
     parents = [enqueue(conn) for _ in range(2)]
     claimed = {t["id"]: t["claim_id"] for t in claim(conn)}
