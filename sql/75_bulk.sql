@@ -198,8 +198,8 @@ begin
     end if;
   elsif (p_action in ('cancel', 'retry', 'run_now', 'prioritize', 'purge')) is not true then
     perform orchestrator._invalid('action', 'must be cancel, retry, run_now, prioritize or purge', 'prioritize takes p_value, a priority.');
-  elsif (p_action = 'prioritize') <> (p_value is not null) or p_value #>> '{}' !~ '^-?\d{1,9}$' then
-    perform orchestrator._invalid('value', 'must be a priority, and goes with prioritize only', 'Such as p_value => ''10''.');
+  elsif (p_action = 'prioritize') <> (p_value is not null) or (p_value #>> '{}' ~ '^-?(\d{1,6}|1000000)$') is not true and p_value is not null then
+    perform orchestrator._invalid('value', 'must be a priority from -1000000 to 1000000, and goes with prioritize only', 'Such as p_value => ''10''.');
   elsif p_filter - 'all' = '{}' and p_filter -> 'all' is distinct from 'true' then
     perform orchestrator._invalid('filter', 'is empty', 'Say {"all": true} if you mean every task.');
   elsif not p_filter ?| '{status,id,ids}' then

@@ -223,8 +223,10 @@ def test_a_value_and_a_limit_are_refused_where_they_mean_nothing(conn: Connectio
         with pytest.raises(psycopg.Error) as refused:
             bulk(conn, "cancel", {"all": True}, **options)
         assert (refused.value.sqlstate, refused.value.diag.column_name) == ("OR001", field)
-    with pytest.raises(psycopg.Error, match="value: must be a priority"):
-        bulk(conn, "prioritize", {"all": True}, value=Jsonb("high"))
+    for priority in ("high", None, 1.5, 1_000_001, -1_000_001):
+        with pytest.raises(psycopg.Error, match="value: must be a priority"):
+            bulk(conn, "prioritize", {"all": True}, value=Jsonb(priority))
+    assert bulk(conn, "prioritize", {"all": True}, value=Jsonb(-1_000_000))["done"] == 0
 
 
 # -------------------------------------------------------------------------------------------------------------- actions
