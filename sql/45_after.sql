@@ -121,8 +121,9 @@ begin
     if orchestrator._settle_child(c.child, c.parents, p_skip_locked) then   -- then the rest, with all that wait for them, directly or not
       perform orchestrator._settle_child(o.id, null, p_skip_locked) from (
         with recursive d as (
-          select w.child as id from unnest(p_parents || c.child) p join orchestrator.task_waits w on w.parent = p
-          union select w.child from d join orchestrator.task_waits w on w.parent = d.id)
+          select w.child as id
+          from unnest(p_parents || c.child) p cross join lateral (select * from orchestrator.task_waits x where x.parent = p offset 0) w
+          union select w.child from d cross join lateral (select * from orchestrator.task_waits x where x.parent = d.id offset 0) w)
         select d.id from d order by d.id offset 0) o;
       return;
     end if;

@@ -59,7 +59,7 @@ begin
       next_retry_at = case when p_run_at is null or x.blocked_until is not null then x.next_retry_at when v_later then p_run_at end,
       blocked_until = case when x.blocked_until is not null then coalesce(p_run_at, x.blocked_until) end
   where x.id = t.id returning x.queued_at is not null into t.waits;
-  if t.queued_at is not null and t.concurrency_key is not null and (v_later or v_tail) then
+  if t.concurrency_key is not null and coalesce(t.queued_at, t.parked_at) is not null and (v_later or p_priority <> t.priority) then
     perform orchestrator._give_way(p_type, t.concurrency_key);
   end if;
   if t.waits then perform orchestrator._notify_idle(p_type); end if;

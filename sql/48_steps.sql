@@ -13,12 +13,19 @@ comment on table orchestrator.task_steps is
   'By name, what the steps of a task returned and which signals it got (at: when). Without: its handler waits for that signal until '
   'then. Goes with the task.';
 
-create or replace function orchestrator._keep_step(p_id uuid, p_name text, p_field text, p_result jsonb) returns void
-language plpgsql as $$
+create or replace function orchestrator._check_name(p_name text) returns void
+language plpgsql stable as $$
 begin
   if (octet_length(p_name) between 1 and 255) is not true then
     perform orchestrator._invalid('name', 'must be 1 to 255 bytes', 'Use a name such as charge.');
-  elsif orchestrator._payload_problem(p_result) is not null then
+  end if;
+end $$;
+
+create or replace function orchestrator._keep_step(p_id uuid, p_name text, p_field text, p_result jsonb) returns void
+language plpgsql as $$
+begin
+  perform orchestrator._check_name(p_name);
+  if orchestrator._payload_problem(p_result) is not null then
     perform orchestrator._invalid(p_field, orchestrator._payload_problem(p_result), 'Store the data elsewhere, and a reference to it here.');
   end if;
   insert into orchestrator.task_steps as s (task_id, name, result, at) values (p_id, p_name, coalesce(p_result, 'null'), clock_timestamp())
@@ -57,6 +64,7 @@ declare
   v_now timestamptz := clock_timestamp();
   v_until timestamptz;
 begin
+  perform orchestrator._check_name(p_name);
   held := orchestrator._lock_held(p_claim_id, p_id);
   if not held then return; end if;
   insert into orchestrator.task_steps as s (task_id, name, until) values (p_id, p_name, coalesce(v_now + p_timeout, 'infinity'))
@@ -68,7 +76,7 @@ begin
 end $$;
 comment on function orchestrator.await_signal is
   'For a handler: the value of a signal, else for how long to snooze before asking again, or neither: p_timeout is over, counted '
-  'from the first call. held: whether the claim still holds the task.';
+  'from the first call. held: whether the claim still holds the task. Raises OR001.';
 
 -- Makes a locked task ready that is off until a signal which has come; once.
 create or replace function orchestrator._wake(p_id uuid) returns void

@@ -72,7 +72,8 @@ begin
     more := cardinality(v_ids) = p_limit;
     update orchestrator.leader_state
     set prune_cursor = case when more then v_ids[p_limit] else '00000000-0000-0000-0000-000000000000' end;
-    perform orchestrator._parents_ended(v_ids);   -- first, since some completed
+    perform orchestrator._parents_ended(array(   -- first, since some completed
+      select t.id from orchestrator.tasks t where t.id = any (v_ids) and t.completed_at < v_completed_before));
     delete from orchestrator.tasks t where t.id = any (v_ids) and t.completed_at < v_completed_before;
     get diagnostics completed = row_count;
     delete from orchestrator.task_events e where e.task_id = any (v_ids)

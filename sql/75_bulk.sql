@@ -148,6 +148,9 @@ begin
     order by t.id);
   if p_action = 'purge' then
     perform orchestrator._parents_ended(v_ids, true);   -- first, since some completed
+    v_ids := array(   -- one that completed stays while somebody has a child of it locked, which would else be cancelled
+      select t.id from orchestrator._bare_tasks t
+      where t.id = any (v_ids) and (t.status <> 'completed' or not exists (select from orchestrator.task_waits w where w.parent = t.id)));
     delete from orchestrator.task_events e where e.task_id = any (v_ids);
     delete from orchestrator.tasks t where t.id = any (v_ids);
     perform orchestrator._parents_ended(v_ids, true);   -- of dead letters
@@ -166,6 +169,9 @@ begin
         queued_at = case when t.queued_at is not null or p_priority is null then clock_timestamp() end,
         parked_at = case when t.parked_at is not null then clock_timestamp() end
     where t.id = any (v_ids);
+    perform orchestrator._give_way(k.type, k.concurrency_key)   -- one put back in its key's turn may be behind parked ones by now
+    from (select distinct b.type, b.concurrency_key from orchestrator._bare_tasks b
+          where b.id = any (v_ids) and b.concurrency_key is not null and coalesce(b.queued_at, b.parked_at) is not null) k;
     perform orchestrator._add_event(u.id, case p_action when 'run_now' then p_action else 'prioritized' end, null, null, orchestrator._by())
     from unnest(v_ids) u(id);
     perform orchestrator._notify_idle(l.type)
@@ -192,8 +198,8 @@ begin
     end if;
   elsif (p_action in ('cancel', 'retry', 'run_now', 'prioritize', 'purge')) is not true then
     perform orchestrator._invalid('action', 'must be cancel, retry, run_now, prioritize or purge', 'prioritize takes p_value, a priority.');
-  elsif (p_action = 'prioritize') <> (p_value is not null) or p_value #>> '{}' !~ '^-?\d{1,9}$' then
-    perform orchestrator._invalid('value', 'must be a priority, and goes with prioritize only', 'Such as p_value => ''10''.');
+  elsif (p_action = 'prioritize') <> (p_value is not null) or (p_value #>> '{}' ~ '^-?(\d{1,6}|1000000)$') is not true and p_value is not null then
+    perform orchestrator._invalid('value', 'must be a priority from -1000000 to 1000000, and goes with prioritize only', 'Such as p_value => ''10''.');
   elsif p_filter - 'all' = '{}' and p_filter -> 'all' is distinct from 'true' then
     perform orchestrator._invalid('filter', 'is empty', 'Say {"all": true} if you mean every task.');
   elsif not p_filter ?| '{status,id,ids}' then

@@ -304,6 +304,26 @@ def test_a_child_that_missed_its_parents_completion_is_freed_before_retention_de
     assert ready(conn) == {child}
 
 
+def test_retention_locks_no_child_of_an_old_parent_that_has_not_ended(conn, connect):
+    """It locked each of them in each pass, and waited for whoever had one, with the leader's row in its hand."""
+    parent = enqueue(conn)
+    child = enqueue(conn, after=[parent])
+    term = lead(conn)
+    with connect(autocommit=False) as other:
+        other.execute("select from orchestrator.tasks where id = %s for update", [child])
+        conn.execute("set lock_timeout = '1s'")
+        conn.execute("select orchestrator.prune('leader', %s, '1 microsecond', '1 day')", [term])
+
+
+def test_a_completed_parent_whose_child_somebody_has_locked_is_not_purged(conn, connect):
+    parent, child = missed(conn)
+    purge = "select done from orchestrator.bulk_tasks('purge', '{\"status\": \"completed\"}', false)"
+    with connect(autocommit=False) as other:
+        other.execute("select from orchestrator.tasks where id = %s for update", [child])
+        assert value(conn, purge) == 0
+    assert value(conn, purge) == 1 and ready(conn) == {child} and task(conn, parent) is None
+
+
 def test_a_delayed_child_waits_for_the_later_of_both(conn):
     parents = [enqueue(conn) for _ in range(2)]
     claimed = {t["id"]: t["claim_id"] for t in claim(conn)}
@@ -363,6 +383,21 @@ def test_completing_some_of_many_parents_reads_no_other_waits(conn):
         complete(conn, taken[0]["claim_id"], *[t["id"] for t in taken])
         assert value(conn, read) - before < 2500   # 1000 dead ones
     assert len(waits(conn)) == 1900
+
+
+def test_a_cascade_reads_no_other_waits(conn):
+    """It walked all waits there are, and for each those found so far: 10,000 children took 9 s."""
+    column(conn, "select count(*) from orchestrator.enqueue_many('t', array_fill('{}'::jsonb, array[5000]), p_after => array[%s]::uuid[])", enqueue(conn))
+    conn.execute("analyze orchestrator.task_waits")   # all of them have the same parent
+    parent = enqueue(conn)
+    query = "select id::text from orchestrator.enqueue_many('t', array_fill('{}'::jsonb, array[5]), p_after => array[%s]::uuid[])"
+    children = column(conn, query, parent)
+    last = enqueue(conn, after=[children[2]])
+    read = "select sum(pg_stat_get_xact_tuples_returned(indexrelid)) from pg_index where indrelid = 'orchestrator.task_waits'::regclass"
+    with conn.transaction():
+        cancel(conn, parent)
+        assert value(conn, read) < 200
+    assert {status(conn, id) for id in (*children, last)} == {"cancelled"} and len(waits(conn)) == 5000
 
 
 # --- what people see ------------------------------------------------------------------------------------------------------------------

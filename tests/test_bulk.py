@@ -223,8 +223,10 @@ def test_a_value_and_a_limit_are_refused_where_they_mean_nothing(conn: Connectio
         with pytest.raises(psycopg.Error) as refused:
             bulk(conn, "cancel", {"all": True}, **options)
         assert (refused.value.sqlstate, refused.value.diag.column_name) == ("OR001", field)
-    with pytest.raises(psycopg.Error, match="value: must be a priority"):
-        bulk(conn, "prioritize", {"all": True}, value=Jsonb("high"))
+    for priority in ("high", None, 1.5, 1_000_001, -1_000_001):
+        with pytest.raises(psycopg.Error, match="value: must be a priority"):
+            bulk(conn, "prioritize", {"all": True}, value=Jsonb(priority))
+    assert bulk(conn, "prioritize", {"all": True}, value=Jsonb(-1_000_000))["done"] == 0
 
 
 # -------------------------------------------------------------------------------------------------------------- actions
@@ -302,6 +304,24 @@ def test_a_prioritized_task_goes_to_the_tail_of_its_new_lane_and_keeps_its_time(
     assert bulk(conn, "prioritize", {"status": "waiting", "priority": 0}, value=Jsonb(5))["done"] == 2
     assert task(conn, later)["next_retry_at"] == after and task(conn, later)["queued_at"] is None
     assert [t["id"] for t in claim(conn)] == [before, moved]
+
+
+@pytest.mark.parametrize("moved", ["ready", "parked"])
+def test_a_key_goes_on_when_its_task_in_turn_is_moved_behind_parked_ones(conn: Connection, moved: str) -> None:
+    conn.execute("select orchestrator.limit_type('t', null, 1)")
+    enqueue(conn, concurrency_key="k", priority=9)
+    first = claim_one(conn)
+    parked, turn = enqueue(conn, concurrency_key="k", priority=5), enqueue(conn, concurrency_key="k", priority=7)
+    assert claim(conn) == []
+    complete(conn, *first)
+    assert claim(conn, limit=0) == [] and task(conn, turn)["queued_at"] and task(conn, parked)["parked_at"]
+    if moved == "ready":
+        assert bulk(conn, "prioritize", {"ids": [turn]}, value=Jsonb(5))["done"] == 1
+    else:
+        row(conn, "select orchestrator.bulk_tasks('prioritize', '{\"all\": true}', false, '6')")
+    for _ in range(2):
+        complete(conn, *claim_one(conn))
+    assert {status(conn, parked), status(conn, turn)} == {"completed"}
 
 
 def test_what_runs_now_wakes_an_idle_worker(conn: Connection, connect: Any) -> None:

@@ -271,6 +271,21 @@ def test_a_parked_task_stays_parked_whatever_its_time_and_priority(conn):
     assert [(t["id"], t["payload"]) for t in claim(conn)] == [(id, [3])]
 
 
+def test_a_key_goes_on_when_a_parked_task_is_moved_before_the_one_in_its_turn(conn):
+    conn.execute("select orchestrator.limit_type('t', null, 1)")
+    enqueue(conn, concurrency_key="k", priority=9)
+    first = claim_one(conn)
+    parked = enqueue(conn, concurrency_key="k", priority=5, idempotency_key="parked")
+    turn = enqueue(conn, concurrency_key="k", priority=7)
+    assert claim(conn) == []
+    complete(conn, *first)
+    assert claim(conn, limit=0) == [] and task(conn, turn)["queued_at"] and task(conn, parked)["parked_at"]
+    conn.execute("select orchestrator.replace_task('t', 'parked', p_priority => 7)")
+    for expected in (parked, turn):
+        claim_id, id = claim_one(conn)
+        assert id == expected and complete(conn, claim_id, id) == {}
+
+
 @pytest.mark.parametrize("change", [{"run_at": "1 hour"}, {"priority": -5}])
 def test_a_ready_task_that_leaves_its_keys_turn_lets_the_next_one_of_the_key_go_on(conn, change):
     conn.execute("select orchestrator.limit_type('t', p_max_per_key => 1)")

@@ -95,6 +95,13 @@ def test_record_step_refuses_bad_names_and_large_results(conn: Connection, held:
     assert known(conn, held[1]) == {}
 
 
+@pytest.mark.parametrize("name", ["", None, "x" * 256])
+def test_await_signal_refuses_a_name_that_no_signal_can_have(conn: Connection, held: tuple[int, str], name: Any) -> None:
+    with pytest.raises(psycopg.Error, match="name: must be 1 to 255 bytes") as refused:
+        conn.execute("select orchestrator.await_signal(%s, %s, %s)", [*held, name])
+    assert refused.value.sqlstate == "OR001"
+
+
 @pytest.mark.parametrize("end", ["recovered", "failed", "snoozed", "cancelled", "completed by another claim"])
 def test_record_step_and_await_signal_refuse_a_claim_that_no_longer_holds_the_task(conn: Connection, end: str) -> None:
     register(conn)
