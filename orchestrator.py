@@ -999,9 +999,12 @@ class Task:
     def _known_steps(self, name: str) -> dict[str, Any]:
         _key("name", name)
         self._check_held(self.cancel_reason != "lost")
-        if self._steps is None:
-            self._steps = dict(_decode(self._worker.call_step(self, "steps", self.id)[0])[0])
-        return self._steps
+        steps = self._steps
+        if steps is None:
+            known = dict(_decode(self._worker.call_step(self, "steps", self.id)[0])[0])
+            with Task._lock:   # another thread of its handler may have been quicker
+                steps = self._steps = known if self._steps is None else self._steps
+        return steps
 
     def _record(self, steps: dict[str, Any], name: str, value: Any) -> None:
         text = self._worker.router.result_json(value, STEP_LIMIT)
@@ -2667,14 +2670,13 @@ class Worker:
                 with self.steps_lock:
                     self.steps.reopen_if_closed()
                     return self.steps.call(function, *args)[0]
-            except psycopg.OperationalError:
-                if task.cancelled.wait(backoff(tries)):
+            except psycopg.Error as error:
+                if error.sqlstate == "OR001":
+                    raise ValueError(error_line(error)) from None
+                passing = isinstance(error, psycopg.OperationalError) or not is_refusal(error)
+                if not passing or task.cancelled.wait(backoff(tries)):
                     raise
                 tries += 1
-            except psycopg.Error as error:
-                if error.sqlstate != "OR001":
-                    raise
-                raise ValueError(error_line(error)) from None
 
     def worn_out(self) -> str:
         """The setting by which another process should take over, or ""."""

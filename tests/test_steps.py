@@ -7,6 +7,7 @@ import random
 import signal
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -404,6 +405,40 @@ def test_a_step_waits_for_a_database_that_is_away_and_runs_once(installed: str, 
     with running(installed, app):
         assert wait_for(app, app.enqueue("t"))["attempts"] == 1
     assert ran == [1]
+
+
+def test_steps_that_begin_together_are_all_known_afterwards(
+        installed: str, conn: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+
+    def handler(task: Task) -> list[str]:
+        both, call = threading.Barrier(2), worker_of(app).call_step
+
+        def together(task: Task, function: str, *args: Any) -> Any:
+            if function == "steps":
+                both.wait(15)
+            return call(task, function, *args)
+        monkeypatch.setattr(worker_of(app), "call_step", together)
+        with ThreadPoolExecutor() as threads:
+            list(threads.map(lambda name: task.step(name, lambda: ran.append(name)), "ab"))
+        return [task.step(name, lambda: ran.append("again")) for name in "ab"]
+    app = make_app(installed, {"t": handler})
+    with running(installed, app):
+        assert wait_for(app, app.enqueue("t"))["status"] == "completed"
+    assert sorted(ran) == ["a", "b"]
+
+
+def test_a_step_is_recorded_over_another_connection_if_this_one_has_become_useless(installed: str, conn: Connection) -> None:
+    """What was prepared may be gone, or the server be a standby by now."""
+    with registered(installed) as worker:
+        id = enqueue(conn, "a")
+        [task] = claimed(worker, 1)
+        task.step("before", lambda: 1)
+        for name, trouble in (("a", "deallocate all"), ("b", "set default_transaction_read_only = on")):
+            worker.steps.open().execute(trouble)
+            assert task.step(name, lambda: 2) == 2
+        assert known(conn, id) == {"before": 1, "a": 2, "b": 2}
+        worker.steps.close()
 
 
 def test_a_step_whose_row_is_locked_for_long_is_recorded_later(
