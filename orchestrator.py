@@ -2918,7 +2918,10 @@ class Client:
     def _meta(self, meta: Mapping[str, Any] | None) -> str | None:
         for hook in self.router.enqueue_hooks:
             if meta is None or isinstance(meta, Mapping):
-                meta = {**(hook() or {}), **(meta or {})} or None
+                more = hook() or {}
+                if not isinstance(more, Mapping):
+                    raise ValueError(f"on_enqueue: must return a dict or None, not {type(more).__name__}")
+                meta = {**more, **(meta or {})} or None
         return None if meta is None else to_json("meta", meta, self.router.encode)
 
     def limit(self, type: str, *, max_running: int | None = None, max_per_key: int | None = None,
