@@ -3408,15 +3408,14 @@ class Orchestrator(Operator):
         try:
             worker = self.start().worker
             assert worker is not None
-            starting = False
-            while worker.fatal is None:
+            starting, worn = False, ""
+            while worker.fatal is None and not worn:
                 with contextlib.suppress(queue.Empty):
                     signals.get(timeout=0.5)
                     break
-                if setting := worker.worn_out():
-                    log.info("%s is reached", setting)
-                    break
-            self._stop(lambda: not signals.empty())
+                if worn := worker.worn_out():
+                    log.info("%s is reached", worn)
+            self._stop(lambda: signals.qsize() > bool(worn))
             if worker.fatal is not None:
                 raise worker.fatal
         except _Stopped:
