@@ -3164,6 +3164,7 @@ class _Drain(Journal):
 
     def claim(self, scheduled: bool) -> Task | None:
         worker, call = self.worker, self.worker.claims.link.call
+        self.stay_registered()
         worker.claims._promote_due()
         for row in call("claim_tasks", worker.id, texts(self.types), 1):
             handler = worker.router.handlers[self.counters.label(row[2])]
@@ -3174,6 +3175,14 @@ class _Drain(Journal):
         for pattern in self.types:
             call("bulk_tasks", "run_now", json.dumps({"type": pattern}), False)
         return self.claim(False)
+
+    def stay_registered(self) -> None:
+        """Between tasks: during one that takes WORKER_TIMEOUT it may be declared dead as any silent worker."""
+        registered, beat = self.worker.registered, self.worker.heartbeat
+        if registered.is_set() and clock() - beat.looked_at >= self.worker.config.heartbeat_interval:
+            beat._beat()
+        if not registered.is_set():
+            beat.register()
 
     def run(self, task: Task) -> BaseException | None:
         """Run a task and report it; returns what its handler raised."""
@@ -3319,7 +3328,6 @@ class Orchestrator(Operator):
         self._open()
         drain = _Drain(self, types)
         try:
-            drain.worker.heartbeat.register()
             while task := drain.claim(scheduled):
                 if drain.outcomes.total() >= limit:
                     raise RuntimeError(f"limit: {limit} tasks ran, and there are more: is it a loop?")
