@@ -16,7 +16,7 @@ from apps import make_app, registered, running
 from orchestrator import Orchestrator, Task
 from postgres import eventually
 from steps import audit, column, rows, status, task, value
-from test_cli import Answer, cli, logging_as_before  # noqa: F401
+from test_cli import Answer, cli, cli_on, logging_as_before  # noqa: F401
 
 Connection = psycopg.Connection[Any]
 UNKNOWN = "01890000-0000-7000-8000-000000000000"

@@ -16,7 +16,7 @@ from conftest import WorkerProcess
 from orchestrator import Orchestrator, Outcome, Task
 from postgres import eventually
 from steps import audit, column, count_now, row
-from test_cli import Answer, cli, logging_as_before  # noqa: F401
+from test_cli import Answer, cli, cli_on, logging_as_before  # noqa: F401
 
 Connection = psycopg.Connection[Any]
 LIMIT = "select max_running, max_per_key, rate, extract(epoch from rate_per)::float as per from orchestrator.limits where type = %s"

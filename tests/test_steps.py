@@ -40,7 +40,7 @@ from steps import (
     value,
 )
 from steps import events as events_of
-from test_cli import Answer, cli, logging_as_before  # noqa: F401
+from test_cli import Answer, cli, cli_on, logging_as_before  # noqa: F401
 
 Connection = psycopg.Connection[Any]
 
