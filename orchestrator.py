@@ -2612,7 +2612,7 @@ class Worker:
         self.reports, self.claims, self.heartbeat = ReportLoop(self), ClaimLoop(self), HeartbeatLoop(self)
         self.loops = (self.claims, self.reports, self.heartbeat)
         # Of all handlers' threads, one after the other.
-        self.steps, self.steps_lock = Link(config), threading.Lock()
+        self.process, self.steps, self.steps_lock = _process, Link(config), threading.Lock()
         self.worn_at = clock() + (config.max_age or math.inf) * random.uniform(0.9, 1)
 
     def log(self, level: int, message: str, *args: object, **fields: object) -> None:
@@ -2664,6 +2664,8 @@ class Worker:
 
     def call_step(self, task: Task, function: str, *args: Any) -> Row:
         """For a handler's thread: one row, asked for until the database answers or the task is to stop."""
+        if self.process is not _process:   # a child that the handler forked: the connection is its parent's
+            self.process, self.steps, self.steps_lock = _process, Link(self.config), threading.Lock()
         tries = 0
         while True:
             try:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 import signal
 import threading
@@ -405,6 +406,24 @@ def test_a_step_waits_for_a_database_that_is_away_and_runs_once(installed: str, 
     with running(installed, app):
         assert wait_for(app, app.enqueue("t"))["attempts"] == 1
     assert ran == [1]
+
+
+def test_a_child_that_a_handler_forked_asks_over_a_connection_of_its_own(installed: str, conn: Connection) -> None:
+    """Over its parent's, each might read the answer to the other one's question, which may be another task's steps."""
+    def handler(task: Task) -> None:
+        worker = worker_of(app)
+        task.step("parent", lambda: 1)
+        with worker.steps_lock:   # as by the step of another task at this moment
+            child = os.fork()
+            if not child:
+                signal.alarm(10)
+                task.step("child", os.getppid)
+                os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+    app = make_app(installed, {"t": handler})
+    with running(installed, app):
+        done = wait_for(app, app.enqueue("t"), timeout=20)
+    assert done["attempts"] == 1 and known(conn, done["id"]) == {"parent": 1, "child": os.getpid()}
 
 
 def test_steps_that_begin_together_are_all_known_afterwards(
