@@ -997,7 +997,7 @@ class Task:
         return await asyncio.to_thread(self.signal, name, timeout)
 
     def _known_steps(self, name: str) -> dict[str, Any]:
-        _key("name", name)
+        _key("name", check_text("name", name))   # the next attempt would not find 1 as "1"
         self._check_held(self.cancel_reason != "lost")
         steps = self._steps
         if steps is None:
@@ -3085,9 +3085,9 @@ class Operator(Client):
         left = check_whole("limit", 10 ** 9 if limit is None else limit, 1, 10 ** 9)
         sums: dict[str, Any] = {"operation": operation, "matched": 0, "done": 0, "skipped": 0, "sample": []}
         after, given = None, to_json("filter", filter, self.router.encode)
+        wanted = None if value is None else to_json("value", value, self.router.encode)
         while left:
-            row = self.json("bulk_tasks", p_action=action, p_filter=given,
-                            p_dry_run=dry_run, p_value=None if value is None else json.dumps(value),
+            row = self.json("bulk_tasks", p_action=action, p_filter=given, p_dry_run=dry_run, p_value=wanted,
                             p_limit=min(BULK_BATCH, left), p_operation=sums["operation"], p_after=after)[0]
             for name in ("matched", "done", "skipped"):
                 sums[name] += row[name] or 0
@@ -3179,7 +3179,7 @@ class _Drain(Journal):
         return self.claim(False)
 
     def stay_registered(self) -> None:
-        """Between tasks: during one that takes WORKER_TIMEOUT it may be declared dead as any silent worker."""
+        """Between tasks: during one that takes WORKER_TIMEOUT it may be declared dead, as any worker."""
         registered, beat = self.worker.registered, self.worker.heartbeat
         if registered.is_set() and clock() - beat.looked_at >= self.worker.config.heartbeat_interval:
             beat._beat()
@@ -3480,7 +3480,7 @@ def _plain_errors() -> Iterator[None]:
     try:
         yield
     except psycopg.Error as error:
-        if error.sqlstate == "OR001":
+        if error.sqlstate == "OR001" or isinstance(error, psycopg.DataError):
             raise ValueError(error_line(error)) from None
         if error.sqlstate in NOT_INSTALLED:
             raise ConfigError(f"DATABASE_URL: {database_problem(error)}") from None

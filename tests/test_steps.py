@@ -368,9 +368,10 @@ def test_a_step_returns_what_json_makes_of_its_result_at_once(installed: str) ->
 
 
 @pytest.mark.parametrize(("name", "result", "words"), [
-    ("", 1, "name: must be 1 to 255 bytes"), ("a\0", 1, "name: must be text"), ("a", "x" * 262_144, "over 262144 bytes of JSON"),
+    ("", 1, "name: must be 1 to 255 bytes"), ("a\0", 1, "name: must be text"), (1, 1, "name: must be text"),
+    (None, 1, "name: must be text"), ("a", "x" * 262_144, "over 262144 bytes of JSON"),
     ("a", [1] * 131_000, "result: is over 256 KiB"), ("a", object(), "result: not JSON")])
-def test_a_step_that_cannot_be_kept_fails_its_attempt(installed: str, name: str, result: Any, words: str) -> None:
+def test_a_step_that_cannot_be_kept_fails_its_attempt(installed: str, name: Any, result: Any, words: str) -> None:
     with running(installed, {"t": lambda task: task.step(name, lambda: result)}) as app:
         failed = wait_for(app, app.enqueue("t", max_retries=0))
     assert failed["status"] == "dead_letter" and failed["last_error"].startswith(f"ValueError: {words}")
