@@ -1267,6 +1267,10 @@ class Router:
         return _no_generator(self._wait_for(task, result) if inspect.isawaitable(result) else result)
 
     def _wait_for(self, task: Task, awaitable: Awaitable[Any]) -> Any:
+        with contextlib.suppress(RuntimeError):   # in no event loop
+            if asyncio.get_running_loop() is self.loop:
+                raise TypeError("the event loop would wait for itself: an async middleware must be an "
+                                "`async def` itself, and call_next(task) be awaited")
         with self._loop_lock:
             if self.loop is None:
                 self.loop = asyncio.new_event_loop()
