@@ -997,11 +997,14 @@ class Task:
         return await asyncio.to_thread(self.signal, name, timeout)
 
     def _known_steps(self, name: str) -> dict[str, Any]:
-        _key("name", name)
+        _key("name", check_text("name", name))   # the next attempt would not find 1 as "1"
         self._check_held(self.cancel_reason != "lost")
-        if self._steps is None:
-            self._steps = dict(_decode(self._worker.call_step(self, "steps", self.id)[0])[0])
-        return self._steps
+        steps = self._steps
+        if steps is None:
+            known = dict(_decode(self._worker.call_step(self, "steps", self.id)[0])[0])
+            with Task._lock:   # another thread of its handler may have been quicker
+                steps = self._steps = known if self._steps is None else self._steps
+        return steps
 
     def _record(self, steps: dict[str, Any], name: str, value: Any) -> None:
         text = self._worker.router.result_json(value, STEP_LIMIT)
@@ -1264,6 +1267,10 @@ class Router:
         return _no_generator(self._wait_for(task, result) if inspect.isawaitable(result) else result)
 
     def _wait_for(self, task: Task, awaitable: Awaitable[Any]) -> Any:
+        with contextlib.suppress(RuntimeError):   # in no event loop
+            if asyncio.get_running_loop() is self.loop:
+                raise TypeError("the event loop would wait for itself: an async middleware must be an "
+                                "`async def` itself, and call_next(task) be awaited")
         with self._loop_lock:
             if self.loop is None:
                 self.loop = asyncio.new_event_loop()
@@ -2609,7 +2616,7 @@ class Worker:
         self.reports, self.claims, self.heartbeat = ReportLoop(self), ClaimLoop(self), HeartbeatLoop(self)
         self.loops = (self.claims, self.reports, self.heartbeat)
         # Of all handlers' threads, one after the other.
-        self.steps, self.steps_lock = Link(config), threading.Lock()
+        self.process, self.steps, self.steps_lock = _process, Link(config), threading.Lock()
         self.worn_at = clock() + (config.max_age or math.inf) * random.uniform(0.9, 1)
 
     def log(self, level: int, message: str, *args: object, **fields: object) -> None:
@@ -2661,20 +2668,21 @@ class Worker:
 
     def call_step(self, task: Task, function: str, *args: Any) -> Row:
         """For a handler's thread: one row, asked for until the database answers or the task is to stop."""
+        if self.process is not _process:   # a child that the handler forked: the connection is its parent's
+            self.process, self.steps, self.steps_lock = _process, Link(self.config), threading.Lock()
         tries = 0
         while True:
             try:
                 with self.steps_lock:
                     self.steps.reopen_if_closed()
                     return self.steps.call(function, *args)[0]
-            except psycopg.OperationalError:
-                if task.cancelled.wait(backoff(tries)):
+            except psycopg.Error as error:
+                if error.sqlstate == "OR001":
+                    raise ValueError(error_line(error)) from None
+                passing = isinstance(error, psycopg.OperationalError) or not is_refusal(error)
+                if not passing or task.cancelled.wait(backoff(tries)):
                     raise
                 tries += 1
-            except psycopg.Error as error:
-                if error.sqlstate != "OR001":
-                    raise
-                raise ValueError(error_line(error)) from None
 
     def worn_out(self) -> str:
         """The setting by which another process should take over, or ""."""
@@ -2916,7 +2924,10 @@ class Client:
     def _meta(self, meta: Mapping[str, Any] | None) -> str | None:
         for hook in self.router.enqueue_hooks:
             if meta is None or isinstance(meta, Mapping):
-                meta = {**(hook() or {}), **(meta or {})} or None
+                more = hook() or {}
+                if not isinstance(more, Mapping):
+                    raise ValueError(f"on_enqueue: must return a dict or None, not {type(more).__name__}")
+                meta = {**more, **(meta or {})} or None
         return None if meta is None else to_json("meta", meta, self.router.encode)
 
     def limit(self, type: str, *, max_running: int | None = None, max_per_key: int | None = None,
@@ -3078,9 +3089,9 @@ class Operator(Client):
         left = check_whole("limit", 10 ** 9 if limit is None else limit, 1, 10 ** 9)
         sums: dict[str, Any] = {"operation": operation, "matched": 0, "done": 0, "skipped": 0, "sample": []}
         after, given = None, to_json("filter", filter, self.router.encode)
+        wanted = None if value is None else to_json("value", value, self.router.encode)
         while left:
-            row = self.json("bulk_tasks", p_action=action, p_filter=given,
-                            p_dry_run=dry_run, p_value=None if value is None else json.dumps(value),
+            row = self.json("bulk_tasks", p_action=action, p_filter=given, p_dry_run=dry_run, p_value=wanted,
                             p_limit=min(BULK_BATCH, left), p_operation=sums["operation"], p_after=after)[0]
             for name in ("matched", "done", "skipped"):
                 sums[name] += row[name] or 0
@@ -3159,6 +3170,7 @@ class _Drain(Journal):
 
     def claim(self, scheduled: bool) -> Task | None:
         worker, call = self.worker, self.worker.claims.link.call
+        self.stay_registered()
         worker.claims._promote_due()
         for row in call("claim_tasks", worker.id, texts(self.types), 1):
             handler = worker.router.handlers[self.counters.label(row[2])]
@@ -3169,6 +3181,14 @@ class _Drain(Journal):
         for pattern in self.types:
             call("bulk_tasks", "run_now", json.dumps({"type": pattern}), False)
         return self.claim(False)
+
+    def stay_registered(self) -> None:
+        """Between tasks: during one that takes WORKER_TIMEOUT it may be declared dead, as any worker."""
+        registered, beat = self.worker.registered, self.worker.heartbeat
+        if registered.is_set() and clock() - beat.looked_at >= self.worker.config.heartbeat_interval:
+            beat._beat()
+        if not registered.is_set():
+            beat.register()
 
     def run(self, task: Task) -> BaseException | None:
         """Run a task and report it; returns what its handler raised."""
@@ -3314,7 +3334,6 @@ class Orchestrator(Operator):
         self._open()
         drain = _Drain(self, types)
         try:
-            drain.worker.heartbeat.register()
             while task := drain.claim(scheduled):
                 if drain.outcomes.total() >= limit:
                     raise RuntimeError(f"limit: {limit} tasks ran, and there are more: is it a loop?")
@@ -3403,15 +3422,14 @@ class Orchestrator(Operator):
         try:
             worker = self.start().worker
             assert worker is not None
-            starting = False
-            while worker.fatal is None:
+            starting, worn = False, ""
+            while worker.fatal is None and not worn:
                 with contextlib.suppress(queue.Empty):
                     signals.get(timeout=0.5)
                     break
-                if setting := worker.worn_out():
-                    log.info("%s is reached", setting)
-                    break
-            self._stop(lambda: not signals.empty())
+                if worn := worker.worn_out():
+                    log.info("%s is reached", worn)
+            self._stop(lambda: signals.qsize() > bool(worn))
             if worker.fatal is not None:
                 raise worker.fatal
         except _Stopped:
@@ -3466,7 +3484,7 @@ def _plain_errors() -> Iterator[None]:
     try:
         yield
     except psycopg.Error as error:
-        if error.sqlstate == "OR001":
+        if error.sqlstate == "OR001" or isinstance(error, psycopg.DataError):
             raise ValueError(error_line(error)) from None
         if error.sqlstate in NOT_INSTALLED:
             raise ConfigError(f"DATABASE_URL: {database_problem(error)}") from None

@@ -41,9 +41,11 @@ class Answer:
 
 @pytest.fixture(autouse=True)
 def logging_as_before() -> Iterator[None]:
-    """The command line sets logging up for its process."""
+    """The command line sets logging up for its process, and takes numbers of any length."""
     before = orchestrator.log.handlers[:], orchestrator.log.propagate, orchestrator.log.level
+    digits = sys.get_int_max_str_digits()
     yield
+    sys.set_int_max_str_digits(digits)
     orchestrator.log.handlers[:], orchestrator.log.propagate, orchestrator.log.level = before
 
 

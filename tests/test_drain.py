@@ -12,7 +12,7 @@ import pytest
 from apps import audit, events, make_app, running, story, wait_for
 from orchestrator import Cancelled, ConfigError, Discard, Handler, Orchestrator, Retry, Snooze, Task
 from postgres import Server, eventually
-from steps import column, enqueue, value
+from steps import column, declare_dead, enqueue, lead, recover, value
 
 Connection = psycopg.Connection[Any]
 
@@ -298,6 +298,24 @@ def test_it_may_run_beside_a_worker_of_the_same_program(installed: str) -> None:
         wait_for(app, task_id, "completed")
         assert app.worker is not None and app.worker.registered.is_set()
     assert app.drain() == {}, "and after it"
+
+
+def test_it_goes_on_beside_a_leader_however_long_it_takes(installed: str, conn: Connection) -> None:
+    """Between tasks it sends heartbeats; one that took too long was given to others, and is not its any more."""
+    alive = "select last_heartbeat from orchestrator.workers where id = %s"
+    beats: list[Any] = []
+
+    def handler(task: Task) -> None:
+        beats.append(value(conn, alive, task.worker_id))
+        if task.payload == 2 and not task.recovered:
+            declare_dead(conn, task.worker_id)
+            recover(conn, lead(conn))
+
+    app = make_app(installed, {"a": handler}, heartbeat_interval=0.1)
+    app.use(lambda task, call_next: [call_next(task), threading.Event().wait(0.1)] and None)
+    app.enqueue_many("a", range(4))
+    assert app.drain() == {"completed": 4, "rejected": 1}
+    assert len(set(beats)) == 5
 
 
 def test_without_a_schema_it_is_installed_and_a_wrong_address_is_told(db: str) -> None:

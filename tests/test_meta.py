@@ -69,7 +69,9 @@ def test_what_on_enqueue_returns_is_merged_and_the_calls_own_meta_takes_preceden
 
 @pytest.mark.parametrize(("returned", "meta", "words"), [
     ({"a": object()}, None, "meta: not JSON"), ({"a": "b" * 9000}, None, "meta: must be a JSON object of at most 8 KiB"),
-    ({"a": 1}, [1], "meta: must be a JSON object")])
+    ({"a": 1}, [1], "meta: must be a JSON object"),
+    *[(rubbish, {"a": 1}, f"on_enqueue: must return a dict or None, not {type(rubbish).__name__}")
+      for rubbish in ([("a", 1)], "trace", 5, object())]])
 def test_meta_that_cannot_be_is_refused(app: Orchestrator, conn: Connection, returned: Any, meta: Any, words: str) -> None:
     app.on_enqueue(lambda: returned)
     with pytest.raises(ValueError, match=f"^{re.escape(words)}"):

@@ -36,9 +36,15 @@ def test_a_program_acts_on_many_tasks_after_it_has_seen_how_many(installed, conn
     assert app.bulk("prioritize", {"type": "u"}, value=7, dry_run=False)["done"] == 5
     assert column(conn, "select distinct priority from orchestrator.tasks where type = 'u'") == [7]
     for action, given, problem in (("explode", {"type": "t"}, "action: "), ("cancel", {}, "filter: "),
-                                   ("prioritize", {"type": "t"}, "value: ")):
+                                   ("prioritize", {"type": "t"}, "value: "), ("cancel", {"priority": "high"}, "high"),
+                                   ("cancel", {"created_after": "soon"}, "soon"), ("\0", {"type": "t"}, "NUL")):
         with pytest.raises(ValueError, match=problem):
             app.bulk(action, given, dry_run=False)
+    for value_ in (object(), float("nan"), "\0"):
+        with pytest.raises(ValueError, match="^value: "):
+            app.bulk("prioritize", {"type": "t"}, value=value_)
+    with pytest.raises(ValueError, match="non-object"):
+        app.list("t")
     app.close()
 
 

@@ -14,7 +14,7 @@ import pytest
 
 import orchestrator
 from orchestrator import Config, Discard, Handler, Orchestrator, Retry, Snooze, Task
-from steps import value
+from steps import background, value
 
 
 def make(function: Callable[[Task], Any], **policy: Any) -> Orchestrator:
@@ -85,6 +85,21 @@ def test_middleware_of_both_kinds_wraps_the_handler() -> None:
         return ["inner", *await call_next(task)]
 
     assert app.perform("a", attempt=2) == ["outer", "inner", 2]
+
+
+def test_an_async_middleware_that_does_not_look_like_one_is_refused_and_holds_up_no_event_loop() -> None:
+    async def handler(task: Task) -> int:
+        return 1
+
+    async def traced(task: Task, call_next: Callable[[Task], Any], name: str) -> Any:
+        return await call_next(task)
+    app = make(handler)
+    app.use(lambda task, call_next: traced(task, call_next, "a"))
+    answer = background(lambda: app.perform("a"))
+    with pytest.raises(TypeError, match="must be an `async def` itself"):
+        answer.result(10)
+    app.router.middleware.clear()
+    assert app.perform("a") == 1
 
 
 def test_the_task_is_a_real_one_with_what_was_asked_for() -> None:

@@ -67,6 +67,24 @@ def test_a_worker_ends_when_it_is_old(installed: str, worker_process: Callable[.
     assert "MAX_AGE" in worker.output
 
 
+def test_a_sigterm_while_a_worn_out_worker_stops_is_the_first_signal_and_ends_no_grace_period(
+        installed: str, conn: Connection, worker_process: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "handlers.py").write_text(
+        "import os, time\ndef held(task):\n    while not os.path.exists('go'):\n        time.sleep(0.01)\n"
+        "HANDLERS = {'t': lambda task: None, 'held': held}")
+    held = enqueue(conn, "held")
+    worker = worker_process(installed, MAX_TASKS=1, WORKER_POOL_SIZE=2, SHUTDOWN_GRACE="1h")
+    eventually(lambda: value(conn, "select status = 'running' from orchestrator.tasks where id = %s", held))
+    enqueue(conn)
+    eventually(lambda: " stops: " in worker.output)
+    worker.signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        worker.process.wait(0.5)
+    (tmp_path / "go").touch()
+    assert worker.process.wait(20) == 0, worker.output
+    assert conn.execute("select status, attempts from orchestrator.tasks where id = %s", [held]).fetchone() == ("completed", 1)
+
+
 def test_tasks_are_counted_as_they_run_whatever_becomes_of_them(installed: str, conn: Connection) -> None:
     with registered(installed, max_tasks=3) as worker:
         enqueue_some(conn, 3, "a")

@@ -3,10 +3,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 import signal
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -373,9 +375,10 @@ def test_a_step_returns_what_json_makes_of_its_result_at_once(installed: str) ->
 
 
 @pytest.mark.parametrize(("name", "result", "words"), [
-    ("", 1, "name: must be 1 to 255 bytes"), ("a\0", 1, "name: must be text"), ("a", "x" * 262_144, "over 262144 bytes of JSON"),
+    ("", 1, "name: must be 1 to 255 bytes"), ("a\0", 1, "name: must be text"), (1, 1, "name: must be text"),
+    (None, 1, "name: must be text"), ("a", "x" * 262_144, "over 262144 bytes of JSON"),
     ("a", [1] * 131_000, "result: is over 256 KiB"), ("a", object(), "result: not JSON")])
-def test_a_step_that_cannot_be_kept_fails_its_attempt(installed: str, name: str, result: Any, words: str) -> None:
+def test_a_step_that_cannot_be_kept_fails_its_attempt(installed: str, name: Any, result: Any, words: str) -> None:
     with running(installed, {"t": lambda task: task.step(name, lambda: result)}) as app:
         failed = wait_for(app, app.enqueue("t", max_retries=0))
     assert failed["status"] == "dead_letter" and failed["last_error"].startswith(f"ValueError: {words}")
@@ -411,6 +414,58 @@ def test_a_step_waits_for_a_database_that_is_away_and_runs_once(installed: str, 
     with running(installed, app):
         assert wait_for(app, app.enqueue("t"))["attempts"] == 1
     assert ran == [1]
+
+
+def test_a_child_that_a_handler_forked_asks_over_a_connection_of_its_own(installed: str, conn: Connection) -> None:
+    """Over its parent's, each might read the answer to the other one's question, which may be another task's steps."""
+    def handler(task: Task) -> None:
+        worker = worker_of(app)
+        task.step("parent", lambda: 1)
+        with worker.steps_lock:   # as by the step of another task at this moment
+            child = os.fork()
+            if not child:
+                signal.alarm(10)
+                task.step("child", os.getppid)
+                os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+    app = make_app(installed, {"t": handler})
+    with running(installed, app):
+        done = wait_for(app, app.enqueue("t"), timeout=20)
+    assert done["attempts"] == 1 and known(conn, done["id"]) == {"parent": 1, "child": os.getpid()}
+
+
+def test_steps_that_begin_together_are_all_known_afterwards(
+        installed: str, conn: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+
+    def handler(task: Task) -> list[str]:
+        both, call = threading.Barrier(2), worker_of(app).call_step
+
+        def together(task: Task, function: str, *args: Any) -> Any:
+            if function == "steps":
+                both.wait(15)
+            return call(task, function, *args)
+        monkeypatch.setattr(worker_of(app), "call_step", together)
+        with ThreadPoolExecutor() as threads:
+            list(threads.map(lambda name: task.step(name, lambda: ran.append(name)), "ab"))
+        return [task.step(name, lambda: ran.append("again")) for name in "ab"]
+    app = make_app(installed, {"t": handler})
+    with running(installed, app):
+        assert wait_for(app, app.enqueue("t"))["status"] == "completed"
+    assert sorted(ran) == ["a", "b"]
+
+
+def test_a_step_is_recorded_over_another_connection_if_this_one_has_become_useless(installed: str, conn: Connection) -> None:
+    """What was prepared may be gone, or the server be a standby by now."""
+    with registered(installed) as worker:
+        id = enqueue(conn, "a")
+        [task] = claimed(worker, 1)
+        task.step("before", lambda: 1)
+        for name, trouble in (("a", "deallocate all"), ("b", "set default_transaction_read_only = on")):
+            worker.steps.open().execute(trouble)
+            assert task.step(name, lambda: 2) == 2
+        assert known(conn, id) == {"before": 1, "a": 2, "b": 2}
+        worker.steps.close()
 
 
 def test_a_step_whose_row_is_locked_for_long_is_recorded_later(
