@@ -314,7 +314,9 @@ def test_what_was_found_is_cancelled_retried_and_purged_after_a_preview(conn: Co
     act("Cancel", "ready")
     give_token(page)
     expect(page.locator("#confirm")).to_contain_text("Cancel 700 tasks?")
-    expect(page.locator("#confirm")).to_contain_text(SCRIPT)
+    expect(page.locator("#confirm")).to_contain_text(f"type {SCRIPT}, status ready matches {SCRIPT}")
+    expect(page.locator("#confirm")).to_contain_text(" and so on. What is in flight")
+    expect(page.locator("#results-title")).to_contain_text("Ready tasks of")
     assert column(conn, states, SCRIPT) == ["pending"]
     assert column(conn, "select action from orchestrator.operations") == ["pause"]
     page.get_by_role("button", name="Cancel them").click()
@@ -325,7 +327,7 @@ def test_what_was_found_is_cancelled_retried_and_purged_after_a_preview(conn: Co
     expect(page.locator("#notice")).to_contain_text("700 tasks are back in the queue.")
     act("Purge", "ready")
     page.get_by_role("button", name="Purge them").click()
-    expect(page.locator("#notice")).to_contain_text("0 tasks are deleted.")
+    expect(page.locator("#notice")).to_contain_text("0 tasks are deleted. 700 skipped.")
     conn.execute("select orchestrator.cancel_task(%s)", [ids[0]])
     act("Purge", "cancelled")
     page.get_by_role("button", name="Purge it").click()
@@ -455,11 +457,27 @@ def test_a_story_links_its_parents_and_the_children_that_wait_for_it(conn: Conne
     child = enqueue(conn, "nobody:child", after=[parent])
     page.goto(page.url.split("#")[0] + "#task=" + child)
     facts = page.locator("#story-facts")
-    expect(facts).to_contain_text("Waited fornobody:parent pending")
+    expect(facts).to_contain_text("Depends onnobody:parent pending")
     expect(page.locator("#story-why")).to_contain_text(f"waits for task {parent} (pending)")
     facts.get_by_role("link", name="nobody:parent").click()
     expect(page.locator("#story-id")).to_have_text(parent)
     expect(facts).to_contain_text("Waiting for itnobody:child pending")
+    expect(facts).to_contain_text("Statusready")
+    enqueue(conn, "nobody:child", after=[parent])
+    expect(facts.locator("dd div")).to_have_text(["nobody:child pending"] * 2)   # a line each
+
+
+def test_a_story_has_steps_signals_expiry_and_keys(conn: Connection, page: Page) -> None:
+    id = enqueue(conn, "nobody:steps", concurrency_key="acme", expires_at="2030-01-01")
+    conn.execute("""insert into orchestrator.task_steps (task_id, name, result, at, until) values
+                    (%(id)s, 'charge', '{"id": "ch_1", "token": "canary"}', now(), null), (%(id)s, 'approved', null, null, '2030-01-02')""", {"id": id})
+    page.goto(page.url.split("#")[0] + "#task=" + id)
+    expect(page.locator("#story-steps")).to_contain_text('charge{"id":"ch_1","token":"[redacted]"}approvedwaits for the signal until ')
+    expect(page.locator("#story-facts")).to_contain_text("Concurrency keyacme")
+    expect(page.locator("#story-facts")).to_contain_text("Expires")
+    page.goto(page.url.split("#")[0] + "#task=" + enqueue(conn, "nobody:no-steps"))
+    expect(page.locator("#story-title")).to_have_text("nobody:no-steps")
+    expect(page.locator("#story-steps")).to_be_hidden()
 
 
 def test_an_unknown_task_is_said_and_not_an_outage(
