@@ -66,7 +66,7 @@ MUTANTS = [
            "order by cl.id limit", "order by cl.id desc limit",
            "races order_of_their_ids"),
     *[Mutant(f"no lock on the claim in {function}", file, function, " for no key update", "", "races before_its_task")
-      for file, function in [("40_finish", "complete_tasks"), ("40_finish", "fail_tasks"), ("40_finish", "release_tasks"),
+      for file, function in [("40_finish", "complete_tasks"), ("40_finish", "fail_tasks"), ("40_finish", "_release_claim"),
                              ("40_finish", "snooze_task"), ("50_workers", "_recover_claim")]],
     Mutant("a cancel request may slip in", "40_finish", "_lock_and_end_cancelled",
            "order by t.id for no key update", "order by t.id", "races cancel"),
@@ -251,7 +251,7 @@ MUTANTS = [
     Mutant("the younger overtakes the parked", "32_limits", "_line_up", "or i.queued_at > k.line", "", "limits behind_the_parked"),
     Mutant("older claims don't count", "32_limits", "_in_flight",
            "if orchestrator._older_claims(p_name, p_since)", "if false", "limits already"),
-    Mutant("a cancelled task doesn't give way", "70_operate", "cancel_task",
+    Mutant("a cancelled task doesn't give way", "45_after", "_cancel_waiting",
            "perform orchestrator._give_way(t.type, t.concurrency_key)", "null",
            "limits gives_way"),
     # plans and noise
