@@ -42,6 +42,7 @@ SERVER_SETTINGS = {"shared_buffers": "512MB", "max_wal_size": "4GB", "checkpoint
                    "autovacuum_naptime": "10s"}
 PAYLOAD = {"pad": "x" * 88}          # 100 bytes of JSON
 QUICK = False
+RESULTS = ROOT / "benchmarks" / "results.json"   # of the last full run
 
 
 # ---------------------------------------------------------------------------------------------------------------- tools
@@ -51,6 +52,9 @@ class Bench:
     def __init__(self, server: postgres.LocalServer) -> None:
         self.server = server
         self.rows: list[dict[str, Any]] = []
+        # The committed rows: ratios compare across machines and days, plain figures only as a hint.
+        last = [] if QUICK else json.loads(RESULTS.read_text())["rows"]
+        self.last = {(row["workload"], row["what"]): row["ratio"] or row["value"] for row in last}
 
     @contextlib.contextmanager
     def database(self) -> Iterator[tuple[str, psycopg.Connection[Any]]]:
@@ -69,7 +73,9 @@ class Bench:
                           "ratio": judged if reference else None, "of": of, "goal": goal, "at_most": at_most, "pass": good})
         ratio = f"{judged:6.2f} × {of}" if reference else ""
         wanted = "" if goal is None else f"{'≤' if at_most else '≥'} {goal:g} {'ok' if good else 'MISSED'}"
-        print(f"{workload:10} {what:44} {number(value):>12} {unit:10} {ratio:36} {wanted}", flush=True)
+        last = self.last.get((workload, what))
+        before = f"{judged / last:.2f} × results.json" if last else ""
+        print(f"{workload:10} {what:44} {number(value):>12} {unit:10} {ratio:36} {wanted:14} {before}", flush=True)
 
 
 @contextlib.contextmanager
