@@ -245,6 +245,9 @@ end $$;
 insert into orchestrator.leader_state (one) select true where not exists (select from orchestrator.leader_state);
 
 -- A restore of data alone leaves sequences behind.
+select setval('orchestrator.payload_doublings', 4)   -- 256 KiB: nobody has weighed what was restored
+where (select max(id) from orchestrator.task_events) > coalesce(pg_sequence_last_value('orchestrator.task_events_id_seq'), 0)
+   or (select max(leader_term) from orchestrator.workers) > coalesce(pg_sequence_last_value('orchestrator.leader_terms'), 0);
 select setval('orchestrator.task_events_id_seq', m.id) from (select max(id) as id from orchestrator.task_events) m
 where m.id > coalesce(pg_sequence_last_value('orchestrator.task_events_id_seq'), 0);
 select setval('orchestrator.leader_terms', m.term) from (select max(leader_term) as term from orchestrator.workers) m

@@ -123,6 +123,7 @@ begin
         with recursive d as (
           select w.child as id
           from unnest(p_parents || c.child) p cross join lateral (select * from orchestrator.task_waits x where x.parent = p offset 0) w
+          where w.child > c.child   -- not what is below those before it, which may wait on
           union select w.child from d cross join lateral (select * from orchestrator.task_waits x where x.parent = d.id offset 0) w)
         select d.id from d order by d.id offset 0) o;
       return;

@@ -124,6 +124,9 @@ language sql stable as $$
   from (select 'task_events_id_seq' as name, q.last_value - (not q.is_called)::int as at, (select max(e.id) from orchestrator.task_events e) as newest
         from orchestrator.task_events_id_seq q
         union all
+        select 'operations_id_seq', q.last_value - (not q.is_called)::int, (select max(o.id) from orchestrator.operations o)
+        from orchestrator.operations_id_seq q
+        union all
         select 'leader_terms', q.last_value - (not q.is_called)::int, (select max(w.leader_term) from orchestrator.workers w)
         from orchestrator.leader_terms q) b
   where b.at < b.newest

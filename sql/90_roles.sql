@@ -101,6 +101,7 @@ begin
   -- cancel, retry, pause, limit
   grant insert, update on orchestrator.task_types, orchestrator.type_limits to orchestrator_operator;
   grant insert on orchestrator.freed_keys to orchestrator_operator;
+  grant update (priority) on orchestrator.tasks to orchestrator_operator;
   grant insert, update on orchestrator.operations to orchestrator_operator;
   grant insert, delete on orchestrator.task_events to orchestrator_operator;
   grant insert (type, priority) on orchestrator.lanes to orchestrator_operator;

@@ -587,6 +587,22 @@ def test_of_two_parents_that_complete_at_the_same_time_the_later_frees_the_child
     assert ready(conn) == {child} and waits(conn) == []
 
 
+def test_a_cascade_locks_nothing_below_a_child_that_keeps_waiting(conn, connect):
+    """That is older than what is locked by then: a deadlock with whoever ends another parent of both."""
+    parent = enqueue(conn)
+    waiting = enqueue(conn, after=[parent])
+    below = enqueue(conn, after=[waiting])
+    goes, last = (enqueue(conn, after=[parent], on_failure="cancel") for _ in range(2))
+    beyond = enqueue(conn, after=[goes])
+    claim_id, _ = claim_one(conn)
+    with connect(autocommit=False) as other:
+        other.execute("select from orchestrator.tasks where id = %s for update", [below])
+        conn.execute("set lock_timeout = '1s'")
+        assert fail(conn, claim_id, parent, permanent=True) == "dead_letter"
+    assert [status(conn, id) for id in (waiting, below, goes, last, beyond)] == ["pending", "pending", "cancelled", "cancelled", "cancelled"]
+    assert [(w["parent"], w["child"]) for w in waits(conn)] == [(parent, waiting), (waiting, below)]
+
+
 def test_children_are_locked_in_the_order_of_their_ids(conn, connect):
     """Else two that end such tasks would wait for each other. The youngest one waits for another transaction meanwhile."""
     root, other_root = enqueue(conn), enqueue(conn)

@@ -6,6 +6,7 @@ import re
 import psycopg
 import pytest
 
+from postgres import install_schema
 from steps import (
     audit,
     cancel,
@@ -269,6 +270,27 @@ def test_a_sequence_that_fell_behind_its_table(conn):
     lead(conn)
     conn.execute("alter sequence orchestrator.leader_terms restart")
     assert found(conn) == [("a sequence is not behind its table", None, None)]
+    conn.execute("select orchestrator.pause_type('t'), setval('orchestrator.leader_terms', 1)")
+    assert found(conn) == []
+    conn.execute("alter sequence orchestrator.operations_id_seq restart")
+    assert found(conn) == [("a sequence is not behind its table", None, None)]
+
+
+@pytest.mark.parametrize("sequence", ["task_events_id_seq", "leader_terms"])
+def test_after_a_restore_of_data_alone_claims_reckon_with_the_largest_payloads(conn, installed, sequence):
+    enqueue(conn, payload=["x" * 262000])
+    cancel(conn, enqueue(conn))
+    lead(conn)
+    install_schema(installed)
+    assert value(conn, "select orchestrator._largest_payload()") == 262144
+    for name in ("payload_doublings", sequence):
+        conn.execute(f"alter sequence orchestrator.{name} restart")
+    enqueue(conn)
+    assert len(claim(conn)) == 2
+    install_schema(installed)
+    enqueue_some(conn, 3)
+    query = "select count(*) from orchestrator.claim_tasks('w', '{t}', 10, 600000)"
+    assert value(conn, query) == 2 and audit(conn) == []
 
 
 @pytest.mark.parametrize("table", ["leader_state", "stats_state"])

@@ -288,6 +288,18 @@ def test_operator_acts_on_many_by_their_payloads_without_reading_them_and_purges
             other.execute(bulk, ["cancel", '{"all": true}', True])
 
 
+def test_operator_runs_now_and_prioritizes(login, conn):
+    conn.execute("select orchestrator.limit_type('t', null, 1)")
+    later, ready = enqueue(conn, run_at="2030-01-01", concurrency_key="k"), enqueue(conn, concurrency_key="k")
+    bulk = "select done from orchestrator.bulk_tasks(%s, %s, false, %s)"
+    with psycopg.connect(login("operator"), autocommit=True) as operator:
+        assert value(operator, bulk, "run_now", '{"type": "t"}', None) == 1
+        assert value(operator, bulk, "prioritize", '{"type": "t"}', "5") == 2
+        assert "attempt" in str(operator.execute("select orchestrator.api_tasks(p_filter => '{\"priority\": 5}')").fetchone())
+    assert set(column(conn, "select id::text from orchestrator.tasks where queued_at is not null and priority = 5")) == {later, ready}
+    assert audit(conn) == []
+
+
 def test_worker_and_operator_fire_schedules_and_an_auditor_sees_all_of_them_but_their_payloads(login, conn):
     with psycopg.connect(login("operator"), autocommit=True) as operator:
         operator.execute("select orchestrator.schedule('by hand', '@yearly', 'task:t', '{\"password\": \"hunter2\"}')")

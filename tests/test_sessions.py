@@ -83,7 +83,10 @@ def live(server: Server, url: str, look: Connection) -> None:
     def failing(task: Task) -> None:
         raise RuntimeError(TEXT)
 
-    app = make_app(url, {"ok": lambda task: task.payload, "fails": Handler(failing, max_retries=1, base_delay=0), "obedient": obedient,
+    def staged(task: Task) -> list[Any]:
+        return [task.step("a", lambda: TEXT), task.signal(TEXT), list(task.parents().values())]
+
+    app = make_app(url, {"ok": lambda task: task.payload, "stages": staged, "fails": Handler(failing, max_retries=1, base_delay=0), "obedient": obedient,
                          "reports": reporting, "pays": paying}, claim_interval=0.05, heartbeat_interval=0.1)
     app.open()
     orphan = app.enqueue("ok", "orphan")
@@ -115,11 +118,36 @@ def live(server: Server, url: str, look: Connection) -> None:
         assert wait_for(app, soon)["status"] == "completed" and story(app, later)["status"] == "pending"
         assert datetime.fromisoformat(story(app, later)["next_retry_at"]) > datetime.now(UTC) + timedelta(days=2)
         assert app.cancel(later) == "cancelled" and app.cancel(later) == "cancelled"
+        compose(app)
         look_at_everything(app, failed["id"])
         assert psql(server, url, f"select orchestrator.cancel_task('{later}'), orchestrator.retry_task('{later}')") == "cancelled|pending"
         assert app.call("pause_type", "fails")[0][0] is True
         assert not +worker_of(app).counters.errors, worker_of(app).counters.errors
     assert column(look, "select a::text from orchestrator.audit() a") == []
+
+
+def compose(app: Orchestrator) -> None:
+    """Tasks that wait for others, expire, are replaced, take steps and signals, and many at once."""
+    app.limit("ok", max_running=50, max_per_key=1)
+    later = datetime.now(UTC) + timedelta(days=1)
+    parent = app.replace("ok", TEXT + "r", [1], run_at=later, concurrency_key=TEXT)
+    child = app.enqueue("stages", TEXT, after=[parent], on_failure="cancel", expires=3600, meta={"text": TEXT})
+    assert app.call("explain_task", child)[0][0].startswith(f"waits for task {parent} (pending)")
+    assert app.replace("ok", TEXT + "r", [2], mode="append", priority=3, run_at=later) == parent
+    assert app.replace("ok", TEXT + "r", mode="keep") == parent
+    for action, value in (("prioritize", 7), ("run_now", None)):
+        assert app.bulk(action, {"ids": [str(parent)], "payload": [1, 2]}, dry_run=False, value=value)["done"] == 1
+    assert app.wait(parent) == [1, 2] and app.signal(child, TEXT, TEXT) == "delivered"
+    assert app.wait(child) == [TEXT, TEXT, [[1, 2]]]
+    gone = app.enqueue("ok", delay=3600, expires=7200)
+    left = app.enqueue("ok", after=[gone])
+    assert app.bulk("cancel", {"id": str(gone), "created_after": "2020-01-01"}, dry_run=False)["done"] == 1
+    assert story(app, left)["status"] == "cancelled" and app.list({"status": "ended"}, 3)
+    assert app.bulk("retry", {"ids": [str(gone)]}, dry_run=False)["done"] == 1 and app.wait(gone) == {}
+    assert app.bulk("purge", {"type": "ok", "error": TEXT}, dry_run=False)["done"] == 0
+    assert app.bulk("purge", {"ids": [str(left), str(gone), str(child)]}, dry_run=False)["done"] == 3
+    expiring = app.enqueue("nobody", expires=0.05)
+    assert wait_for(app, expiring)["status"] == "cancelled"
 
 
 def look_at_everything(app: Orchestrator, task_id: str) -> None:
