@@ -470,7 +470,8 @@ def test_a_story_links_its_parents_and_the_children_that_wait_for_it(conn: Conne
 def test_a_story_has_steps_signals_expiry_and_keys(conn: Connection, page: Page) -> None:
     id = enqueue(conn, "nobody:steps", concurrency_key="acme", expires_at="2030-01-01")
     conn.execute("""insert into orchestrator.task_steps (task_id, name, result, at, until) values
-                    (%(id)s, 'charge', '{"id": "ch_1", "token": "canary"}', now(), null), (%(id)s, 'approved', null, null, '2030-01-02')""", {"id": id})
+                    (%(id)s, 'charge', '{"id": "ch_1", "token": "canary"}', now(), null),
+                    (%(id)s, 'approved', null, null, '2030-01-02')""", {"id": id})
     page.goto(page.url.split("#")[0] + "#task=" + id)
     expect(page.locator("#story-steps")).to_contain_text('charge{"id":"ch_1","token":"[redacted]"}approvedwaits for the signal until ')
     expect(page.locator("#story-facts")).to_contain_text("Concurrency keyacme")
