@@ -4660,7 +4660,8 @@ def _parser() -> _Parser:
             own = _Parser(prog=f"orchestrator.py {name[3:]}", add_help=False)
             for names, options in ARGUMENTS[function]:
                 own.add_argument(*names, **options)
-            commands.add_parser(name[3:], help=text, description=text, **{**common, "parents": [own, settings]},
+            common["parents"] = [own, settings]
+            commands.add_parser(name[3:], help=text, description=text, **common,
                                 usage=own.format_usage().split(": ", 1)[1])
     return parser
 
