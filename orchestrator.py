@@ -7,9 +7,9 @@
   python orchestrator.py                       run a worker (without DATABASE_URL: on an embedded PostgreSQL)
   python orchestrator.py enqueue TYPE '{...}'  add a task, like select orchestrator.enqueue('TYPE', '{...}')
   python orchestrator.py show ID               what happened to a task, and why it is not running
-  python orchestrator.py COMMAND --help        install, enqueue, wait, list, show, cancel, retry, pause,
-                                               resume, signal, stats, schedule, schedules, unschedule,
-                                               fire, next, audit, psql
+  python orchestrator.py COMMAND --help        install, enqueue, wait, list, show, cancel, signal, retry,
+                                               purge, operations, pause, resume, stats, limit, limits,
+                                               schedule, schedules, unschedule, fire, next, audit, psql
 
 In a program:
 
@@ -221,7 +221,7 @@ def check_text(name: str, text: str) -> str:
 
 
 def _key(name: str, key: str | UUID) -> str:
-    text = check_text(name, str(key))
+    text = check_text(name, "" if key is None else str(key))
     if not 1 <= len(text.encode()) <= 255:
         raise ValueError(f"{name}: must be 1 to 255 bytes")
     return text
@@ -3155,6 +3155,8 @@ class _Drain(Journal):
     """A worker without threads, which runs one task at a time, and whose journal this is."""
 
     def __init__(self, app: Client, types: str) -> None:
+        if not isinstance(types, str):
+            raise ValueError("types: must be a type, or a pattern such as mail:*")
         self.types = [pattern if _covers(types, pattern) else types for pattern in app.router.handlers
                       if _covers(types, pattern) or _covers(pattern, types)]
         if not types or not self.types:
@@ -3506,6 +3508,8 @@ def _expires_at(expires: Seconds | datetime | None) -> datetime | After | None:
 
 
 def _parents(after: Iterable[str | UUID] | None) -> str | None:
+    if isinstance(after, (str, UUID)):
+        raise ValueError("after: must be a list of ids")
     return None if after is None else array(
         [check_id(task_id, f"after[{n}]") for n, task_id in enumerate(after, 1)])
 
@@ -4166,7 +4170,8 @@ def _options(args: Args, names: str) -> dict[str, Any]:
 def filtered(command: Command) -> Command:
     """Give a command the filter of tasks."""
     for name, text in FILTERS.items():
-        arg("--" + name, dest="filter_" + name.replace("-", "_"), help=text)(command)
+        dest = name.replace("-", "_")
+        arg("--" + name, dest="filter_" + dest, metavar=dest.upper(), help=text)(command)
     return command
 
 
@@ -4209,14 +4214,14 @@ def do_install(args: Args) -> int:
 @arg("type", nargs="?", help="such as task:backup")
 @arg("payload", nargs="?", type=_payload, help="JSON; default {}")
 @arg("--priority", type=int, help="higher is claimed first; default 0")
-@arg("--key", dest="idempotency_key", help="idempotency key")
+@arg("--key", dest="idempotency_key", metavar="KEY", help="idempotency key")
 @arg("--concurrency-key", help="whose turn it takes under a limit for each key")
 @arg("--max-retries", type=int, help="default: the policy of the type")
 @arg("--delay", help="such as 10m, or a number of seconds")
 @arg("--run-at", type=_moment, help="such as 2030-01-31T12:00:00+00:00")
 @arg("--expires", help="if it has not been claimed within this time, it never runs; such as 10m")
 @arg("--after", metavar="ID", action="append", help="a task that it waits for; may be repeated")
-@arg("--on-failure", choices=("wait", "cancel", "run"), default="wait",
+@arg("--on-failure", choices=("wait", "cancel", "run"),
      help="if one of those fails: wait until it is retried and completes, cancel it, or run it; default wait")
 @arg("--file", help="JSON lines {type, payload, priority, idempotency_key, max_retries, run_at, expires_at, "
                     "after, on_failure}, with the other flags for what they leave out; - is standard input")
@@ -4241,17 +4246,17 @@ def do_enqueue(args: Args) -> int:
     given = _options(args, "priority concurrency_key delay run_at")
     if args.modes:
         if (len(args.modes) > 1 or args.idempotency_key is None
-                or (args.max_retries, args.expires, args.after) != (None, None, None)):
+                or (args.max_retries, args.expires, args.after, args.on_failure) != (None,) * 4):
             raise ConfigError(f"--{args.modes[0]}: goes with --key, without --max-retries, --expires, "
-                              "--after and other modes")
+                              "--after, --on-failure and other modes")
         task_id = args.app.replace(args.type, args.idempotency_key, args.payload, mode=args.modes[0],
                                    max_wait=args.max_wait, **given)
     elif args.max_wait is not None:
         raise ConfigError("--max-wait: goes with --replace or --append")
     else:
-        given["priority"] = args.priority or 0
+        given |= {"priority": args.priority or 0, "on_failure": args.on_failure or "wait"}
         task_id = args.app.enqueue(args.type, args.payload, **given, **_options(
-            args, "idempotency_key max_retries expires after on_failure"))
+            args, "idempotency_key max_retries expires after"))
         if not task_id.created:
             print(f"the key {_cell(args.idempotency_key)} is known: this is the id of the first task",
                   file=sys.stderr)
@@ -4265,8 +4270,8 @@ def _enqueue_file(args: Args) -> int:
     for name, value in (("--key", args.idempotency_key), ("PAYLOAD", args.payload)):
         if value is not None:
             raise ConfigError(f"{name}: belongs in the lines of the file")
-    if args.wait or args.modes or args.max_wait:
-        raise ConfigError("--file: goes without --wait, --replace, --append and --keep")
+    if args.wait or args.timeout or args.modes or args.max_wait:
+        raise ConfigError("--file: goes without --wait, --replace, --append, --keep and their flags")
     now, due = datetime.now().astimezone(), _run_at(args.run_at, args.delay)
     if args.delay is not None:
         due = now + timedelta(seconds=check_seconds("delay", args.delay))
@@ -4395,6 +4400,8 @@ def do_signal(args: Args) -> int:
 def do_retry(args: Args) -> int:
     """retry a dead letter or a cancelled task, or those that match a filter"""
     if args.dead_letters:
+        if args.filter_status is not None:
+            raise ConfigError("--dead-letters: goes without --status")
         args.filter_status, args.yes = "dead_letter", True
     if not args.id:
         return _bulk(args, "retry", "retried")
@@ -4421,7 +4428,10 @@ def _bulk(args: Args, action: str, done: str) -> int:
     """Show what matches; with --yes act on it in batches, of which each is a transaction of its own."""
     given = {**_filter(args), **({"all": True} if args.all else {})}
     if not given and args.operation is None:
-        raise ConfigError(f"ID: say which task to {action}, or which with --type and the like, or --all")
+        who = "filter: say" if action == "purge" else f"ID: say which task to {action}, or"
+        raise ConfigError(f"{who} which tasks with --type and the like, or --all")
+    if given and args.operation is not None:
+        raise ConfigError("--operation: goes without a filter: it has one")
     sums = args.app.bulk(action, given, dry_run=not args.yes, limit=args.limit, operation=args.operation,
                          progress=lambda n: _progress(f"{n} tasks"))
     if args.yes:
@@ -4457,7 +4467,7 @@ def do_resume(args: Args) -> int:
 def do_stats(args: Args) -> int:
     """what waits, runs and failed, by type"""
     return _table(args, args.app.view("queue_stats"),
-                  "type waiting parked scheduled in_flight dead_letters oldest_waiting_age paused")
+                  "type waiting parked scheduled blocked in_flight dead_letters oldest_waiting_age paused")
 
 
 @arg("type")
@@ -4665,9 +4675,12 @@ def _parser() -> _Parser:
     for name, function in list(globals().items()):
         if name.startswith("do_"):
             text = function.__doc__
-            subparser = commands.add_parser(name[3:], help=text, description=text, **common)
+            own = _Parser(prog=f"orchestrator.py {name[3:]}", add_help=False)
             for names, options in ARGUMENTS[function]:
-                subparser.add_argument(*names, **options)
+                own.add_argument(*names, **options)
+            common["parents"] = [own, settings]
+            commands.add_parser(name[3:], help=text, description=text, **common,
+                                usage=own.format_usage().split(": ", 1)[1])
     return parser
 
 
@@ -4688,6 +4701,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(_spell_out(sys.argv[1:] if argv is None else argv))
     try:
         _, args.unknown = parser.parse_known_args(words, args)
+        if (len(args.unknown) == 1 and not args.unknown[0].startswith("-")
+                and getattr(args, "payload", "") is None):   # behind the flags, where argparse misses it
+            args.payload = _payload(args.unknown.pop())
         if args.unknown and args.command != "psql":
             parser.error("unrecognized arguments: " + " ".join(args.unknown))
         # HANDLERS is a module's name, while Orchestrator takes the handlers themselves

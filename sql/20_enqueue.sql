@@ -28,7 +28,7 @@ begin
   elsif (p_on_failure in ('wait', 'cancel', 'run')) is not true then
     perform orchestrator._invalid('on_failure', 'must be wait, cancel or run', 'What becomes of it if a task that it waits for does not complete.');
   elsif jsonb_typeof(p_meta) <> 'object' or octet_length(p_meta::text) > 8192 then
-    perform orchestrator._invalid('meta', 'must be a JSON object of at most 8 KiB', 'Such as {"trace": {…}}; larger data belong into the payload.');
+    perform orchestrator._invalid('meta', 'must be a JSON object of at most 8 KiB', 'Such as {"trace": {…}}; larger data belongs in the payload.');
   end if;
 end $$;
 
@@ -87,7 +87,7 @@ begin
   if v_problem is not null then
     perform orchestrator._invalid('payload', v_problem, 'Store the data elsewhere and enqueue a reference to it.');
   end if;
-  if num_nonnulls(p_concurrency_key, p_expires_at, p_after, p_meta) > 0 then
+  if num_nonnulls(p_concurrency_key, p_expires_at, p_after, p_meta) > 0 or p_on_failure <> 'wait' then
     perform orchestrator._check_extras(p_concurrency_key, p_run_at, p_expires_at, p_on_failure, p_meta);
     v_parents := orchestrator._open_parents(p_after, p_on_failure);
     if v_parents is not null then
@@ -155,7 +155,7 @@ begin
     perform orchestrator._invalid('concurrency_keys', 'must be as many as the payloads', 'Use null for a task without a key.');
   end if;
   perform orchestrator._check_extras(k, p_run_at, p_expires_at, p_on_failure, p_meta) from unnest(coalesce(p_concurrency_keys, array[null])) k
-  where num_nonnulls(k, p_expires_at, p_after, p_meta) > 0;
+  where num_nonnulls(k, p_expires_at, p_after, p_meta) > 0 or p_on_failure <> 'wait';
   if v_n = 0 then return; end if;
   if v_parents is not null then
     v_blocked := coalesce(v_later, clock_timestamp());

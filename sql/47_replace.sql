@@ -42,7 +42,7 @@ begin
     if action <> 'replaced' then return; end if;   -- else another transaction was faster
   end loop;
   if p_mode = 'append' then   -- only here is a payload read, which a producer may not
-    select case when jsonb_typeof(x.payload) <> jsonb_typeof(p_payload) then 'must be an ' || jsonb_typeof(x.payload) || ', as what waits is'
+    select case when jsonb_typeof(x.payload) <> jsonb_typeof(p_payload) then 'must be an ' || jsonb_typeof(x.payload) || ', like the payload that waits'
                 else orchestrator._payload_problem(x.payload || p_payload) || ' with what waits' end, x.payload || p_payload
     into v_problem, p_payload from orchestrator.tasks x where x.id = t.id;
     if v_problem is not null then

@@ -43,15 +43,27 @@ declare
   v_keys text[] := '{id,ids,type,status,created_after,created_before,priority,concurrency_key,error,payload,all}'::text[];
   v_statuses text[] := '{ready,parked,blocked,scheduled,waiting,in_flight,unfinished,ended}' ||
     array_remove(enum_range(null::orchestrator.task_status)::text[], 'failed');   -- none rests in failed
+  v_key text;
 begin
   perform orchestrator._invalid(case when k.known then k.key else 'filter' end, case when k.known then 'is empty' else k.key || ' is not known' end,
                                 'A filter is an object of some of ' || array_to_string(v_keys, ', ') || '.')
   from (select e.key, e.value, e.key = any (v_keys) as known from jsonb_each(p_filter) e) k where not k.known or k.value in ('null', '""', '{}');
   if p_filter ->> 'status' <> all (v_statuses) then
-    perform orchestrator._invalid('status', 'is unknown', 'One of ' || array_to_string(v_statuses, ', ') || '.');
+    perform orchestrator._invalid('status', 'is unknown: must be one of ' || array_to_string(v_statuses, ', '), 'Or leave it out.');
   elsif replace(btrim(p_filter ->> 'id'), '-', '') !~* '^[0-9a-f]{1,32}$' then
     perform orchestrator._invalid('id', 'must be the beginning of a task''s id', 'Digits and a to f.');
   end if;
+  begin
+    v_key := 'priority';
+    perform (p_filter ->> v_key)::int;
+    v_key := 'ids';
+    perform translate(p_filter ->> v_key, '[]', '{}')::uuid[];
+    foreach v_key in array '{created_after,created_before}'::text[] loop
+      perform (p_filter ->> v_key)::timestamptz;
+    end loop;
+  exception when data_exception then
+    perform orchestrator._invalid(v_key, sqlerrm, 'Such as {"priority": 10, "ids": [], "created_after": "2030-01-31 12:00+00"}.');
+  end;
 end $$;
 
 -- The tasks of the list p_walk that match, from its p_skip-th on, or by id: `ids` from p_from down, `up` from p_from up. Looks at
@@ -194,7 +206,7 @@ begin
     select o.filter, o.value, coalesce(p_after, o.next_after) into p_filter, p_value, p_after from orchestrator.operations o
     where o.id = p_operation and o.action = p_action and o.ended_at is null for no key update;
     if not found then
-      perform orchestrator._invalid('operation', 'is none of this action that has not ended', 'Look into the table operations.');
+      perform orchestrator._invalid('operation', 'is not an unfinished operation of this action', 'See the table operations.');
     end if;
   elsif (p_action in ('cancel', 'retry', 'run_now', 'prioritize', 'purge')) is not true then
     perform orchestrator._invalid('action', 'must be cancel, retry, run_now, prioritize or purge', 'prioritize takes p_value, a priority.');

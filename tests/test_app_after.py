@@ -54,6 +54,7 @@ def test_each_way_to_enqueue_takes_after_on_failure_and_expires(app: Orchestrato
 
 @pytest.mark.parametrize(("options", "words"), [
     ({"after": ["x"]}, "after[1]: must be a task's id"), ({"after": [UNKNOWN]}, f"after[1]: there is no task {UNKNOWN}"),
+    ({"after": UNKNOWN}, "after: must be a list of ids"), ({"on_failure": "ignore"}, "on_failure: must be wait, cancel or run"),
     ({"after": [], "on_failure": "ignore"}, "on_failure: must be wait, cancel or run"), ({"expires": -1}, "expires: "),
     ({"expires": 0}, "expires_at: must be a moment to come"),
     ({"expires": datetime.now(UTC).replace(tzinfo=None)}, "expires: must be a datetime with"),

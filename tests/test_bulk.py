@@ -199,6 +199,9 @@ def test_ids_and_the_beginning_of_one_stand_for_those_tasks_whatever_their_state
     ("cancel", {"type": None}, "type", "is empty"), ("cancel", {"error": ""}, "error", "is empty"),
     ("cancel", {"payload": {}}, "payload", "is empty"),
     ("cancel", {"status": "lost"}, "status", "is unknown"), ("cancel", {"status": "failed"}, "status", "is unknown"),
+    ("cancel", {"status": "lost"}, "status", "must be one of ready, parked"), ("cancel", {"priority": "high"}, "priority", "type integer"),
+    ("cancel", {"created_after": "soon"}, "created_after", "type timestamp"), ("cancel", {"ids": ["x"]}, "ids", "type uuid"),
+    ("cancel", {"created_before": 5}, "created_before", "type timestamp"), ("cancel", {"ids": "x"}, "ids", "array"),
     ("cancel", {"id": "xyz"}, "id", "beginning"), ("drop", {"all": True}, "action", "must be"), (None, {"all": True}, "action", "must be"),
     ("prioritize", {"all": True}, "value", "must be a priority")])
 def test_a_bad_filter_or_action_is_refused_and_named(conn: Connection, action: str, filter: Any, field: str, said: str) -> None:

@@ -96,6 +96,14 @@ def test_enqueue_takes_a_delay_or_a_moment(cli: Callable[..., Answer], conn: Con
     assert value(conn, "select count(*) from orchestrator.tasks where next_retry_at = '2030-01-31 11:00Z'") == 1
 
 
+def test_a_payload_may_stand_behind_the_flags(cli: Callable[..., Answer], conn: Connection) -> None:
+    assert cli("enqueue", "a", "--priority", "1", '{"n": 1}').code == 0
+    assert cli("schedule", "s", "@daily", "a", "--priority", "1", '{"n": 2}').code == 0
+    assert value(conn, "select payload from orchestrator.tasks") == {"n": 1}
+    assert value(conn, "select payload from orchestrator.schedules") == {"n": 2}
+    refused(cli("enqueue", "a", "--priority", "1", "{"), "payload: is not JSON")
+
+
 REFUSED = [
     (["a", "{"], "payload: is not JSON"), (["a", "NaN"], "payload: is not JSON"), (["a", "[" * 100_000], "payload: is not JSON"),
     (["a", '"\\u0000"'], "payload: .*U.0000"), (["a*"], "type: "), ([], "TYPE: "),
@@ -125,7 +133,7 @@ def test_what_makes_no_sense_with_a_file_is_refused(cli: Callable[..., Answer], 
     for args, words in ((["--key", "k"], "--key: "), (["a", '{"n": 1}'], "PAYLOAD: "), (["--delay", "soon"], "delay: "),
                         (["--delay", "1h", "--run-at", "2030-01-31T12:00Z"], "delay: give either"),
                         (["--run-at", "2030-01-31"], "--run-at: "), (["--priority", "1000001"], "priority: "),
-                        (["--max-retries", "1001"], "max_retries: ")):
+                        (["--max-retries", "1001"], "max_retries: "), (["--timeout", "1"], "--file: goes without")):
         refused(cli("enqueue", *args, "--file", str(tmp_path / "f")), words)
     assert value(conn, "select count(*) from orchestrator.tasks") == 0
 
@@ -388,10 +396,12 @@ def test_many_are_shown_first_and_acted_on_with_yes(cli: Callable[..., Answer], 
 
 def test_bad_filters_of_many_are_refused(cli: Callable[..., Answer]) -> None:
     for args, words in ((["--status", "lost"], "status: is unknown"), (["--created-before", "soon"], "--created-before: must be a moment"),
-                        (["--payload", "{"], "payload: is not JSON"), (["--priority", "high"], "filter: |.*integer"), ([], "ID: "),
+                        (["--payload", "{"], "payload: is not JSON"), (["--priority", "high"], "priority: .*integer"), ([], "ID: "),
                         (["--type", ""], "type: is empty"), (["--operation", "7"], "operation: ")):
         refused(cli("cancel", *args, "--yes"), words)
-    refused(cli("purge"), "ID: ")
+    refused(cli("cancel", "--operation", "7", "--type", "a"), "--operation: goes without a filter")
+    refused(cli("retry", "--dead-letters", "--status", "cancelled"), "--dead-letters: goes without --status")
+    refused(cli("purge"), "filter: say which tasks with --type")
     assert cli("cancel", "--all").out.splitlines()[-1] == "0 tasks in all: --yes to cancel"
 
 
@@ -419,7 +429,7 @@ def test_stats_and_audit(cli: Callable[..., Answer], conn: Connection) -> None:
     cli("pause", "a")
     (row,) = cli("stats", "--json").json
     assert (row["type"], row["waiting"], row["in_flight"], row["paused"]) == ("a", 1, 0, True)
-    assert cli("stats").out.splitlines()[0].split()[:2] == ["type", "waiting"]
+    assert cli("stats").out.splitlines()[0].split()[:5] == ["type", "waiting", "parked", "scheduled", "blocked"]
     assert cli("audit", "--json").json == []
     conn.execute("select orchestrator.register_worker('w', 'host', 1, '1')")
     conn.execute("insert into orchestrator.claims (id, worker_id, open_tasks) values (1, 'w', 3)")   # holds nothing
@@ -481,6 +491,11 @@ def test_version_and_help(cli: Callable[..., Answer]) -> None:
     assert shown.code == 0 and all(word in shown.out for word in ("enqueue", "--worker-pool-size", "Guarantees"))
     shown = cli("stats", "--help")
     assert shown.code == 0 and all(word in shown.out for word in ("--json", "--worker-pool-size", "--database-url"))
+    commands = {name[3:] for name in vars(orchestrator) if name.startswith("do_")} - {"run"}
+    assert commands == set(re.findall(r"\w+", re.search(r"COMMAND --help(.*?)\n\n", orchestrator.__doc__, re.S)[1]))
+    shown = cli("cancel", "--help").out
+    assert shown.startswith("usage: orchestrator.py cancel [--payload PAYLOAD]") and "FILTER_" not in shown
+    assert "--database-url" not in shown.split("\n\n")[0], "the usage is about the command"
     assert cli("nonsense").code == 2
 
 

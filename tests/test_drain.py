@@ -123,6 +123,11 @@ def test_types_that_nobody_handles_are_an_error(installed: str, types: str) -> N
         make_app(installed, {"mail:": behave} if types else {"*": behave}).drain(types)
 
 
+def test_a_list_of_types_is_refused(installed: str) -> None:
+    with pytest.raises(ValueError, match="^types: must be a type, or a pattern"):
+        make_app(installed, {"a": behave}).drain(["a"])
+
+
 def test_a_handlers_exception_is_raised_once_it_is_recorded(installed: str) -> None:
     app = make_app(installed, {"a": behave})
     ids = [app.enqueue("a", way) for way in ("snoozes", "fails", "returns something")]

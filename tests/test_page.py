@@ -467,10 +467,21 @@ def test_a_story_links_its_parents_and_the_children_that_wait_for_it(conn: Conne
     expect(facts.locator("dd div")).to_have_text(["nobody:child pending"] * 2)   # a line each
 
 
+def test_what_is_due_comes_before_what_is_blocked(conn: Connection, page: Page) -> None:
+    parent = enqueue(conn, "nobody:due", run_at="2030-01-01")
+    for _ in range(9):
+        enqueue(conn, "nobody:blocked", after=[parent])
+    rows = page.locator("#retries tbody tr")
+    expect(rows.first).to_contain_text("nobody:due")
+    expect(rows.nth(1)).to_contain_text("nobody:blocked")
+    expect(page.locator("#scheduled-note")).to_contain_text("next in")
+
+
 def test_a_story_has_steps_signals_expiry_and_keys(conn: Connection, page: Page) -> None:
     id = enqueue(conn, "nobody:steps", concurrency_key="acme", expires_at="2030-01-01")
     conn.execute("""insert into orchestrator.task_steps (task_id, name, result, at, until) values
-                    (%(id)s, 'charge', '{"id": "ch_1", "token": "canary"}', now(), null), (%(id)s, 'approved', null, null, '2030-01-02')""", {"id": id})
+                    (%(id)s, 'charge', '{"id": "ch_1", "token": "canary"}', now(), null),
+                    (%(id)s, 'approved', null, null, '2030-01-02')""", {"id": id})
     page.goto(page.url.split("#")[0] + "#task=" + id)
     expect(page.locator("#story-steps")).to_contain_text('charge{"id":"ch_1","token":"[redacted]"}approvedwaits for the signal until ')
     expect(page.locator("#story-facts")).to_contain_text("Concurrency keyacme")

@@ -311,7 +311,7 @@ def test_a_ready_task_that_leaves_its_keys_turn_lets_the_next_one_of_the_key_go_
     ({"run_at": "infinity"}, "run_at: "), ({"max_wait": "1 minute"}, "max_wait: must be 0 or more, and goes with run_at"),
     ({"max_wait": "-1 minute", "run_at": "2030-01-01"}, "max_wait: "), ({"payload": ["x" * 262144]}, "payload: is over 256 KiB"),
     ({"payload": 5, "mode": "append"}, "payload: must be an array or an object"),
-    ({"payload": {}, "mode": "append"}, "payload: must be an array, as what waits is"),
+    ({"payload": {}, "mode": "append"}, "payload: must be an array, like the payload that waits"),
     ({"key": "new", "concurrency_key": ""}, r"concurrency_keys?(\[1\])?: "),
     ({"payload": ["x" * 131072], "mode": "append"}, "payload: is over 256 KiB with what waits")])
 def test_what_is_refused_names_the_field_and_changes_nothing(conn, given, problem):
@@ -472,7 +472,8 @@ def test_a_program_replaces_in_its_own_transaction(installed, conn):
 
 
 @pytest.mark.parametrize(("given", "problem"), [
-    ({"mode": "merge"}, "mode: "), ({"key": ""}, "key: "), ({"type": ""}, "type: "), ({"max_wait": "1m"}, "max_wait: "),
+    ({"mode": "merge"}, "mode: "), ({"key": ""}, "key: "), ({"key": None}, "key: "),
+    ({"type": ""}, "type: "), ({"max_wait": "1m"}, "max_wait: "),
     ({"max_wait": -1, "delay": 1}, "max_wait: "), ({"priority": 10 ** 7}, "priority: "), ({"payload": {1, 2}, "delay": "x"}, "delay: "),
     ({"payload": object()}, "payload: "), ({"payload": 5, "mode": "append"}, "payload: "), ({"concurrency_key": ""}, "concurrency_key: "),
     ({"delay": 1, "run_at": datetime.now(UTC)}, "delay: give either")])
@@ -496,7 +497,8 @@ def test_the_command_enqueue_replaces_appends_and_keeps(installed, conn, run_cli
         0, json.dumps({"id": id, "created": False}), "")
     assert row(conn, "select payload, next_retry_at from orchestrator.tasks") == {"payload": [4], "next_retry_at": None}
     for args, problem in ((["--replace"], "--replace: goes with --key"), (["--key", "k", "--keep", "--append"], "--keep: goes with"),
-                          (["--key", "k", "--keep", "--max-retries", "1"], "--keep: goes with"), (["--max-wait", "1m"], "--max-wait: "),
+                          (["--key", "k", "--keep", "--max-retries", "1"], "--keep: goes with"),
+                          (["--key", "k", "--keep", "--on-failure", "run"], "--keep: goes with"), (["--max-wait", "1m"], "--max-wait: "),
                           (["--key", "k", "--replace", "--max-wait", "1m"], "max_wait: "),
                           (["--file", "-", "--replace"], "--file: "), (["--file", "-", "--wait"], "--file: ")):
         code, out, error = run(*args)
