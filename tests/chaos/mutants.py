@@ -335,7 +335,7 @@ MUTANTS = [
            "dispatch every_way"),
     python("a forked child works on", "_exit_if_forked", "os._exit(0)", "pass", "dispatch forked_child"),
     python("the event loop ends with a callback", "_run_loop", "while not loop.is_closed():", "for _ in range(1):", "dispatch outlives"),
-    python("a stale claim commits its transaction", "Task.transaction", "if rows:\n", "if False:\n", "dispatch stolen_claim"),
+    python("a stale claim commits its transaction", "Task.transaction", "self._check_held(not rows)", "pass", "dispatch stolen_claim"),
     # replacing and waiting
     Mutant("an old place in a new lane", "47_replace", "replace_task", "else p_priority <> t.priority end", "else false end",
            "replace floor_of_the_new_lane"),
