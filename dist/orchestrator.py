@@ -10,9 +10,9 @@
   python orchestrator.py                       run a worker (without DATABASE_URL: on an embedded PostgreSQL)
   python orchestrator.py enqueue TYPE '{...}'  add a task, like select orchestrator.enqueue('TYPE', '{...}')
   python orchestrator.py show ID               what happened to a task, and why it is not running
-  python orchestrator.py COMMAND --help        install, enqueue, wait, list, show, cancel, retry, pause,
-                                               resume, signal, stats, schedule, schedules, unschedule,
-                                               fire, next, audit, psql
+  python orchestrator.py COMMAND --help        install, enqueue, wait, list, show, cancel, signal, retry,
+                                               purge, operations, pause, resume, stats, limit, limits,
+                                               schedule, schedules, unschedule, fire, next, audit, psql
 
 In a program:
 
@@ -456,6 +456,9 @@ end $$;
 insert into orchestrator.leader_state (one) select true where not exists (select from orchestrator.leader_state);
 
 -- A restore of data alone leaves sequences behind.
+select setval('orchestrator.payload_doublings', 4)   -- 256 KiB: nobody has weighed what was restored
+where (select max(id) from orchestrator.task_events) > coalesce(pg_sequence_last_value('orchestrator.task_events_id_seq'), 0)
+   or (select max(leader_term) from orchestrator.workers) > coalesce(pg_sequence_last_value('orchestrator.leader_terms'), 0);
 select setval('orchestrator.task_events_id_seq', m.id) from (select max(id) as id from orchestrator.task_events) m
 where m.id > coalesce(pg_sequence_last_value('orchestrator.task_events_id_seq'), 0);
 select setval('orchestrator.leader_terms', m.term) from (select max(leader_term) as term from orchestrator.workers) m
@@ -492,7 +495,7 @@ begin
   elsif (p_on_failure in ('wait', 'cancel', 'run')) is not true then
     perform orchestrator._invalid('on_failure', 'must be wait, cancel or run', 'What becomes of it if a task that it waits for does not complete.');
   elsif jsonb_typeof(p_meta) <> 'object' or octet_length(p_meta::text) > 8192 then
-    perform orchestrator._invalid('meta', 'must be a JSON object of at most 8 KiB', 'Such as {"trace": {…}}; larger data belong into the payload.');
+    perform orchestrator._invalid('meta', 'must be a JSON object of at most 8 KiB', 'Such as {"trace": {…}}; larger data belongs in the payload.');
   end if;
 end $$;
 
@@ -551,7 +554,7 @@ begin
   if v_problem is not null then
     perform orchestrator._invalid('payload', v_problem, 'Store the data elsewhere and enqueue a reference to it.');
   end if;
-  if num_nonnulls(p_concurrency_key, p_expires_at, p_after, p_meta) > 0 then
+  if num_nonnulls(p_concurrency_key, p_expires_at, p_after, p_meta) > 0 or p_on_failure <> 'wait' then
     perform orchestrator._check_extras(p_concurrency_key, p_run_at, p_expires_at, p_on_failure, p_meta);
     v_parents := orchestrator._open_parents(p_after, p_on_failure);
     if v_parents is not null then
@@ -619,7 +622,7 @@ begin
     perform orchestrator._invalid('concurrency_keys', 'must be as many as the payloads', 'Use null for a task without a key.');
   end if;
   perform orchestrator._check_extras(k, p_run_at, p_expires_at, p_on_failure, p_meta) from unnest(coalesce(p_concurrency_keys, array[null])) k
-  where num_nonnulls(k, p_expires_at, p_after, p_meta) > 0;
+  where num_nonnulls(k, p_expires_at, p_after, p_meta) > 0 or p_on_failure <> 'wait';
   if v_n = 0 then return; end if;
   if v_parents is not null then
     v_blocked := coalesce(v_later, clock_timestamp());
@@ -2414,8 +2417,10 @@ begin
     if orchestrator._settle_child(c.child, c.parents, p_skip_locked) then   -- then the rest, with all that wait for them, directly or not
       perform orchestrator._settle_child(o.id, null, p_skip_locked) from (
         with recursive d as (
-          select w.child as id from unnest(p_parents || c.child) p join orchestrator.task_waits w on w.parent = p
-          union select w.child from d join orchestrator.task_waits w on w.parent = d.id)
+          select w.child as id
+          from unnest(p_parents || c.child) p cross join lateral (select * from orchestrator.task_waits x where x.parent = p offset 0) w
+          where w.child > c.child   -- not what is below those before it, which may wait on
+          union select w.child from d cross join lateral (select * from orchestrator.task_waits x where x.parent = d.id offset 0) w)
         select d.id from d order by d.id offset 0) o;
       return;
     end if;
@@ -2504,7 +2509,7 @@ begin
     if action <> 'replaced' then return; end if;   -- else another transaction was faster
   end loop;
   if p_mode = 'append' then   -- only here is a payload read, which a producer may not
-    select case when jsonb_typeof(x.payload) <> jsonb_typeof(p_payload) then 'must be an ' || jsonb_typeof(x.payload) || ', as what waits is'
+    select case when jsonb_typeof(x.payload) <> jsonb_typeof(p_payload) then 'must be an ' || jsonb_typeof(x.payload) || ', like the payload that waits'
                 else orchestrator._payload_problem(x.payload || p_payload) || ' with what waits' end, x.payload || p_payload
     into v_problem, p_payload from orchestrator.tasks x where x.id = t.id;
     if v_problem is not null then
@@ -2521,7 +2526,7 @@ begin
       next_retry_at = case when p_run_at is null or x.blocked_until is not null then x.next_retry_at when v_later then p_run_at end,
       blocked_until = case when x.blocked_until is not null then coalesce(p_run_at, x.blocked_until) end
   where x.id = t.id returning x.queued_at is not null into t.waits;
-  if t.queued_at is not null and t.concurrency_key is not null and (v_later or v_tail) then
+  if t.concurrency_key is not null and coalesce(t.queued_at, t.parked_at) is not null and (v_later or p_priority <> t.priority) then
     perform orchestrator._give_way(p_type, t.concurrency_key);
   end if;
   if t.waits then perform orchestrator._notify_idle(p_type); end if;
@@ -2548,12 +2553,19 @@ comment on table orchestrator.task_steps is
   'By name, what the steps of a task returned and which signals it got (at: when). Without: its handler waits for that signal until '
   'then. Goes with the task.';
 
-create or replace function orchestrator._keep_step(p_id uuid, p_name text, p_field text, p_result jsonb) returns void
-language plpgsql as $$
+create or replace function orchestrator._check_name(p_name text) returns void
+language plpgsql stable as $$
 begin
   if (octet_length(p_name) between 1 and 255) is not true then
     perform orchestrator._invalid('name', 'must be 1 to 255 bytes', 'Use a name such as charge.');
-  elsif orchestrator._payload_problem(p_result) is not null then
+  end if;
+end $$;
+
+create or replace function orchestrator._keep_step(p_id uuid, p_name text, p_field text, p_result jsonb) returns void
+language plpgsql as $$
+begin
+  perform orchestrator._check_name(p_name);
+  if orchestrator._payload_problem(p_result) is not null then
     perform orchestrator._invalid(p_field, orchestrator._payload_problem(p_result), 'Store the data elsewhere, and a reference to it here.');
   end if;
   insert into orchestrator.task_steps as s (task_id, name, result, at) values (p_id, p_name, coalesce(p_result, 'null'), clock_timestamp())
@@ -2592,6 +2604,7 @@ declare
   v_now timestamptz := clock_timestamp();
   v_until timestamptz;
 begin
+  perform orchestrator._check_name(p_name);
   held := orchestrator._lock_held(p_claim_id, p_id);
   if not held then return; end if;
   insert into orchestrator.task_steps as s (task_id, name, until) values (p_id, p_name, coalesce(v_now + p_timeout, 'infinity'))
@@ -2603,7 +2616,7 @@ begin
 end $$;
 comment on function orchestrator.await_signal is
   'For a handler: the value of a signal, else for how long to snooze before asking again, or neither: p_timeout is over, counted '
-  'from the first call. held: whether the claim still holds the task.';
+  'from the first call. held: whether the claim still holds the task. Raises OR001.';
 
 -- Makes a locked task ready that is off until a signal which has come; once.
 create or replace function orchestrator._wake(p_id uuid) returns void
@@ -2910,7 +2923,8 @@ begin
     more := cardinality(v_ids) = p_limit;
     update orchestrator.leader_state
     set prune_cursor = case when more then v_ids[p_limit] else '00000000-0000-0000-0000-000000000000' end;
-    perform orchestrator._parents_ended(v_ids);   -- first, since some completed
+    perform orchestrator._parents_ended(array(   -- first, since some completed
+      select t.id from orchestrator.tasks t where t.id = any (v_ids) and t.completed_at < v_completed_before));
     delete from orchestrator.tasks t where t.id = any (v_ids) and t.completed_at < v_completed_before;
     get diagnostics completed = row_count;
     delete from orchestrator.task_events e where e.task_id = any (v_ids)
@@ -3342,15 +3356,27 @@ declare
   v_keys text[] := '{id,ids,type,status,created_after,created_before,priority,concurrency_key,error,payload,all}'::text[];
   v_statuses text[] := '{ready,parked,blocked,scheduled,waiting,in_flight,unfinished,ended}' ||
     array_remove(enum_range(null::orchestrator.task_status)::text[], 'failed');   -- none rests in failed
+  v_key text;
 begin
   perform orchestrator._invalid(case when k.known then k.key else 'filter' end, case when k.known then 'is empty' else k.key || ' is not known' end,
                                 'A filter is an object of some of ' || array_to_string(v_keys, ', ') || '.')
   from (select e.key, e.value, e.key = any (v_keys) as known from jsonb_each(p_filter) e) k where not k.known or k.value in ('null', '""', '{}');
   if p_filter ->> 'status' <> all (v_statuses) then
-    perform orchestrator._invalid('status', 'is unknown', 'One of ' || array_to_string(v_statuses, ', ') || '.');
+    perform orchestrator._invalid('status', 'is unknown: must be one of ' || array_to_string(v_statuses, ', '), 'Or leave it out.');
   elsif replace(btrim(p_filter ->> 'id'), '-', '') !~* '^[0-9a-f]{1,32}$' then
     perform orchestrator._invalid('id', 'must be the beginning of a task''s id', 'Digits and a to f.');
   end if;
+  begin
+    v_key := 'priority';
+    perform (p_filter ->> v_key)::int;
+    v_key := 'ids';
+    perform translate(p_filter ->> v_key, '[]', '{}')::uuid[];
+    foreach v_key in array '{created_after,created_before}'::text[] loop
+      perform (p_filter ->> v_key)::timestamptz;
+    end loop;
+  exception when data_exception then
+    perform orchestrator._invalid(v_key, sqlerrm, 'Such as {"priority": 10, "ids": [], "created_after": "2030-01-31 12:00+00"}.');
+  end;
 end $$;
 
 -- The tasks of the list p_walk that match, from its p_skip-th on, or by id: `ids` from p_from down, `up` from p_from up. Looks at
@@ -3447,6 +3473,9 @@ begin
     order by t.id);
   if p_action = 'purge' then
     perform orchestrator._parents_ended(v_ids, true);   -- first, since some completed
+    v_ids := array(   -- one that completed stays while somebody has a child of it locked, which would else be cancelled
+      select t.id from orchestrator._bare_tasks t
+      where t.id = any (v_ids) and (t.status <> 'completed' or not exists (select from orchestrator.task_waits w where w.parent = t.id)));
     delete from orchestrator.task_events e where e.task_id = any (v_ids);
     delete from orchestrator.tasks t where t.id = any (v_ids);
     perform orchestrator._parents_ended(v_ids, true);   -- of dead letters
@@ -3465,6 +3494,9 @@ begin
         queued_at = case when t.queued_at is not null or p_priority is null then clock_timestamp() end,
         parked_at = case when t.parked_at is not null then clock_timestamp() end
     where t.id = any (v_ids);
+    perform orchestrator._give_way(k.type, k.concurrency_key)   -- one put back in its key's turn may be behind parked ones by now
+    from (select distinct b.type, b.concurrency_key from orchestrator._bare_tasks b
+          where b.id = any (v_ids) and b.concurrency_key is not null and coalesce(b.queued_at, b.parked_at) is not null) k;
     perform orchestrator._add_event(u.id, case p_action when 'run_now' then p_action else 'prioritized' end, null, null, orchestrator._by())
     from unnest(v_ids) u(id);
     perform orchestrator._notify_idle(l.type)
@@ -3487,12 +3519,12 @@ begin
     select o.filter, o.value, coalesce(p_after, o.next_after) into p_filter, p_value, p_after from orchestrator.operations o
     where o.id = p_operation and o.action = p_action and o.ended_at is null for no key update;
     if not found then
-      perform orchestrator._invalid('operation', 'is none of this action that has not ended', 'Look into the table operations.');
+      perform orchestrator._invalid('operation', 'is not an unfinished operation of this action', 'See the table operations.');
     end if;
   elsif (p_action in ('cancel', 'retry', 'run_now', 'prioritize', 'purge')) is not true then
     perform orchestrator._invalid('action', 'must be cancel, retry, run_now, prioritize or purge', 'prioritize takes p_value, a priority.');
-  elsif (p_action = 'prioritize') <> (p_value is not null) or p_value #>> '{}' !~ '^-?\d{1,9}$' then
-    perform orchestrator._invalid('value', 'must be a priority, and goes with prioritize only', 'Such as p_value => ''10''.');
+  elsif (p_action = 'prioritize') <> (p_value is not null) or (p_value #>> '{}' ~ '^-?(\d{1,6}|1000000)$') is not true and p_value is not null then
+    perform orchestrator._invalid('value', 'must be a priority from -1000000 to 1000000, and goes with prioritize only', 'Such as p_value => ''10''.');
   elsif p_filter - 'all' = '{}' and p_filter -> 'all' is distinct from 'true' then
     perform orchestrator._invalid('filter', 'is empty', 'Say {"all": true} if you mean every task.');
   elsif not p_filter ?| '{status,id,ids}' then
@@ -3894,6 +3926,9 @@ language sql stable as $$
   from (select 'task_events_id_seq' as name, q.last_value - (not q.is_called)::int as at, (select max(e.id) from orchestrator.task_events e) as newest
         from orchestrator.task_events_id_seq q
         union all
+        select 'operations_id_seq', q.last_value - (not q.is_called)::int, (select max(o.id) from orchestrator.operations o)
+        from orchestrator.operations_id_seq q
+        union all
         select 'leader_terms', q.last_value - (not q.is_called)::int, (select max(w.leader_term) from orchestrator.workers w)
         from orchestrator.leader_terms q) b
   where b.at < b.newest
@@ -4258,6 +4293,7 @@ begin
   -- cancel, retry, pause, limit
   grant insert, update on orchestrator.task_types, orchestrator.type_limits to orchestrator_operator;
   grant insert on orchestrator.freed_keys to orchestrator_operator;
+  grant update (priority) on orchestrator.tasks to orchestrator_operator;
   grant insert, update on orchestrator.operations to orchestrator_operator;
   grant insert, delete on orchestrator.task_events to orchestrator_operator;
   grant insert (type, priority) on orchestrator.lanes to orchestrator_operator;
@@ -4472,6 +4508,7 @@ dialog input { width: 100%; margin: 4px 0 14px; }
   .head { flex-wrap: wrap; }
   .head input { min-height: 34px; width: 100%; }
   td.acts { margin-left: auto; }
+  #bulk { display: flex; flex-wrap: wrap; gap: 8px; }
   tr { align-items: baseline; }
   #story { border: 0; }
   #story .inner { padding: 16px 16px 40px; }
@@ -4494,7 +4531,7 @@ dialog input { width: 100%; margin: 4px 0 14px; }
       <datalist id="type-names"></datalist>
       <label class="only-read" for="status">Status</label>
       <select id="status">
-        <option value="">any status</option><option value="ready">ready</option><option value="parked">parked</option><option value="scheduled">scheduled</option>
+        <option value="">any status</option><option value="ready">ready</option><option value="parked">parked</option><option value="blocked">blocked</option><option value="scheduled">scheduled</option>
         <option value="in_flight">in flight</option><option value="running">running</option><option value="retry_scheduled">retry scheduled</option>
         <option value="dead_letter">dead letter</option><option value="unfinished">unfinished</option><option value="completed">completed</option><option value="cancelled">cancelled</option>
       </select>
@@ -4560,6 +4597,7 @@ dialog input { width: 100%; margin: 4px 0 14px; }
   <p class="why" id="story-why"></p>
   <dl id="story-facts"></dl>
   <h3>What happened</h3><ol id="story-events"></ol>
+  <div id="story-steps-part"><h3>Steps and signals</h3><dl id="story-steps"></dl></div>
   <div id="story-error-part"><h3>Last error</h3><pre class="error" id="story-error" tabindex="0"></pre></div>
   <h3>Payload</h3><pre id="story-payload" tabindex="0"></pre>
   <div id="story-progress-part"><h3>Progress</h3><pre id="story-progress" tabindex="0"></pre></div>
@@ -4869,6 +4907,7 @@ const retryable = t => ['dead_letter', 'cancelled'].includes(t.status);
 const acts = {class: 'acts', buttons: [
   {label: t => retryable(t) && 'Retry', name: t => 'Retry ' + t.id, press: t => retry(t.id)},
   {label: t => cancellable(t) && 'Cancel', name: t => 'Cancel ' + t.id, press: t => cancel(t.id)}]};
+const stateOf = t => t.status === 'pending' ? (t.blocked_until ? 'blocked' : t.next_retry_at ? 'scheduled' : t.parked_at ? 'parked' : 'ready') : words(t.status);
 const statusKind = {completed: 'good', claimed: 'live', running: 'live', dead_letter: 'bad', retry_scheduled: 'warn'};
 // What a type is like, its kind, and its place in the table: trouble first.
 function typeState(t) {
@@ -4941,6 +4980,7 @@ const tables = {
   limits: new Table('limits', 'Limits', 'None.', l => l.limit, [
     {head: 'Limit', class: 'type', text: l => l.limit, title: l => l.limit},
     {head: 'In flight', badge: 'meter', text: l => count(l.in_flight) + (l.max_running ? ' of ' + count(l.max_running) : ''), full: l => l.max_running ? Math.min(l.in_flight / l.max_running, 1) : 0},
+    num('Per key', l => l.max_per_key ?? '', () => 'Tasks of each concurrency key in flight at once'),
     num('Parked', l => l.parked ? count(l.parked) : '', () => 'Tasks whose concurrency key is full'),
     num('Rate', l => l.rate ? `${count(l.started_lately)} of ${count(l.rate)} in ${lasting(l.per)}` : '', l => l.next_start_in && 'The next one may start in ' + lasting(l.next_start_in)),
     {head: 'Fullest keys', class: 'grow', text: l => l.keys.map(([key, n]) => `${key}: ${count(n)}` + (l.max_per_key ? ' of ' + count(l.max_per_key) : '')).join(', ')}]),
@@ -4956,7 +4996,7 @@ const tables = {
       {label: s => s.paused ? 'Resume' : 'Pause', name: s => (s.paused ? 'Resume ' : 'Pause ') + s.name,
         press: s => s.paused ? onSchedule('resume', s) : onSchedule('pause', s, 'It does not fire until it is resumed; what it enqueued stays.')}]}]),
   operations: new Table('operations', 'Operations', 'None.', o => o.id, [
-    num('Number', o => o.id), {head: 'Action', text: o => words(o.action), state: o => o.ended_at ? '' : 'warn', title: o => o.ended_at ? null : 'not ended'},
+    {head: 'Number', class: 'id', text: o => o.id}, {head: 'Action', text: o => words(o.action) + (o.ended_at ? '' : ', unfinished'), state: o => o.ended_at ? '' : 'warn'},
     {head: 'Of', class: 'grow', text: o => JSON.stringify(o.filter) + (o.value == null ? '' : ' → ' + JSON.stringify(o.value)), title: o => JSON.stringify(o.filter)},
     {head: 'By', text: o => o.by}, num('Done', o => o.done == null ? '' : count(o.done)), num('Skipped', o => o.skipped ? count(o.skipped) : ''),
     num('When', o => ago(o.at), o => clock(o.at))]),
@@ -4971,7 +5011,7 @@ const tables = {
     acts]),
   found: new Table('found', 'Tasks found', 'No task found.', t => t.id, [
     idColumn, typeColumn,
-    {head: 'Status', text: t => t.status === 'pending' ? (t.blocked_until ? 'blocked' : t.next_retry_at ? 'scheduled' : t.parked_at ? 'parked' : 'ready') : words(t.status), state: t => statusKind[t.status] ?? ''},
+    {head: 'Status', text: stateOf, state: t => statusKind[t.status] ?? ''},
     payloadColumn, errorColumn,
     num('Attempts', t => t.attempts || '', t => attempt(t)),
     num('Priority', t => t.priority || ''),
@@ -4999,7 +5039,7 @@ const BULK = {cancel: ['cancelled', 'What is in flight is asked to stop.'], retr
   purge: ['deleted', 'They are gone for good, with their events.']};
 async function bulk(action, filter) {   // what it would do is shown first; then batches, each from where the last one ended
   const step = async more => (await act('bulk', {action, filter, ...more}))?.result;
-  let matched = 0, done = 0, sample, at = {};
+  let matched = 0, done = 0, skipped = 0, sample, at = {};
   while (at && (matched === 0 || at.next_after)) {
     at = await step({after: at.next_after});
     matched += at?.matched ?? 0; sample ??= at?.sample;
@@ -5007,13 +5047,13 @@ async function bulk(action, filter) {   // what it would do is shown first; then
     notice(`Counting: ${plural(matched, 'task')} …`);
   }
   if (!at) return;
-  const verb = action[0].toUpperCase() + action.slice(1), list = sample.map(t => `${t.type} ${short(t.id)}`).join(', ');
+  const verb = action[0].toUpperCase() + action.slice(1), list = sample.map(t => `${t.type} ${short(t.id)}`).join(', ') + (matched > 5 ? ' and so on' : '');
   if (!matched) notice(`Nothing to ${action}.`);
-  else if (await confirmed(`${verb} ${plural(matched, 'task')}?`, `${Object.entries(filter).map(([name, value]) => `${name} ${value}`).join(', ')}: ${list}${matched > 5 ? ' …' : ''}. ${BULK[action][1]}`, `${verb} ${matched === 1 ? 'it' : 'them'}`)) {
+  else if (await confirmed(`${verb} ${plural(matched, 'task')}?`, `${Object.entries(filter).map(([name, value]) => `${name} ${value}`).join(', ')} matches ${list}. ${BULK[action][1]}`, `${verb} ${matched === 1 ? 'it' : 'them'}`)) {
     do {
       at = await step({dry_run: false, limit: 100, operation: at.operation});
-      done += at?.done ?? 0;
-      notice(`${plural(done, 'task')} ${done === 1 ? 'is' : 'are'} ${BULK[action][0]}${at?.next_after ? ' …' : '.'}`);
+      done += at?.done ?? 0; skipped += at?.skipped ?? 0;
+      notice(`${plural(done, 'task')} ${done === 1 ? 'is' : 'are'} ${BULK[action][0]}${at?.next_after ? ' …' : '.'}${skipped ? ` ${count(skipped)} skipped.` : ''}`);
     } while (at?.next_after);
   }
   refresh();
@@ -5131,9 +5171,9 @@ function showRunning(answer) {   // what was claimed a moment ago is gone a mome
   put($('running-note'), more > 0 && lasts.length ? `and ${count(more)} more` : more > 0 ? `${count(more)} that are quick` : '');
 }
 function showRetries(answer) {
-  tables.retries.show(answer.tasks);
-  const next = answer.tasks.find(t => !t.blocked_until);
-  put($('scheduled-note'), next ? (next.due_in > 0 ? 'next in ' + lasting(next.due_in) : 'next now') : '');
+  const tasks = answer.tasks.sort((a, b) => !!a.blocked_until - !!b.blocked_until), next = tasks[0];   // when others end is not known
+  tables.retries.show(tasks.slice(0, ROWS));
+  put($('scheduled-note'), next && !next.blocked_until ? (next.due_in > 0 ? 'next in ' + lasting(next.due_in) : 'next now') : '');
 }
 
 // Search and story ------------
@@ -5158,7 +5198,7 @@ function showPlace() {
     $('query').value = search.id ?? search.type ?? ''; $('status').value = search.status ?? '';
     if ($('status').value !== (search.status ?? '')) $('status').value = '';
     const type = search.type && (isPattern(search.type) ? `of types that begin with ${search.type.replace(/\*$/, '')}` : 'of ' + search.type);
-    put($('results-title'), ['Tasks', search.status && words(search.status), type, search.id && 'whose id begins with ' + search.id].filter(Boolean).join(' '));
+    put($('results-title'), [search.status ? words(search.status).replace(/^./, c => c.toUpperCase()) + ' tasks' : 'Tasks', type, search.id && 'whose id begins with ' + search.id].filter(Boolean).join(' '));
   } else if (!search) { found.query = ''; $('query').value = ''; $('status').value = ''; }
   if (!task && $('story').open) $('story').close();
 }
@@ -5192,13 +5232,13 @@ function showFound(searching) {
   put($('found-note'), [searching ? 'Searching …' : '', n || next ? (n === 1 ? '1 task' : count(n) + ' tasks') + (next ? ' so far' : '') : '', calls > 1 || !n ? far : '',
     cut ? 'a state is listed down to its 100,000th task; narrow the search' : '', !searching && calls > 1 ? 'as of ' + clock(at) : ''].filter(Boolean).join(' · '));
 }
-const relative = t => t.id ? [make('a', {href: taskLink(t.id)}, `${t.type ?? t.id}`), ` ${words(t.status ?? 'deleted')} `] : [t];
+const relative = t => t.id ? make('div', {}, make('a', {href: taskLink(t.id)}, `${t.type ?? t.id}`), ` ${words(t.status ?? 'deleted')}`) : [t];
 const facts = [
-  ['Status', t => words(t.status) + (t.cancel_requested_at ? ', asked to stop' : '')], ['Attempts', t => `${t.attempts} of ${t.max_retries + 1}`], ['Priority', t => t.priority],
+  ['Status', t => stateOf(t) + (t.cancel_requested_at ? ', asked to stop' : '')], ['Attempts', t => `${t.attempts} of ${t.max_retries + 1}`], ['Priority', t => t.priority],
   ['Worker', t => t.worker_id], ['Next try', t => t.next_retry_at && !t.blocked_until && `${clock(t.next_retry_at)}, in ${lasting(-since(t.next_retry_at))}`],
   ['Ran for', t => t.started_at && lasting(since(t.started_at) - (since(t.completed_at ?? t.dead_at) ?? 0))],
-  ['Waited for', t => t.parents.length ? t.parents : null], ['Waiting for it', t => t.children.length ? t.children : null],
-  ['Idempotency key', t => t.idempotency_key], ['Recovered', t => t.recoveries ? plural(t.recoveries, 'time') + ' from a dead worker' : null]];
+  ['Depends on', t => t.parents.length ? t.parents : null], ['Waiting for it', t => t.children.length ? t.children : null],
+  ['Expires', t => clock(t.expires_at)], ['Concurrency key', t => t.concurrency_key], ['Idempotency key', t => t.idempotency_key], ['Recovered', t => t.recoveries ? plural(t.recoveries, 'time') + ' from a dead worker' : null]];
 function happened(t) {
   const list = [{at: t.created_at, event: 'enqueued'}, ...t.events.map(e => ({...e, detail: [e.detail, e.worker_id && 'on ' + e.worker_id].filter(Boolean).join('\n')}))];
   if (t.claimed_at) list.push({at: t.claimed_at, event: 'claimed', detail: 'by ' + t.worker_id});
@@ -5214,6 +5254,8 @@ function showStory(t) {
     known => known.flatMap(([name, text]) => [make('dt', {}, name), make('dd', {}, ...[text].flat().flatMap(relative))]));
   redraw($('story-events'), happened(t), events => events.map(e => make('li', {class: e.kind ?? (['failed', 'dead_letter', 'recovered', 'result_lost'].includes(e.event) ? 'bad' : '')},
     make('time', {datetime: e.at}, clock(e.at)), make('div', {}, words(e.event) + (e.attempt && e.event === 'failed' ? ', attempt ' + e.attempt : ''), make('span', {class: 'detail'}, e.detail ?? '')))));
+  $('story-steps-part').hidden = !t.steps;
+  redraw($('story-steps'), t.steps ?? [], steps => steps.flatMap(s => [make('dt', {}, s.name), make('dd', {}, s.at ? JSON.stringify(s.result) : 'waits for the signal' + (s.until ? ` until ${clock(s.until)}` : ''))]));
   $('story-error-part').hidden = !t.last_error; put($('story-error'), t.last_error);
   put($('story-payload'), pretty(t.payload));
   $('story-progress-part').hidden = t.progress == null; put($('story-progress'), prettyProgress(t.progress));
@@ -5250,7 +5292,7 @@ async function refresh() {
     const parts = [call('overview').then(showOverview)];
     if (search) parts.push(look(search).catch(error => { if (error.status !== 400) throw error; put($('found-note'), error.message); tables.found.show([]); tables.found.empty.hidden = true; }));
     else {
-      const list = status => call('tasks', {status, limit: String(status === 'in_flight' ? 20 : ROWS)});
+      const list = status => call('tasks', {status, limit: String({in_flight: 20, scheduled: 50}[status] ?? ROWS)});
       parts.push(list('in_flight').then(showRunning), list('scheduled').then(showRetries), list('dead_letter').then(a => tables.dead.show(a.tasks)),
         call('failures', {limit: String(ROWS)}).then(a => tables.failures.show(a.failures)),
         call('operations', {limit: String(ROWS)}).then(a => { tables.operations.show(a.operations); $('operations').parentNode.hidden = !a.operations.length; }));
@@ -5447,7 +5489,7 @@ def check_text(name: str, text: str) -> str:
 
 
 def _key(name: str, key: str | UUID) -> str:
-    text = check_text(name, str(key))
+    text = check_text(name, "" if key is None else str(key))
     if not 1 <= len(text.encode()) <= 255:
         raise ValueError(f"{name}: must be 1 to 255 bytes")
     return text
@@ -6223,11 +6265,14 @@ class Task:
         return await asyncio.to_thread(self.signal, name, timeout)
 
     def _known_steps(self, name: str) -> dict[str, Any]:
-        _key("name", name)
+        _key("name", check_text("name", name))   # the next attempt would not find 1 as "1"
         self._check_held(self.cancel_reason != "lost")
-        if self._steps is None:
-            self._steps = dict(_decode(self._worker.call_step(self, "steps", self.id)[0])[0])
-        return self._steps
+        steps = self._steps
+        if steps is None:
+            known = dict(_decode(self._worker.call_step(self, "steps", self.id)[0])[0])
+            with Task._lock:   # another thread of its handler may have been quicker
+                steps = self._steps = known if self._steps is None else self._steps
+        return steps
 
     def _record(self, steps: dict[str, Any], name: str, value: Any) -> None:
         text = self._worker.router.result_json(value, STEP_LIMIT)
@@ -6490,6 +6535,10 @@ class Router:
         return _no_generator(self._wait_for(task, result) if inspect.isawaitable(result) else result)
 
     def _wait_for(self, task: Task, awaitable: Awaitable[Any]) -> Any:
+        with contextlib.suppress(RuntimeError):   # in no event loop
+            if asyncio.get_running_loop() is self.loop:
+                raise TypeError("the event loop would wait for itself: an async middleware must be an "
+                                "`async def` itself, and call_next(task) be awaited")
         with self._loop_lock:
             if self.loop is None:
                 self.loop = asyncio.new_event_loop()
@@ -7835,7 +7884,7 @@ class Worker:
         self.reports, self.claims, self.heartbeat = ReportLoop(self), ClaimLoop(self), HeartbeatLoop(self)
         self.loops = (self.claims, self.reports, self.heartbeat)
         # Of all handlers' threads, one after the other.
-        self.steps, self.steps_lock = Link(config), threading.Lock()
+        self.process, self.steps, self.steps_lock = _process, Link(config), threading.Lock()
         self.worn_at = clock() + (config.max_age or math.inf) * random.uniform(0.9, 1)
 
     def log(self, level: int, message: str, *args: object, **fields: object) -> None:
@@ -7887,20 +7936,21 @@ class Worker:
 
     def call_step(self, task: Task, function: str, *args: Any) -> Row:
         """For a handler's thread: one row, asked for until the database answers or the task is to stop."""
+        if self.process is not _process:   # a child that the handler forked: the connection is its parent's
+            self.process, self.steps, self.steps_lock = _process, Link(self.config), threading.Lock()
         tries = 0
         while True:
             try:
                 with self.steps_lock:
                     self.steps.reopen_if_closed()
                     return self.steps.call(function, *args)[0]
-            except psycopg.OperationalError:
-                if task.cancelled.wait(backoff(tries)):
+            except psycopg.Error as error:
+                if error.sqlstate == "OR001":
+                    raise ValueError(error_line(error)) from None
+                passing = isinstance(error, psycopg.OperationalError) or not is_refusal(error)
+                if not passing or task.cancelled.wait(backoff(tries)):
                     raise
                 tries += 1
-            except psycopg.Error as error:
-                if error.sqlstate != "OR001":
-                    raise
-                raise ValueError(error_line(error)) from None
 
     def worn_out(self) -> str:
         """The setting by which another process should take over, or ""."""
@@ -8142,7 +8192,10 @@ class Client:
     def _meta(self, meta: Mapping[str, Any] | None) -> str | None:
         for hook in self.router.enqueue_hooks:
             if meta is None or isinstance(meta, Mapping):
-                meta = {**(hook() or {}), **(meta or {})} or None
+                more = hook() or {}
+                if not isinstance(more, Mapping):
+                    raise ValueError(f"on_enqueue: must return a dict or None, not {type(more).__name__}")
+                meta = {**more, **(meta or {})} or None
         return None if meta is None else to_json("meta", meta, self.router.encode)
 
     def limit(self, type: str, *, max_running: int | None = None, max_per_key: int | None = None,
@@ -8304,9 +8357,9 @@ class Operator(Client):
         left = check_whole("limit", 10 ** 9 if limit is None else limit, 1, 10 ** 9)
         sums: dict[str, Any] = {"operation": operation, "matched": 0, "done": 0, "skipped": 0, "sample": []}
         after, given = None, to_json("filter", filter, self.router.encode)
+        wanted = None if value is None else to_json("value", value, self.router.encode)
         while left:
-            row = self.json("bulk_tasks", p_action=action, p_filter=given,
-                            p_dry_run=dry_run, p_value=None if value is None else json.dumps(value),
+            row = self.json("bulk_tasks", p_action=action, p_filter=given, p_dry_run=dry_run, p_value=wanted,
                             p_limit=min(BULK_BATCH, left), p_operation=sums["operation"], p_after=after)[0]
             for name in ("matched", "done", "skipped"):
                 sums[name] += row[name] or 0
@@ -8370,6 +8423,8 @@ class _Drain(Journal):
     """A worker without threads, which runs one task at a time, and whose journal this is."""
 
     def __init__(self, app: Client, types: str) -> None:
+        if not isinstance(types, str):
+            raise ValueError("types: must be a type, or a pattern such as mail:*")
         self.types = [pattern if _covers(types, pattern) else types for pattern in app.router.handlers
                       if _covers(types, pattern) or _covers(pattern, types)]
         if not types or not self.types:
@@ -8385,6 +8440,7 @@ class _Drain(Journal):
 
     def claim(self, scheduled: bool) -> Task | None:
         worker, call = self.worker, self.worker.claims.link.call
+        self.stay_registered()
         worker.claims._promote_due()
         for row in call("claim_tasks", worker.id, texts(self.types), 1):
             handler = worker.router.handlers[self.counters.label(row[2])]
@@ -8395,6 +8451,14 @@ class _Drain(Journal):
         for pattern in self.types:
             call("bulk_tasks", "run_now", json.dumps({"type": pattern}), False)
         return self.claim(False)
+
+    def stay_registered(self) -> None:
+        """Between tasks: during one that takes WORKER_TIMEOUT it may be declared dead, as any worker."""
+        registered, beat = self.worker.registered, self.worker.heartbeat
+        if registered.is_set() and clock() - beat.looked_at >= self.worker.config.heartbeat_interval:
+            beat._beat()
+        if not registered.is_set():
+            beat.register()
 
     def run(self, task: Task) -> BaseException | None:
         """Run a task and report it; returns what its handler raised."""
@@ -8540,7 +8604,6 @@ class Orchestrator(Operator):
         self._open()
         drain = _Drain(self, types)
         try:
-            drain.worker.heartbeat.register()
             while task := drain.claim(scheduled):
                 if drain.outcomes.total() >= limit:
                     raise RuntimeError(f"limit: {limit} tasks ran, and there are more: is it a loop?")
@@ -8629,15 +8692,14 @@ class Orchestrator(Operator):
         try:
             worker = self.start().worker
             assert worker is not None
-            starting = False
-            while worker.fatal is None:
+            starting, worn = False, ""
+            while worker.fatal is None and not worn:
                 with contextlib.suppress(queue.Empty):
                     signals.get(timeout=0.5)
                     break
-                if setting := worker.worn_out():
-                    log.info("%s is reached", setting)
-                    break
-            self._stop(lambda: not signals.empty())
+                if worn := worker.worn_out():
+                    log.info("%s is reached", worn)
+            self._stop(lambda: signals.qsize() > bool(worn))
             if worker.fatal is not None:
                 raise worker.fatal
         except _Stopped:
@@ -8692,7 +8754,7 @@ def _plain_errors() -> Iterator[None]:
     try:
         yield
     except psycopg.Error as error:
-        if error.sqlstate == "OR001":
+        if error.sqlstate == "OR001" or isinstance(error, psycopg.DataError):
             raise ValueError(error_line(error)) from None
         if error.sqlstate in NOT_INSTALLED:
             raise ConfigError(f"DATABASE_URL: {database_problem(error)}") from None
@@ -8714,6 +8776,8 @@ def _expires_at(expires: Seconds | datetime | None) -> datetime | After | None:
 
 
 def _parents(after: Iterable[str | UUID] | None) -> str | None:
+    if isinstance(after, (str, UUID)):
+        raise ValueError("after: must be a list of ids")
     return None if after is None else array(
         [check_id(task_id, f"after[{n}]") for n, task_id in enumerate(after, 1)])
 
@@ -9374,7 +9438,8 @@ def _options(args: Args, names: str) -> dict[str, Any]:
 def filtered(command: Command) -> Command:
     """Give a command the filter of tasks."""
     for name, text in FILTERS.items():
-        arg("--" + name, dest="filter_" + name.replace("-", "_"), help=text)(command)
+        dest = name.replace("-", "_")
+        arg("--" + name, dest="filter_" + dest, metavar=dest.upper(), help=text)(command)
     return command
 
 
@@ -9417,14 +9482,14 @@ def do_install(args: Args) -> int:
 @arg("type", nargs="?", help="such as task:backup")
 @arg("payload", nargs="?", type=_payload, help="JSON; default {}")
 @arg("--priority", type=int, help="higher is claimed first; default 0")
-@arg("--key", dest="idempotency_key", help="idempotency key")
+@arg("--key", dest="idempotency_key", metavar="KEY", help="idempotency key")
 @arg("--concurrency-key", help="whose turn it takes under a limit for each key")
 @arg("--max-retries", type=int, help="default: the policy of the type")
 @arg("--delay", help="such as 10m, or a number of seconds")
 @arg("--run-at", type=_moment, help="such as 2030-01-31T12:00:00+00:00")
 @arg("--expires", help="if it has not been claimed within this time, it never runs; such as 10m")
 @arg("--after", metavar="ID", action="append", help="a task that it waits for; may be repeated")
-@arg("--on-failure", choices=("wait", "cancel", "run"), default="wait",
+@arg("--on-failure", choices=("wait", "cancel", "run"),
      help="if one of those fails: wait until it is retried and completes, cancel it, or run it; default wait")
 @arg("--file", help="JSON lines {type, payload, priority, idempotency_key, max_retries, run_at, expires_at, "
                     "after, on_failure}, with the other flags for what they leave out; - is standard input")
@@ -9449,17 +9514,17 @@ def do_enqueue(args: Args) -> int:
     given = _options(args, "priority concurrency_key delay run_at")
     if args.modes:
         if (len(args.modes) > 1 or args.idempotency_key is None
-                or (args.max_retries, args.expires, args.after) != (None, None, None)):
+                or (args.max_retries, args.expires, args.after, args.on_failure) != (None,) * 4):
             raise ConfigError(f"--{args.modes[0]}: goes with --key, without --max-retries, --expires, "
-                              "--after and other modes")
+                              "--after, --on-failure and other modes")
         task_id = args.app.replace(args.type, args.idempotency_key, args.payload, mode=args.modes[0],
                                    max_wait=args.max_wait, **given)
     elif args.max_wait is not None:
         raise ConfigError("--max-wait: goes with --replace or --append")
     else:
-        given["priority"] = args.priority or 0
+        given |= {"priority": args.priority or 0, "on_failure": args.on_failure or "wait"}
         task_id = args.app.enqueue(args.type, args.payload, **given, **_options(
-            args, "idempotency_key max_retries expires after on_failure"))
+            args, "idempotency_key max_retries expires after"))
         if not task_id.created:
             print(f"the key {_cell(args.idempotency_key)} is known: this is the id of the first task",
                   file=sys.stderr)
@@ -9473,8 +9538,8 @@ def _enqueue_file(args: Args) -> int:
     for name, value in (("--key", args.idempotency_key), ("PAYLOAD", args.payload)):
         if value is not None:
             raise ConfigError(f"{name}: belongs in the lines of the file")
-    if args.wait or args.modes or args.max_wait:
-        raise ConfigError("--file: goes without --wait, --replace, --append and --keep")
+    if args.wait or args.timeout or args.modes or args.max_wait:
+        raise ConfigError("--file: goes without --wait, --replace, --append, --keep and their flags")
     now, due = datetime.now().astimezone(), _run_at(args.run_at, args.delay)
     if args.delay is not None:
         due = now + timedelta(seconds=check_seconds("delay", args.delay))
@@ -9603,6 +9668,8 @@ def do_signal(args: Args) -> int:
 def do_retry(args: Args) -> int:
     """retry a dead letter or a cancelled task, or those that match a filter"""
     if args.dead_letters:
+        if args.filter_status is not None:
+            raise ConfigError("--dead-letters: goes without --status")
         args.filter_status, args.yes = "dead_letter", True
     if not args.id:
         return _bulk(args, "retry", "retried")
@@ -9629,7 +9696,10 @@ def _bulk(args: Args, action: str, done: str) -> int:
     """Show what matches; with --yes act on it in batches, of which each is a transaction of its own."""
     given = {**_filter(args), **({"all": True} if args.all else {})}
     if not given and args.operation is None:
-        raise ConfigError(f"ID: say which task to {action}, or which with --type and the like, or --all")
+        who = "filter: say" if action == "purge" else f"ID: say which task to {action}, or"
+        raise ConfigError(f"{who} which tasks with --type and the like, or --all")
+    if given and args.operation is not None:
+        raise ConfigError("--operation: goes without a filter: it has one")
     sums = args.app.bulk(action, given, dry_run=not args.yes, limit=args.limit, operation=args.operation,
                          progress=lambda n: _progress(f"{n} tasks"))
     if args.yes:
@@ -9665,7 +9735,7 @@ def do_resume(args: Args) -> int:
 def do_stats(args: Args) -> int:
     """what waits, runs and failed, by type"""
     return _table(args, args.app.view("queue_stats"),
-                  "type waiting parked scheduled in_flight dead_letters oldest_waiting_age paused")
+                  "type waiting parked scheduled blocked in_flight dead_letters oldest_waiting_age paused")
 
 
 @arg("type")
@@ -9873,9 +9943,12 @@ def _parser() -> _Parser:
     for name, function in list(globals().items()):
         if name.startswith("do_"):
             text = function.__doc__
-            subparser = commands.add_parser(name[3:], help=text, description=text, **common)
+            own = _Parser(prog=f"orchestrator.py {name[3:]}", add_help=False)
             for names, options in ARGUMENTS[function]:
-                subparser.add_argument(*names, **options)
+                own.add_argument(*names, **options)
+            common["parents"] = [own, settings]
+            commands.add_parser(name[3:], help=text, description=text, **common,
+                                usage=own.format_usage().split(": ", 1)[1])
     return parser
 
 
@@ -9896,6 +9969,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(_spell_out(sys.argv[1:] if argv is None else argv))
     try:
         _, args.unknown = parser.parse_known_args(words, args)
+        if (len(args.unknown) == 1 and not args.unknown[0].startswith("-")
+                and getattr(args, "payload", "") is None):   # behind the flags, where argparse misses it
+            args.payload = _payload(args.unknown.pop())
         if args.unknown and args.command != "psql":
             parser.error("unrecognized arguments: " + " ".join(args.unknown))
         # HANDLERS is a module's name, while Orchestrator takes the handlers themselves
