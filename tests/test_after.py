@@ -387,7 +387,8 @@ def test_completing_some_of_many_parents_reads_no_other_waits(conn):
 
 def test_a_cascade_reads_no_other_waits(conn):
     """It walked all waits there are, and for each those found so far: 10,000 children took 9 s."""
-    column(conn, "select count(*) from orchestrator.enqueue_many('t', array_fill('{}'::jsonb, array[5000]), p_after => array[%s]::uuid[])", enqueue(conn))
+    column(conn, "select count(*) from orchestrator.enqueue_many('t', array_fill('{}'::jsonb, array[5000]), p_after => array[%s]::uuid[])",
+           enqueue(conn))
     conn.execute("analyze orchestrator.task_waits")   # all of them have the same parent
     parent = enqueue(conn)
     query = "select id::text from orchestrator.enqueue_many('t', array_fill('{}'::jsonb, array[5]), p_after => array[%s]::uuid[])"
@@ -599,7 +600,8 @@ def test_a_cascade_locks_nothing_below_a_child_that_keeps_waiting(conn, connect)
         other.execute("select from orchestrator.tasks where id = %s for update", [below])
         conn.execute("set lock_timeout = '1s'")
         assert fail(conn, claim_id, parent, permanent=True) == "dead_letter"
-    assert [status(conn, id) for id in (waiting, below, goes, last, beyond)] == ["pending", "pending", "cancelled", "cancelled", "cancelled"]
+    ends = [status(conn, id) for id in (waiting, below, goes, last, beyond)]
+    assert ends == ["pending", "pending", "cancelled", "cancelled", "cancelled"]
     assert [(w["parent"], w["child"]) for w in waits(conn)] == [(parent, waiting), (waiting, below)]
 
 

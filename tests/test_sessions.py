@@ -86,7 +86,8 @@ def live(server: Server, url: str, look: Connection) -> None:
     def staged(task: Task) -> list[Any]:
         return [task.step("a", lambda: TEXT), task.signal(TEXT), list(task.parents().values())]
 
-    app = make_app(url, {"ok": lambda task: task.payload, "stages": staged, "fails": Handler(failing, max_retries=1, base_delay=0), "obedient": obedient,
+    app = make_app(url, {"ok": lambda task: task.payload, "stages": staged, "fails": Handler(failing, max_retries=1, base_delay=0),
+                         "obedient": obedient,
                          "reports": reporting, "pays": paying}, claim_interval=0.05, heartbeat_interval=0.1)
     app.open()
     orphan = app.enqueue("ok", "orphan")
@@ -135,8 +136,8 @@ def compose(app: Orchestrator) -> None:
     assert app.call("explain_task", child)[0][0].startswith(f"waits for task {parent} (pending)")
     assert app.replace("ok", TEXT + "r", [2], mode="append", priority=3, run_at=later) == parent
     assert app.replace("ok", TEXT + "r", mode="keep") == parent
-    for action, value in (("prioritize", 7), ("run_now", None)):
-        assert app.bulk(action, {"ids": [str(parent)], "payload": [1, 2]}, dry_run=False, value=value)["done"] == 1
+    for action, priority in (("prioritize", 7), ("run_now", None)):
+        assert app.bulk(action, {"ids": [str(parent)], "payload": [1, 2]}, dry_run=False, value=priority)["done"] == 1
     assert app.wait(parent) == [1, 2] and app.signal(child, TEXT, TEXT) == "delivered"
     assert app.wait(child) == [TEXT, TEXT, [[1, 2]]]
     gone = app.enqueue("ok", delay=3600, expires=7200)
