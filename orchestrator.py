@@ -3764,7 +3764,7 @@ class HttpRequest(http.server.BaseHTTPRequestHandler):
                               {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
         if posted:
             fields = self._body()
-            log.info("%s by HTTP: %s", path, json.dumps(fields)[:500])
+            log.info("%s by HTTP: %s", path, redact_url(json.dumps(fields))[:500])
         try:
             row = self.server.ask(routes[path], fields, posted)
         except (ValueError, psycopg.Error) as error:
