@@ -2447,6 +2447,7 @@ class HeartbeatLoop(Loop):
         # This ends its term, too.
         with contextlib.suppress(psycopg.Error):
             if self.worker.registered.is_set():
+                self.link.reopen_if_closed()
                 self.link.call("unregister_worker", self.worker.id)
         super().close()
 
@@ -3206,6 +3207,7 @@ class _Drain(Journal):
 
     def close(self) -> None:
         with contextlib.suppress(psycopg.Error):
+            self.worker.claims.link.reopen_if_closed()
             self.worker.claims.link.call("release_forgotten", self.worker.id, "{}")
         for link in (*self.worker.loops, self.worker.steps):
             link.close()

@@ -312,15 +312,31 @@ def test_it_goes_on_beside_a_leader_however_long_it_takes(installed: str, conn: 
 
     def handler(task: Task) -> None:
         beats.append(value(conn, alive, task.worker_id))
+        threading.Event().wait(0.1)   # longer than HEARTBEAT_INTERVAL
         if task.payload == 2 and not task.recovered:
             declare_dead(conn, task.worker_id)
             recover(conn, lead(conn))
 
     app = make_app(installed, {"a": handler}, heartbeat_interval=0.1)
-    app.use(lambda task, call_next: [call_next(task), threading.Event().wait(0.1)] and None)
     app.enqueue_many("a", range(4))
     assert app.drain() == {"completed": 4, "rejected": 1}
     assert len(set(beats)) == 5
+
+
+def test_a_drain_whose_connections_broke_gives_back_what_it_held_and_says_goodbye(installed: str, conn: Connection) -> None:
+    def handler(task: Task) -> None:
+        if task.payload == 1 and not broken:
+            broken.append(1)
+            conn.execute("select pg_terminate_backend(pid, 5000) from pg_stat_activity where pid <> pg_backend_pid() "
+                         "and datname = current_database()")
+    broken: list[int] = []
+    app = make_app(installed, {"a": handler})
+    app.enqueue_many("a", range(3))
+    with pytest.raises(psycopg.OperationalError):
+        app.drain()
+    assert column(conn, "select id from orchestrator.workers") == []
+    assert column(conn, "select status::text from orchestrator.tasks order by id") == ["completed", "pending", "pending"]
+    assert app.drain() == {"completed": 2}
 
 
 def test_without_a_schema_it_is_installed_and_a_wrong_address_is_told(db: str) -> None:
