@@ -2150,16 +2150,19 @@ class Journal:
                 f": {fields['error']}" if "error" in fields else "", extra=fields)
 
 
-async def _value_of(awaitable: Awaitable[Any]) -> Any:
-    return await awaitable
+def _call_hook(hook: Callable[..., Any], *args: Any) -> None:
+    """Call it, and wait for what an async one does."""
+    async def wait(awaitable: Awaitable[Any]) -> None:
+        await awaitable
+    done = hook(*args)
+    if inspect.isawaitable(done):
+        asyncio.run(wait(done))
 
 
 def _call_hooks(hooks: Sequence[DeadLetterHook], tasks: Sequence[Task]) -> None:
     for hook, task in itertools.product(hooks, tasks):
         try:
-            done = hook(task, (task.outcome.text if task.outcome else None) or "")
-            if inspect.isawaitable(done):
-                asyncio.run(_value_of(done))
+            _call_hook(hook, task, (task.outcome.text if task.outcome else None) or "")
         except BaseException as error:
             log.error("on_dead_letter: %s", describe_error(error))
 
@@ -3392,14 +3395,14 @@ class Orchestrator(Operator):
     def _call_start_hooks(self) -> None:
         for hook in self.router.start_hooks:
             try:
-                hook()
+                _call_hook(hook)
             except Exception as error:
                 raise ConfigError(f"on_start: {describe_error(error)}") from error
 
     def _call_stop_hooks(self) -> None:
         for hook in reversed(self.router.stop_hooks):
             try:
-                hook()
+                _call_hook(hook)
             except Exception:
                 log.exception("on_stop failed")
 
@@ -3766,7 +3769,9 @@ class HttpRequest(http.server.BaseHTTPRequestHandler):
                               {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
         if posted:
             fields = self._body()
-            log.info("%s by HTTP: %s", path, redact_url(json.dumps(fields))[:500])
+            # A filter may hold a secret; the table operations has it, for those who may read that.
+            shown = {name: value for name, value in fields.items() if name != "filter"}
+            log.info("%s by HTTP: %s", path, redact_url(json.dumps(shown))[:500])
         try:
             row = self.server.ask(routes[path], fields, posted)
         except (ValueError, psycopg.Error) as error:

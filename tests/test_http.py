@@ -259,10 +259,12 @@ def test_actions_answer_with_what_their_function_returns(ports, server_url):
         assert post(ports["token"], action, type="t") == (200, {"result": {"changed": True, "matching": 1}})
 
 
-def test_actions_are_logged_without_the_passwords_of_urls(ports, caplog):
+def test_actions_are_logged_without_secrets(ports, caplog):
     caplog.set_level(logging.INFO)
-    assert post(ports["token"], "bulk", action="retry", filter={"error": "no postgresql://ada:hunter2@db/x"})[0] == 200
-    assert "/api/bulk by HTTP" in caplog.text and "ada:***@db/x" in caplog.text and "hunter2" not in caplog.text
+    assert post(ports["token"], "bulk", action="retry", filter={"payload": {"password": "hunter2"}})[0] == 200
+    assert post(ports["token"], "pause", type="no postgresql://ada:hunter2@db/x")[0] == 200
+    assert '/api/bulk by HTTP: {"action": "retry"}' in caplog.text
+    assert "/api/pause by HTTP" in caplog.text and "ada:***@db/x" in caplog.text and "hunter2" not in caplog.text
 
 
 def test_a_task_that_is_not_there_is_404(ports):

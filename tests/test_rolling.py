@@ -1,6 +1,7 @@
 """Rolling restarts: MAX_TASKS and MAX_AGE end a worker process as SIGTERM does; hooks around a worker's life."""
 from __future__ import annotations
 
+import asyncio
 import signal
 import subprocess
 import sys
@@ -204,6 +205,21 @@ def test_health_is_answered_and_ready_is_not_while_on_start_takes_its_time(insta
                 answers.append(error.code)
     with running(installed, app):
         assert answers == [200, 503]
+
+
+def test_async_hooks_are_waited_for(installed: str) -> None:
+    app, heard = make_app(installed, {}), []
+
+    def hear(word: str) -> None:
+        @getattr(app, f"on_{word}")   # type: ignore[untyped-decorator]
+        async def hook() -> None:
+            await asyncio.sleep(0)
+            heard.append(word)
+    hear("start")
+    hear("stop")
+    with running(installed, app):
+        assert heard == ["start"]
+    assert heard == ["start", "stop"]
 
 
 def run_program(installed: str, tmp_path: Path, *args: str, **settings: Any) -> subprocess.Popen[bytes]:
