@@ -97,7 +97,7 @@ language sql stable as $$
   union all
   select w.problem, w.child, null, format('parent %s', w.parent)
   from (select w.*, case when t.blocked_until is null then 'who waits for a task is blocked'
-                    when p.completed_at < t.updated_at - interval '1 minute' then 'what has ended is waited for no longer' end as problem
+                    when p.completed_at < least(t.updated_at, clock_timestamp() - interval '10 minutes') - interval '1 minute' then 'what has ended is waited for no longer' end as problem
         from orchestrator.task_waits w left join orchestrator.tasks t on t.id = w.child left join orchestrator.tasks p on p.id = w.parent) w
   where w.problem is not null
   union all

@@ -10,6 +10,7 @@ import hypothesis.strategies as st
 import psycopg
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
+from psycopg.types.json import Jsonb
 
 from postgres import eventually, wait_for_lock
 from steps import (
@@ -387,8 +388,8 @@ def test_completing_some_of_many_parents_reads_no_other_waits(conn):
 
 def test_a_cascade_reads_no_other_waits(conn):
     """It walked all waits there are, and for each those found so far: 10,000 children took 9 s."""
-    column(conn, "select count(*) from orchestrator.enqueue_many('t', array_fill('{}'::jsonb, array[5000]), p_after => array[%s]::uuid[])",
-           enqueue(conn))
+    many = "select count(*) from orchestrator.enqueue_many('t', array_fill('{}'::jsonb, array[5000]), p_after => array[%s]::uuid[])"
+    column(conn, many, enqueue(conn))
     conn.execute("analyze orchestrator.task_waits")   # all of them have the same parent
     parent = enqueue(conn)
     query = "select id::text from orchestrator.enqueue_many('t', array_fill('{}'::jsonb, array[5]), p_after => array[%s]::uuid[])"
@@ -471,8 +472,20 @@ def test_the_audit_knows_the_rules_of_waits(conn):
     waited = f"insert into orchestrator.task_waits values ('{parent}', '{child}', 'wait')"
     complete(conn, claimed["claim_id"], parent)
     assert broken(waited) == []   # it may have been missed, and is looked at soon
-    assert broken(f"{waited}; update orchestrator.tasks set completed_at = now() - interval '2 minutes' where id = '{parent}'") == [
+    assert broken(f"{waited}; update orchestrator.tasks set completed_at = now() - interval '12 minutes' where id = '{parent}'") == [
         "what has ended is waited for no longer"]
+
+
+def test_a_cancelled_parent_of_a_child_that_was_locked_is_no_violation_until_the_child_has_been_looked_at(conn, connect):
+    parent = enqueue(conn)
+    child = enqueue(conn, after=[parent])
+    conn.execute("update orchestrator.tasks set next_retry_at = clock_timestamp() + interval '8 minutes' where id = %s", [child])
+    with connect(autocommit=False) as other:
+        other.execute("select from orchestrator.tasks where id = %s for update", [child])
+        conn.execute("select orchestrator.bulk_tasks('cancel', %s, false)", [Jsonb({"ids": [parent]})])
+    conn.execute("update orchestrator.tasks set completed_at = clock_timestamp() - interval '2 minutes' where id = %s", [parent])
+    conn.execute("select orchestrator.bulk_tasks('prioritize', %s, false, '5')", [Jsonb({"ids": [child]})])
+    assert status(conn, child) == "pending" and audit(conn) == []
 
 
 def test_each_role_may_do_its_part(conn, connect):

@@ -86,8 +86,8 @@ def live(server: Server, url: str, look: Connection) -> None:
     def staged(task: Task) -> list[Any]:
         return [task.step("a", lambda: TEXT), task.signal(TEXT), list(task.parents().values())]
 
-    app = make_app(url, {"ok": lambda task: task.payload, "stages": staged, "fails": Handler(failing, max_retries=1, base_delay=0),
-                         "obedient": obedient,
+    app = make_app(url, {"ok": lambda task: task.payload, "stages": staged,
+                         "fails": Handler(failing, max_retries=1, base_delay=0), "obedient": obedient,
                          "reports": reporting, "pays": paying}, claim_interval=0.05, heartbeat_interval=0.1)
     app.open()
     orphan = app.enqueue("ok", "orphan")
@@ -143,7 +143,8 @@ def compose(app: Orchestrator) -> None:
     gone = app.enqueue("ok", delay=3600, expires=7200)
     left = app.enqueue("ok", after=[gone])
     assert app.bulk("cancel", {"id": str(gone), "created_after": "2020-01-01"}, dry_run=False)["done"] == 1
-    assert story(app, left)["status"] == "cancelled" and app.list({"status": "ended"}, 3)
+    assert wait_for(app, left)["status"] == "cancelled"   # not at once where a worker is just looking at it
+    assert app.list({"status": "ended"}, 3)
     assert app.bulk("retry", {"ids": [str(gone)]}, dry_run=False)["done"] == 1 and app.wait(gone) == {}
     assert app.bulk("purge", {"type": "ok", "error": TEXT}, dry_run=False)["done"] == 0
     assert app.bulk("purge", {"ids": [str(left), str(gone), str(child)]}, dry_run=False)["done"] == 3
