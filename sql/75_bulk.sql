@@ -45,6 +45,9 @@ declare
     array_remove(enum_range(null::orchestrator.task_status)::text[], 'failed');   -- none rests in failed
   v_key text;
 begin
+  if jsonb_typeof(p_filter) <> 'object' then
+    perform orchestrator._invalid('filter', 'must be an object', 'Such as {"type": "mail:*"}.');
+  end if;
   perform orchestrator._invalid(case when k.known then k.key else 'filter' end, case when k.known then 'is empty' else k.key || ' is not known' end,
                                 'A filter is an object of some of ' || array_to_string(v_keys, ', ') || '.')
   from (select e.key, e.value, e.key = any (v_keys) as known from jsonb_each(p_filter) e) k where not k.known or k.value in ('null', '""', '{}');

@@ -172,7 +172,7 @@ begin
     when v_paused is not null then return format('%1$s is paused: select orchestrator.resume_type(%1$L)', v_paused);
     when t.next_retry_at is not null then
       return coalesce(
-        (select format('snoozed until the signal %1$s%2$s: select orchestrator.signal_task(%3$L, %1$L)', s.name, ' or ' || nullif(s.until, 'infinity'), t.id)
+        (select format('snoozed until the signal %1$L comes%2$s: select orchestrator.signal_task(%3$L, %1$L)', s.name, ', or until ' || nullif(s.until, 'infinity'), t.id)
          from orchestrator.task_steps s where t.status = 'pending' and s.task_id = t.id and s.at is null and s.until > clock_timestamp() limit 1),
         format('not before %s (%s)', t.next_retry_at, case when t.attempts > 0 then 'a retry of attempt ' || t.attempts else 'scheduled' end));
     when t.parked_at is not null then
@@ -182,7 +182,7 @@ begin
       return format('ready, but the limit %s is full: %s of %s are in flight%s; limit_type(%L, …) sets it', l.type, l.in_flight, l.max_running,
                     orchestrator._holders(l.type, null), l.type);
     when l.next_start_at > clock_timestamp() then
-      return format('ready, but %s have started under the limit %s within %s: the next may at %s; limit_type(%L, …) sets it',
+      return format('ready, but %s started under the limit %s within %s: the next may start at %s; limit_type(%L, …) sets it',
                     l.started_lately, l.type, l.rate_per, l.next_start_at, l.type);
     else
       select count(*) into v_ahead

@@ -212,6 +212,13 @@ def test_a_bad_filter_or_action_is_refused_and_named(conn: Connection, action: s
     assert value(conn, "select count(*) from orchestrator.operations") == 0
 
 
+@pytest.mark.parametrize("filter", ["mail:*", ["mail:*"], 5])
+def test_a_list_is_refused_by_what_is_no_object(conn: Connection, filter: Any) -> None:
+    with pytest.raises(psycopg.Error, match="^filter: must be an object") as refused:
+        value(conn, "select orchestrator.api_tasks(p_filter => %s)", Jsonb(filter))
+    assert refused.value.sqlstate == "OR001"
+
+
 @pytest.mark.parametrize("filter", [
     {"priority": "high"}, {"ids": ["x"]}, {"ids": "x"}, {"created_after": "soon"}, [], "all", 5])
 def test_a_value_of_the_wrong_type_is_refused(conn: Connection, filter: Any) -> None:

@@ -596,7 +596,7 @@ def test_a_ready_task_names_the_rate_that_is_used_up(conn):
     assert explain(conn, second).startswith("ready; 1 of the same type")
     assert claimed(conn) == [first]
     at = value(conn, "select next_start_at from orchestrator.limits")
-    assert explain(conn, second).startswith("ready, but 1 have started under the limit t within 01:00:00: the next may at 20")
+    assert explain(conn, second).startswith("ready, but 1 started under the limit t within 01:00:00: the next may start at 20")
     assert value(conn, "select claimed_at + interval '1 hour' from orchestrator.tasks where id = %s", first) == at
 
 

@@ -316,10 +316,10 @@ def test_show_lists_steps_without_their_secrets_and_explain_says_what_is_waited_
     shown = value(conn, "select orchestrator.show_task(%s)", id)
     assert [(step["name"], step["result"], step["until"] is None) for step in shown["steps"]] == [
         ("charge", {"token": "[redacted]"}, True), ("it's", None, False)]
-    assert shown["explanation"].startswith("snoozed until the signal it's or 20")
+    assert shown["explanation"].startswith("snoozed until the signal 'it''s' comes, or until 20")
     assert shown["explanation"].endswith(f": select orchestrator.signal_task('{id}', 'it''s')")
     conn.execute("update orchestrator.task_steps set until = 'infinity' where until is not null")
-    assert value(conn, "select orchestrator.explain_task(%s)", id).startswith("snoozed until the signal it's: select")
+    assert value(conn, "select orchestrator.explain_task(%s)", id).startswith("snoozed until the signal 'it''s' comes: select")
 
 
 # ------------------------------------------------------------------------------------------------------ task.step() in Python
