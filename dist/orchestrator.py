@@ -3358,6 +3358,9 @@ declare
     array_remove(enum_range(null::orchestrator.task_status)::text[], 'failed');   -- none rests in failed
   v_key text;
 begin
+  if jsonb_typeof(p_filter) <> 'object' then
+    perform orchestrator._invalid('filter', 'must be an object', 'Such as {"type": "mail:*"}.');
+  end if;
   perform orchestrator._invalid(case when k.known then k.key else 'filter' end, case when k.known then 'is empty' else k.key || ' is not known' end,
                                 'A filter is an object of some of ' || array_to_string(v_keys, ', ') || '.')
   from (select e.key, e.value, e.key = any (v_keys) as known from jsonb_each(p_filter) e) k where not k.known or k.value in ('null', '""', '{}');
@@ -3744,7 +3747,7 @@ begin
     when v_paused is not null then return format('%1$s is paused: select orchestrator.resume_type(%1$L)', v_paused);
     when t.next_retry_at is not null then
       return coalesce(
-        (select format('snoozed until the signal %1$s%2$s: select orchestrator.signal_task(%3$L, %1$L)', s.name, ' or ' || nullif(s.until, 'infinity'), t.id)
+        (select format('snoozed until the signal %1$L comes%2$s: select orchestrator.signal_task(%3$L, %1$L)', s.name, ', or until ' || nullif(s.until, 'infinity'), t.id)
          from orchestrator.task_steps s where t.status = 'pending' and s.task_id = t.id and s.at is null and s.until > clock_timestamp() limit 1),
         format('not before %s (%s)', t.next_retry_at, case when t.attempts > 0 then 'a retry of attempt ' || t.attempts else 'scheduled' end));
     when t.parked_at is not null then
@@ -3754,7 +3757,7 @@ begin
       return format('ready, but the limit %s is full: %s of %s are in flight%s; limit_type(%L, …) sets it', l.type, l.in_flight, l.max_running,
                     orchestrator._holders(l.type, null), l.type);
     when l.next_start_at > clock_timestamp() then
-      return format('ready, but %s have started under the limit %s within %s: the next may at %s; limit_type(%L, …) sets it',
+      return format('ready, but %s started under the limit %s within %s: the next may start at %s; limit_type(%L, …) sets it',
                     l.started_lately, l.type, l.rate_per, l.next_start_at, l.type);
     else
       select count(*) into v_ahead
@@ -3899,7 +3902,7 @@ language sql stable as $$
   union all
   select w.problem, w.child, null, format('parent %s', w.parent)
   from (select w.*, case when t.blocked_until is null then 'who waits for a task is blocked'
-                    when p.completed_at < t.updated_at - interval '1 minute' then 'what has ended is waited for no longer' end as problem
+                    when p.completed_at < least(t.updated_at, clock_timestamp() - interval '10 minutes') - interval '1 minute' then 'what has ended is waited for no longer' end as problem
         from orchestrator.task_waits w left join orchestrator.tasks t on t.id = w.child left join orchestrator.tasks p on p.id = w.parent) w
   where w.problem is not null
   union all
@@ -4454,6 +4457,7 @@ dialog input { width: 100%; margin: 4px 0 14px; }
   .why { border-left: 3px solid var(--accent); padding: 2px 0 2px 12px; margin: 14px 0; }
   dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 20px; margin: 0; }
   dd { margin: 0; overflow-wrap: anywhere; }
+  #story-steps { max-height: 320px; overflow: auto; }
   pre { background: var(--faint); border-radius: 6px; padding: 10px 12px; margin: 0; overflow: auto; max-height: 320px; white-space: pre-wrap; overflow-wrap: anywhere; }
   pre.error { background: var(--bad-fill); }
   ol { list-style: none; margin: 0; padding: 0; }
@@ -7418,16 +7422,19 @@ class Journal:
                 f": {fields['error']}" if "error" in fields else "", extra=fields)
 
 
-async def _value_of(awaitable: Awaitable[Any]) -> Any:
-    return await awaitable
+def _call_hook(hook: Callable[..., Any], *args: Any) -> None:
+    """Call it, and wait for what an async one does."""
+    async def wait(awaitable: Awaitable[Any]) -> None:
+        await awaitable
+    done = hook(*args)
+    if inspect.isawaitable(done):
+        asyncio.run(wait(done))
 
 
 def _call_hooks(hooks: Sequence[DeadLetterHook], tasks: Sequence[Task]) -> None:
     for hook, task in itertools.product(hooks, tasks):
         try:
-            done = hook(task, (task.outcome.text if task.outcome else None) or "")
-            if inspect.isawaitable(done):
-                asyncio.run(_value_of(done))
+            _call_hook(hook, task, (task.outcome.text if task.outcome else None) or "")
         except BaseException as error:
             log.error("on_dead_letter: %s", describe_error(error))
 
@@ -7715,6 +7722,7 @@ class HeartbeatLoop(Loop):
         # This ends its term, too.
         with contextlib.suppress(psycopg.Error):
             if self.worker.registered.is_set():
+                self.link.reopen_if_closed()
                 self.link.call("unregister_worker", self.worker.id)
         super().close()
 
@@ -8474,6 +8482,7 @@ class _Drain(Journal):
 
     def close(self) -> None:
         with contextlib.suppress(psycopg.Error):
+            self.worker.claims.link.reopen_if_closed()
             self.worker.claims.link.call("release_forgotten", self.worker.id, "{}")
         for link in (*self.worker.loops, self.worker.steps):
             link.close()
@@ -8658,14 +8667,14 @@ class Orchestrator(Operator):
     def _call_start_hooks(self) -> None:
         for hook in self.router.start_hooks:
             try:
-                hook()
+                _call_hook(hook)
             except Exception as error:
                 raise ConfigError(f"on_start: {describe_error(error)}") from error
 
     def _call_stop_hooks(self) -> None:
         for hook in reversed(self.router.stop_hooks):
             try:
-                hook()
+                _call_hook(hook)
             except Exception:
                 log.exception("on_stop failed")
 
@@ -9032,7 +9041,9 @@ class HttpRequest(http.server.BaseHTTPRequestHandler):
                               {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
         if posted:
             fields = self._body()
-            log.info("%s by HTTP: %s", path, json.dumps(fields)[:500])
+            # A filter may hold a secret; the table operations has it, for those who may read that.
+            shown = {name: value for name, value in fields.items() if name != "filter"}
+            log.info("%s by HTTP: %s", path, redact_url(json.dumps(shown))[:500])
         try:
             row = self.server.ask(routes[path], fields, posted)
         except (ValueError, psycopg.Error) as error:
