@@ -43,7 +43,7 @@ def test_a_program_acts_on_many_tasks_after_it_has_seen_how_many(installed, conn
     for value_ in (object(), float("nan"), "\0"):
         with pytest.raises(ValueError, match="^value: "):
             app.bulk("prioritize", {"type": "t"}, value=value_)
-    with pytest.raises(ValueError, match="non-object"):
+    with pytest.raises(ValueError, match="filter: must be an object"):
         app.list("t")
     app.close()
 

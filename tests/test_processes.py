@@ -252,7 +252,8 @@ def test_more_threads_than_links_share_them(installed: str, conn: Connection) ->
     futures = [background(lambda n=n: [app.enqueue("a", n) for _ in range(10)]) for n in range(16)]   # type: ignore[misc]
     ids = [id for future in futures for id in future.result(40)]
     assert len(set(ids)) == 160 == value(conn, "select count(*) from orchestrator.tasks")
-    assert value(conn, "select count(*) from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()") <= 4
+    assert value(conn, "select count(*) from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid() "
+                       "and backend_type = 'client backend'") <= 4
     app.close()
 
 

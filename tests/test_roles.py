@@ -342,7 +342,7 @@ def test_worker_records_steps_operator_signals_and_nobody_else_reads_what_they_h
         assert value(worker, "select orchestrator.record_step(%s, %s, 'charge', '{\"token\": \"hunter2\"}')", flying["claim_id"], id)
         assert value(worker, "select held from orchestrator.await_signal(%s, %s, 'go')", flying["claim_id"], id)
         assert value(worker, "select orchestrator.snooze_task(%s, %s, '1 hour')", flying["claim_id"], id) == "snoozed"
-        assert "signal go" in value(operator, "select orchestrator.explain_task(%s)", id)
+        assert "signal 'go'" in value(operator, "select orchestrator.explain_task(%s)", id)
         assert value(operator, "select orchestrator.signal_task(%s, 'go', '{\"pin\": 1}')", id) == "delivered"
         assert value(worker, "select orchestrator.steps(%s)", id) == {"charge": {"token": "hunter2"}, "go": {"pin": 1}}
         assert "hunter2" not in str(value(auditor, "select orchestrator.show_task(%s)", id))
