@@ -59,10 +59,11 @@ HOT = {
     "prune": "select * from orchestrator.prune('leader', %(term)s, '1 day', '1 day', 20)",
 }
 NOBODY = "00000000-0000-0000-0000-000000000000"
+# Blocked tasks are found among the scheduled ones.
 # Filters, and how many rows of tasks a preview of what they match may read: three times those in the state, or those that are named.
 FILTERS = [
     ('{"status": "dead_letter"}', 6_100), ('{"status": "dead_letter", "error": "x"}', 6_100), ('{"status": "scheduled"}', 20_100),
-    ('{"status": "retry_scheduled"}', 10_100), ('{"status": "parked"}', 0), ('{"status": "blocked", "type": "t*"}', 20_100),   # among the scheduled
+    ('{"status": "retry_scheduled"}', 10_100), ('{"status": "parked"}', 0), ('{"status": "blocked", "type": "t*"}', 20_100),
     ('{"status": "in_flight"}', 0), ('{"status": "running", "payload": {"a": 1}}', 0), ('{"status": "ready", "type": "none"}', 0),
     ('{"status": "ready", "type": "none:*"}', 0), ('{"ids": ["%(waiting)s", "%(dead)s"]}', 10), ('{"id": "%(waiting)s"}', 10),
     ('{"created_after": "2090-01-01"}', 5_100), ('{"created_before": "2020-01-01", "status": "completed"}', 100)]   # of random ids

@@ -2,7 +2,7 @@
 
   python tests/chaos/chaos.py                    every fault at its full size (55 minutes; times are judged, so leave the machine to it)
   python tests/chaos/chaos.py --short            the version of CI (4 minutes; judges what is lost, doubled or illegal)
-  python tests/chaos/chaos.py --only SIGKILL     faults whose name contains this; may be repeated
+  python tests/chaos/chaos.py --only SIGKILL     this fault, or those whose name contains this; may be repeated
   python tests/chaos/chaos.py --list
 
 Prints a row for each fault; exits with 1 if an invariant was violated, a limit exceeded, or a fault never bit. CHAOS_KEEP=1 keeps the
@@ -99,7 +99,7 @@ def write_document(rows: list[Row]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="small sizes")
-    parser.add_argument("--only", action="append", metavar="FAULT", help="only faults whose name contains this")
+    parser.add_argument("--only", action="append", metavar="FAULT", help="only the fault of this name, else those whose name contains it")
     parser.add_argument("--seed", type=int, default=int(time.time()) % 1_000_000)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
     parser.add_argument("--write-docs", action="store_true", help="put the table into docs/benchmarks.md")
@@ -107,7 +107,8 @@ def main() -> int:
     args = parser.parse_args()
     for number in (signal.SIGTERM, signal.SIGINT):   # INT too: a shell's background job ignores it
         signal.signal(number, lambda number, _: sys.exit(128 + number))   # by way of all that must be stopped
-    names = [name for name in FAULTS if any(part.lower() in name.lower() for part in args.only or [""])]
+    wanted = args.only or [""]   # a name, else a part of names
+    names = [name for name in FAULTS if any(part == name or (part not in FAULTS and part.lower() in name.lower()) for part in wanted)]
     if args.short:
         names = [name for name in names if name not in ONLY_FULL]
     if args.list or not names:
