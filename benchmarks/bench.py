@@ -725,7 +725,7 @@ def bulk(bench: Bench, reps: int) -> None:
             stop.set()
             drainer.join()
             bench.row("bulk", f"{action}, {count:,} tasks", [done / seconds], "tasks/s")
-            bench.row("bulk", "the longest report of outcomes meanwhile", [max(waits) * 1000], "ms", goal=100, at_most=True)
+            bench.row("bulk", f"{action}: the longest report of outcomes meanwhile", [max(waits) * 1000], "ms", goal=100, at_most=True)
 
 
 def report_until(url: str, stop: threading.Event, waits: list[float]) -> None:
