@@ -1,7 +1,7 @@
 # `make` alone lists what there is. Settings: make VAR=value, the environment, or .env (for demo, run and install).
 PYTHON ?= python3
 PG ?= 18
-JOBS ?= 4
+JOBS ?= 2
 PY := .venv/bin/python
 COMPOSE := docker compose
 DISTRIBUTED := $(COMPOSE) --profile distributed

@@ -20,8 +20,9 @@ from typing import Any, ClassVar, NamedTuple
 import psycopg
 import pytest
 
-from apps import events, make_app, running, story, wait_for
+from apps import events, make_app, running, story, wait_for, worker_of
 from orchestrator import Discard, EnqueuedId, Handler, Task, clean_text, redact_url
+from postgres import eventually
 from steps import column, value
 
 Connection = psycopg.Connection[Any]
@@ -93,6 +94,7 @@ def test_what_comes_after_the_transaction_is_too_late_repeats_nothing_and_is_sai
 
     with caplog.at_level(logging.INFO, "orchestrator"), running(installed, {"a": Handler(handler, base_delay=0)}) as app:
         task = wait_for(app, app.enqueue("a"))
+        eventually(lambda: not worker_of(app).tasks)   # the handler has returned, too
     assert (task["status"], task["attempts"], task["result"], ledger()) == ("completed", 1, None, ["x"])
     said = [record for record in caplog.records if task["id"] in record.getMessage() and record.levelno >= logging.WARNING]
     assert len(said) == 1 and ("task.complete(result)" if after == "returns" else "after") in said[0].getMessage()
