@@ -31,7 +31,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [os.environ.get("BENCH_TREE", str(ROOT)), str(ROOT / "tests")]
+TREE = os.environ.get("BENCH_TREE", str(ROOT))   # whose orchestrator.py is measured
+sys.path[:0] = [TREE, str(ROOT / "tests")]
 
 import psycopg  # noqa: E402
 
@@ -303,7 +304,7 @@ def produce(url: str, seconds: float) -> float:
     code = ("import sys, time; sys.path.insert(0, sys.argv[1]); import orchestrator; app = orchestrator.Orchestrator(sys.argv[2])\n"
             "app.enqueue('made', {}); end = time.monotonic() + float(sys.argv[3]); n = 0\n"
             "while time.monotonic() < end: app.enqueue('made', {'pad': 'x' * 88}); n += 1\nprint(n)")
-    tree = sys.path[0]
+    tree = TREE
     running = [subprocess.Popen([sys.executable, "-c", code, tree, url, str(seconds)], stdout=subprocess.PIPE, text=True) for _ in range(8)]
     return sum(int(process.communicate()[0]) for process in running) / seconds
 
@@ -328,7 +329,7 @@ def starts_after(url: str, n: int) -> list[float]:
         code = ("import sys, time; sys.path.insert(0, sys.argv[1]); import orchestrator\n"
                 "app = orchestrator.Orchestrator(sys.argv[2])\n"
                 "for i in range(int(sys.argv[3]) + 20): app.enqueue('ping', {'sent': time.time()}); time.sleep(0.02)")
-        subprocess.run([sys.executable, "-c", code, sys.path[0], url, str(n)], check=True)
+        subprocess.run([sys.executable, "-c", code, TREE, url, str(n)], check=True)
         wait_until(lambda: len(waits) >= n + 20)
     return [wait * 1000 for wait in waits[20:]]
 
@@ -623,7 +624,7 @@ def fleet_rate(url: str, connection: psycopg.Connection[Any], processes: int, co
     code = ("import sys; sys.path.insert(0, sys.argv[1]); import orchestrator\n"
             "orchestrator.Orchestrator(sys.argv[2], {'noop': lambda task: None}, metrics_port=0, distributed_mode=True).run()")
     connection.execute("select orchestrator.pause_type('noop')")
-    running = [subprocess.Popen([sys.executable, "-c", code, sys.path[0], url], stderr=subprocess.DEVNULL) for _ in range(processes)]
+    running = [subprocess.Popen([sys.executable, "-c", code, TREE, url], stderr=subprocess.DEVNULL) for _ in range(processes)]
     wait_until(lambda: connection.execute("select count(*) from orchestrator.workers where idle").fetchone()[0] == processes)
     started = time.perf_counter()
     connection.execute("select orchestrator.resume_type('noop')")
@@ -674,7 +675,7 @@ def cost(bench: Bench, reps: int) -> None:
                 "for line in sys.stdin: print(rss(), sum(getattr(app.worker, 'counters', None) and app.worker.counters.completed.values() "
                 "or app.worker.metrics.completed.values()), "
                 "time.process_time(), len(calls), flush=True)")
-        process = subprocess.Popen([sys.executable, "-c", code, sys.path[0], url], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen([sys.executable, "-c", code, TREE, url], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
         def ask() -> list[float]:
             assert process.stdin and process.stdout
