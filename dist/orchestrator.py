@@ -590,6 +590,28 @@ comment on function orchestrator.enqueue is
   'cancelled or deleted, it is cancelled with it, or runs. p_meta: a JSON object of at most 8 KiB beside the payload, never '
   'redacted. Raises OR001.';
 
+create or replace function orchestrator._check_many(p_payloads jsonb[], p_idempotency_keys text[], p_concurrency_keys text[]) returns void
+language plpgsql as $$
+declare
+  v_bad int;
+begin
+  select o into v_bad from unnest(p_payloads) with ordinality u(p, o) where orchestrator._payload_problem(p) is not null limit 1;
+  if found then
+    perform orchestrator._invalid(format('payloads[%s]', v_bad), orchestrator._payload_problem(p_payloads[v_bad]),
+                                  'Store the data elsewhere and enqueue references to it.');
+  end if;
+  if cardinality(p_idempotency_keys) <> coalesce(cardinality(p_payloads), 0) then
+    perform orchestrator._invalid('idempotency_keys', 'must be as many as the payloads', 'Use null for a task without a key.');
+  end if;
+  select o into v_bad from unnest(p_idempotency_keys) with ordinality u(k, o) where octet_length(k) not between 1 and 255 limit 1;
+  if found then
+    perform orchestrator._invalid(format('idempotency_keys[%s]', v_bad), 'must be 1 to 255 bytes', 'Use null for a task without a key.');
+  end if;
+  if cardinality(p_concurrency_keys) <> coalesce(cardinality(p_payloads), 0) then
+    perform orchestrator._invalid('concurrency_keys', 'must be as many as the payloads', 'Use null for a task without a key.');
+  end if;
+end $$;
+
 create or replace function orchestrator.enqueue_many(
   p_type text, p_payloads jsonb[], p_priority int default 0, p_idempotency_keys text[] default null,
   p_max_retries int default null, p_run_at timestamptz default null, p_concurrency_keys text[] default null,
@@ -603,24 +625,9 @@ declare
   v_found uuid[];   -- the task of each payload, new or known
   v_parents uuid[] := orchestrator._open_parents(p_after, p_on_failure);
   v_blocked timestamptz;
-  v_bad int;
 begin
   perform orchestrator._check_task(p_type, p_priority, null, p_max_retries, p_run_at);
-  select o into v_bad from unnest(p_payloads) with ordinality u(p, o) where orchestrator._payload_problem(p) is not null limit 1;
-  if found then
-    perform orchestrator._invalid(format('payloads[%s]', v_bad), orchestrator._payload_problem(p_payloads[v_bad]),
-                                  'Store the data elsewhere and enqueue references to it.');
-  end if;
-  if cardinality(p_idempotency_keys) <> v_n then
-    perform orchestrator._invalid('idempotency_keys', 'must be as many as the payloads', 'Use null for a task without a key.');
-  end if;
-  select o into v_bad from unnest(p_idempotency_keys) with ordinality u(k, o) where octet_length(k) not between 1 and 255 limit 1;
-  if found then
-    perform orchestrator._invalid(format('idempotency_keys[%s]', v_bad), 'must be 1 to 255 bytes', 'Use null for a task without a key.');
-  end if;
-  if cardinality(p_concurrency_keys) <> v_n then
-    perform orchestrator._invalid('concurrency_keys', 'must be as many as the payloads', 'Use null for a task without a key.');
-  end if;
+  perform orchestrator._check_many(p_payloads, p_idempotency_keys, p_concurrency_keys);
   perform orchestrator._check_extras(k, p_run_at, p_expires_at, p_on_failure, p_meta) from unnest(coalesce(p_concurrency_keys, array[null])) k
   where num_nonnulls(k, p_expires_at, p_after, p_meta) > 0 or p_on_failure <> 'wait';
   if v_n = 0 then return; end if;
@@ -3830,21 +3837,12 @@ language sql immutable parallel safe as $$
   end
 $$;
 
-create or replace function orchestrator.audit() returns table (invariant text, task_id uuid, worker_id text, detail text)
+-- Claims and limits: what is in flight, and what is parked.
+create or replace function orchestrator._audit_claims() returns table (invariant text, task_id uuid, worker_id text, detail text)
 language sql stable as $$
   with in_flight as materialized (
-    select t.id, t.claim_id, t.worker_id, t.status, t.concurrency_key from orchestrator.tasks t where t.status in ('claimed', 'running')),
-  floors as (
-    select distinct on (f.type, f.priority) f.type, f.priority, f.floor from orchestrator.lane_floors f
-    order by f.type, f.priority, f.generation desc, f.floor),
-  policies as materialized (
-    select y.type, p.max_retries, p.updated_at
-    from (select distinct t.type from orchestrator.tasks t where t.attempts > 1) y cross join lateral orchestrator._policy(y.type) p)
-
-  select orchestrator._broken_rule(t), t.id, t.worker_id, 'status ' || t.status
-  from orchestrator._bare_tasks t where orchestrator._broken_rule(t) is not null
-  union all
-  select case when h.n > 0 then 'open_tasks is the number of its tasks in flight' else 'a claim has tasks in flight' end, null, c.worker_id,
+    select t.id, t.claim_id, t.worker_id, t.status, t.concurrency_key from orchestrator.tasks t where t.status in ('claimed', 'running'))
+  select case when h.n > 0 then 'open_tasks is the number of its tasks in flight' else 'a claim has tasks in flight' end, null::uuid, c.worker_id,
          format('claim %s: open_tasks is %s, in flight are %s', c.id, c.open_tasks, coalesce(h.n, 0))
   from orchestrator.claims c left join (select f.claim_id, count(*) as n from in_flight f group by 1) h on h.claim_id = c.id
   where c.open_tasks is distinct from h.n
@@ -3875,7 +3873,14 @@ language sql stable as $$
   where (l.max_per_key <= orchestrator._in_flight(l.type, l.since, p.key) + (
            select count(*) from orchestrator.tasks t where t.queued_at is not null and t.type = p.type and t.concurrency_key = p.key)) is not true
     and not exists (select from orchestrator.freed_keys f where f.limit_name = p.name and (f.key is null or f.key = p.key))
-  union all
+$$;
+
+-- Attempts, and what is left of tasks that are gone.
+create or replace function orchestrator._audit_history() returns table (invariant text, task_id uuid, worker_id text, detail text)
+language sql stable as $$
+  with policies as materialized (
+    select y.type, p.max_retries, p.updated_at
+    from (select distinct t.type from orchestrator.tasks t where t.attempts > 1) y cross join lateral orchestrator._policy(y.type) p)
   -- a policy that is younger than the task may have been another at its first attempts
   select 'attempts are at most max_retries + 1', t.id, t.worker_id,
          format('%s attempts, max_retries is %s', t.attempts, coalesce(t.max_retries, p.max_retries))
@@ -3893,7 +3898,20 @@ language sql stable as $$
   where t.status = 'completed' and e.event in ('failed', 'retry_scheduled', 'dead_letter', 'cancelled') and e.attempt >= t.attempts
     and not exists (select from orchestrator.task_events n where n.task_id = e.task_id and n.event = 'retried' and n.id > e.id)
   union all
-  select 'a ready task is not below the floor of its lane', t.id, null, format('queued at %s, floor %s', t.queued_at, f.floor)
+  select 'an event belongs to a task', e.task_id, null, format('%s events of a task that is gone', count(*))
+  from orchestrator.task_events e where not exists (select from orchestrator.tasks t where t.id = e.task_id) group by 2
+  union all
+  select 'a step belongs to a task', s.task_id, null, s.name
+  from orchestrator.task_steps s where not exists (select from orchestrator.tasks t where t.id = s.task_id)
+$$;
+
+-- Floors, keys, dependencies and expiry.
+create or replace function orchestrator._audit_waiting() returns table (invariant text, task_id uuid, worker_id text, detail text)
+language sql stable as $$
+  with floors as (
+    select distinct on (f.type, f.priority) f.type, f.priority, f.floor from orchestrator.lane_floors f
+    order by f.type, f.priority, f.generation desc, f.floor)
+  select 'a ready task is not below the floor of its lane', t.id, null::text, format('queued at %s, floor %s', t.queued_at, f.floor)
   from floors f join orchestrator.tasks t on t.type = f.type and t.priority = f.priority and t.queued_at < f.floor
   union all
   select 'an idempotency key is unique in its type', d.id, null, format('the key of task %s', d.first)
@@ -3911,14 +3929,12 @@ language sql stable as $$
     (t.blocked_until is not null and not exists (select from orchestrator.task_waits w where w.child = t.id), 'blocked is who waits for a task'),
     (t.expires_at is not null and not exists (select from orchestrator.expiries e where e.task_id = t.id), 'what expires is looked at then')) v(broken, problem)
   where v.broken
-  union all
-  select 'an event belongs to a task', e.task_id, null, format('%s events of a task that is gone', count(*))
-  from orchestrator.task_events e where not exists (select from orchestrator.tasks t where t.id = e.task_id) group by 2
-  union all
-  select 'a step belongs to a task', s.task_id, null, s.name
-  from orchestrator.task_steps s where not exists (select from orchestrator.tasks t where t.id = s.task_id)
-  union all
-  select v.invariant, null, w.id, format('term %s until %s, declared dead at %s', w.leader_term, w.leader_until, w.declared_dead_at)
+$$;
+
+-- Workers, sequences, tables of one row, schedules.
+create or replace function orchestrator._audit_house() returns table (invariant text, task_id uuid, worker_id text, detail text)
+language sql stable as $$
+  select v.invariant, null::uuid, w.id, format('term %s until %s, declared dead at %s', w.leader_term, w.leader_until, w.declared_dead_at)
   from orchestrator.workers w cross join lateral (values
     ('one worker leads at most', w.is_leader and (select count(*) from orchestrator.workers o where o.is_leader) > 1),
     ('a term has one leader', exists (select from orchestrator.workers o where o.leader_term = w.leader_term and o.id <> w.id)),
@@ -3945,6 +3961,17 @@ language sql stable as $$
   where not s.paused and s.next_at is distinct from case
     when s.timezone in (select z.name from pg_timezone_names z)   -- else it pauses itself when it is due
       then (select f.at from orchestrator.fire_times(s.cron, s.timezone, s.next_at - interval '1 second', 1) f(at)) else s.next_at end
+$$;
+
+-- Stable functions see the snapshot of the statement that calls them, so this is one snapshot.
+create or replace function orchestrator.audit() returns table (invariant text, task_id uuid, worker_id text, detail text)
+language sql stable as $$
+  select orchestrator._broken_rule(t), t.id, t.worker_id, 'status ' || t.status
+  from orchestrator._bare_tasks t where orchestrator._broken_rule(t) is not null
+  union all select a.* from orchestrator._audit_claims() a
+  union all select a.* from orchestrator._audit_history() a
+  union all select a.* from orchestrator._audit_waiting() a
+  union all select a.* from orchestrator._audit_house() a
   order by 1, 2, 3
 $$;
 comment on function orchestrator.audit is

@@ -123,6 +123,28 @@ comment on function orchestrator.enqueue is
   'cancelled or deleted, it is cancelled with it, or runs. p_meta: a JSON object of at most 8 KiB beside the payload, never '
   'redacted. Raises OR001.';
 
+create or replace function orchestrator._check_many(p_payloads jsonb[], p_idempotency_keys text[], p_concurrency_keys text[]) returns void
+language plpgsql as $$
+declare
+  v_bad int;
+begin
+  select o into v_bad from unnest(p_payloads) with ordinality u(p, o) where orchestrator._payload_problem(p) is not null limit 1;
+  if found then
+    perform orchestrator._invalid(format('payloads[%s]', v_bad), orchestrator._payload_problem(p_payloads[v_bad]),
+                                  'Store the data elsewhere and enqueue references to it.');
+  end if;
+  if cardinality(p_idempotency_keys) <> coalesce(cardinality(p_payloads), 0) then
+    perform orchestrator._invalid('idempotency_keys', 'must be as many as the payloads', 'Use null for a task without a key.');
+  end if;
+  select o into v_bad from unnest(p_idempotency_keys) with ordinality u(k, o) where octet_length(k) not between 1 and 255 limit 1;
+  if found then
+    perform orchestrator._invalid(format('idempotency_keys[%s]', v_bad), 'must be 1 to 255 bytes', 'Use null for a task without a key.');
+  end if;
+  if cardinality(p_concurrency_keys) <> coalesce(cardinality(p_payloads), 0) then
+    perform orchestrator._invalid('concurrency_keys', 'must be as many as the payloads', 'Use null for a task without a key.');
+  end if;
+end $$;
+
 create or replace function orchestrator.enqueue_many(
   p_type text, p_payloads jsonb[], p_priority int default 0, p_idempotency_keys text[] default null,
   p_max_retries int default null, p_run_at timestamptz default null, p_concurrency_keys text[] default null,
@@ -136,24 +158,9 @@ declare
   v_found uuid[];   -- the task of each payload, new or known
   v_parents uuid[] := orchestrator._open_parents(p_after, p_on_failure);
   v_blocked timestamptz;
-  v_bad int;
 begin
   perform orchestrator._check_task(p_type, p_priority, null, p_max_retries, p_run_at);
-  select o into v_bad from unnest(p_payloads) with ordinality u(p, o) where orchestrator._payload_problem(p) is not null limit 1;
-  if found then
-    perform orchestrator._invalid(format('payloads[%s]', v_bad), orchestrator._payload_problem(p_payloads[v_bad]),
-                                  'Store the data elsewhere and enqueue references to it.');
-  end if;
-  if cardinality(p_idempotency_keys) <> v_n then
-    perform orchestrator._invalid('idempotency_keys', 'must be as many as the payloads', 'Use null for a task without a key.');
-  end if;
-  select o into v_bad from unnest(p_idempotency_keys) with ordinality u(k, o) where octet_length(k) not between 1 and 255 limit 1;
-  if found then
-    perform orchestrator._invalid(format('idempotency_keys[%s]', v_bad), 'must be 1 to 255 bytes', 'Use null for a task without a key.');
-  end if;
-  if cardinality(p_concurrency_keys) <> v_n then
-    perform orchestrator._invalid('concurrency_keys', 'must be as many as the payloads', 'Use null for a task without a key.');
-  end if;
+  perform orchestrator._check_many(p_payloads, p_idempotency_keys, p_concurrency_keys);
   perform orchestrator._check_extras(k, p_run_at, p_expires_at, p_on_failure, p_meta) from unnest(coalesce(p_concurrency_keys, array[null])) k
   where num_nonnulls(k, p_expires_at, p_after, p_meta) > 0 or p_on_failure <> 'wait';
   if v_n = 0 then return; end if;

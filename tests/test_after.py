@@ -31,6 +31,7 @@ from steps import (
     register,
     release,
     retry,
+    row,
     rows,
     rung,
     snooze,
@@ -313,7 +314,8 @@ def test_retention_locks_no_child_of_an_old_parent_that_has_not_ended(conn, conn
     with connect(autocommit=False) as other:
         other.execute("select from orchestrator.tasks where id = %s for update", [child])
         conn.execute("set lock_timeout = '1s'")
-        conn.execute("select orchestrator.prune('leader', %s, '1 microsecond', '1 day')", [term])
+        assert row(conn, "select * from orchestrator.prune('leader', %s, '1 microsecond', '1 day')", term)["completed"] == 0
+    assert status(conn, parent) == "pending" and task(conn, child)["blocked_until"] is not None
 
 
 def test_a_completed_parent_whose_child_somebody_has_locked_is_not_purged(conn, connect):

@@ -381,4 +381,4 @@ def test_what_reads_cannot_write(conn: Connection) -> None:
     with conn.transaction():
         conn.execute("set transaction read only")
         for name in GET:
-            api(conn, name, **({"id": id} if name == "task" else {}))
+            assert api(conn, name, **({"id": id} if name == "task" else {})) is not None, name

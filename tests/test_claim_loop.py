@@ -247,7 +247,7 @@ def test_a_byte_that_was_left_in_the_bell_does_not_keep_the_loop_busy(installed:
 def test_polling_carries_on_where_no_notification_arrives(installed: str, conn: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ClaimLoop, "_hear", lambda self, channel: None)
     with running(installed, {"a": lambda task: None}) as app:
-        wait_for(app, app.enqueue("a"), "completed", timeout=3)
+        assert wait_for(app, app.enqueue("a"), "completed", timeout=3)["attempts"] == 1
 
 
 def test_a_flood_of_notifications_stops_neither_claims_nor_heartbeats(installed: str, conn: Connection) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from conftest import REPOSITORY
 from orchestrator import Config, ConfigError, redact_url
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -101,3 +102,9 @@ def test_a_worker_ends_with_2_and_one_line_for_a_bad_setting(run_cli: Run, name:
         done = run_cli(env={name: value})
     assert done.returncode == 2 and done.stdout == ""
     assert re.fullmatch(rf"error: {name}: [^\n]+\n", done.stderr)
+
+
+def test_ci_unsets_every_setting_before_it_runs_the_tests() -> None:
+    script = (REPOSITORY / ".ci" / "run").read_text()
+    unset = re.findall(r"grep -E '(\^.*\$)'", script)[0]
+    assert [name for name in Config.load({}, environ={}).__dataclass_fields__ if not re.match(unset, name.upper())] == []

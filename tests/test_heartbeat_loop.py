@@ -314,7 +314,8 @@ def test_a_schema_of_another_version_is_refused_with_the_way_out(installed: str,
 
 def test_a_worker_installs_the_schema_where_there_is_none(db: str) -> None:
     with running(db, {"a": lambda task: None}) as app:
-        wait_for(app, app.enqueue("a"), "completed")
+        assert wait_for(app, app.enqueue("a"), "completed")["attempts"] == 1
+        assert app.call("schema_version") == [(orchestrator.SCHEMA_VERSION,)]
 
 
 def test_a_worker_that_was_declared_dead_stops_what_it_runs_and_goes_on_under_a_new_id(installed: str, conn: Connection) -> None:

@@ -120,6 +120,7 @@ def test_a_fork_while_threads_enqueue_leaves_no_lock_held_in_the_child(installed
         stop.set()
         for thread in threads:
             thread.join()
+    assert len(app.list({"type": "child"})) == 10
     app.close()
 
 

@@ -473,8 +473,8 @@ def test_cancelling_works_without_notify(installed: str, monkeypatch: pytest.Mon
     with running(installed, {"a": obedient}, heartbeat_interval=15) as app:
         task_id = app.enqueue("a")
         wait_for(app, task_id, "running")
-        app.cancel(task_id)
-        wait_for(app, task_id, "cancelled")
+        assert app.cancel(task_id) == "cancelling"
+        assert wait_for(app, task_id, "cancelled")["status"] == "cancelled"
 
 
 def test_a_notification_alone_cancels_nothing(installed: str, conn: Connection) -> None:
