@@ -166,11 +166,11 @@ begin
 end $$;
 
 -- Looks at the first p_n tasks of a lane: those of them that may start, p_room at most, and those that have to be parked, since
--- their key is full or has older parked tasks. Nothing behind the last one that starts is parked: what is before it in its key's
--- line may still be cancelled, and nobody would then note that the key has room.
+-- their key is full or has older parked tasks. If it isn't full, those may be on their way back, or cancelled: such keys are noted.
+-- Nothing behind the last one that starts is parked: what is before it in its key's line may still be cancelled.
 create or replace function orchestrator._line_up(
   l orchestrator.type_limits, p_type text, p_priority int, p_from timestamptz, p_room int, p_n int,
-  out tids tid[], out times timestamptz[], out keys text[], out parked tid[])
+  out tids tid[], out times timestamptz[], out keys text[], out parked tid[], out noted text[])
 language sql as $$
   with pick as materialized (
     select t.ctid as tid, t.queued_at, case when l.max_per_key is not null then t.concurrency_key end as key from orchestrator.tasks t
@@ -183,12 +183,14 @@ language sql as $$
              order by t.parked_at limit 1) as line
     from (select distinct i.key from pick i where i.key is not null) k),
   gated as (
-    select i.*, (row_number() over (partition by i.key order by i.queued_at) > k.room or i.queued_at > k.line) is true as gated
-    from pick i left join keys k on k.key = i.key),
+    select i.*, (i.full or i.late) is true as gated from (
+      select i.*, row_number() over (partition by i.key order by i.queued_at) > k.room as full, i.queued_at > k.line as late
+      from pick i left join keys k on k.key = i.key) i),
   placed as (
     select g.* from (select g.*, count(*) filter (where not g.gated) over (order by g.queued_at, g.tid) as n from gated g) g where g.n <= p_room)
   select array_agg(g.tid order by g.n) filter (where not g.gated), array_agg(g.queued_at order by g.n) filter (where not g.gated),
-         array_agg(g.key order by g.n) filter (where not g.gated), array_agg(g.tid) filter (where g.gated)
+         array_agg(g.key order by g.n) filter (where not g.gated), array_agg(g.tid) filter (where g.gated),
+         array_agg(distinct g.key) filter (where g.late and not g.full)
   from placed g
 $$;
 
@@ -214,9 +216,8 @@ begin
                                greatest(v_room, case when v_limit.max_per_key is not null then least(25 * 4 ^ look, 4000)::int end));
     if v.parked is not null then
       update orchestrator.tasks t set parked_at = t.queued_at, parked_by = p_name, queued_at = null, updated_at = p_now where t.ctid = any (v.parked);
-      if orchestrator._older_claims(p_name, v_limit.since) then
-        insert into orchestrator.freed_keys values (p_name, null);   -- those leave no note when they end
-      end if;
+      insert into orchestrator.freed_keys select p_name, k from unnest(v.noted) k
+        union all select p_name, null where orchestrator._older_claims(p_name, v_limit.since);   -- those leave no note when they end
       if cardinality(v.parked) > random() * 50 then perform orchestrator._note_lane(p_type, p_priority); end if;
     end if;
     if v.tids is not null then

@@ -318,6 +318,19 @@ def test_a_parked_task_that_another_transaction_has_locked_is_looked_for_again(c
     assert claimed(conn) == [second]
 
 
+def test_a_task_put_back_before_a_locked_elder_is_parked_again_and_not_forgotten(conn, connect):
+    """The elder is being cancelled: the younger is put back in its stead, and waits behind it, since that may be rolled back."""
+    limit(conn, max_per_key=1)
+    first, second, third = keyed(conn, *"aaa")
+    claimed(conn)
+    other = connect(autocommit=False)
+    cancel(other, second)
+    finish(conn, first)
+    assert claimed(conn) == [] and parked(conn) == [second, third]
+    other.commit()
+    assert claimed(conn) == [third]
+
+
 def test_a_task_that_was_put_back_and_then_cancelled_gives_way(conn):
     limit(conn, max_per_key=1)
     first, second, third = keyed(conn, *"aaa")

@@ -121,9 +121,10 @@ def main() -> int:
             row = run(name, server, args.seed, args.short)
             rows.append(row)
             print("  ".join(cells(row)) + f"  ({row.seconds:.0f} s)", flush=True)
-            for problem in row.problems[:10]:
-                print(f"    {problem}", flush=True)
     print("\n" + table(rows))
+    for row in rows:
+        for problem in row.problems[:10]:
+            print(f"{row.fault}: {problem}")
     if args.json:
         args.json.write_text(json.dumps([{**dataclasses.asdict(row), "passed": row.passed} for row in rows], indent=1))
     if args.write_docs:

@@ -392,10 +392,10 @@ class Lab:
         return sum(len(re.findall(r"task rejected: ", path.read_text(errors="replace"))) for path in self.folder.glob("worker-*.log"))
 
     def since_kill(self, killed: dict[int, float]) -> None:
-        """Measure, for each killed pid, the seconds from its death (time.time()) until the last of its tasks was taken from it."""
+        """Measure, for each killed pid, the seconds from its death (time.time()) until the last of its tasks was taken from it, if any was."""
         for pid, at in killed.items():
-            last = self.value("select extract(epoch from max(at))::float8 from chaos.transitions where recovered and was_worker like %s",
-                              f"%:{pid}:%")
+            last = self.value("""select extract(epoch from max(at))::float8 from chaos.transitions
+                                 where recovered and was_worker like %s and at > to_timestamp(%s)""", f"%:{pid}:%", at)
             if last is not None:
                 self.recovery.append(last - at)
 
@@ -444,6 +444,9 @@ class Lab:
             self.fail(f"{len(missing)} acknowledged tasks are gone")
         if open_now:
             self.fail(f"not ended: {dict(open_now)}")
+            for why, task in self.execute("""select orchestrator.explain_task(t.id), to_jsonb(t) - 'payload' from orchestrator.tasks t
+                                             where t.status <> all (%s::orchestrator.task_status[]) limit 5""", list(ENDED)):
+                self.fail(f"{why} {task}")
         if len(status) > len(acknowledged):
             self.fail(f"{len(status) - len(acknowledged)} tasks that nobody enqueued, or enqueued twice")
 
