@@ -77,12 +77,12 @@ begin
   end if;
 end $do$;
 
--- n of them, ascending: the last 48 bits of one count up (RFC 9562, 6.2, method 2). Drawing each costs 2.6 µs, this 0.6.
+-- n of them, ascending: the last 48 bits of one count up from one in the third quarter (RFC 9562, 6.2, method 2).
 create or replace function orchestrator._uuidv7s(p_n int) returns uuid[]
 language sql volatile parallel safe begin atomic
-  select array(select (left(u.id, 24) || lpad(to_hex((('x' || right(u.id, 12))::bit(48)::bigint >> 1) + o), 12, '0'))::uuid
-               from generate_series(0, p_n - 1) o)
-  from (select orchestrator._uuidv7()::text as id) u;
+  select array(select (u.head || to_hex(u.tail + o))::uuid from generate_series(0, p_n - 1) o)
+  from (select left(r.id, 24) as head, (1::bigint << 47) + (('x' || right(r.id, 12))::bit(48)::bigint >> 2) as tail
+        from (select orchestrator._uuidv7()::text as id) r offset 0) u;   -- computed once
 end;
 
 -- The smallest UUIDv7 of a moment.

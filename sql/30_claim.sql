@@ -114,15 +114,18 @@ end $$;
 create or replace function orchestrator._lanes_to_claim(
   p_worker_id text, p_types text[], out types text[], out priorities int[], out heads timestamptz[], out limits text[])
 language plpgsql as $$
+declare
+  v_plain boolean;
 begin
   if array_to_string(p_types, ' ') !~ '[*:]( |$)' then   -- quick, and never wrong about a pattern
-    select array_agg(l.type), array_agg(l.priority), array_agg(l.head) into types, priorities, heads
-    from (select w.* from orchestrator._walk_lanes(p_types) w
-          where exists (select from orchestrator.workers w where w.id = p_worker_id and w.declared_dead_at is null)
-            and not exists (select from orchestrator.task_types p where p.paused)
-            and not exists (select from orchestrator.type_limits) and not exists (select from orchestrator.lane_floors)
-          order by w.priority desc, w.head) l;
-    if types is not null then return; end if;
+    select p.plain, l.* into v_plain, types, priorities, heads
+    from (select exists (select from orchestrator.workers w where w.id = p_worker_id and w.declared_dead_at is null)
+             and not exists (select from orchestrator.task_types p where p.paused)
+             and not exists (select from orchestrator.type_limits) and not exists (select from orchestrator.lane_floors) as plain offset 0) p
+    cross join lateral (
+      select array_agg(w.type), array_agg(w.priority), array_agg(w.head)
+      from (select * from orchestrator._walk_lanes(p_types) w where p.plain order by w.priority desc, w.head) w) l;
+    if v_plain then return; end if;
   end if;
   if not exists (select from orchestrator.workers w where w.id = p_worker_id and w.declared_dead_at is null) then
     raise exception 'worker % is not registered, or was declared dead', p_worker_id
