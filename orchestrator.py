@@ -2683,9 +2683,10 @@ class Worker:
             except psycopg.Error as error:
                 if error.sqlstate == "OR001":
                     raise ValueError(error_line(error)) from None
-                passing = isinstance(error, psycopg.OperationalError) or not is_refusal(error)
-                if not passing or task.cancelled.wait(backoff(tries)):
+                if is_refusal(error) and not isinstance(error, psycopg.OperationalError):
                     raise
+                if task.cancelled.wait(backoff(tries)):   # which costs it no attempt
+                    raise Cancelled("asked to stop while the database was away") from error
                 tries += 1
 
     def worn_out(self) -> str:

@@ -17,7 +17,7 @@ import psycopg
 import pytest
 
 from apps import claimed, events, make_app, registered, running, story, wait_for, worker_of
-from orchestrator import ClaimLost, Discard, Task
+from orchestrator import Cancelled, ClaimLost, Discard, Task
 from postgres import eventually, wait_for_lock
 from steps import (
     audit,
@@ -496,7 +496,8 @@ def test_a_step_of_a_lost_task_does_not_begin(installed: str, conn: Connection) 
         assert ran == [] and worker.steps.connection is None
 
 
-def test_a_step_of_a_task_that_is_to_stop_does_not_wait_for_the_database(installed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_of_a_task_that_is_to_stop_ends_as_cancelled_while_the_database_is_away(
+        installed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with registered(installed) as worker:
         app = make_app(installed)
         app.enqueue("a")
@@ -506,8 +507,9 @@ def test_a_step_of_a_task_that_is_to_stop_does_not_wait_for_the_database(install
         def away(*_: Any) -> None:
             raise psycopg.OperationalError("away")
         monkeypatch.setattr(worker.steps, "call", away)
-        with pytest.raises(psycopg.OperationalError, match="away"):
+        with pytest.raises(Cancelled, match="away") as stopped:
             task.step("a", lambda: 1)
+        assert isinstance(stopped.value.__cause__, psycopg.OperationalError)
         app.close()
 
 
@@ -755,7 +757,7 @@ def test_the_command_show_lists_steps(installed: str, cli: Callable[..., Answer]
 CRASHING = """
 import os, signal
 from pathlib import Path
-from orchestrator import Handler
+from orchestrator import Cancelled, Handler
 
 def crash_at(task, point):
     # once: what was noted on the disk outlives the process
