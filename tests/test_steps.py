@@ -757,7 +757,7 @@ def test_the_command_show_lists_steps(installed: str, cli: Callable[..., Answer]
 CRASHING = """
 import os, signal
 from pathlib import Path
-from orchestrator import Cancelled, Handler
+from orchestrator import Handler
 
 def crash_at(task, point):
     # once: what was noted on the disk outlives the process
