@@ -267,7 +267,7 @@ def clean_text(text: str, limit: int = ERROR_LIMIT) -> str:
 
 
 def redact_url(text: str) -> str:
-    """The text without the passwords of the URLs and connection strings in it."""
+    """Without the passwords of its URLs and connection strings."""
     text = re.sub(r"(://[^:/@\s]*):(?!\d+[/?#])\S*@", r"\1:***@", text)
     return re.sub(r"(password\s*=\s*)('(?:[^'\\]|\\.)*'|[^\s&]+)", r"\1***", text, flags=re.IGNORECASE)
 
@@ -479,14 +479,14 @@ class After(str):
 
 
 class BoundedConnection(Connection):
-    """Each wait for the server ends, at the latest 5 seconds after STATEMENT_TIMEOUT should have ended it."""
+    """Each wait for the server ends, at the latest 5 seconds after STATEMENT_TIMEOUT."""
 
     def wait(self, gen: Any, *args: Any, **kwargs: Any) -> Any:
         return super().wait(_before(time.monotonic() + STATEMENT_TIMEOUT + 5, gen), *args, **kwargs)
 
 
 def _before(until: float, generator: Any) -> Any:
-    """psycopg's generator, which hears 0 every 0.1 s, ended by an error if it still waits at a time."""
+    """psycopg's generator, which hears 0 every 0.1 s, ended by an error if it still waits then."""
     state = next(generator)
     while True:
         ready = yield state
@@ -511,7 +511,7 @@ def connect(config: Config, name: str = "orchestrator",
 
 
 def is_pooled(connection: Connection) -> bool:
-    """Whether another server process answers than the one that was connected to: a pooler is in between."""
+    """Whether another server process answers than the one that was connected to."""
     row = connection.execute("select pg_catalog.pg_backend_pid()", prepare=False).fetchone()
     return row != (connection.info.backend_pid,)
 
@@ -544,7 +544,7 @@ def prepare_session(connection: Connection, config: Config,
 
 
 def configure(connection: Connection, settings: Mapping[str, str], local: bool = False) -> None:
-    """Set these for the session, or for its transaction; and that neither has an end by itself."""
+    """Set these for the session, or for its transaction."""
     if connection.info.server_version >= 170000:
         settings = {**settings, "transaction_timeout": "0", "restrict_nonsystem_relation_kind": ""}
     calls = [f"pg_catalog.set_config('{name}', '{value}', {local})" for name, value in settings.items()]
@@ -597,7 +597,7 @@ class Link:
              **named: Any) -> list[Row]:
         """Call orchestrator.FUNCTION in a transaction of its own and return its rows. Raises psycopg.Error.
 
-        PostgreSQL infers the arguments' types. meanwhile: called while the server works, if it gets that far.
+        meanwhile: called while the server works, if it gets that far.
         """
         return self._run("*", function, args, named, meanwhile)
 
@@ -758,13 +758,10 @@ def install_sql() -> list[str]:
     first = """select pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true),
                       pg_catalog.set_config('standard_conforming_strings', 'on', true);
                select pg_advisory_xact_lock(hashtext('orchestrator.install'));"""
-    migrations, files = [], []
-    for name, text in sql_files().items():
-        if "/" in name:
-            migrations.append(MIGRATION.format(int(name.split("/")[1].split("_")[0]), text))
-        else:
-            files.append(text)
-    return [first, *migrations, *files]
+    files = sql_files()
+    migrations = [MIGRATION.format(int(name.split("/")[1].split("_")[0]), text)
+                  for name, text in files.items() if "/" in name]
+    return [first, *migrations, *(text for name, text in files.items() if "/" not in name)]
 
 
 def install_script() -> str:
@@ -773,7 +770,7 @@ def install_script() -> str:
 
 
 def install(connection: Connection) -> None:
-    """Install or upgrade the schema in one transaction; safe to repeat, and by many at once."""
+    """Install or upgrade the schema; safe to repeat, and by many at once."""
     with connection.transaction():
         configure(connection, {"statement_timeout": "0"}, local=True)   # a large table may take its time
         for text in install_sql():
@@ -803,14 +800,16 @@ def ensure_schema(connection: Connection) -> None:
 
 
 # ======================================== tasks
-# Four facts about a task in a worker's hands, besides its place (arrived, ready, careful, a slot, finished):
+# What is known of a task in a worker's hands, besides its place (arrived, ready, careful, a slot, finished):
 #
 #   marked         by the report loop: from now on its attempt is charged if the worker dies
-#   cancel_reason  by any thread, once: its handler is asked to stop (cancelled, timeout, lost or shutdown)
+#   cancel_reason  by any thread, once: its handler is asked to stop
 #   outcome        by its pool thread: None if its handler returned nothing, INTERRUPTED until it has ended
 #   ended          "" until it is settled: by its handler ("transaction", completed there), by the supervisor
 #                  or report loop ("abandoned": a stand-in reports for it), by the report loop ("reported")
 
+Result = TypeVar("Result")
+Parameters = typing.ParamSpec("Parameters")
 RESULT_LIMIT = 1_048_576   # bytes of JSON that a handler may return, or report as its progress
 STEP_LIMIT = 262_144       # those of a step
 
@@ -832,6 +831,15 @@ INTERRUPTED = Outcome("failed", "the thread that ran it was ended from outside")
 RELEASED = Outcome("released")
 
 
+def in_thread(method: Callable[typing.Concatenate[Any, Parameters], Result]
+              ) -> Callable[typing.Concatenate[Any, Parameters], Coroutine[Any, Any, Result]]:
+    """The method for what runs on an event loop, which goes on meanwhile."""
+    @functools.wraps(method)
+    async def call(self: Any, /, *args: Parameters.args, **options: Parameters.kwargs) -> Result:
+        return await asyncio.to_thread(method, self, *args, **options)
+    return call
+
+
 class Task:
     """A task as its handler sees it.
 
@@ -850,7 +858,7 @@ class Task:
     _cancelled: threading.Event | None = None
     _in_transaction = False
     _result: str | None = None
-    # by name, what steps returned, when it is known; in a transaction, what is to be recorded at its end
+    # by name: what steps returned; in a transaction, what is to be recorded at its end
     _steps: dict[str, Any] | None = None
     _unrecorded: dict[str, str] | None = None
     cancel_reason: str | None = None
@@ -903,13 +911,13 @@ class Task:
     @property
     def payload(self) -> Any:
         if self._payload is ...:
-            self._payload = _decode(self._row[3])[0]
+            self._payload = _parsed(self._row[3])
         return self._payload
 
     @property
     def meta(self) -> Any:
         """What the producer noted beside the payload, or None."""
-        return None if self._row[10] is None else _decode(self._row[10])[0]
+        return _parsed(self._row[10])
 
     @property
     def created_at(self) -> datetime:
@@ -979,24 +987,21 @@ class Task:
         wait = None if timeout is None else _interval(check_seconds("timeout", timeout))
         steps = self._known_steps(name)
         if name not in steps:
-            held, value, snooze = self._worker.call_step(
-                self, "await_signal", self.claim_id, self.id, name, wait)
+            [(held, value, snooze)] = self._call("await_signal", self.claim_id, self.id, name, wait)
             self._check_held(held)
             if snooze is not None:
                 raise Snooze(snooze)
-            steps[name] = None if value is None else _decode(value)[0]
+            steps[name] = _parsed(value)
         return steps[name]
 
-    async def signal_async(self, name: str, timeout: Seconds | None = None) -> Any:
-        """signal() for an `async def` handler."""
-        return await asyncio.to_thread(self.signal, name, timeout)
+    signal_async = in_thread(signal)
 
     def _known_steps(self, name: str) -> dict[str, Any]:
         _key("name", check_text("name", name))   # the next attempt would not find 1 as "1"
         self._check_held(self.cancel_reason != "lost")
         steps = self._steps
         if steps is None:
-            known = dict(_decode(self._worker.call_step(self, "steps", self.id)[0])[0])
+            known = dict(_parsed(self._call("steps", self.id)[0][0]))
             with Task._lock:   # another thread of its handler may have been quicker
                 steps = self._steps = known if self._steps is None else self._steps
         return steps
@@ -1006,9 +1011,11 @@ class Task:
         if self._unrecorded is not None:
             self._unrecorded[name] = text
         else:
-            self._check_held(
-                self._worker.call_step(self, "record_step", self.claim_id, self.id, name, text)[0])
-        steps[name] = _decode(text)[0]
+            self._check_held(self._call("record_step", self.claim_id, self.id, name, text)[0][0])
+        steps[name] = _parsed(text)
+
+    def _call(self, function: str, *args: Any) -> list[Row]:
+        return self._worker.call_step(self, function, *args)
 
     def _check_held(self, held: bool) -> None:
         if not held:
@@ -1062,12 +1069,7 @@ class Task:
 
     def parents(self) -> dict[str, Any]:
         """The results of the tasks that this one waited for, by id; None of one that did not complete."""
-        link = Link(self._worker.config, "orchestrator task")
-        try:
-            return {parent: None if result is None else _decode(result)[0]
-                    for parent, result in link.call("parent_results", self.id)}
-        finally:
-            link.close()
+        return {parent: _parsed(result) for parent, result in self._call("parent_results", self.id)}
 
     def complete(self, result: Any) -> None:
         """Inside `with task.transaction()`: the result that commits with the completion."""
@@ -1148,6 +1150,10 @@ class Limit:
 _decode = json.JSONDecoder().raw_decode
 
 
+def _parsed(text: str | None) -> Any:
+    return None if text is None else _decode(text)[0]
+
+
 def json_default(value: Any) -> Any:
     """Dates and times as ISO 8601, UUID and Decimal as text, an Enum's value, dataclasses and pydantic models
     as objects, sets as arrays. Raises TypeError for the rest."""
@@ -1219,17 +1225,17 @@ class Router:
         self._loop_lock = threading.Lock()   # guards the start of the event loop's thread
 
     def add(self, pattern: str, handler: Handler | Callable[[Task], Any]) -> None:
+        problem = ""
         if (not isinstance(pattern, str) or not 1 <= len(pattern.encode()) <= 255
                 or re.search(r"[\x00-\x1f\x7f]|\*.", pattern)):
-            raise ConfigError(
-                f"handler {pattern!r}: must be a type of 1 to 255 bytes, or a prefix that ends in ':' or '*'")
-        if pattern in self.handlers:
-            raise ConfigError(f"handler {pattern!r}: is registered already")
-        if not isinstance(handler, Handler):
-            if not callable(handler):
-                raise ConfigError(f"handler {pattern!r}: must be a function of the task, or a Handler")
-            handler = Handler(handler)
-        self.handlers[pattern] = handler
+            problem = "must be a type of 1 to 255 bytes, or a prefix that ends in ':' or '*'"
+        elif pattern in self.handlers:
+            problem = "is registered already"
+        elif not callable(handler) and not isinstance(handler, Handler):
+            problem = "must be a function of the task, or a Handler"
+        if problem:
+            raise ConfigError(f"handler {pattern!r}: {problem}")
+        self.handlers[pattern] = handler if isinstance(handler, Handler) else Handler(handler)
 
     def pattern(self, kind: str) -> str | None:
         """What handles this type: itself, or a prefix."""
@@ -1292,7 +1298,7 @@ class Router:
         return text
 
     def completed(self, task: Task, result: Any) -> Outcome:
-        """The outcome of a handler that returned something. What can't be kept doesn't make its work fail."""
+        """The outcome of a handler that returned something. What can't be kept doesn't fail its work."""
         if task.ended == "transaction":
             log.warning("task %s %s: its result comes after its transaction, and is lost: "
                         "call task.complete(result) inside", task.type, task.id)
@@ -1310,7 +1316,7 @@ def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
             log.error("a callback interrupted the event loop, which goes on: %s", describe_error(error))
 
 
-# Another object in each forked child: to ask for the process's id would cost each task 0.4 µs.
+# Another object in each forked child: os.getpid() would cost each task 0.4 µs.
 _process = object()
 
 
@@ -1320,8 +1326,7 @@ def _exit_if_forked(process: object) -> None:
         os._exit(0)
 
 
-# What a call returned, or what it raised: asyncio would strip a TimeoutError of its traceback, and end by
-# a SystemExit.
+# What a call returned, or raised: asyncio would strip a TimeoutError of its traceback, and end by a SystemExit.
 End = tuple[Any, BaseException | None]
 
 
@@ -1385,7 +1390,7 @@ def _no_generator(result: Any) -> Any:
 
 
 def run_task(router: Router, task: Task) -> BaseException | None:
-    """Run one task's handler and set its outcome; what the handler raised is returned, not raised."""
+    """Run one task's handler and set its outcome; returns what the handler raised."""
     if task.cancel_reason is not None:   # before it started: it goes back, or ends as cancelled
         task.outcome = RELEASED
         return None
@@ -1419,8 +1424,8 @@ def _outcome_of(task: Task, error: BaseException) -> Outcome:
 # ======================================== worker
 # A task's way through a worker: the claim loop makes a Task of a row and puts it into the pool's `ready`, or
 # into `careful` if it was recovered from a dead worker. A pool thread runs its handler and puts it into
-# `finished`. The report loop tells the database. Pool threads never touch the database, and what needs none
-# (timeouts, replacing threads) is done by the supervisor, whether or not the database answers.
+# `finished`. The report loop tells the database. Pool threads never touch the database, nor does the
+# supervisor, which sees to timeouts and lost threads whether or not the database answers.
 
 HOLD_SECONDS = 0.1          # a worker holds what it will start within this time, at its measured pace
 PREFETCH_MAX = 4000         # tasks, at most; 2,000 drain 9% slower, as the next claim is sent too late
@@ -1453,21 +1458,22 @@ def clock() -> float:
     return time.monotonic()
 
 
-def grouped(tasks: Iterable[Task], key: Callable[[Task], Any]) -> dict[Any, list[Task]]:
+def grouped(tasks: Iterable[Task], attribute: str) -> dict[Any, list[Task]]:
     groups: dict[Any, list[Task]] = defaultdict(list)
+    key = operator.attrgetter(attribute)
     for task in tasks:
         groups[key(task)].append(task)
     return groups
 
 
 class Tally:
-    """A histogram that takes many values at once; prometheus_client's costs more than a task does."""
+    """A histogram for many values at once; prometheus_client's costs more than a task does."""
 
     def __init__(self, counts: Iterable[int] = (0,) * (len(BUCKETS) + 1), total: float = 0.0) -> None:
         self.counts, self.sum = list(counts), total
 
     def add(self, values: Iterable[float]) -> None:
-        values, done = sorted(values), 0   # and one search for each bound: 0.18 → 0.05 µs per value
+        values, done = sorted(values), 0   # with one search for each bound: 0.18 → 0.05 µs per value
         for n, bound in enumerate((*BUCKETS, math.inf)):
             upto = bisect.bisect_right(values, bound, done)
             self.counts[n] += upto - done
@@ -1484,7 +1490,7 @@ class Tally:
 
 
 class Counters:
-    """What this worker counted. Labels are registered types and patterns; everything else counts as `other`.
+    """What this worker counted. Labels are registered types and patterns, else `other`.
 
     Their series are there from the start, at zero, or rate() would miss the first event of each.
     """
@@ -1543,7 +1549,7 @@ class Counters:
 
     def ran(self, tasks: Sequence[Task]) -> None:
         """Count the durations and waits of a batch, in one pass over each type's values."""
-        by_type = grouped(tasks, operator.attrgetter("type"))
+        by_type = grouped(tasks, "type")
         with self.lock:
             for kind, group in by_type.items():
                 label = self.label(kind)
@@ -1618,7 +1624,7 @@ class Pool:
         # Written by the report loop and the supervisor: seconds per task, lately.
         self.mean: float | None = None
         # Written by the supervisor. interrupted: a thread left its task, perhaps after it had handed it over;
-        # stuck: how many were abandoned when it last looked.
+        # stuck: how many were abandoned in its last round.
         self.interrupted = False
         self.slots: list[Slot] = []
         self.stuck = 0
@@ -1767,7 +1773,7 @@ class Pool:
             self.abandon(task, Outcome("failed", f"{task.timeout_text}, and did not stop when asked"))
 
     def abandon(self, task: Task, outcome: Outcome) -> None:
-        """Have a stand-in report for it. Its late outcome is not reported; the fence would refuse it too."""
+        """Have a stand-in report for it. Its late outcome is not reported."""
         twin = Task(task._worker, task._row, task.handler, task.claimed)
         twin.started, twin.seconds, twin.outcome = task.started, clock() - task.started, outcome
         task.ended = "abandoned"
@@ -1792,9 +1798,13 @@ class Pool:
         self.stuck = stuck
 
 
+Report = Callable[[list[Task]], object]
+Refusal = Callable[[Task, psycopg.Error], object]
+
+
 @dataclasses.dataclass
 class Chore:
-    """What a loop does every so often, or after the seconds that run() returned."""
+    """What a loop does every so many seconds, or after those that run() returned."""
 
     run: Callable[[], float | None]
     every: float
@@ -1906,9 +1916,10 @@ class Loop(threading.Thread):
             self.log_error(f", {chore.__name__.strip('_').replace('_', ' ')}", error)
             return refused
 
-    def together(self, call: Callable[[list[Task]], object], tasks: list[Task],
-                  refused: Callable[[Task, psycopg.Error], None]) -> None:
+    def together(self, call: Report, tasks: list[Task], refused: Refusal) -> None:
         """Make one call for these tasks; one for each half if it is too large, or refused."""
+        if not tasks:
+            return
         size = sum([len(task.outcome.text or "") for task in tasks if task.outcome])
         if len(tasks) == 1 or size <= CALL_LIMIT:
             try:
@@ -1923,6 +1934,10 @@ class Loop(threading.Thread):
         middle = len(tasks) // 2
         self.together(call, tasks[:middle], refused)
         self.together(call, tasks[middle:], refused)
+
+    def together_by(self, attribute: str, call: Report, tasks: list[Task], refused: Refusal) -> None:
+        for group in grouped(tasks, attribute).values():
+            self.together(call, group, refused)
 
 
 class ClaimLoop(Loop):
@@ -2109,7 +2124,7 @@ class Journal:
 
     def __init__(self, worker: Worker) -> None:
         self.worker, self.counters, self.hooks = worker, worker.counters, worker.router.dead_letter_hooks
-        # Hooks have a thread of their own, since they may take long.
+        # They may take long.
         self.hook_thread = concurrent.futures.ThreadPoolExecutor(1, "dead-letter-hooks")
         # How many tasks have completed since that time.
         self.count, self.since = 0, clock()
@@ -2147,11 +2162,11 @@ class Journal:
 
 def _call_hook(hook: Callable[..., Any], *args: Any) -> None:
     """Call it, and wait for what an async one does."""
-    async def wait(awaitable: Awaitable[Any]) -> None:
-        await awaitable
+    async def wait() -> None:
+        await done
     done = hook(*args)
     if inspect.isawaitable(done):
-        asyncio.run(wait(done))
+        asyncio.run(wait())
 
 
 def _call_hooks(hooks: Sequence[DeadLetterHook], tasks: Sequence[Task]) -> None:
@@ -2257,13 +2272,13 @@ class ReportLoop(Loop):
                 self._report([task])
 
     def _report(self, tasks: list[Task]) -> None:
-        groups = grouped([task for task in tasks if task.outcome], operator.attrgetter("outcome.kind"))
-        groups[""] = [task for task in tasks if not task.outcome]   # all of them, in a drain
-        calls = {"failed": self._report_failed, "snoozed": self._report_snoozed,
-                 "released": self._report_released}
-        for kind, group in groups.items():
-            if group:
-                self.together(calls.get(kind, self._report_completed), group, self._refused)
+        groups = grouped([task for task in tasks if task.outcome], "outcome.kind")
+        self.together(self._report_failed, groups["failed"], self._refused)
+        self.together_by("id", self._snooze, groups["snoozed"], self._refused)
+        self.together_by("claim_id", self._release, groups["released"], self._refused)
+        self.together(self._report_completed, groups["completed"], self._refused)
+        nothing = [task for task in tasks if not task.outcome]   # all of them, in a drain
+        self.together(self._report_completed, nothing, self._refused)
 
     def _refused(self, task: Task, error: psycopg.Error) -> None:
         if (error.sqlstate or "")[:2] in ("40", "55"):
@@ -2313,18 +2328,10 @@ class ReportLoop(Loop):
         for task in tasks:
             self._settle(task, statuses[task.id])
 
-    def _report_snoozed(self, tasks: list[Task]) -> None:
-        for task in tasks:
-            self.together(self._snooze, [task], self._refused)
-
     def _snooze(self, tasks: list[Task]) -> None:
         [task] = tasks
         seconds = _interval(task.outcome.after if task.outcome else 0)
         self._settle(task, self.link.call("snooze_task", task.claim_id, task.id, seconds)[0][0])
-
-    def _report_released(self, tasks: list[Task]) -> None:
-        for group in grouped(tasks, operator.attrgetter("claim_id")).values():
-            self.together(self._release, group, self._refused)
 
     def _release(self, tasks: list[Task]) -> None:
         """Of tasks of one claim, which either holds them or is gone."""
@@ -2346,8 +2353,7 @@ class ReportLoop(Loop):
                     if not task.marked and task.started < before and task not in self.locked])
 
     def _mark(self, tasks: list[Task]) -> None:
-        for group in grouped(tasks, operator.attrgetter("claim_id")).values():
-            self.together(self._start_tasks, group, self._put_off)
+        self.together_by("claim_id", self._start_tasks, tasks, self._put_off)
 
     def _start_tasks(self, tasks: list[Task]) -> None:
         marked = self.link.call("start_tasks", tasks[0].claim_id, array([task.id for task in tasks]))[0][0]
@@ -2379,9 +2385,8 @@ class ReportLoop(Loop):
     def _send_progress(self) -> float | None:
         if not self.progress:
             return 0.0
-        for task, _ in list(self.progress.values()):
-            if task not in self.locked:
-                self.together(self._record_progress, [task], self._put_off)
+        tasks = [task for task, _ in list(self.progress.values()) if task not in self.locked]
+        self.together_by("id", self._record_progress, tasks, self._put_off)
         return None
 
     def _record_progress(self, tasks: list[Task]) -> None:
@@ -2480,7 +2485,7 @@ class HeartbeatLoop(Loop):
         worker.registered.set()
 
     def _define(self, title: str, given: dict[str, Any], function: str) -> None:
-        """Once: what somebody removes later does not come back while this worker runs. Raises ConfigError."""
+        """Once: what somebody removes later stays removed while this worker runs. Raises ConfigError."""
         for name, each in list(given.items()):
             try:
                 self.link.call(function, *each.arguments(name, self.worker.router.encode))
@@ -2491,7 +2496,7 @@ class HeartbeatLoop(Loop):
             del given[name]
 
     def _beat(self) -> None:
-        """Send a heartbeat, and note which others' have changed, by this process's own clock: no step of the
+        """Send a heartbeat, and note by this process's own clock which others' have changed: no step of the
         database's clock can make a living worker look dead."""
         worker_id, before, interval = self.worker.id, self.seen, self.config.heartbeat_interval
         rows: dict[str, str] = dict(self.link.call("heartbeat", worker_id))
@@ -2519,7 +2524,7 @@ class HeartbeatLoop(Loop):
         worker.term, worker.lease_until = (term, before + 0.9 * length) if leads else (None, 0.0)
 
     def _as_leader(self, function: str, *args: Any) -> Row:
-        """Call one of the leader's functions, which does nothing under a stale term."""
+        """Call a function of the leader's, which does nothing under a stale term."""
         return self.link.call(function, self.worker.id, self.worker.term, *args)[0]
 
     def _recover(self) -> float | None:
@@ -2544,7 +2549,7 @@ class HeartbeatLoop(Loop):
         return 0.05 if sum(counts.values()) >= 900 else None
 
     def _raise_floors(self) -> float | None:
-        """Again sooner where it helped: an old snapshot is held, and claims walk what was claimed since."""
+        """Again sooner where it helped: under an old snapshot claims walk what was claimed since."""
         started = clock()
         raised = self._as_leader("raise_floors")[0]
         return min(1.0, max(0.2, 10 * (clock() - started))) if raised else None
@@ -2563,7 +2568,7 @@ class HeartbeatLoop(Loop):
         return 0.05 if more else None
 
     def _sample_stats(self) -> float | None:
-        """Have the queue counted, if that is due, and keep what /metrics tells of it."""
+        """Have the queue counted, if that is due, for /metrics."""
         due = self._as_leader("sample_stats")[0]
         if due is None:
             return None   # under a stale term
@@ -2665,8 +2670,8 @@ class Worker:
         for loop in self.loops:
             loop.bell.set()
 
-    def call_step(self, task: Task, function: str, *args: Any) -> Row:
-        """For a handler's thread: one row, asked for until the database answers or the task is to stop."""
+    def call_step(self, task: Task, function: str, *args: Any) -> list[Row]:
+        """For a handler's thread: tried until the database answers or the task is to stop."""
         if self.process is not _process:   # a child that the handler forked: the connection is its parent's
             self.process, self.steps, self.steps_lock = _process, Link(self.config), threading.Lock()
         tries = 0
@@ -2674,7 +2679,7 @@ class Worker:
             try:
                 with self.steps_lock:
                     self.steps.reopen_if_closed()
-                    return self.steps.call(function, *args)[0]
+                    return self.steps.call(function, *args)
             except psycopg.Error as error:
                 if error.sqlstate == "OR001":
                     raise ValueError(error_line(error)) from None
@@ -2723,7 +2728,7 @@ class Worker:
         if self.fatal is not None:
             return [str(self.fatal)]
         # A call may last STATEMENT_TIMEOUT + 5 s, connecting before it 10 s for each host. It counts from its
-        # start: many slow answers are the database's fault, not the loop's.
+        # start: many slow answers are the database's fault.
         hosts = str(conninfo_to_dict(self.config.database_url).get("host", "")).split(",")
         now, limit = clock(), STATEMENT_TIMEOUT + 5 + 10 * len(hosts)
         still = {loop.name: now - max(loop.moved_at, loop.link.began or 0.0) for loop in self.loops
@@ -2762,20 +2767,9 @@ Function = TypeVar("Function", bound=Callable[[Task], Any])
 Wrapper = TypeVar("Wrapper", bound=Middleware)
 Hook = TypeVar("Hook", bound=Callable[[], Any])
 DeadHook = TypeVar("DeadHook", bound=DeadLetterHook)
-Result = TypeVar("Result")
-Parameters = typing.ParamSpec("Parameters")
 LINKS = 4   # connections of a program that enqueues from many threads
 BULK_BATCH = 100   # tasks of bulk() in one call: others wait for these, some 10 ms
 ENDED = ("completed", "dead_letter", "cancelled", "not_found")
-
-
-def _in_thread(method: Callable[typing.Concatenate[Any, Parameters], Result]
-               ) -> Callable[typing.Concatenate[Any, Parameters], Coroutine[Any, Any, Result]]:
-    """The method for programs on an event loop, which goes on meanwhile."""
-    @functools.wraps(method)
-    async def call(self: Any, /, *args: Parameters.args, **options: Parameters.kwargs) -> Result:
-        return await asyncio.to_thread(method, self, *args, **options)
-    return call
 
 
 class Policy(typing.TypedDict, total=False):
@@ -2864,7 +2858,7 @@ class Client:
         except ValueError as error:
             raise ValueError(re.sub(r"^(payload|\w+_key)s\[1\]", r"\1", str(error))) from None
 
-    enqueue_async = _in_thread(enqueue)
+    enqueue_async = in_thread(enqueue)
 
     def replace(self, type: str, key: str | UUID, payload: Any = None, *,
                 mode: Literal["replace", "append", "keep"] = "replace", run_at: datetime | None = None,
@@ -3037,7 +3031,7 @@ class Operator(Client):
         """What the handler returned, once it has. Raises TaskFailed, or TimeoutError. Not for handlers."""
         return self.wait_all([task_id], timeout)[0]
 
-    wait_async = _in_thread(wait)
+    wait_async = in_thread(wait)
 
     def wait_all(self, task_ids: Iterable[str | UUID], timeout: Seconds = 30) -> list[Any]:
         """The results of tasks, in order, once all have ended. Raises as wait() for the first that failed."""
@@ -3316,7 +3310,7 @@ class Orchestrator(Operator):
                0, str(datetime.now(UTC)), 0.0, 0, self._meta(meta))
         # to record_step: held; to await_signal: held, no value, look again in an hour
         worker: Any = types.SimpleNamespace(
-            id="perform", router=self.router, call_step=lambda *call: (True, None, 3600.0))
+            id="perform", router=self.router, call_step=lambda *call: [(True, None, 3600.0)])
         task = _Rehearsal(worker, row, handler)
         task.connection, task.report, task.parents_given = transaction, progress, parents or {}
         task._steps = {} if steps is None else steps
@@ -3362,7 +3356,11 @@ class Orchestrator(Operator):
             if self.http_server is not None and self.config.metrics_port != PORT_OFF:
                 self._http = type(self).http_server(self.config, worker.status)
                 self._http.start()
-            self._call_start_hooks()
+            for hook in self.router.start_hooks:
+                try:
+                    _call_hook(hook)
+                except Exception as error:
+                    raise ConfigError(f"on_start: {describe_error(error)}") from error
             try:
                 worker.start()
             except BaseException:
@@ -3386,13 +3384,6 @@ class Orchestrator(Operator):
             worker.stop(self.config.shutdown_grace if grace is None else grace, hurry)
             self._call_stop_hooks()
         self.close()
-
-    def _call_start_hooks(self) -> None:
-        for hook in self.router.start_hooks:
-            try:
-                _call_hook(hook)
-            except Exception as error:
-                raise ConfigError(f"on_start: {describe_error(error)}") from error
 
     def _call_stop_hooks(self) -> None:
         for hook in reversed(self.router.stop_hooks):
