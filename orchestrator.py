@@ -98,10 +98,10 @@ VERSION = "0.1.0"
 SCHEMA_VERSION = 1
 log = logging.getLogger("orchestrator")
 
-# --- bundled files: `make bundle` fills these in; the source reads them from the files beside it ------------
+# --- bundled files: `make bundle` fills these in; the source reads them from the files beside it ---
 BUNDLED_SQL: dict[str, str] = {}
 BUNDLED_PAGE = ""
-# --- end of bundled files -----------------------------------------------------------------------------------
+# --- end of bundled files ---
 
 
 def _share_module() -> None:
@@ -125,7 +125,7 @@ _FILE = os.path.realpath(__file__)
 _share_module()
 
 
-# ======================================== errors and checks
+# ==================== errors and checks
 class ConfigError(Exception):
     """A setting or an argument is wrong; the message names it and the way out. Exit code 2."""
 
@@ -272,7 +272,7 @@ def redact_url(text: str) -> str:
     return re.sub(r"(password\s*=\s*)('(?:[^'\\]|\\.)*'|[^\s&]+)", r"\1***", text, flags=re.IGNORECASE)
 
 
-# ======================================== settings and logging
+# ==================== settings and logging
 PARAMETERS_OF_ORMS = ("schema", "connection_limit", "pool_timeout", "pgbouncer", "statement_cache_size")
 METRICS_PORT, PORT_OFF = 9090, -1
 
@@ -449,7 +449,7 @@ def setup_logging(config: Config, name: str = "orchestrator") -> None:
     logger.propagate = not name
 
 
-# ======================================== database
+# ==================== database
 Row = tuple[Any, ...]
 Connection = psycopg.Connection[Any]
 # A call may take this long in the database; the client gives up 5 seconds later, should the server be silent.
@@ -799,7 +799,7 @@ def ensure_schema(connection: Connection) -> None:
             f"DATABASE_URL: the schema has version {found}, this program knows {SCHEMA_VERSION}: {way_out}")
 
 
-# ======================================== tasks
+# ==================== tasks
 # What is known of a task in a worker's hands, besides its place (arrived, ready, careful, a slot, finished):
 #
 #   marked         by the report loop: from now on its attempt is charged if the worker dies
@@ -1203,7 +1203,7 @@ def to_json(name: str, value: Any, encode: Callable[[Any], str]) -> str:
     raise ValueError(f"{name}: not JSON{problem}")
 
 
-# ======================================== dispatch
+# ==================== dispatch
 Middleware = Callable[[Task, Callable[[Task], Any]], Any]
 DeadLetterHook = Callable[[Task, str], object]
 
@@ -1424,7 +1424,7 @@ def _outcome_of(task: Task, error: BaseException) -> Outcome:
     return Outcome("failed", describe_error(error), traceback=describe_traceback(error))
 
 
-# ======================================== worker
+# ==================== worker
 # A task's way through a worker: the claim loop makes a Task of a row and puts it into the pool's `ready`, or
 # into `careful` if it was recovered from a dead worker. A pool thread runs its handler and puts it into
 # `finished`. The report loop tells the database. Pool threads never touch the database, nor does the
@@ -1697,7 +1697,7 @@ class Pool:
         usable = any(slot.is_alive() and not slot.abandoned for slot in self.slots)
         return [] if usable else ["no thread of the pool can run a task"]
 
-    # ------------------------------ its threads
+    # --- its threads
     def _add_slot(self) -> None:
         slot = Slot(target=lambda: self._thread(slot), name=f"pool-{len(self.slots) + 1}", daemon=True)
         slot.start()
@@ -1736,7 +1736,7 @@ class Pool:
             if self.wanted:
                 self.room.set()
 
-    # ------------------------------ supervisor
+    # --- supervisor
     def _supervise_until_stopped(self) -> None:
         pause = 0.02
         while not self.stopped.wait(pause):
@@ -2086,7 +2086,7 @@ class ClaimLoop(Loop):
         if worker.id != self.claiming_as:   # declared dead meanwhile: they were not in hand yet
             worker.cancel_all("lost")
 
-    # ------------------------------ notifications
+    # --- notifications
     def _hear(self, channel: str) -> None:
         """A notification is only a hint to look: whoever may connect can send one."""
         if channel == "orchestrator_cancel":
@@ -2232,7 +2232,7 @@ class ReportLoop(Loop):
             return 0.0   # refused, and reworded
         return 0.02 if self.careful else 0.1 if self.pool.running() else 1.0
 
-    # ------------------------------ what has ended
+    # --- what has ended
     def _give_back(self) -> None:
         """While draining, or when others could start it sooner: give back what has not started."""
         pool, draining = self.pool, self.worker.draining.is_set()
@@ -2349,7 +2349,7 @@ class ReportLoop(Loop):
         self.worker.forget(task)
         self.journal.ended([task], status)
 
-    # ------------------------------ what has not
+    # --- what has not
     def _mark_running(self) -> None:
         before = clock() - MARK_RUNNING_AFTER
         self._mark([task for task in self.pool.running()
@@ -2765,7 +2765,7 @@ def _new_worker_id() -> str:
     return f"{socket.gethostname()[:180]}:{os.getpid()}:{os.urandom(5).hex()}"
 
 
-# ======================================== orchestrator
+# ==================== orchestrator
 Function = TypeVar("Function", bound=Callable[[Task], Any])
 Wrapper = TypeVar("Wrapper", bound=Middleware)
 Hook = TypeVar("Hook", bound=Callable[[], Any])
@@ -2796,7 +2796,10 @@ class EnqueuedId(str):
 
 
 class Client:
-    """What a program enqueues with, from any thread: connections, opened when they are needed."""
+    """What a program enqueues with, from any thread, over connections that are opened when needed.
+
+    A ValueError of its methods names the field.
+    """
 
     # The sections below set these; without them all else works.
     embedded_server: ClassVar[Any] = None   # a function of a Path
@@ -2838,7 +2841,7 @@ class Client:
         run_at): seconds, a timedelta or text such as "10m". concurrency_key: whose turn it takes: limit().
         expires: if it has not been claimed by then (as delay, or a datetime), it never runs. after: ids of
         tasks that it waits for; on_failure: if one fails, "wait" until it is retried and completes, "cancel"
-        or "run". meta: a JSON object, up to 8 KiB. Raises ValueError, which names the field.
+        or "run". meta: a JSON object, up to 8 KiB. Raises ValueError.
         """
         payload = {} if payload is None else payload
         if idempotency_key is None:
@@ -2867,7 +2870,7 @@ class Client:
         """Enqueue a task under a key, or change the one that waits under it: docs/replace.md.
 
         mode: take the new payload, join arrays or objects, or change nothing. created: False if there was
-        one. max_wait: how long after the first call, at most. Raises ValueError, which names the field.
+        one. max_wait: how long after the first call, at most. Raises ValueError.
         """
         [(task_id, action)] = self._call(
             connection, "replace_task", check_text("type", type), _key("key", key),
@@ -2906,7 +2909,7 @@ class Client:
 
         The same definition again changes nothing, so call it at each start. missed: which of the times at
         which no worker ran to make up for: the last ("one"), "all" or "none". overlap=False leaves a time out
-        while the last task is unfinished. Raises ValueError, which names the field.
+        while the last task is unfinished. Raises ValueError.
         """
         made = Schedule(cron, type, payload, timezone, priority, max_retries, missed, overlap)
         args = made.arguments(name, self.router.encode)
@@ -2928,7 +2931,7 @@ class Client:
         """Limit a type, or a pattern's together; nothing given: no limit. Returns whether that is new.
 
         max_running: in flight at once. max_per_key: of each concurrency_key; 1 runs them in order. rate:
-        claimed in any `per` seconds (default 1). Raises ValueError, which names the field.
+        claimed in any `per` seconds (default 1). Raises ValueError.
         """
         args = Limit(max_running, max_per_key, rate, per).arguments(type)
         return bool(self._call(connection, "limit_type", *args)[0][0])
@@ -2944,7 +2947,7 @@ class Client:
     def signal(self, task_id: str | UUID, name: str, value: Any = None) -> str:
         """delivered, known (the first counts), timed_out, not_found, or the status of a task that has ended.
 
-        What task.signal(name) returns then; default {}. Raises ValueError, which names the field.
+        What task.signal(name) returns then; default {}. Raises ValueError.
         """
         text = to_json("value", {} if value is None else value, self.router.encode)
         return str(self.call("signal_task", check_id(task_id), _key("name", name), text)[0][0])
@@ -3270,7 +3273,7 @@ class Orchestrator(Operator):
     def on_enqueue(self, hook: Hook) -> Hook:
         """Merge what hook() returns, a dict or None, into the meta of all that this program enqueues.
 
-        It is called in the thread that enqueues.
+        It is called in the thread that enqueues, so in a handler it sees that task's context.
         """
         self.router.enqueue_hooks.append(hook)
         return hook
@@ -3293,7 +3296,7 @@ class Orchestrator(Operator):
 
         Payload, result and progress go through JSON. progress: called with what task.progress() reports.
         transaction: the connection of task.transaction(). steps: known steps and signals by name, to which
-        new steps are added. parents: of task.parents(). Raises ValueError, which names the field.
+        new steps are added. parents: of task.parents(). Raises ValueError.
         """
         handler, encode = self.router.find(check_text("type", type)), self.router.encode
         if handler is None:
@@ -3498,10 +3501,10 @@ def _parents(after: Iterable[str | UUID] | None) -> str | None:
         [check_id(task_id, f"after[{n}]") for n, task_id in enumerate(after, 1)])
 
 
-# --- nothing below is needed to understand a worker -------------------------------------------------------
+# --- nothing below is needed to understand a worker ---
 
 
-# ======================================== metrics
+# ==================== metrics
 # kind name{labels} value: what it is. The kind is one of prometheus_client.core's families.
 WORKER_METRICS = """
 Counter tasks_completed{type,status} completed: Attempts that ended here: completed, failed (one attempt) or
@@ -3565,7 +3568,7 @@ class Collector:
             "leader": {status.worker_id: int(status.leads)},
             "build": {"version": VERSION, "schema": str(SCHEMA_VERSION), "python": sys.version.split()[0]}})
         if status.leads and status.stats is not None:
-            types, age = status.stats["types"], time.monotonic() - status.stats["at"]
+            types, age = status.stats["types"], clock() - status.stats["at"]
             yield from _families(LEADER_METRICS, {
                 **{column: {row["type"]: row[column] for row in types} for column in next(iter(types), ())},
                 **{f"limit_{column}": {row["limit"]: row[column] for row in status.stats["limits"]
@@ -3599,7 +3602,7 @@ def _families(table: str, values: Mapping[str, Any]) -> Iterator[core.Metric]:
         yield family
 
 
-# ======================================== HTTP
+# ==================== HTTP
 # The paths, and the SQL function that answers.
 ROUTES = {
     "GET": {"/": "", "/metrics": "", "/health": "", "/ready": "",
@@ -3674,13 +3677,13 @@ class HttpServer(socketserver.ThreadingTCPServer):   # http.server's asks the DN
         self.link.close()
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        self.clients.append((request, time.monotonic()))
+        self.clients.append((request, clock()))
         super().process_request(request, client_address)
 
     def service_actions(self) -> None:
         """Drop clients: called after each connection and ten times per second."""
         self.clients = [client for client in self.clients if client[0].fileno() != -1]
-        expired = time.monotonic() - CLIENT_SECONDS
+        expired = clock() - CLIENT_SECONDS
         for place, (request, since) in enumerate(self.clients, MAX_CLIENTS - len(self.clients)):
             if place < 0 or since < expired:
                 with suppress(OSError):
@@ -3874,7 +3877,7 @@ def content_security_policy(page: str) -> str:
 Orchestrator.http_server = HttpServer
 
 
-# ======================================== embedded PostgreSQL
+# ==================== embedded PostgreSQL
 SOCKET_NAME = ".s.PGSQL.5432"
 SOCKET_PATH_LIMIT = 107   # bytes, in the kernel's sockaddr_un
 SHARED_FOLDER = Path("/var/lib/orchestrator")   # used by root alone, for what another user couldn't reach
@@ -4036,10 +4039,10 @@ class Embedded:
 
     def _ensure_running(self) -> None:
         options = "-p 5432 -c listen_addresses= -c unix_socket_directories=.. -c unix_socket_permissions=0700"
-        give_up = time.monotonic() + 5
+        give_up = clock() + 5
         while (state := pq.PGconn.ping(f"{self.url}&connect_timeout=5".encode())) != pq.Ping.OK:
             if state == pq.Ping.REJECT:   # it recovers from a crash, which may take long, or shuts down
-                give_up = time.monotonic() + 5
+                give_up = clock() + 5
             # the server's processes inherit the lock, so there is none when it can be had
             with suppress(BlockingIOError), self._lock("server.lock", wait=False) as lock:
                 # or PostgreSQL refuses to start while the old pid exists, even as a zombie's or a stranger's
@@ -4050,7 +4053,7 @@ class Embedded:
                 if started.returncode == 0:
                     return self._watch()
                 give_up = 0
-            if time.monotonic() > give_up:
+            if clock() > give_up:
                 lines = (self.data / "postgres.log").read_text(errors="replace").splitlines()
                 raise OSError(f"the last lines of {self.data}/postgres.log are: " + " | ".join(lines[-3:]))
             threading.Event().wait(0.1)
@@ -4101,7 +4104,7 @@ def _copy_of_wheel() -> Path:
 Orchestrator.embedded_server = Embedded
 
 
-# ======================================== commands
+# ==================== commands
 BATCH_BYTES = 2 ** 22    # of a file's lines, in one call
 LINE_BYTES = 2 ** 20     # a longer line can't be a task
 # What SQL can't say of a line, since it can't be sent.
