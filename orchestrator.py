@@ -408,7 +408,7 @@ def _value(field: dataclasses.Field[Any], raw: Any) -> Any:
     return value
 
 
-# The task whose handler logs, for the lines of handlers' own loggers.
+# The task whose handler logs, for handlers' own loggers.
 _running_in: contextvars.ContextVar[Any] = contextvars.ContextVar("running_in", default=None)
 FIELDS_OF_EVERY_RECORD = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"}
 
@@ -738,7 +738,7 @@ def sql_files() -> dict[str, str]:
     return files
 
 
-# migrations/NNN_what.sql brings a schema from the version before to version NNN, and is skipped elsewhere.
+# migrations/NNN_what.sql brings a schema from the version before to NNN, and is skipped elsewhere.
 MIGRATION = """do $install$
 begin
   if to_regprocedure('orchestrator.schema_version()') is not null then
@@ -823,7 +823,7 @@ class Outcome:
     lost: str = ""            # completed: why its result could not be kept
 
 
-# Until a handler's end is known: what is reported if its thread ends with it.
+# Until a handler's end is known: reported if its thread ends with it.
 INTERRUPTED = Outcome("failed", "the thread that ran it was ended from outside")
 RELEASED = Outcome("released")
 
@@ -908,7 +908,7 @@ class Task:
     @property
     def payload(self) -> Any:
         if self._payload is ...:
-            self._payload = _parsed(self._row[3])
+            self._payload = _decode(self._row[3])[0]
         return self._payload
 
     @property
@@ -1436,16 +1436,16 @@ CLAIM_MAX = 2000            # per claim: one half is handed out while the other 
 TICKET_MAX = 50             # tasks that a pool thread takes with one ticket, at most
 TICKET_SECONDS = 0.002      # how long a ticket should last
 MARK_RUNNING_AFTER = 0.2    # seconds; what ends sooner goes from claimed to completed in one update
-CAREFUL_SECONDS = 0.1       # between the starts of two recovered tasks, unless the first has ended
+CAREFUL_SECONDS = 0.1       # between starts of two recovered tasks, unless the first has ended
 REPORT_PAUSE = 0.005        # between small reports: at 2,000 tasks/s 1/10 of the commits, 1/3 of the CPU
-LOCKED_SECONDS = 5.0        # until a task is tried again whose row someone has locked
+LOCKED_SECONDS = 5.0        # until a task whose row is locked is tried again
 TIMEOUT_GRACE = 5.0         # for a handler to return once its timeout has set task.cancelled
 CALL_LIMIT = 2 ** 26        # characters of JSON per call, roughly: PostgreSQL refuses a message of 2^30 bytes
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600)
 RECOVERY_OUTCOMES = ("released", "retried", "dead", "cancelled", "failed")
 RETRY_LABELS = (*map(str, range(1, 10)), "10+")
 ERROR_CLASSES = ("connection", "08", "40", "53", "57")   # there from the start; others join as they are met
-# SQLSTATE classes that are about one row or one call; all others are a problem of the whole database.
+# SQLSTATE classes that are about one row or one call, not the whole database.
 REFUSED = ("22", "23", "40", "42", "54", "55", "OR", "P0", "XX")
 
 
@@ -1567,7 +1567,7 @@ def backoff(tries: int) -> float:
 
 
 class Bell:
-    """A threading.Event that poll() can wait for along with a connection. For one waiting thread."""
+    """A threading.Event that poll() can wait for along with a connection, in one thread."""
 
     def __init__(self) -> None:
         self._read, self._write = os.pipe()
@@ -1589,7 +1589,7 @@ class Bell:
     def clear(self) -> None:
         with suppress(BlockingIOError):
             os.read(self._read, 100)
-        # Last: a set() in between is not lost, as the waiting thread looks for work after this.
+        # Last: a set() in between is not lost, as the thread looks for work after this.
         self._set = False
 
     def __del__(self) -> None:
@@ -1716,7 +1716,7 @@ class Pool:
             slot.ticket = size
             now = clock()
             with suppress(IndexError):   # nothing is left
-                # Asynchronous exceptions come after calls and jumps: none before the task is in the slot.
+                # Asynchronous exceptions come after calls and jumps: not before the task is in the slot.
                 for task in itertools.islice(take, size):
                     task.started = now
                     slot.task = task
@@ -1819,7 +1819,7 @@ class Loop(threading.Thread):
         super().__init__(name=name, daemon=True)
         self.worker, self.pool, self.config, self.bell = worker, worker.pool, worker.config, bell
         self.link = Link(worker.config, **settings)
-        # All below is written by its thread. When it last came round, how often it logged each error lately.
+        # Written by its thread: when it last came round, how often it logged each error lately.
         self.moved_at = clock()
         self._said: Counter[str] = Counter()
         self.chores = {chore.run: chore for chore in chores}
@@ -1948,14 +1948,14 @@ class ClaimLoop(Loop):
             "claim", worker, worker.pool.room, Chore(self._promote_due, worker.config.claim_interval),
             Chore(self._release_forgotten, 10.0))
         self.types = texts(sorted(worker.router.handlers))
-        # All below is written by its own thread. What arrived is handed out during the next claim.
+        # All below is written by its thread. What arrived is handed out during the next claim.
         self.arrived: list[Row] = []
         self.arrived_at = 0.0
         # As whom it claims; how many bytes, at most; the largest payload in hand.
         self.claiming_as, self.asked_bytes, self.largest = "", 0, 1
         # What the database knows: producers notify idle workers.
         self.idle = False
-        # In a row: claims that brought all they might; looks that a notification caused in vain.
+        # In a row: claims that brought all they might; looks in vain that a notification caused.
         self.full_claims = self.fruitless = 0
         # Whether a notification came, over the connection that claims. Behind a pooler there are none.
         self.heard = False
@@ -1989,7 +1989,7 @@ class ClaimLoop(Loop):
                     return wait
                 pool.wanted = False
                 found = self._claim(room)
-                # A claim may be cut short by its bytes, a large one by its types, of which SQL takes 1,000.
+                # A claim may be cut short by its bytes, a large one by its types: SQL takes 1,000.
                 if len(self.arrived) < min(room, 500, self.asked_bytes // LARGEST_PAYLOAD):
                     break
                 # There may be more: don't wait, and don't have producers notify.
@@ -2002,7 +2002,7 @@ class ClaimLoop(Loop):
             self._hand_out()
         self.fruitless = self.fruitless + 1 if heard and not found else 0
         self.full_claims = 0
-        # From now on producers notify; look once more for what came before they knew.
+        # From now on producers notify; look once more for what came before.
         return 0.0 if self._set_idle(True) else wait
 
     def _claim(self, room: int) -> bool:
@@ -2108,7 +2108,7 @@ class ClaimLoop(Loop):
             poll.register(connection, select.POLLIN)
         for descriptor, _ in poll.poll(seconds * 1000):
             if descriptor == self.bell.fileno():
-                self.bell.set()   # as it may not be, if two threads set it at the same moment
+                self.bell.set()   # it may not be, if two threads set it at the same moment
             elif connection is not None:
                 connection.pgconn.consume_input()
                 self._drain()
@@ -2421,8 +2421,8 @@ class HeartbeatLoop(Loop):
             Chore(self._recover, beat, True), Chore(self._raise_floors, slow, True),
             Chore(self._rescan_lanes, 10.0, True), Chore(self._prune, config.cleanup_interval, True),
             Chore(self._sample_stats, 60.0, True))
-        # All of this is written by its own thread.
-        # Each other worker's last heartbeat, and since when it has been that; when they were read.
+        # All written by its thread. Each other worker's last heartbeat, and since when it has been that; when
+        # they were read.
         self.seen: dict[str, tuple[str, float]] = {}
         self.looked_at = 0.0
         self.stop_announced = False
@@ -2501,7 +2501,7 @@ class HeartbeatLoop(Loop):
         worker_id, before, interval = self.worker.id, self.seen, self.config.heartbeat_interval
         rows: dict[str, str] = dict(self.link.call("heartbeat", worker_id))
         now = clock()
-        # After a pause (the database was away, this process was stopped) all get their time anew.
+        # After a pause of the database or this process all get their time anew.
         if now - self.looked_at > max(1.25 * interval, self.config.worker_timeout - 1.5 * interval):
             before = {}
         self.looked_at = now
@@ -2529,7 +2529,7 @@ class HeartbeatLoop(Loop):
 
     def _recover(self) -> float | None:
         worker = self.worker
-        # Until the last look, not until now: while the database was away nobody could be heard.
+        # Until the last look: while the database was away nobody could be heard.
         limit = self.looked_at - self.config.worker_timeout + 0.1 * self.config.heartbeat_interval
         silent = {other: at for other, (at, since) in self.seen.items() if since <= limit}
         declared = self._as_leader("declare_dead", texts(silent), texts(silent.values()))[0] if silent else 0
@@ -2598,7 +2598,7 @@ class WorkerStatus:
 
 
 class Worker:
-    """Claims tasks, runs them in a pool of threads, reports how they ended: three loops around one pool."""
+    """Claims tasks, runs them in threads, reports how they ended: three loops around a pool."""
 
     def __init__(self, config: Config, router: Router, revive: Callable[[], object] | None = None) -> None:
         self.config, self.router, self.counters = config, router, Counters(router)
@@ -2612,7 +2612,7 @@ class Worker:
         self.registered, self.draining, self.releasing, self.stopped = (threading.Event() for _ in range(4))
         # Written by any loop: why this worker can't go on.
         self.fatal: Exception | None = None
-        # Written by the heartbeat loop. recovered_at: when the leader last looked for dead workers' tasks.
+        # Written by the heartbeat loop. recovered_at: when it last looked for dead workers' tasks.
         self.term: int | None = None
         self.lease_until, self.recovered_at = 0.0, clock()
         self.stats: dict[str, Any] | None = None
@@ -2655,7 +2655,7 @@ class Worker:
             self.pool.news.set()
             self.stopped.wait(0.02)
         self._enter(self.releasing)
-        # A database that does not answer must not keep the process: it exits within 2 s.
+        # The process exits within 2 s though the database does not answer.
         last = clock() + 1.5
         self.reports.join(1.0)
         self._enter(self.stopped)
@@ -2697,7 +2697,7 @@ class Worker:
 
     def forget(self, task: Task) -> None:
         held = self.tasks.get(task.id)
-        # Else it ended late, and this worker has claimed it again since.
+        # Else it ended late, and has been claimed again since.
         if held is not None and held.claim_id == task.claim_id:
             del self.tasks[task.id]
 
@@ -3964,7 +3964,7 @@ class Embedded:
         self.data = self.data.resolve()
         folder = os.open(self.data, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
-            # the owner and the mode of a folder that isn't ours must stay, as those of a link's target
+            # owner and mode of a folder that isn't ours must stay, as those of a link's target
             files = set(os.listdir(folder))
             if files and not OUR_FILES & files:
                 raise OSError(f"{self.data} holds other files; EMBEDDED_DIR must name an empty or new folder")
@@ -4025,7 +4025,7 @@ class Embedded:
         """Run initdb under another name: a half-made database is never taken for a whole one."""
         new = self.data / "pgdata.new"
         shutil.rmtree(new, ignore_errors=True)
-        # the lock stays held until initdb ends, even if this process is killed before
+        # the lock is held until initdb ends, even if this process is killed before
         made = self._run(self.bin / "initdb", "-D", new.name, "-U", "postgres", "-A", "trust", "-E", "UTF8",
                          "--no-locale", keep=[lock.fileno()])
         if made.returncode != 0:
