@@ -2124,7 +2124,7 @@ class Journal:
 
     def __init__(self, worker: Worker) -> None:
         self.worker, self.counters, self.hooks = worker, worker.counters, worker.router.dead_letter_hooks
-        # They may take long.
+        # Hooks may take long.
         self.hook_thread = concurrent.futures.ThreadPoolExecutor(1, "dead-letter-hooks")
         # How many tasks have completed since that time.
         self.count, self.since = 0, clock()
@@ -3214,7 +3214,7 @@ class Orchestrator(Operator):
     """Handlers, connections to enqueue with, and a worker: what a program uses, from any thread.
 
     `settings` are Config's, by name: worker_pool_size=4, claim_interval="500ms" …; the rest comes from the
-    environment. json_default: makes what JSON has a form for of what it has none for, before the built-in
+    environment. json_default: a function of what JSON has no form for, asked before the built-in
     json_default(). Raises ConfigError.
     """
 
