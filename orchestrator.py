@@ -1320,12 +1320,6 @@ def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
 _process = object()
 
 
-def _exit_if_forked(process: object) -> None:
-    """End a child that a handler forked and that came back from it: it would keep the worker's port."""
-    if _process is not process:
-        os._exit(0)
-
-
 # What a call returned, or raised: asyncio would strip a TimeoutError of its traceback, and end by SystemExit.
 End = tuple[Any, BaseException | None]
 
@@ -1351,7 +1345,8 @@ async def _await(task: Task, awaitable: Awaitable[Any]) -> End:
         return None, error
     finally:
         task.on_cancel = outer or task.on_cancel   # of async middleware around this one
-        _exit_if_forked(process)
+        if process is not _process:   # a child that the handler forked, and that would keep the worker's port
+            os._exit(0)
 
 
 def _is_async(function: Any) -> bool:
