@@ -247,7 +247,7 @@ def describe_error(error: BaseException) -> str:
 
 
 def message_of(error: BaseException, tell: Callable[[BaseException], str] = str) -> str:
-    """Its text, though an exception class of the user's may do anything when asked for it, even exit."""
+    """Its text, though a user's exception class may do anything when asked for it, even exit."""
     try:
         return tell(error)
     except BaseException:
@@ -414,7 +414,7 @@ FIELDS_OF_EVERY_RECORD = {*vars(logging.makeLogRecord({})), "message", "asctime"
 
 
 class _LogFormat(logging.Formatter):
-    """One line per event. JSON has the fields that were passed as `extra`, too."""
+    """One line per event. JSON has the fields of `extra`, too."""
 
     def __init__(self, as_json: bool) -> None:
         super().__init__()
@@ -433,7 +433,7 @@ class _LogFormat(logging.Formatter):
             words.append(event["traceback"])
         if self.as_json:
             return json.dumps(event, default=str)
-        # Whatever an error text holds, one event stays one line and cannot control the terminal.
+        # Whatever an error text holds, one event is one line and cannot control the terminal.
         return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]",
                       lambda c: f"\\u{ord(c[0]):04x}", " ".join(words))
 
@@ -4158,8 +4158,7 @@ def _filter(args: Args) -> dict[str, Any]:
              if name.startswith("filter_") and value is not None}
     for name in found.keys() & {"created_before", "created_after"}:
         try:
-            age = timedelta(seconds=parse_duration(found[name], unit_needed=True))
-            moment = datetime.now().astimezone() - age
+            moment = datetime.now().astimezone() - timedelta(seconds=_duration(found[name]))
         except ValueError:
             moment = _moment(found[name], "--" + name.replace("_", "-"))
         found[name] = moment.isoformat()
