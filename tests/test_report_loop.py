@@ -254,7 +254,7 @@ def test_what_could_not_be_given_back_is_given_back_later(installed: str, conn: 
         app.enqueue_many("a", range(10))
         eventually(lambda: value(conn, "select count(*) from orchestrator.tasks where status = 'claimed'") == 10)
         with monkeypatch.context() as patch:
-            patch.setattr(ReportLoop, "_report_released", no_database)
+            patch.setattr(ReportLoop, "_release", no_database)
             overloaded.set()
             eventually(lambda: worker_of(app).counters.errors["connection"] >= 2)
             overloaded.clear()
@@ -272,7 +272,7 @@ def test_what_can_not_be_given_back_while_it_stops_does_not_start(
         tasks = claimed(worker)
         worker.draining.set()
         with monkeypatch.context() as patch:
-            patch.setattr(ReportLoop, "_report_released", no_database)
+            patch.setattr(ReportLoop, "_release", no_database)
             with pytest.raises(psycopg.OperationalError):
                 worker.reports.poll()
         assert not worker.pool.ready and worker.reports.unreported == tasks

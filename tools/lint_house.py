@@ -11,7 +11,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 LIMITS = {
-    "bytes of orchestrator.py": 236_000,   # what comes in must be paid for
+    "bytes of orchestrator.py": 229_200,   # what comes in must be paid for
     "bytes of sql/": 265_000,
     "lines of README.md": 350,
     "characters of a line": 110,

@@ -334,7 +334,7 @@ MUTANTS = [
            "dispatch can_not_be_kept"),
     python("an exit in a handler ends its thread", "run_task", "except BaseException as error:", "except Exception as error:",
            "dispatch every_way"),
-    python("a forked child works on", "_exit_if_forked", "os._exit(0)", "pass", "dispatch forked_child"),
+    python("a forked child works on", "_await", "os._exit(0)", "pass", "dispatch forked_child"),
     python("the event loop ends with a callback", "_run_loop", "while not loop.is_closed():", "for _ in range(1):", "dispatch outlives"),
     python("a stale claim commits its transaction", "Task.transaction", "self._check_held(not rows)", "pass", "dispatch stolen_claim"),
     # replacing and waiting
