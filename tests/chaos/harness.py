@@ -392,7 +392,8 @@ class Lab:
         return sum(len(re.findall(r"task rejected: ", path.read_text(errors="replace"))) for path in self.folder.glob("worker-*.log"))
 
     def since_kill(self, killed: dict[int, float]) -> None:
-        """Measure, for each killed pid, the seconds from its death (time.time()) until the last of its tasks was taken from it, if any was."""
+        """Measure, for each killed pid, the seconds from its death (time.time()) until the last of its tasks was taken from it,
+        if any was."""
         for pid, at in killed.items():
             last = self.value("""select extract(epoch from max(at))::float8 from chaos.transitions
                                  where recovered and was_worker like %s and at > to_timestamp(%s)""", f"%:{pid}:%", at)
