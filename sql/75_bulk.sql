@@ -16,8 +16,16 @@ create table if not exists orchestrator.operations (
 comment on table orchestrator.operations is
   'What operators did to many tasks, to a type, a limit or a schedule: who, when, to what (filter) and, of tasks, to how many. Until '
   'ended_at is set, bulk_tasks goes on after next_after. Kept for ever.';
-select setval('orchestrator.operations_id_seq', m.id) from (select max(id) as id from orchestrator.operations) m   -- as in 10_tables.sql
-where m.id > coalesce(pg_sequence_last_value('orchestrator.operations_id_seq'), 0);
+
+-- A restore of data alone leaves sequences behind their tables.
+create or replace view orchestrator._sequences as
+  select s.name, coalesce(pg_sequence_last_value(('orchestrator.' || s.name)::regclass), 0) as at, s.newest
+  from (values ('task_events_id_seq', (select max(e.id) from orchestrator.task_events e)),
+               ('operations_id_seq', (select max(o.id) from orchestrator.operations o)),
+               ('leader_terms', (select max(w.leader_term) from orchestrator.workers w))) s(name, newest);
+select setval('orchestrator.payload_doublings', 4)   -- 256 KiB: nobody has weighed what was restored
+where exists (select from orchestrator._sequences s where s.newest > s.at);
+select setval(('orchestrator.' || s.name)::regclass, s.newest) from orchestrator._sequences s where s.newest > s.at;
 
 create or replace function orchestrator._log(p_action text, p_key text, p_name text, p_value jsonb default null) returns void
 language sql as $$

@@ -207,7 +207,7 @@ MUTANTS = [
     Mutant("cancelled tasks of others", "50_workers", "cancelling_tasks", "t.worker_id = p_id and", "", "workers cancelling"),
     Mutant("the heartbeat reads tasks", "50_workers", "heartbeat", "return query select",
            "lock table orchestrator.tasks in access share mode; return query select", "workers no_other_table"),
-    Mutant("a sequence stays behind its table", "10_tables", "", "where m.id > coalesce(", "where false and m.id > coalesce(",
+    Mutant("a sequence stays behind its table", "75_bulk", "", "_sequences s where s.newest > s.at;", "_sequences s where false;",
            "install sequences"),
     Mutant("retention stops at the first full look", "60_leader", "prune", "more := cardinality(v_ids) = p_limit;", "", "leader again"),
     # dependencies and expiry
