@@ -44,28 +44,6 @@ create table if not exists orchestrator.tasks (
     and num_nonnulls(queued_at, next_retry_at, parked_at, completed_at, dead_at) <= 1 and octet_length(type) <= 255)
 ) with (fillfactor = 32);   -- completions stay heap-only even while several workers' claims keep old versions (at 40, half did not)
 comment on table orchestrator.tasks is 'One row for each task, waiting, in flight or ended. Written by the functions of this schema only.';
-comment on column orchestrator.tasks.id is 'A UUIDv7: ordered by creation.';
-comment on column orchestrator.tasks.type is 'Which handler runs it, such as task:backup; 1 to 255 bytes.';
-comment on column orchestrator.tasks.payload is 'The handler''s input, at most 256 KiB.';
-comment on column orchestrator.tasks.priority is 'Higher is claimed first.';
-comment on column orchestrator.tasks.idempotency_key is 'Unique within its type while the row is kept.';
-comment on column orchestrator.tasks.worker_id is 'The worker that has it, or had it when it ended; null while waiting.';
-comment on column orchestrator.tasks.claim_id is 'The claim that has it, which each outcome must name.';
-comment on column orchestrator.tasks.queued_at is 'Its place in its lane (type, priority), oldest first; set while it is ready.';
-comment on column orchestrator.tasks.attempts is 'Attempts started. One that fails and is above max_retries makes a dead letter.';
-comment on column orchestrator.tasks.max_retries is 'Retries after the first attempt, 0 to 1000; null: as task_types says.';
-comment on column orchestrator.tasks.next_retry_at is
-  'When a delayed, snoozed or failed task becomes ready; of a blocked one, when to look at its parents again.';
-comment on column orchestrator.tasks.cancel_requested_at is 'When a task in flight was asked to stop.';
-comment on column orchestrator.tasks.recoveries is 'How often it was taken from a dead worker; then it is marked running first.';
-comment on column orchestrator.tasks.result is 'What the handler returned.';
-comment on column orchestrator.tasks.progress is 'What the handler reported last.';
-comment on column orchestrator.tasks.concurrency_key is 'Whose turn it takes under a limit for each key, such as a tenant; 1 to 255 bytes.';
-comment on column orchestrator.tasks.parked_at is 'Its queued_at, while as many tasks of its key are in flight as the limit parked_by allows.';
-comment on column orchestrator.tasks.after is 'The tasks that it was enqueued to wait for.';
-comment on column orchestrator.tasks.blocked_until is 'Set while it waits for other tasks: it becomes ready then at the earliest.';
-comment on column orchestrator.tasks.expires_at is 'If it has not been claimed by then, it never is.';
-comment on column orchestrator.tasks.meta is 'Beside the payload, such as a trace context: at most 8 KiB, shown as it is, so no secrets.';
 
 create table if not exists orchestrator.claims (
   id          bigint primary key,
@@ -176,8 +154,6 @@ create table if not exists orchestrator.type_limits (
 comment on table orchestrator.type_limits is
   'The limits of types and patterns, written by limit_type. A type is under its own, else that of the longest pattern. Claims lock '
   'the row. All null: removed, and the next claim deletes it when nothing is parked under it.';
-comment on column orchestrator.type_limits.since is
-  'Claims with a smaller id may hold its tasks without its name or their key; null until the first claim after a change.';
 
 create table if not exists orchestrator.starts (
   limit_name text collate "C" not null,
@@ -200,7 +176,6 @@ create table if not exists orchestrator.task_waits (
   primary key (parent, child)
 );
 comment on table orchestrator.task_waits is 'What blocked tasks (child) still wait for. While it is empty, others pay for one look.';
-comment on column orchestrator.task_waits.on_failure is 'What a parent that does not complete means for the child: see enqueue.';
 
 -- not an index on tasks, which would cost each enqueue 1%
 create table if not exists orchestrator.expiries (
@@ -209,6 +184,40 @@ create table if not exists orchestrator.expiries (
   primary key (at, task_id)
 );
 comment on table orchestrator.expiries is 'When to look whether a task has expired, whatever becomes of it until then.';
+
+do $do$
+declare
+  r record;
+begin
+  for r in
+    select * from (values
+      ('tasks.id', 'A UUIDv7: ordered by creation.'),
+      ('tasks.type', 'Which handler runs it, such as task:backup; 1 to 255 bytes.'),
+      ('tasks.payload', 'The handler''s input, at most 256 KiB.'),
+      ('tasks.priority', 'Higher is claimed first.'),
+      ('tasks.idempotency_key', 'Unique within its type while the row is kept.'),
+      ('tasks.worker_id', 'The worker that has it, or had it when it ended; null while waiting.'),
+      ('tasks.claim_id', 'The claim that has it, which each outcome must name.'),
+      ('tasks.queued_at', 'Its place in its lane (type, priority), oldest first; set while it is ready.'),
+      ('tasks.attempts', 'Attempts started. One that fails and is above max_retries makes a dead letter.'),
+      ('tasks.max_retries', 'Retries after the first attempt, 0 to 1000; null: as task_types says.'),
+      ('tasks.next_retry_at', 'When a delayed, snoozed or failed task becomes ready; of a blocked one, when to look at its parents again.'),
+      ('tasks.cancel_requested_at', 'When a task in flight was asked to stop.'),
+      ('tasks.recoveries', 'How often it was taken from a dead worker; then it is marked running first.'),
+      ('tasks.result', 'What the handler returned.'),
+      ('tasks.progress', 'What the handler reported last.'),
+      ('tasks.concurrency_key', 'Whose turn it takes under a limit for each key, such as a tenant; 1 to 255 bytes.'),
+      ('tasks.parked_at', 'Its queued_at, while as many tasks of its key are in flight as the limit parked_by allows.'),
+      ('tasks.after', 'The tasks that it was enqueued to wait for.'),
+      ('tasks.blocked_until', 'Set while it waits for other tasks: it becomes ready then at the earliest.'),
+      ('tasks.expires_at', 'If it has not been claimed by then, it never is.'),
+      ('tasks.meta', 'Beside the payload, such as a trace context: at most 8 KiB, shown as it is, so no secrets.'),
+      ('type_limits.since', 'Claims with a smaller id may hold its tasks without its name or their key; null until the first claim after a change.'),
+      ('task_waits.on_failure', 'What a parent that does not complete means for the child: see enqueue.')) c(name, meaning)
+  loop
+    execute format('comment on column orchestrator.%s is %L', r.name, r.meaning);
+  end loop;
+end $do$;
 
 -- Not "if not exists", which waits for all writers, and keeps them out, also where the index is there.
 do $$

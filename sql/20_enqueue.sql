@@ -1,5 +1,5 @@
--- Enqueuing. Writes tasks, task_waits for those that wait for others, expiries for those that expire. Locks nothing but the rows that it inserts; a repeated idempotency key waits for the
--- transaction that inserted it first.
+-- Enqueuing. Writes tasks, task_waits for those that wait for others, expiries for those that expire. Locks only what it inserts; a
+-- repeated idempotency key waits for the transaction that inserted it first.
 
 -- Never echoes a payload.
 create or replace function orchestrator._check_task(p_type text, p_priority int, p_key text, p_max_retries int, p_run_at timestamptz)
@@ -18,7 +18,8 @@ begin
   end if;
 end $$;
 
-create or replace function orchestrator._check_extras(p_concurrency_key text, p_run_at timestamptz, p_expires_at timestamptz, p_on_failure text, p_meta jsonb)
+create or replace function orchestrator._check_extras(
+  p_concurrency_key text, p_run_at timestamptz, p_expires_at timestamptz, p_on_failure text, p_meta jsonb)
 returns void language plpgsql stable as $$
 begin
   if octet_length(p_concurrency_key) not between 1 and 255 then
@@ -32,13 +33,13 @@ begin
   end if;
 end $$;
 
--- The bytes, as text, that no payload is above, so that claims are bounded without weighing: 16 to 256 KiB. It never falls.
+-- The bytes that no payload is above as text, so that claims are bounded without weighing: 16 to 256 KiB. It never falls.
 create or replace function orchestrator._largest_payload() returns int
 language sql
 return 16384 << least(coalesce(pg_sequence_last_value('orchestrator.payload_doublings'), 0), 4)::int;
 
--- Why a payload is refused, by the size of its text: a stored jsonb may be compressed, and 1e100000 takes ten bytes, but an honest
--- 1e-308 takes 27 times its bytes as text.
+-- Why a payload is refused, by its text: a stored jsonb may be compressed, and 1e100000 takes ten bytes, but an honest 1e-308 takes
+-- 27 times its bytes as text.
 create or replace function orchestrator._large_payload_problem(p_payload jsonb) returns text
 language plpgsql as $$
 declare
@@ -118,10 +119,9 @@ end $$;
 comment on function orchestrator.enqueue is
   'Adds a task in the caller''s transaction and returns its id. A repeated (type, idempotency_key) returns the id of the first '
   'task and changes nothing. p_max_retries null: the policy of the type. p_run_at: not before that moment. p_concurrency_key: see '
-  'limit_type. p_expires_at: if it has not been claimed by then, it is cancelled. p_after: it waits until these tasks have completed; '
-  'if one becomes a dead letter, p_on_failure says what then: wait (until it is retried and completes), cancel, or run; if one is '
-  'cancelled or deleted, it is cancelled with it, or runs. p_meta: a JSON object of at most 8 KiB beside the payload, never '
-  'redacted. Raises OR001.';
+  'limit_type. p_expires_at: cancelled if not claimed by then. p_after: it waits until these tasks have completed; p_on_failure: what '
+  'then if one becomes a dead letter: wait (until it is retried and completes), cancel, or run; if one is cancelled or deleted, so is '
+  'it, or it runs. p_meta: a JSON object of at most 8 KiB beside the payload, never redacted. Raises OR001.';
 
 create or replace function orchestrator._check_many(p_payloads jsonb[], p_idempotency_keys text[], p_concurrency_keys text[]) returns void
 language plpgsql as $$
@@ -205,8 +205,8 @@ begin
   return query select u.o::int, u.id, u.id = u.own from unnest(v_found, v_ids) with ordinality u(id, own, o);
 end $$;
 comment on function orchestrator.enqueue_many is
-  'Adds a task for each payload and returns (ordinal from 1, id, created). created is false where the idempotency key was known, '
-  'in the table or earlier in the array. All but payloads and keys is the same for all, as enqueue has it. Raises OR001, and then adds none.';
+  'Adds a task for each payload and returns (ordinal from 1, id, created). created is false where the idempotency key was known, in the '
+  'table or earlier in the array. The rest is as enqueue has it, the same for all. Raises OR001, and then adds none.';
 
 -- A line as the arguments of enqueue, over the defaults, or what is wrong with it.
 create or replace function orchestrator._read_line(p_line text, p_defaults jsonb, out problem text, out task jsonb)

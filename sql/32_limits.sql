@@ -1,11 +1,11 @@
 -- Limits: how many tasks of a type or pattern run at once, in all or of each concurrency key, and how many start in a stretch of
 -- time. Writes type_limits, starts, freed_keys, claims, tasks, lane_floors.
--- The claims are the permits. Tasks under a limit are claimed by claims of their own, which name the limit and the key, and
--- what is in flight is the sum of their open_tasks. So there is no counter to leak: a permit comes back in the transaction in
--- which its task leaves the claim, however it does. A task whose key is full is parked: it leaves its lane. Whoever gives back
--- a permit of a key notes that in freed_keys, and the next claim puts as many parked tasks back at their old places.
+-- The claims are the permits. Tasks under a limit have claims of their own, which name the limit and the key, and what is in flight is
+-- the sum of their open_tasks. So no counter leaks: a permit comes back in the transaction in which its task leaves the claim, however
+-- it does. A task whose key is full is parked: it leaves its lane. Whoever gives back a permit of a key notes that in freed_keys, and
+-- the next claim puts as many parked tasks back at their old places.
 -- Locks: a claim first locks the rows of its limits in type_limits (ascending), then counts by a new snapshot, so exactly, and waits
--- for nothing more but the lock on lane_floors. Those who give permits back lock nothing here: their notes wait for the next claim.
+-- for nothing more but the lock on lane_floors. Those who give permits back lock nothing here.
 
 -- The limit that a type is under; null: none.
 create or replace function orchestrator._limit_of(p_type text) returns text
@@ -14,11 +14,12 @@ language sql stable as $$
   order by l.type = p_type desc, length(l.type) desc limit 1
 $$;
 
--- Whether claims are left that may hold tasks under this limit without saying so. The view limits and audit() call this and the next, so
--- they have the planner's settings themselves.
+-- Whether claims are left that may hold tasks under this limit without saying so. The view limits and audit() call this and the next:
+-- so they have the planner's settings themselves.
 create or replace function orchestrator._older_claims(p_name text, p_since bigint) returns boolean
 language sql stable set enable_seqscan = off as $$
-  select exists (select from orchestrator.claims c where c.id < coalesce(p_since, 9223372036854775807) and (c.limit_name is distinct from p_name or c.key is null))
+  select exists (select from orchestrator.claims c
+                 where c.id < coalesce(p_since, 9223372036854775807) and (c.limit_name is distinct from p_name or c.key is null))
 $$;
 
 -- What is in flight under a limit: of one key, or (null) in all.
@@ -44,8 +45,8 @@ begin
   return v_n;
 end $$;
 
--- Locks the limits that ready tasks are under, and those of these types and patterns that parked tasks may go on under. A limit
--- whose row another transaction keeps locked, such as an operator's, is left out after a second: all else goes on.
+-- Locks the limits that ready tasks are under, and those of these types and patterns that parked tasks may go on under. One that
+-- another transaction keeps locked, such as an operator's, is left out after a second: all else goes on.
 create or replace function orchestrator._lock_limits(p_types text[], p_claimable text[]) returns text[]
 language plpgsql
 set lock_timeout = '1s' as $$
@@ -92,9 +93,9 @@ language sql stable as $$
   select k.key, k.type from k where k.key = p_key or p_key is null
 $$;
 
--- Reads the notes of limits that the caller has locked, and puts back as many parked tasks of those keys as they have room
--- for, at most 10,000. That many of each type, since one of them may be paused, or have no worker. A note stays where another transaction has a task locked, where there are more, and while older
--- claims may end without leaving one. Returns whether tasks were put back.
+-- Reads the notes of locked limits, and puts back as many parked tasks of those keys as they have room for, at most 10,000: that many
+-- of each type, since one of them may be paused, or have no worker. A note stays where another transaction has a task locked, where
+-- there are more, and while older claims may end without leaving one. Returns whether tasks were put back.
 create or replace function orchestrator._return_parked(p_held text[]) returns boolean
 language plpgsql as $$
 declare
@@ -134,7 +135,7 @@ begin
   return v_types is not null;
 end $$;
 
--- The lanes of claim_tasks where there are limits, with the limit that each is under. Those whose limit isn't locked are left out.
+-- The lanes of claim_tasks where there are limits, each with its own. Those whose limit isn't locked are left out.
 create or replace function orchestrator._limited_lanes(
   p_types text[], out types text[], out priorities int[], out heads timestamptz[], out limits text[])
 language plpgsql as $$
@@ -165,9 +166,9 @@ begin
   return p_want;
 end $$;
 
--- Looks at the first p_n tasks of a lane: those of them that may start, p_room at most, and those that have to be parked, since
--- their key is full or has older parked tasks. If it isn't full, those may be on their way back, or cancelled: such keys are noted.
--- Nothing behind the last one that starts is parked: what is before it in its key's line may still be cancelled.
+-- Of the first p_n tasks of a lane: those that may start, p_room at most, and those to be parked, since their key is full or has older
+-- parked tasks. If it isn't full, those may be on their way back, or cancelled: such keys are noted. Nothing behind the last one that
+-- starts is parked: what is before it in its key's line may still be cancelled.
 create or replace function orchestrator._line_up(
   l orchestrator.type_limits, p_type text, p_priority int, p_from timestamptz, p_room int, p_n int,
   out tids tid[], out times timestamptz[], out keys text[], out parked tid[], out noted text[])
@@ -293,7 +294,7 @@ begin
     end if;
   end if;
 end $$;
-comment on function orchestrator.limit_type(text, int, int, int, interval) is
+comment on function orchestrator.limit_type is
   'Limits a type, or all types of a pattern together: p_max_running in flight at once, p_max_per_key of each concurrency key (1: in '
   'their order), p_rate claimed in any p_per. All null: no limit. What is in flight goes on. Returns whether that is new, and how '
   'many known types it covers. Raises OR001.';
@@ -307,5 +308,5 @@ create or replace view orchestrator.limits as
                      where s.limit_name = l.type and s.at > clock_timestamp() - l.rate_per) s on l.rate is not null
   where num_nonnulls(l.max_running, l.max_per_key, l.rate) > 0;
 comment on view orchestrator.limits is
-  'Each limit with what is in flight under it, what is parked since its key is full, what was claimed within the last rate_per, and '
-  'if that is all of the rate, when the next may be.';
+  'Each limit with what is in flight under it, parked since its key is full, and claimed within the last rate_per; if that is all of the '
+  'rate, when the next may be.';

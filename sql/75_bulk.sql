@@ -170,14 +170,7 @@ begin
       else t.status in ('completed', 'cancelled', 'dead_letter') end
     order by t.id);
   if p_action = 'purge' then
-    perform orchestrator._parents_ended(v_ids, true);   -- first, since some completed
-    v_ids := array(   -- one that completed stays while somebody has a child of it locked, which would else be cancelled
-      select t.id from orchestrator._bare_tasks t
-      where t.id = any (v_ids) and (t.status <> 'completed' or not exists (select from orchestrator.task_waits w where w.parent = t.id)));
-    delete from orchestrator.task_events e where e.task_id = any (v_ids);
-    delete from orchestrator.tasks t where t.id = any (v_ids);
-    perform orchestrator._parents_ended(v_ids, true);   -- of dead letters
-    perform orchestrator._prune_steps(v_ids);
+    return orchestrator._delete_tasks(v_ids, true);
   elsif p_action in ('cancel', 'retry') then
     foreach v_id in array v_ids loop
       perform case p_action when 'cancel' then orchestrator.cancel_task(v_id) else orchestrator.retry_task(v_id) end;
@@ -250,13 +243,12 @@ begin
   where o.id = operation;
 end $$;
 comment on function orchestrator.bulk_tasks is
-  'Cancels, retries, runs now, prioritizes (p_value) or purges (if ended) the tasks that a filter matches. A dry run, the default, changes '
-  'nothing: it counts up to 100,000 (matched) and shows five (sample). Otherwise it takes p_limit (up to 10,000) by their ids, skips what '
-  'others hold and what the action doesn''t apply to, and notes that in operations. Call it again with p_operation => operation (a dry '
-  'run: p_after => next_after) until next_after is null. The filter: an object of id (its beginning), ids, type (or pattern), status, '
-  'created_after, created_before, priority, concurrency_key, error and payload (a part of it, secrets blanked), or {"all": true}. Status: '
-  'as tasks have it, ready, parked, blocked, scheduled, waiting (these), in_flight, unfinished (both), ended (completed or '
-  'cancelled); if left out, unfinished to cancel, dead_letter to retry, scheduled, waiting, ended to purge. Raises OR001.';
+  'Cancels, retries, runs now (run_now), prioritizes (p_value) or purges (if ended) the tasks that a filter matches. A dry run, the '
+  'default, counts up to 100,000 (matched) and shows five (sample). Otherwise it takes p_limit (up to 10,000) by their ids, skips what '
+  'others hold or the action doesn''t apply to, and notes that in operations. Call it again with p_operation => operation (a dry run: '
+  'p_after => next_after) until next_after is null. The filter: an object of id (its beginning), ids, type (or pattern), status (as '
+  'tasks have it, ready, parked, blocked, scheduled, waiting, in_flight, unfinished, ended; by default what the action applies to), '
+  'created_after, created_before, priority, concurrency_key, error and payload (a part of it), or {"all": true}. Raises OR001.';
 
 create or replace function orchestrator.retry_dead_letters(p_type text default null, p_limit int default 1000) returns int
 language plpgsql as $$
