@@ -123,8 +123,7 @@ create table if not exists orchestrator.lane_floors (
   floor      timestamptz not null
 );
 comment on table orchestrator.lane_floors is
-  'The queued_at below which a lane has nothing ready: the lowest floor of its newest generation. A claim starts there, and skips '
-  'the dead index entries that an old snapshot keeps.';
+  'The queued_at below which a lane has nothing ready, where claims start: the lowest floor of its newest generation.';
 
 create table if not exists orchestrator.leader_state (
   one             boolean primary key default true check (one),
@@ -152,8 +151,8 @@ create table if not exists orchestrator.type_limits (
   constraint a_rate_has_its_time check ((rate is null) = (rate_per is null))
 );
 comment on table orchestrator.type_limits is
-  'The limits of types and patterns, written by limit_type. A type is under its own, else that of the longest pattern. Claims lock '
-  'the row. All null: removed, and the next claim deletes it when nothing is parked under it.';
+  'The limits of types and patterns. A type is under its own, else that of the longest pattern. Claims lock the row. All null: '
+  'removed; a claim deletes it when nothing is parked under it.';
 
 create table if not exists orchestrator.starts (
   limit_name text collate "C" not null,
@@ -185,6 +184,28 @@ create table if not exists orchestrator.expiries (
 );
 comment on table orchestrator.expiries is 'When to look whether a task has expired, whatever becomes of it until then.';
 
+create table if not exists orchestrator.schedules (
+  name         text primary key,
+  cron         text not null,
+  timezone     text not null,
+  type         text not null,
+  payload      jsonb not null,
+  priority     int not null,
+  max_retries  int,
+  missed       text not null,
+  overlap      boolean not null,
+  paused       boolean not null default false,
+  next_at      timestamptz not null,
+  active_since timestamptz not null default clock_timestamp(),
+  last_fire_at timestamptz,
+  last_task_id uuid,
+  last_error   text,
+  updated_at   timestamptz not null default clock_timestamp(),
+  constraint missed_is_one_all_or_none check (missed in ('one', 'all', 'none')),
+  constraint a_failed_schedule_is_paused check (last_error is null or paused)
+) with (fillfactor = 50);
+comment on table orchestrator.schedules is 'One row for each recurring task.';
+
 do $do$
 declare
   r record;
@@ -212,6 +233,11 @@ begin
       ('tasks.blocked_until', 'Set while it waits for other tasks: it becomes ready then at the earliest.'),
       ('tasks.expires_at', 'If it has not been claimed by then, it never is.'),
       ('tasks.meta', 'Beside the payload, such as a trace context: at most 8 KiB, shown as it is, so no secrets.'),
+      ('schedules.name', '1 to 200 bytes; part of the idempotency key of its tasks.'),
+      ('schedules.next_at', 'The earliest fire time that has not been dealt with.'),
+      ('schedules.active_since', 'Its fire times count from here: when it was created, got another cron or time zone, or was resumed.'),
+      ('schedules.last_fire_at', 'The fire time of last_task_id, or when fire_schedule created that.'),
+      ('schedules.last_error', 'Why it could not fire and was paused.'),
       ('type_limits.since', 'Claims with a smaller id may hold its tasks without its name or their key; null until the first claim after a change.'),
       ('task_waits.on_failure', 'What a parent that does not complete means for the child: see enqueue.')) c(name, meaning)
   loop
@@ -234,6 +260,7 @@ begin
       ('index', 'tasks_cancelling', 'tasks (cancel_requested_at) where cancel_requested_at is not null'),
       ('index', 'tasks_parked', 'tasks (parked_by, concurrency_key, type, priority desc, parked_at) where parked_at is not null'),
       ('unique index', 'tasks_idempotency', 'tasks (type, idempotency_key) where idempotency_key is not null'),
+      ('index', 'schedules_due', 'schedules (next_at) where not paused'),
       ('index', 'claims_worker', 'claims (worker_id)'),
       ('index', 'claims_limit', 'claims (limit_name, key) where limit_name is not null'),
       ('index', 'starts_newest', 'starts (limit_name, at)'),

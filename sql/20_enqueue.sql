@@ -25,7 +25,8 @@ begin
   if octet_length(p_concurrency_key) not between 1 and 255 then
     perform orchestrator._invalid('concurrency_key', 'must be 1 to 255 bytes', 'Leave it out, or hash a longer key.');
   elsif (p_expires_at > greatest(clock_timestamp(), p_run_at) and p_expires_at < clock_timestamp() + orchestrator.longest_delay()) is false then
-    perform orchestrator._invalid('expires_at', 'must be a moment to come, after run_at, within the next 3650 days', 'Leave it out if it may start at any time.');
+    perform orchestrator._invalid('expires_at', 'must be a moment to come, after run_at, within the next 3650 days',
+                                  'Leave it out if it may start at any time.');
   elsif (p_on_failure in ('wait', 'cancel', 'run')) is not true then
     perform orchestrator._invalid('on_failure', 'must be wait, cancel or run', 'What becomes of it if a task that it waits for does not complete.');
   elsif jsonb_typeof(p_meta) <> 'object' or octet_length(p_meta::text) > 8192 then
@@ -280,6 +281,6 @@ begin
   end loop;
 end $$;
 comment on function orchestrator.enqueue_lines is
-  'Enqueues lines of JSON {type, payload, priority, idempotency_key, max_retries, run_at, concurrency_key, expires_at, after, '
-  'on_failure, meta}; p_defaults: for fields that a line leaves out. Returns for each line but blank ones its number from 1 and its '
-  'id and whether it was created, or the problem. p_stop: the first problem ends it, and nothing behind that line is enqueued.';
+  'Enqueues lines of JSON {type, payload, …}, with the arguments of enqueue; p_defaults: for those that a line leaves out. Returns for '
+  'each line but blank ones its number from 1 and its id and whether it was created, or the problem. p_stop: nothing behind the first '
+  'problem is enqueued.';

@@ -155,10 +155,11 @@ declare
   v_span interval := interval '10 minutes';
   v_last timestamptz;
 begin
-  while v_last is null and p_until > p_after loop
+  loop
     v_last := (select max(f.at) from orchestrator._fire_times_between(p_cron, p_timezone, greatest(p_after, p_until - v_span), p_until) f(at));
     p_until := p_until - v_span;
     v_span := v_span * 12;
+    exit when (v_last is null and p_until > p_after) is not true;
   end loop;
   return v_last;
 end $$;

@@ -3,40 +3,6 @@
 -- A time fires once, since next_at moves on in the transaction that enqueues its task, and since the task's idempotency key names
 -- the time: schedule:NAME:2026-11-26T12:00:00Z.
 
-create table if not exists orchestrator.schedules (
-  name         text primary key,
-  cron         text not null,
-  timezone     text not null,
-  type         text not null,
-  payload      jsonb not null,
-  priority     int not null,
-  max_retries  int,
-  missed       text not null,
-  overlap      boolean not null,
-  paused       boolean not null default false,
-  next_at      timestamptz not null,
-  active_since timestamptz not null default clock_timestamp(),
-  last_fire_at timestamptz,
-  last_task_id uuid,
-  last_error   text,
-  updated_at   timestamptz not null default clock_timestamp(),
-  constraint missed_is_one_all_or_none check (missed in ('one', 'all', 'none')),
-  constraint a_failed_schedule_is_paused check (last_error is null or paused)
-) with (fillfactor = 50);
-do $$   -- as in 10_tables.sql
-begin
-  if to_regclass('orchestrator.schedules_due') is null then
-    create index schedules_due on orchestrator.schedules (next_at) where not paused;
-  end if;
-end $$;
-comment on table orchestrator.schedules is 'One row for each recurring task.';
-comment on column orchestrator.schedules.name is '1 to 200 bytes; part of the idempotency key of its tasks.';
-comment on column orchestrator.schedules.next_at is 'The earliest fire time that has not been dealt with.';
-comment on column orchestrator.schedules.active_since is
-  'Its fire times count from here: when it was created, got another cron or time zone, or was resumed.';
-comment on column orchestrator.schedules.last_fire_at is 'The fire time of last_task_id, or when fire_schedule created that.';
-comment on column orchestrator.schedules.last_error is 'Why it could not fire and was paused.';
-
 -- Refuses a definition that could never fire; returns its first fire time.
 create or replace function orchestrator._check_schedule(s orchestrator.schedules) returns timestamptz
 language plpgsql stable as $$
@@ -152,9 +118,7 @@ language sql stable parallel safe return 'schedule:' || p_name || ':' || to_char
 
 -- {"schedule": NAME, "fire_at": "2026-11-26T12:00:00Z"}
 create or replace function orchestrator._fire_meta(p_name text, p_at timestamptz) returns jsonb
-language sql stable set search_path = pg_catalog, pg_temp as $$
-  select jsonb_build_object('schedule', p_name, 'fire_at', right(orchestrator._fire_key(p_name, p_at), 20))
-$$;
+language sql stable return jsonb_build_object('schedule', p_name, 'fire_at', right(orchestrator._fire_key(p_name, p_at), 20));
 
 -- Deals with what is due of a locked schedule. Returns how many tasks it enqueued.
 create or replace function orchestrator._fire(s orchestrator.schedules, p_now timestamptz) returns int

@@ -18,13 +18,9 @@ begin
   loop
     v_floored := (select f.type from orchestrator.lane_floors f where f.type >= v_from
                   order by f.type, f.priority desc, f.generation desc, f.floor limit 1);
-    if v_floored is null then
-      v_type := (select t.type from orchestrator.tasks t where t.type >= v_from and t.queued_at is not null
-                 order by t.type, t.priority desc, t.queued_at limit 1);
-    else
-      v_type := coalesce((select t.type from orchestrator.tasks t where t.type >= v_from and t.type < v_floored and t.queued_at is not null
-                          order by t.type, t.priority desc, t.queued_at limit 1), v_floored);
-    end if;
+    v_type := coalesce((select t.type from orchestrator.tasks t   -- below 256 bytes, which no type has
+                        where t.type >= v_from and t.type < coalesce(v_floored, repeat(chr(1114111), 64)) and t.queued_at is not null
+                        order by t.type, t.priority desc, t.queued_at limit 1), v_floored);
     exit when v_type is null or not starts_with(v_type, p_prefix);
     v_from := v_type || E'\x01';   -- the least string above it
     if v_type like any (p_paused) then
@@ -76,7 +72,7 @@ language sql stable begin atomic
   where coalesce(t.priority, f.priority) is not null;
 end;
 
--- Inlined wherever it is called.
+-- From the beginning of each lane, whatever its floor. Inlined wherever it is called.
 create or replace function orchestrator._walk_lanes(p_types text[]) returns table (type text, priority int, head timestamptz)
 language sql stable begin atomic
   with recursive lane as (
@@ -93,11 +89,11 @@ language sql stable begin atomic
 end;
 
 -- The lanes of these types that have ready tasks, each with the queued_at of its oldest, along the ready index.
-create or replace function orchestrator._ready_lanes(p_types text[], p_below_floors boolean default false)
+create or replace function orchestrator._ready_lanes(p_types text[])
 returns table (type text, priority int, head timestamptz) language plpgsql stable as $$
 #variable_conflict use_column
 begin
-  if not p_below_floors and exists (select from orchestrator.lane_floors) then
+  if exists (select from orchestrator.lane_floors) then
     return query
       with recursive lane as (
         select u.type, n.priority, n.head from unnest(p_types) u(type) cross join lateral orchestrator._next_lane(u.type, 2147483648) n

@@ -14,19 +14,16 @@ language sql stable as $$
   order by l.type = p_type desc, length(l.type) desc limit 1
 $$;
 
--- Whether claims are left that may hold tasks under this limit without saying so. The view limits and audit() call this and the next:
--- so they have the planner's settings themselves.
+-- Whether claims are left that may hold tasks under this limit without saying so.
 create or replace function orchestrator._older_claims(p_name text, p_since bigint) returns boolean
-language sql stable set enable_seqscan = off as $$
+language sql stable as $$
   select exists (select from orchestrator.claims c
                  where c.id < coalesce(p_since, 9223372036854775807) and (c.limit_name is distinct from p_name or c.key is null))
 $$;
 
 -- What is in flight under a limit: of one key, or (null) in all.
 create or replace function orchestrator._in_flight(p_name text, p_since bigint, p_key text) returns int
-language plpgsql stable
-set plan_cache_mode = force_generic_plan
-set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
+language plpgsql stable as $$
 declare
   v_n int;
 begin
@@ -38,7 +35,8 @@ begin
   if orchestrator._older_claims(p_name, p_since) then
     v_n := v_n + (
       select count(*) from orchestrator.claims c
-      cross join lateral (select t.type, t.concurrency_key from orchestrator.tasks t where t.claim_id = c.id and t.status in ('claimed', 'running') limit 10000000) t
+      cross join lateral (select t.type, t.concurrency_key from orchestrator.tasks t
+                          where t.claim_id = c.id and t.status in ('claimed', 'running') limit 10000000) t
       where c.id < coalesce(p_since, 9223372036854775807) and (c.limit_name is distinct from p_name or (c.key is null and p_key is not null))
         and (p_key is null or t.concurrency_key = p_key) and orchestrator._limit_of(t.type) = p_name);
   end if;

@@ -161,7 +161,7 @@ begin
     exit when v_type is null;
     v_seen := v_seen + 1;
     if random() * v_seen < 1 then v_sampled := v_type; end if;
-    for l in select * from orchestrator._ready_lanes(array[v_type], p_below_floors => true) loop
+    for l in select * from orchestrator._walk_lanes(array[v_type]) loop
       if l.head < (select f.floor from orchestrator.lane_floors f where f.type = l.type and f.priority = l.priority
                    order by f.generation desc, f.floor limit 1) then
         perform orchestrator._put_back(array[l.type], array[l.priority], array[l.head]);

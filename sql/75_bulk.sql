@@ -78,8 +78,8 @@ begin
 end $$;
 
 -- The tasks of the list p_walk that match, from its p_skip-th on, or by id: `ids` from p_from down, `up` from p_from up. Looks at
--- p_bound tasks, and says at how many, and if there are more, at which last. Each part of the union reads along an index, as far as
--- p_limit needs.
+-- p_bound tasks, and says at how many, and if there are more, at which last. Each part of the union reads along an index as far as
+-- needed.
 create or replace function orchestrator._matching(
   p_filter jsonb, p_walk text, p_skip int, p_from uuid, p_limit int, p_bound int, out ids uuid[], out looked int, out stopped int, out last uuid)
 language plpgsql stable as $$
@@ -223,7 +223,8 @@ begin
       when 'run_now' then 'scheduled' when 'prioritize' then 'waiting' else 'ended' end);
   end if;
   select m.ids, m.last into v_ids, next_after
-  from orchestrator._matching(p_filter, 'up', 0, p_after, case when p_dry_run then 100000 else orchestrator._check_range('limit', p_limit, 10000) end, 100000) m;
+  from orchestrator._matching(p_filter, 'up', 0, p_after, case when p_dry_run then 100000 else orchestrator._check_range('limit', p_limit, 10000) end,
+                              100000) m;
   matched := cardinality(v_ids);
   if p_dry_run then
     sample := orchestrator._task_summaries(v_ids[:5]);

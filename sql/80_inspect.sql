@@ -11,10 +11,9 @@ language sql immutable parallel safe begin atomic
 end;
 
 create or replace function orchestrator.redact_text(p_text text) returns text
-language sql immutable parallel safe set search_path = pg_catalog, pg_temp as $$
-  select regexp_replace(regexp_replace(p_text, '(://[^\s:/@]*):(?!\d+[/?#])\S*@', '\1:[redacted]@', 'g'),
-                        '((?:pass(?:word|wd|phrase)|pwd|secret|token|api_?key)=)[^\s,;&''")]+', '\1[redacted]', 'gi')
-$$;
+language sql immutable parallel safe
+return regexp_replace(regexp_replace(p_text, '(://[^\s:/@]*):(?!\d+[/?#])\S*@', '\1:[redacted]@', 'g'),
+                      '((?:pass(?:word|wd|phrase)|pwd|secret|token|api_?key)=)[^\s,;&''")]+', '\1[redacted]', 'gi');
 comment on function orchestrator.redact_text is
   'The text with passwords blanked: in URLs (scheme://user:password@host) and after password= or token=.';
 
@@ -87,8 +86,8 @@ create or replace view orchestrator.dead_letters as
   from orchestrator.tasks t where t.dead_at is not null;
 comment on view orchestrator.dead_letters is 'Tasks that failed for good.';
 
--- type_stats.recent has sums that decay with a time constant of 15 minutes, as a load average does: seconds, tasks enqueued and
--- ended, attempts, failed attempts.
+-- type_stats.recent has sums that decay with a time constant of 15 minutes, as a load average: seconds, tasks enqueued and ended,
+-- attempts, failed attempts.
 create or replace view orchestrator._recent as
   select s.type, s.median, s.p95, s.recent[3] * d.decay / d.seconds as per_second, s.recent[2] * d.decay / d.seconds as enqueued_per_second,
          case when s.recent[4] * d.decay >= 0.05 then least(s.recent[5] / s.recent[4], 1) end as failure_share
@@ -121,7 +120,7 @@ language sql stable as $$
   left join orchestrator.workers w on w.id = h.worker_id
 $$;
 
--- Its parents that failed come first, each with the call that frees it.
+-- Parents that failed come first, each with the call that frees it.
 create or replace function orchestrator._explain_blocked(p_id uuid, p_until timestamptz) returns text
 language sql stable as $$
   select format('waits for %s%s%s', string_agg(format('task %s (%s)', w.parent, case when w.status = 'dead_letter'
@@ -201,7 +200,8 @@ $$;
 create or replace function orchestrator.show_task(p_id uuid) returns jsonb
 language sql stable as $$
   select to_jsonb(t) || to_jsonb(r) - 'preview' || jsonb_build_object(
-    'last_error', orchestrator.redact_text(t.last_error), 'claim_id', t.claim_id::text, 'max_retries', coalesce(t.max_retries, (orchestrator._policy(t.type)).max_retries),
+    'last_error', orchestrator.redact_text(t.last_error), 'claim_id', t.claim_id::text,
+    'max_retries', coalesce(t.max_retries, (orchestrator._policy(t.type)).max_retries),
     'parents', (select coalesce(jsonb_agg(jsonb_build_object('id', a.id, 'type', p.type, 'status', p.status) order by a.n), '[]')
                 from unnest(t.after) with ordinality a(id, n) left join orchestrator._bare_tasks p on p.id = a.id where a.n <= 100),
     'children', (select coalesce(jsonb_agg(jsonb_build_object('id', c.id, 'type', c.type, 'status', c.status) order by c.id), '[]')

@@ -1,7 +1,7 @@
 -- What the page shows, one function for each address of /api/. Reads only. Each list walks an index, and not far: the cost doesn't
 -- depend on how many tasks there are. Payloads, results and errors have their secrets blanked.
 
--- An age in seconds: a browser whose clock is wrong shows it correctly.
+-- In seconds, which a browser whose clock is wrong shows correctly.
 create or replace function orchestrator._age(p_at timestamptz) returns double precision
 language sql volatile parallel safe
 return case when p_at is not null then greatest(round(extract(epoch from clock_timestamp() - p_at), 3), 0)::double precision end;
@@ -15,7 +15,8 @@ language sql as $$
     where s.type is not null or orchestrator._prefix(p.type) is null order by 1 limit 1000)
   select coalesce(jsonb_agg(to_jsonb(t) order by t.others, t.type), '[]')
   from (select y.type, y.others, coalesce(s.waiting, 0) as waiting, coalesce(s.parked, 0) as parked, coalesce(s.scheduled, 0) as scheduled,
-          coalesce(s.in_flight, 0) as in_flight, coalesce(s.dead_letters, 0) as dead_letters, coalesce(s.enqueued_total, 0) as enqueued_total, orchestrator._age(s.oldest_ready_at) as oldest_waiting,
+          coalesce(s.in_flight, 0) as in_flight, coalesce(s.dead_letters, 0) as dead_letters, coalesce(s.enqueued_total, 0) as enqueued_total,
+          orchestrator._age(s.oldest_ready_at) as oldest_waiting,
           exists (select from orchestrator.task_types p where p.paused and not y.others and y.type like p.likes) as paused,
           case when not y.others then (select coalesce(sum(h.n), 0) from handled h where y.type like any (h.handles)) end as workers,
           r.per_second, r.enqueued_per_second, r.failure_share, r.median, r.p95
@@ -29,7 +30,8 @@ language sql as $$
   select coalesce(jsonb_agg(to_jsonb(x) - 'started_at' order by x.started_at, x.id), '[]')
   from (select w.started_at, w.id, w.hostname, w.version, w.pool_size, w.idle, orchestrator._age(w.started_at) as up, w.leader_term as term,
           orchestrator._age(w.last_heartbeat) as heartbeat, w.is_leader and w.leader_until > clock_timestamp() as leads,
-          coalesce(clock_timestamp() - w.last_heartbeat > (select l.leader_until - l.last_heartbeat from orchestrator.workers l where l.is_leader), false) as overdue,
+          coalesce(clock_timestamp() - w.last_heartbeat > (
+            select l.leader_until - l.last_heartbeat from orchestrator.workers l where l.is_leader), false) as overdue,
           w.declared_dead_at is not null as declared_dead, w.stopping_at is not null as stopping,
           (select coalesce(sum(c.open_tasks), 0) from orchestrator.claims c where c.worker_id = w.id) as in_flight,
           (select jsonb_agg(replace(replace(h, '\', ''), '%', '*') order by h) from unnest(w.handles) h) as handles
@@ -38,7 +40,7 @@ $$;
 
 -- Trouble first, then what fires next.
 create or replace function orchestrator._api_schedules() returns jsonb
-language sql set search_path = pg_catalog, pg_temp as $$
+language sql as $$
   select coalesce(jsonb_agg(to_jsonb(x) order by x.error is null, x.paused, x.next_at, x.name), '[]')
   from (select s.name, s.cron, s.timezone, s.type, s.paused, orchestrator.redact_text(s.last_error) as error, s.next_at, s.last_task_id as task_id,
           extract(epoch from s.next_at - clock_timestamp()) as next_in, orchestrator._age(s.last_fire_at) as last,
@@ -48,7 +50,7 @@ $$;
 
 -- keys: the ten with the most in flight.
 create or replace function orchestrator._api_limits() returns jsonb
-language sql set search_path = pg_catalog, pg_temp as $$
+language sql as $$
   select coalesce(jsonb_agg(to_jsonb(x) order by x.limit), '[]')
   from (select l.type as limit, l.max_running, l.max_per_key, l.rate, extract(epoch from l.rate_per) as per, l.in_flight, l.parked, l.started_lately,
           case when l.next_start_at is not null then greatest(round(extract(epoch from l.next_start_at - clock_timestamp()), 3), 0) end as next_start_in,
