@@ -93,7 +93,7 @@ language sql immutable parallel safe return case when right(p_pattern, 1) in ('*
 
 create or replace function orchestrator._like(p_pattern text) returns text
 language sql immutable parallel safe
-return replace(replace(replace(coalesce(orchestrator._prefix(p_pattern), p_pattern), E'\\', E'\\\\'), '%', E'\\%'), '_', E'\\_')
+return regexp_replace(coalesce(orchestrator._prefix(p_pattern), p_pattern), '([\\%_])', '\\\1', 'g')
        || case when orchestrator._prefix(p_pattern) is not null then '%' else '' end;
 
 -- The application_name of a worker's heartbeat connection.

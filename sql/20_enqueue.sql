@@ -151,7 +151,6 @@ create or replace function orchestrator.enqueue_many(
   p_max_retries int default null, p_run_at timestamptz default null, p_concurrency_keys text[] default null,
   p_expires_at timestamptz default null, p_after uuid[] default null, p_on_failure text default 'wait', p_meta jsonb default null)
 returns table (ordinal int, id uuid, created boolean) language plpgsql as $$
-#variable_conflict use_column
 declare
   v_n int := coalesce(cardinality(p_payloads), 0);
   v_later timestamptz := case when p_run_at > clock_timestamp() then p_run_at end;
@@ -249,7 +248,6 @@ end $$;
 -- Lines that agree in all but payload and keys go in together.
 create or replace function orchestrator.enqueue_lines(p_lines text[], p_defaults jsonb default '{}', p_stop boolean default false)
 returns table (line int, id uuid, created boolean, problem text) language plpgsql as $$
-#variable_conflict use_column
 declare
   v_own text[] := '{payload,idempotency_key,concurrency_key}';   -- of each line
   g record;

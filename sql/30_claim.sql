@@ -91,7 +91,6 @@ end;
 -- The lanes of these types that have ready tasks, each with the queued_at of its oldest, along the ready index.
 create or replace function orchestrator._ready_lanes(p_types text[])
 returns table (type text, priority int, head timestamptz) language plpgsql stable as $$
-#variable_conflict use_column
 begin
   if exists (select from orchestrator.lane_floors) then
     return query
@@ -159,7 +158,6 @@ create or replace function orchestrator.claim_tasks(p_worker_id text, p_types te
 returns table (claim_id bigint, id uuid, type text, payload jsonb, attempts int, max_retries int, priority int,
                created_at timestamptz, waited double precision, recoveries int, meta jsonb)
 language plpgsql set enable_tidscan = on as $$
-#variable_conflict use_column
 declare
   l record;               -- the lanes: types, priorities, limits, and heads, where to look from; null: nothing is left there
   v_first int := 1;       -- the lanes of one priority are v_first to v_last

@@ -199,7 +199,6 @@ create or replace function orchestrator._claim_limited(
 returns table (claim_id bigint, id uuid, type text, payload jsonb, attempts int, max_retries int, priority int,
                created_at timestamptz, waited double precision, recoveries int, meta jsonb)
 language plpgsql as $$
-#variable_conflict use_column
 declare
   v_limit orchestrator.type_limits;
   v record;
@@ -224,7 +223,7 @@ begin
       return query
         with made as (   -- one claim for each key, and one for the tasks without
           insert into orchestrator.claims (id, worker_id, claimed_at, open_tasks, limit_name, key)
-          select v_first_id + 1024 * row_number() over (), p_worker_id, p_now, count(*), p_name, k from unnest(v.keys) k group by k returning id, key)
+          select v_first_id + 1024 * row_number() over (), p_worker_id, p_now, count(*), p_name, k from unnest(v.keys) k group by k returning claims.id, claims.key)
         update orchestrator.tasks t
         set status = 'claimed', worker_id = p_worker_id, claimed_at = p_now, updated_at = p_now, queued_at = null, expires_at = null,
             claim_id = (select m.id from made m where m.key is not distinct from u.key)

@@ -66,7 +66,6 @@ end $$;
 create or replace function orchestrator.complete_tasks(
   p_claim_ids bigint[], p_counts int[], p_ids uuid[], p_results jsonb[] default null, p_again boolean default true)
 returns table (id uuid, outcome text) language plpgsql as $$
-#variable_conflict use_column
 declare
   v_from int := 1;
   v_to int;
@@ -174,7 +173,6 @@ end $$;
 create or replace function orchestrator.fail_tasks(
   p_claim_ids bigint[], p_ids uuid[], p_errors text[], p_tracebacks text[], p_retry_afters interval[], p_permanents boolean[])
 returns table (id uuid, outcome text) language plpgsql as $$
-#variable_conflict use_column
 begin
   perform from orchestrator.claims c where c.id = any (p_claim_ids) order by c.id for no key update;
   for i in 1..cardinality(p_ids) loop

@@ -45,7 +45,6 @@ comment on function orchestrator.unregister_worker is
 
 create or replace function orchestrator.heartbeat(p_id text) returns table (worker_id text, last_heartbeat timestamptz)
 language plpgsql as $$
-#variable_conflict use_column
 begin
   perform set_config('synchronous_commit', 'off', true);
   update orchestrator.workers w set last_heartbeat = clock_timestamp() where w.id = p_id and w.declared_dead_at is null;

@@ -5,7 +5,6 @@
 create or replace function orchestrator.acquire_leadership(
   p_worker_id text, p_length interval, out is_leader boolean, out term bigint, out until timestamptz)
 language plpgsql as $$
-#variable_conflict use_column
 begin
   -- A lease that ends later than one from now is older than a step of the clock: nobody would lead until then.
   update orchestrator.workers w set leader_until = clock_timestamp() + p_length

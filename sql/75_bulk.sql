@@ -83,7 +83,6 @@ end $$;
 create or replace function orchestrator._matching(
   p_filter jsonb, p_walk text, p_skip int, p_from uuid, p_limit int, p_bound int, out ids uuid[], out looked int, out stopped int, out last uuid)
 language plpgsql stable as $$
-#variable_conflict use_column
 declare
   f record;
   r record;
