@@ -249,7 +249,7 @@ end $$;
 create or replace function orchestrator.enqueue_lines(p_lines text[], p_defaults jsonb default '{}', p_stop boolean default false)
 returns table (line int, id uuid, created boolean, problem text) language plpgsql as $$
 declare
-  v_own text[] := '{payload,idempotency_key,concurrency_key}';   -- of each line
+  v_own text[] := '{payload,idempotency_key,concurrency_key}'::text[];   -- of each line
   g record;
 begin
   for g in

@@ -224,7 +224,7 @@ begin
   update orchestrator.stats_state
   set cursor = v_to, counted_at = s.counted_at, took = s.took, next_at = s.next_at, complete = s.complete, last_event = v_event;
   delete from orchestrator.stats_samples x where x.at < s.counted_at - interval '2 hours' or x.at > s.counted_at;
-  insert into orchestrator.stats_samples (at, waiting, scheduled, in_flight, dead_letters, enqueued_total, ended_total, parked)
+  insert into orchestrator.stats_samples
   select s.counted_at, t.waiting, t.scheduled, t.in_flight, t.dead_letters, t.enqueued_total, t.ended_total, t.parked
   -- half a second early is on time, since counts come every 2 seconds or so
   from orchestrator._totals t where not exists (select from orchestrator.stats_samples x where x.at > s.counted_at - interval '9.5 seconds');
