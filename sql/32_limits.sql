@@ -5,7 +5,7 @@
 -- it does. A task whose key is full is parked: it leaves its lane. Whoever gives back a permit of a key notes that in freed_keys, and
 -- the next claim puts as many parked tasks back at their old places.
 -- Locks: a claim first locks the rows of its limits in type_limits (ascending), then counts by a new snapshot, so exactly, and waits
--- for nothing more but the lock on lane_floors. Those who give permits back lock nothing here.
+-- for nothing more but the lock on lane_floors. Those who give permits back lock nothing here: their notes wait for the next claim.
 
 -- The limit that a type is under; null: none.
 create or replace function orchestrator._limit_of(p_type text) returns text
@@ -91,9 +91,9 @@ language sql stable as $$
   select k.key, k.type from k where k.key = p_key or p_key is null
 $$;
 
--- Reads the notes of locked limits, and puts back as many parked tasks of those keys as they have room for, at most 10,000: that many
--- of each type, since one of them may be paused, or have no worker. A note stays where another transaction has a task locked, where
--- there are more, and while older claims may end without leaving one. Returns whether tasks were put back.
+-- Reads the notes of limits that the caller has locked, and puts back as many parked tasks of those keys as they have room
+-- for, at most 10,000. That many of each type, since one of them may be paused, or have no worker. A note stays where another transaction has a task locked, where there are more, and while older
+-- claims may end without leaving one. Returns whether tasks were put back.
 create or replace function orchestrator._return_parked(p_held text[]) returns boolean
 language plpgsql as $$
 declare
@@ -223,7 +223,8 @@ begin
       return query
         with made as (   -- one claim for each key, and one for the tasks without
           insert into orchestrator.claims (id, worker_id, claimed_at, open_tasks, limit_name, key)
-          select v_first_id + 1024 * row_number() over (), p_worker_id, p_now, count(*), p_name, k from unnest(v.keys) k group by k returning claims.id, claims.key)
+          select v_first_id + 1024 * row_number() over (), p_worker_id, p_now, count(*), p_name, k from unnest(v.keys) k group by k
+          returning claims.id, claims.key)
         update orchestrator.tasks t
         set status = 'claimed', worker_id = p_worker_id, claimed_at = p_now, updated_at = p_now, queued_at = null, expires_at = null,
             claim_id = (select m.id from made m where m.key is not distinct from u.key)
