@@ -109,7 +109,7 @@ BUNDLED_SQL: dict[str, str] = {
 --                         → fail_tasks → (retry_scheduled) promote_due → claim_tasks … or (dead_letter) retry_task
 --                         → release_tasks | snooze_task → claim_tasks …
 -- schedule → promote_due enqueues, at each fire time.
--- What is made again after a crash (claims, heartbeats, progress, floors, counts …) commits without waiting for the flush.
+-- What is made again after a crash (claims, heartbeats, floors, counts …) commits without waiting for the flush.
 -- Lock order everywhere: the leader's row in workers → other workers → claims (ascending id) → tasks → task_steps → lane_floors
 -- (35_floors.sql) → tasks that wait for those (45_after.sql).
 -- A schedule's row is locked before those of tasks; promote_due skips one that is locked.
@@ -124,10 +124,6 @@ begin
     exit when pg_try_advisory_xact_lock(hashtext('orchestrator.install'));
     perform pg_sleep(0.1);
   end loop;
-end $$;
-
-do $$
-begin
   if to_regnamespace('orchestrator') is null then   -- else somebody made it for a role that may not
     create schema orchestrator;
     comment on schema orchestrator is 'A durable task queue: its functions enqueue, claim, retry and recover tasks.';
@@ -159,7 +155,7 @@ begin
   raise exception '%: %', p_field, p_problem using errcode = 'OR001', column = p_field, hint = p_hint;
 end $$;
 
--- Functions without a search_path can be inlined: a standard body (return, begin atomic) is bound when it is created.
+-- A function without a search_path can be inlined: a standard body (return, begin atomic) is bound when it is created.
 create or replace function orchestrator.longest_delay() returns interval
 language sql immutable parallel safe return interval '3650 days';
 comment on function orchestrator.longest_delay is 'The longest delay, snooze or wait for a retry: 3650 days.';
@@ -182,7 +178,7 @@ begin
   end if;
 end $do$;
 
--- n of them, ascending: the last 48 bits of one count up from one in the third quarter (RFC 9562, 6.2, method 2).
+-- n of them, ascending: the last 48 bits count up from the third quarter (RFC 9562, 6.2, method 2).
 create or replace function orchestrator._uuidv7s(p_n int) returns uuid[]
 language sql volatile parallel safe begin atomic
   select array(select (u.head || to_hex(u.tail + o))::uuid from generate_series(0, p_n - 1) o)
@@ -193,7 +189,8 @@ end;
 -- The smallest UUIDv7 of a moment.
 create or replace function orchestrator._uuid_at(p_at timestamptz) returns uuid
 language sql immutable parallel safe
-return (lpad(to_hex(least(greatest(floor(extract(epoch from p_at) * 1000), 0), 281474976710655)::bigint), 12, '0') || '70008000000000000000')::uuid;
+return (lpad(to_hex(least(greatest(floor(extract(epoch from p_at) * 1000), 0), 281474976710655)::bigint), 12, '0')
+        || '70008000000000000000')::uuid;
 
 -- The prefix `a:` of the pattern `a:` or `a:*`; null of a type. Only this function knows what a pattern is.
 create or replace function orchestrator._prefix(p_pattern text) returns text
@@ -201,7 +198,7 @@ language sql immutable parallel safe return case when right(p_pattern, 1) in ('*
 
 create or replace function orchestrator._like(p_pattern text) returns text
 language sql immutable parallel safe
-return replace(replace(replace(coalesce(orchestrator._prefix(p_pattern), p_pattern), E'\\', E'\\\\'), '%', E'\\%'), '_', E'\\_')
+return regexp_replace(coalesce(orchestrator._prefix(p_pattern), p_pattern), '([\\%_])', '\\\1', 'g')
        || case when orchestrator._prefix(p_pattern) is not null then '%' else '' end;
 
 -- The application_name of a worker's heartbeat connection.
@@ -209,10 +206,10 @@ create or replace function orchestrator._application_name(p_worker_id text) retu
 language sql immutable parallel safe return 'orchestrator ' || right(p_worker_id, 50);
 """,
 
-'10_tables.sql': r"""-- Tables and indexes. The rule that makes it fast: no index on tasks may mention status, started_at, completed_at,
--- updated_at, worker_id, result, progress or last_error (keys, INCLUDE or WHERE), or completing a task would no longer be a
--- heap-only update. So partial indexes are on queued_at, next_retry_at and dead_at, each set only while the task waits for that.
--- Types are collated "C": the types under a prefix are then one range of the ready index.
+'10_tables.sql': r"""-- Tables and indexes. No index on tasks may mention status, started_at, completed_at, updated_at, worker_id, result, progress or
+-- last_error (keys, INCLUDE or WHERE), or completing a task would no longer be a heap-only update. So partial indexes are on
+-- queued_at, next_retry_at and dead_at, each set only while the task waits for that.
+-- Types are collated "C": those under a prefix are one range of the ready index.
 
 create table if not exists orchestrator.tasks (
   id                  uuid default orchestrator._uuidv7(),
@@ -255,27 +252,6 @@ create table if not exists orchestrator.tasks (
     and num_nonnulls(queued_at, next_retry_at, parked_at, completed_at, dead_at) <= 1 and octet_length(type) <= 255)
 ) with (fillfactor = 32);   -- completions stay heap-only even while several workers' claims keep old versions (at 40, half did not)
 comment on table orchestrator.tasks is 'One row for each task, waiting, in flight or ended. Written by the functions of this schema only.';
-comment on column orchestrator.tasks.id is 'A UUIDv7: ordered by creation.';
-comment on column orchestrator.tasks.type is 'Which handler runs it, such as task:backup; 1 to 255 bytes.';
-comment on column orchestrator.tasks.payload is 'The handler''s input, at most 256 KiB of JSON.';
-comment on column orchestrator.tasks.priority is 'Higher is claimed first.';
-comment on column orchestrator.tasks.idempotency_key is 'Unique within its type while the row is kept.';
-comment on column orchestrator.tasks.worker_id is 'The worker that has it, or had it when it ended; null while waiting.';
-comment on column orchestrator.tasks.claim_id is 'The claim that has it, which each outcome must name.';
-comment on column orchestrator.tasks.queued_at is 'Its place in its lane (type, priority), oldest first; set while it is ready.';
-comment on column orchestrator.tasks.attempts is 'Attempts started. One that fails and is above max_retries makes a dead letter.';
-comment on column orchestrator.tasks.max_retries is 'Retries after the first attempt, 0 to 1000; null: as task_types says.';
-comment on column orchestrator.tasks.next_retry_at is 'When a delayed, snoozed or failed task becomes ready; of a blocked one, when to look at its parents again.';
-comment on column orchestrator.tasks.cancel_requested_at is 'When a task in flight was asked to stop.';
-comment on column orchestrator.tasks.recoveries is 'How often it was taken from a dead worker; from then on it is marked running first.';
-comment on column orchestrator.tasks.result is 'What the handler returned.';
-comment on column orchestrator.tasks.progress is 'The progress that the handler reported last.';
-comment on column orchestrator.tasks.concurrency_key is 'Whose turn it takes under a limit for each key (limit_type), such as a tenant; 1 to 255 bytes.';
-comment on column orchestrator.tasks.parked_at is 'Its place in its lane (as queued_at), kept while as many tasks of its key are in flight as the limit parked_by allows.';
-comment on column orchestrator.tasks.after is 'The tasks that it was enqueued to wait for.';
-comment on column orchestrator.tasks.blocked_until is 'Set while it waits for other tasks (task_waits): it becomes ready then at the earliest.';
-comment on column orchestrator.tasks.expires_at is 'If it has not been claimed by then, it never is.';
-comment on column orchestrator.tasks.meta is 'What producers note beside the payload, such as a trace context: at most 8 KiB, shown as it is, so no secrets.';
 
 create table if not exists orchestrator.claims (
   id          bigint primary key,
@@ -287,8 +263,8 @@ create table if not exists orchestrator.claims (
   constraint open_tasks_is_positive check (open_tasks > 0)
 ) with (fillfactor = 50);
 comment on table orchestrator.claims is
-  'A batch of tasks that a worker holds: the fence (its id), the in-flight index (joined with tasks.claim_id) and the lease that '
-  'recovery walks. open_tasks of them are claimed or running; the row goes with the last.';
+  'A batch of tasks that a worker holds: fence (its id), index of what is in flight (by tasks.claim_id) and lease, which recovery '
+  'walks. open_tasks of them are claimed or running; the row goes with the last.';
 
 create table if not exists orchestrator.workers (
   id               text primary key,   -- hostname:pid:random, new at every start and after being declared dead
@@ -298,7 +274,7 @@ create table if not exists orchestrator.workers (
   pool_size        int not null,
   version          text not null,
   handles          text[] not null default '{}',     -- types and patterns, as LIKE patterns
-  idle             boolean not null default false,   -- only then does enqueue notify, which serialises commits
+  idle             boolean not null default false,   -- else enqueue doesn't notify, which serialises commits
   is_leader        boolean not null default false,
   leader_until     timestamptz,
   leader_term      bigint,        -- rises at each election; every function of the leader names it
@@ -323,8 +299,8 @@ create table if not exists orchestrator.task_types (
   updated_at  timestamptz not null default clock_timestamp()
 );
 comment on table orchestrator.task_types is
-  'The retry policy of a type or pattern, written when a worker registers its handlers (recovery needs it where the leader has '
-  'no handler), and whether it is paused.';
+  'Whether a type or pattern is paused, and its retry policy, as workers register it: recovery needs it where the leader has no '
+  'handler.';
 
 create table if not exists orchestrator.task_events (
   id        bigint generated always as identity primary key,
@@ -337,8 +313,7 @@ create table if not exists orchestrator.task_events (
 );
 comment on table orchestrator.task_events is
   'What happened to a task apart from success: failed, retry_scheduled, dead_letter, released, recovered, snoozed, '
-  'cancel_requested, cancelled, retried, signalled, run_now, prioritized, result_lost, key_passed_on. The newest 100 of each task are '
-  'kept as long as it.';
+  'cancel_requested, cancelled, retried, signalled, run_now, prioritized, result_lost, key_passed_on. Each task keeps the newest 100.';
 
 create table if not exists orchestrator.lanes (
   type     text collate "C" not null,
@@ -346,8 +321,8 @@ create table if not exists orchestrator.lanes (
   noted_at timestamptz not null default clock_timestamp()
 );
 comment on table orchestrator.lanes is
-  'The lanes (type, priority) that many ready tasks were taken from lately: only their floors may have to rise. Without a unique '
-  'key, so that noting a lane never waits.';
+  'The lanes (type, priority) that many ready tasks were taken from lately: only their floors may have to rise. No unique key, so '
+  'that noting a lane never waits.';
 
 create table if not exists orchestrator.lane_floors (
   type       text collate "C" not null,
@@ -356,8 +331,7 @@ create table if not exists orchestrator.lane_floors (
   floor      timestamptz not null
 );
 comment on table orchestrator.lane_floors is
-  'The queued_at below which a lane has nothing ready: the lowest floor of its newest generation. A claim starts there instead of '
-  'walking the dead index entries that an old snapshot keeps.';
+  'The queued_at below which a lane has nothing ready, where claims start: the lowest floor of its newest generation.';
 
 create table if not exists orchestrator.leader_state (
   one             boolean primary key default true check (one),
@@ -370,8 +344,9 @@ create table if not exists orchestrator.leader_state (
   sampled_type    text collate "C"
 );
 comment on table orchestrator.leader_state is
-  'The leader''s notes, one row: how far floors may rise, when to drop some, where pruning and the rescan stopped, and a type '
-  'taken by chance from those that are ready.';
+  'The leader''s notes, one row: how far floors may rise, when to drop some, where pruning and the rescan stopped, and a ready type '
+  'taken by chance.';
+
 create table if not exists orchestrator.type_limits (
   type        text collate "C" primary key,
   likes       text collate "C" generated always as (orchestrator._like(type)) stored,
@@ -384,24 +359,22 @@ create table if not exists orchestrator.type_limits (
   constraint a_rate_has_its_time check ((rate is null) = (rate_per is null))
 );
 comment on table orchestrator.type_limits is
-  'The limits of types and patterns, written by limit_type. A type is under its own, else that of the longest pattern. Claims lock '
-  'the row. All null: removed, and the next claim deletes it when nothing is parked under it.';
-comment on column orchestrator.type_limits.since is
-  'Claims with a smaller id may hold tasks under this limit without its name or their key; null until the first claim after a change.';
+  'The limits of types and patterns. A type is under its own, else that of the longest pattern. Claims lock the row. All null: '
+  'removed; a claim deletes it when nothing is parked under it.';
 
 create table if not exists orchestrator.starts (
   limit_name text collate "C" not null,
   at         timestamptz not null,
   n          int not null
 );
-comment on table orchestrator.starts is 'How many tasks were claimed when under a limit that has a rate, as far back as it reaches.';
+comment on table orchestrator.starts is 'How many tasks were claimed when under a limit with a rate, as far back as that reaches.';
 
 create table if not exists orchestrator.freed_keys (
   limit_name text collate "C" not null,
   key        text collate "C"
 );
 comment on table orchestrator.freed_keys is
-  'Notes for the next claim: of these keys (null: all) of a limit, parked tasks may go on. While a key has room and parked tasks, there is one.';
+  'Notes for the next claim: of these keys (null: all) of a limit, parked tasks may go on. Each key with room and parked tasks has one.';
 
 create table if not exists orchestrator.task_waits (
   parent     uuid not null,
@@ -409,8 +382,7 @@ create table if not exists orchestrator.task_waits (
   on_failure text not null,
   primary key (parent, child)
 );
-comment on table orchestrator.task_waits is 'What blocked tasks (child) still wait for. Empty where nothing waits, so others pay for one look.';
-comment on column orchestrator.task_waits.on_failure is 'What a parent that does not complete means for the child: see enqueue.';
+comment on table orchestrator.task_waits is 'What blocked tasks (child) still wait for. While it is empty, others pay for one look.';
 
 -- not an index on tasks, which would cost each enqueue 1%
 create table if not exists orchestrator.expiries (
@@ -418,7 +390,68 @@ create table if not exists orchestrator.expiries (
   task_id uuid not null,
   primary key (at, task_id)
 );
-comment on table orchestrator.expiries is 'When to look whether a task has expired; kept until then, whatever becomes of the task.';
+comment on table orchestrator.expiries is 'When to look whether a task has expired, whatever becomes of it until then.';
+
+create table if not exists orchestrator.schedules (
+  name         text primary key,
+  cron         text not null,
+  timezone     text not null,
+  type         text not null,
+  payload      jsonb not null,
+  priority     int not null,
+  max_retries  int,
+  missed       text not null,
+  overlap      boolean not null,
+  paused       boolean not null default false,
+  next_at      timestamptz not null,
+  active_since timestamptz not null default clock_timestamp(),
+  last_fire_at timestamptz,
+  last_task_id uuid,
+  last_error   text,
+  updated_at   timestamptz not null default clock_timestamp(),
+  constraint missed_is_one_all_or_none check (missed in ('one', 'all', 'none')),
+  constraint a_failed_schedule_is_paused check (last_error is null or paused)
+) with (fillfactor = 50);
+comment on table orchestrator.schedules is 'One row for each recurring task.';
+
+do $do$
+declare
+  r record;
+begin
+  for r in
+    select * from (values
+      ('tasks.id', 'A UUIDv7: ordered by creation.'),
+      ('tasks.type', 'Which handler runs it, such as task:backup; 1 to 255 bytes.'),
+      ('tasks.payload', 'The handler''s input, at most 256 KiB.'),
+      ('tasks.priority', 'Higher is claimed first.'),
+      ('tasks.idempotency_key', 'Unique within its type while the row is kept.'),
+      ('tasks.worker_id', 'The worker that has it, or had it when it ended; null while waiting.'),
+      ('tasks.claim_id', 'The claim that has it, which each outcome must name.'),
+      ('tasks.queued_at', 'Its place in its lane (type, priority), oldest first; set while it is ready.'),
+      ('tasks.attempts', 'Attempts started. One that fails and is above max_retries makes a dead letter.'),
+      ('tasks.max_retries', 'Retries after the first attempt, 0 to 1000; null: as task_types says.'),
+      ('tasks.next_retry_at', 'When a delayed, snoozed or failed task becomes ready; of a blocked one, when to look at its parents again.'),
+      ('tasks.cancel_requested_at', 'When a task in flight was asked to stop.'),
+      ('tasks.recoveries', 'How often it was taken from a dead worker; then it is marked running first.'),
+      ('tasks.result', 'What the handler returned.'),
+      ('tasks.progress', 'What the handler reported last.'),
+      ('tasks.concurrency_key', 'Whose turn it takes under a limit for each key, such as a tenant; 1 to 255 bytes.'),
+      ('tasks.parked_at', 'Its queued_at, while as many tasks of its key are in flight as the limit parked_by allows.'),
+      ('tasks.after', 'The tasks that it was enqueued to wait for.'),
+      ('tasks.blocked_until', 'Set while it waits for other tasks: it becomes ready then at the earliest.'),
+      ('tasks.expires_at', 'If it has not been claimed by then, it never is.'),
+      ('tasks.meta', 'Beside the payload, such as a trace context: at most 8 KiB, shown as it is, so no secrets.'),
+      ('schedules.name', '1 to 200 bytes; part of the idempotency key of its tasks.'),
+      ('schedules.next_at', 'The earliest fire time that has not been dealt with.'),
+      ('schedules.active_since', 'Its fire times count from here: when it was created, got another cron or time zone, or was resumed.'),
+      ('schedules.last_fire_at', 'The fire time of last_task_id, or when fire_schedule created that.'),
+      ('schedules.last_error', 'Why it could not fire and was paused.'),
+      ('type_limits.since', 'Claims with a smaller id may hold its tasks without its name or their key; null until the first claim after a change.'),
+      ('task_waits.on_failure', 'What a parent that does not complete means for the child: see enqueue.')) c(name, meaning)
+  loop
+    execute format('comment on column orchestrator.%s is %L', r.name, r.meaning);
+  end loop;
+end $do$;
 
 -- Not "if not exists", which waits for all writers, and keeps them out, also where the index is there.
 do $$
@@ -435,6 +468,7 @@ begin
       ('index', 'tasks_cancelling', 'tasks (cancel_requested_at) where cancel_requested_at is not null'),
       ('index', 'tasks_parked', 'tasks (parked_by, concurrency_key, type, priority desc, parked_at) where parked_at is not null'),
       ('unique index', 'tasks_idempotency', 'tasks (type, idempotency_key) where idempotency_key is not null'),
+      ('index', 'schedules_due', 'schedules (next_at) where not paused'),
       ('index', 'claims_worker', 'claims (worker_id)'),
       ('index', 'claims_limit', 'claims (limit_name, key) where limit_name is not null'),
       ('index', 'starts_newest', 'starts (limit_name, at)'),
@@ -454,19 +488,10 @@ end $$;
 
 -- not "on conflict", which waits for a leader that updates the row, and may itself wait for this installation
 insert into orchestrator.leader_state (one) select true where not exists (select from orchestrator.leader_state);
-
--- A restore of data alone leaves sequences behind.
-select setval('orchestrator.payload_doublings', 4)   -- 256 KiB: nobody has weighed what was restored
-where (select max(id) from orchestrator.task_events) > coalesce(pg_sequence_last_value('orchestrator.task_events_id_seq'), 0)
-   or (select max(leader_term) from orchestrator.workers) > coalesce(pg_sequence_last_value('orchestrator.leader_terms'), 0);
-select setval('orchestrator.task_events_id_seq', m.id) from (select max(id) as id from orchestrator.task_events) m
-where m.id > coalesce(pg_sequence_last_value('orchestrator.task_events_id_seq'), 0);
-select setval('orchestrator.leader_terms', m.term) from (select max(leader_term) as term from orchestrator.workers) m
-where m.term > coalesce(pg_sequence_last_value('orchestrator.leader_terms'), 0);
 """,
 
-'20_enqueue.sql': r"""-- Enqueuing. Writes tasks, task_waits for those that wait for others, expiries for those that expire. Locks nothing but the rows that it inserts; a repeated idempotency key waits for the
--- transaction that inserted it first.
+'20_enqueue.sql': r"""-- Enqueuing. Writes tasks, task_waits for those that wait for others, expiries for those that expire. Locks only what it inserts; a
+-- repeated idempotency key waits for the transaction that inserted it first.
 
 -- Never echoes a payload.
 create or replace function orchestrator._check_task(p_type text, p_priority int, p_key text, p_max_retries int, p_run_at timestamptz)
@@ -485,13 +510,15 @@ begin
   end if;
 end $$;
 
-create or replace function orchestrator._check_extras(p_concurrency_key text, p_run_at timestamptz, p_expires_at timestamptz, p_on_failure text, p_meta jsonb)
+create or replace function orchestrator._check_extras(
+  p_concurrency_key text, p_run_at timestamptz, p_expires_at timestamptz, p_on_failure text, p_meta jsonb)
 returns void language plpgsql stable as $$
 begin
   if octet_length(p_concurrency_key) not between 1 and 255 then
     perform orchestrator._invalid('concurrency_key', 'must be 1 to 255 bytes', 'Leave it out, or hash a longer key.');
   elsif (p_expires_at > greatest(clock_timestamp(), p_run_at) and p_expires_at < clock_timestamp() + orchestrator.longest_delay()) is false then
-    perform orchestrator._invalid('expires_at', 'must be a moment to come, after run_at, within the next 3650 days', 'Leave it out if it may start at any time.');
+    perform orchestrator._invalid('expires_at', 'must be a moment to come, after run_at, within the next 3650 days',
+                                  'Leave it out if it may start at any time.');
   elsif (p_on_failure in ('wait', 'cancel', 'run')) is not true then
     perform orchestrator._invalid('on_failure', 'must be wait, cancel or run', 'What becomes of it if a task that it waits for does not complete.');
   elsif jsonb_typeof(p_meta) <> 'object' or octet_length(p_meta::text) > 8192 then
@@ -499,13 +526,13 @@ begin
   end if;
 end $$;
 
--- The bytes, as text, that no payload is above, so that claims are bounded without weighing: 16 to 256 KiB. It never falls.
+-- The bytes that no payload is above as text, so that claims are bounded without weighing: 16 to 256 KiB. It never falls.
 create or replace function orchestrator._largest_payload() returns int
 language sql
 return 16384 << least(coalesce(pg_sequence_last_value('orchestrator.payload_doublings'), 0), 4)::int;
 
--- Why a payload is refused, by the size of its text: a stored jsonb may be compressed, and 1e100000 takes ten bytes, but an honest
--- 1e-308 takes 27 times its bytes as text.
+-- Why a payload is refused, by its text: a stored jsonb may be compressed, and 1e100000 takes ten bytes, but an honest 1e-308 takes
+-- 27 times its bytes as text.
 create or replace function orchestrator._large_payload_problem(p_payload jsonb) returns text
 language plpgsql as $$
 declare
@@ -585,10 +612,9 @@ end $$;
 comment on function orchestrator.enqueue is
   'Adds a task in the caller''s transaction and returns its id. A repeated (type, idempotency_key) returns the id of the first '
   'task and changes nothing. p_max_retries null: the policy of the type. p_run_at: not before that moment. p_concurrency_key: see '
-  'limit_type. p_expires_at: if it has not been claimed by then, it is cancelled. p_after: it waits until these tasks have completed; '
-  'if one becomes a dead letter, p_on_failure says what then: wait (until it is retried and completes), cancel, or run; if one is '
-  'cancelled or deleted, it is cancelled with it, or runs. p_meta: a JSON object of at most 8 KiB beside the payload, never '
-  'redacted. Raises OR001.';
+  'limit_type. p_expires_at: cancelled if not claimed by then. p_after: it waits until these tasks have completed; p_on_failure: what '
+  'then if one becomes a dead letter: wait (until it is retried and completes), cancel, or run; if one is cancelled or deleted, so is '
+  'it, or it runs. p_meta: a JSON object of at most 8 KiB beside the payload, never redacted. Raises OR001.';
 
 create or replace function orchestrator._check_many(p_payloads jsonb[], p_idempotency_keys text[], p_concurrency_keys text[]) returns void
 language plpgsql as $$
@@ -617,7 +643,6 @@ create or replace function orchestrator.enqueue_many(
   p_max_retries int default null, p_run_at timestamptz default null, p_concurrency_keys text[] default null,
   p_expires_at timestamptz default null, p_after uuid[] default null, p_on_failure text default 'wait', p_meta jsonb default null)
 returns table (ordinal int, id uuid, created boolean) language plpgsql as $$
-#variable_conflict use_column
 declare
   v_n int := coalesce(cardinality(p_payloads), 0);
   v_later timestamptz := case when p_run_at > clock_timestamp() then p_run_at end;
@@ -672,48 +697,42 @@ begin
   return query select u.o::int, u.id, u.id = u.own from unnest(v_found, v_ids) with ordinality u(id, own, o);
 end $$;
 comment on function orchestrator.enqueue_many is
-  'Adds a task for each payload and returns (ordinal from 1, id, created). created is false where the idempotency key was known, '
-  'in the table or earlier in the array. All but payloads and keys is the same for all, as enqueue has it. Raises OR001, and then adds none.';
+  'Adds a task for each payload and returns (ordinal from 1, id, created). created is false where the idempotency key was known, in the '
+  'table or earlier in the array. The rest is as enqueue has it, the same for all. Raises OR001, and then adds none.';
 
-create or replace function orchestrator._read_line(
-  p_line text, p_defaults jsonb, out problem text, out type text, out payload jsonb, out priority int, out idempotency_key text,
-  out max_retries int, out run_at timestamptz, out concurrency_key text, out expires_at timestamptz, out after uuid[], out on_failure text,
-  out meta jsonb)
+-- A line as the arguments of enqueue, over the defaults, or what is wrong with it.
+create or replace function orchestrator._read_line(p_line text, p_defaults jsonb, out problem text, out task jsonb)
 language plpgsql stable as $$
-#variable_conflict use_column
 declare
-  v jsonb;
   v_reading text := 'is not JSON';
 begin
-  v := p_line::jsonb;
-  if jsonb_typeof(v) <> 'object' then
+  task := p_line::jsonb;
+  if jsonb_typeof(task) <> 'object' then
     problem := 'must be an object such as {"type": "task:backup", "payload": {}}';
     return;
   end if;
-  v := p_defaults || (select coalesce(jsonb_object_agg(e.key, e.value), '{}') from jsonb_each(v) e where e.value <> 'null');
-  select left(e.key, 50) || ': ' || coalesce(f.rule, 'there is no such field; there are type, payload, priority, idempotency_key, max_retries, run_at, concurrency_key, expires_at, after, on_failure, meta')
+  task := '{"priority": 0, "on_failure": "wait"}' || p_defaults || (
+    select coalesce(jsonb_object_agg(e.key, e.value), '{}') from jsonb_each(task) e where e.value <> 'null');
+  select left(e.key, 50) || ': ' || coalesce(f.rule, 'there is no such field; there are type, payload, priority, idempotency_key, '
+    'max_retries, run_at, concurrency_key, expires_at, after, on_failure, meta')
   into problem
-  from jsonb_each(v) e left join (values
-    ('type', '^"', 'must be a string'), ('payload', '', ''), ('meta', '', ''), ('concurrency_key', '^"', 'must be a string'), ('on_failure', '^"', 'must be a string'),
-    ('after', '^\[("[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"(, )?)+\]$', 'must be a list of ids of tasks'), ('priority', '^-?[0-9]{1,9}$', 'must be a whole number'),
-    ('idempotency_key', '^"', 'must be a string'), ('max_retries', '^-?[0-9]{1,9}$', 'must be a whole number'),
+  from jsonb_each(task) e left join (values
+    ('payload|meta', '', ''), ('type|idempotency_key|concurrency_key|on_failure', '^"', 'must be a string'),
+    ('priority|max_retries', '^-?[0-9]{1,9}$', 'must be a whole number'),
+    ('after', '^\[("[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"(, )?)+\]$', 'must be a list of ids of tasks'),
     ('(run|expires)_at', '^"\d{4}-\d\d-\d\d[T ][\d:.]+(Z|[+-][\d:]+)"$', 'must be a moment such as 2030-01-31T12:00:00+00:00')) f(field, form, rule)
     on e.key ~ ('^(' || f.field || ')$')
   where f.field is null or e.value::text !~ f.form limit 1;
   if problem is not null then return; end if;
-  v_reading := 'run_at';
-  run_at := (v ->> 'run_at')::timestamptz;
-  v_reading := 'expires_at';
-  expires_at := (v ->> 'expires_at')::timestamptz;
-  type := v ->> 'type'; payload := v -> 'payload'; idempotency_key := v ->> 'idempotency_key';
-  priority := coalesce((v ->> 'priority')::int, 0); max_retries := (v ->> 'max_retries')::int;
-  concurrency_key := v ->> 'concurrency_key'; meta := v -> 'meta';
-  on_failure := coalesce(v ->> 'on_failure', 'wait');
-  after := (select array_agg(a::uuid) from jsonb_array_elements_text(v -> 'after') a);
-  perform orchestrator._check_task(type, priority, idempotency_key, max_retries, run_at);
-  perform orchestrator._check_extras(concurrency_key, run_at, expires_at, on_failure, meta);
-  perform orchestrator._check_parents(after, on_failure);
-  problem := 'payload: ' || orchestrator._payload_problem(payload);
+  foreach v_reading in array '{run_at,expires_at}'::text[] loop
+    perform (task ->> v_reading)::timestamptz;
+  end loop;
+  perform orchestrator._check_task(t.type, t.priority, t.idempotency_key, t.max_retries, t.run_at),
+          orchestrator._check_extras(t.concurrency_key, t.run_at, t.expires_at, t.on_failure, t.meta),
+          orchestrator._check_parents(t.after, t.on_failure)
+  from jsonb_to_record(task) t(type text, priority int, idempotency_key text, max_retries int, run_at timestamptz, concurrency_key text,
+                               expires_at timestamptz, after uuid[], on_failure text, meta jsonb);
+  problem := 'payload: ' || orchestrator._payload_problem(task -> 'payload');
 exception when others then   -- whatever a line holds, the others are read
   problem := case when sqlstate = 'OR001' then sqlerrm else v_reading || ': ' || sqlerrm end;
 end $$;
@@ -721,40 +740,43 @@ end $$;
 -- Lines that agree in all but payload and keys go in together.
 create or replace function orchestrator.enqueue_lines(p_lines text[], p_defaults jsonb default '{}', p_stop boolean default false)
 returns table (line int, id uuid, created boolean, problem text) language plpgsql as $$
-#variable_conflict use_column
 declare
+  v_own text[] := '{payload,idempotency_key,concurrency_key}'::text[];   -- of each line
   g record;
 begin
   for g in
     with read as materialized (
       select l.n, r.* from unnest(p_lines) with ordinality l(line, n)
-      cross join lateral orchestrator._read_line(l.line, p_defaults) r where l.line ~ '[^[:space:]]')
-    select r.problem, r.type, r.priority, r.max_retries, r.run_at, r.expires_at, r.after, r.on_failure, r.meta, array_agg(r.n order by r.n) as lines,
-           array_agg(r.payload order by r.n) as payloads,
-           case when count(r.idempotency_key) > 0 then array_agg(r.idempotency_key order by r.n) end as keys,
-           case when count(r.concurrency_key) > 0 then array_agg(r.concurrency_key order by r.n) end as turns
-    from read r
-    where not p_stop or r.n <= coalesce((select min(b.n) from read b where b.problem is not null), r.n)
-    group by r.problem, r.type, r.priority, r.max_retries, r.run_at, r.expires_at, r.after, r.on_failure, r.meta, case when r.problem is not null then r.n end
-    order by min(r.n)
+      cross join lateral orchestrator._read_line(l.line, p_defaults) r where l.line ~ '[^[:space:]]'),
+    alike as (
+      select r.problem, r.task - v_own as common, array_agg(r.n order by r.n) as lines, array_agg(r.task -> 'payload' order by r.n) as payloads,
+             case when bool_or(r.task ? 'idempotency_key') then array_agg(r.task ->> 'idempotency_key' order by r.n) end as keys,
+             case when bool_or(r.task ? 'concurrency_key') then array_agg(r.task ->> 'concurrency_key' order by r.n) end as turns
+      from read r
+      where not p_stop or r.n <= coalesce((select min(b.n) from read b where b.problem is not null), r.n)
+      group by r.problem, common, case when r.problem is not null then r.n end)
+    select a.*, t.* from alike a
+    cross join lateral jsonb_to_record(case when a.problem is null then a.common else '{}' end) t(
+      type text, priority int, max_retries int, run_at timestamptz, expires_at timestamptz, after uuid[], on_failure text, meta jsonb)
+    order by a.lines[1]
   loop
     if g.problem is not null then
       return query select g.lines[1]::int, null::uuid, null::boolean, g.problem;
     else
       return query
         select g.lines[m.ordinal]::int, m.id, m.created, null::text
-        from orchestrator.enqueue_many(g.type, g.payloads, g.priority, g.keys, g.max_retries, g.run_at, g.turns, g.expires_at,
-                                         g.after, g.on_failure, g.meta) m;
+        from orchestrator.enqueue_many(g.type, g.payloads, g.priority, g.keys, g.max_retries, g.run_at, g.turns,
+                                       g.expires_at, g.after, g.on_failure, g.meta) m;
     end if;
   end loop;
 end $$;
 comment on function orchestrator.enqueue_lines is
-  'Enqueues lines of JSON {type, payload, priority, idempotency_key, max_retries, run_at, concurrency_key, expires_at, after, on_failure, meta}; p_defaults: for fields that a line leaves '
-  'out. Returns for each line but blank ones its number from 1 and its id and whether it was created, or the problem. p_stop: the '
-  'first problem ends it, and nothing behind that line is enqueued.';
+  'Enqueues lines of JSON {type, payload, …}, with the arguments of enqueue; p_defaults: for those that a line leaves out. Returns for '
+  'each line but blank ones its number from 1 and its id and whether it was created, or the problem. p_stop: nothing behind the first '
+  'problem is enqueued.';
 """,
 
-'21_cron.sql': r"""-- Cron expressions: fire_times says when one fires, in the database's own time zones. Reads and writes no table, locks nothing.
+'21_cron.sql': r"""-- Cron expressions: when they fire, in the database's own time zones. Reads and writes no table, locks nothing.
 
 -- One field as the numbers it stands for.
 create or replace function orchestrator._cron_field(p_field text, p_text text, p_low int, p_high int, p_names text[] default '{}')
@@ -782,8 +804,8 @@ begin
   return v_numbers;
 end $$;
 
--- every: the seconds of @every, and then the rest is null. every_hour: the hour field starts with *, so real time goes on when the
--- clock changes. either_day: day and weekday are both restricted, so one of them is enough.
+-- every: the seconds of @every; then the rest is null. every_hour: it starts with *, so real time goes on when the clock changes.
+-- either_day: day and weekday are both restricted, so one of them is enough.
 create or replace function orchestrator._parse_cron(
   p_cron text, out every bigint, out minutes int[], out hours int[], out days int[], out months int[], out weekdays int[],
   out every_hour boolean, out either_day boolean)
@@ -824,8 +846,8 @@ begin
   either_day := left(f[3], 1) <> '*' and left(f[5], 1) <> '*';
 end $$;
 
--- The fire times in (p_after, p_until], in no particular order. The clock changes at most once in three days, so a local time is
--- one of two moments at most. A fixed hour is the first of them; where the clock jumps over it, as much later as it jumps.
+-- The fire times in (p_after, p_until], in any order. The clock changes at most once in three days, so a local time is one of two
+-- moments at most. A fixed hour is the first of them; where the clock jumps over it, as much later as it jumps.
 create or replace function orchestrator._fire_times_between(p_cron text, p_timezone text, p_after timestamptz, p_until timestamptz)
 returns setof timestamptz language plpgsql stable as $$
 declare
@@ -865,8 +887,8 @@ begin
         case when not c.every_hour then array[l.at - o.before] end)
       end) t(at)
     where extract(month from d.day)::int = any (c.months)
-      and case when c.either_day then extract(day from d.day)::int = any (c.days) or extract(dow from d.day)::int = any (c.weekdays)
-               else extract(day from d.day)::int = any (c.days) and extract(dow from d.day)::int = any (c.weekdays) end
+      and (extract(day from d.day)::int = any (c.days))::int + (extract(dow from d.day)::int = any (c.weekdays))::int
+          >= case when c.either_day then 1 else 2 end
       and t.at > v_after and t.at <= v_until;
 end $$;
 
@@ -901,8 +923,8 @@ end $$;
 comment on function orchestrator.fire_times is
   'The next p_n times of a cron expression after p_after, up to p_until. Minute hour day month weekday, each *, a number, a name, a '
   'range, with or without /step, or a list of these; @hourly, @daily, @weekly, @monthly, @yearly; or @every INTERVAL, in whole '
-  'seconds counted from 1970. If day and weekday are both restricted, either is enough. Where the clock jumps over a fixed hour, it '
-  'fires as much later; where the hour comes twice, at the first. Hours * and */n follow real time. Looks 41 years ahead. Raises OR001.';
+  'seconds counted from 1970. If day and weekday are both restricted, either is enough. A fixed hour that the clock jumps over fires as '
+  'much later; one that comes twice, at the first. Hours * and */n follow real time. Looks 41 years ahead. Raises OR001.';
 
 -- The last fire time in (p_after, p_until], looked for in spans that grow backwards; null if there is none.
 create or replace function orchestrator._last_fire_time(p_cron text, p_timezone text, p_after timestamptz, p_until timestamptz)
@@ -912,8 +934,7 @@ declare
   v_last timestamptz;
 begin
   loop
-    select max(f.at) into v_last
-    from orchestrator._fire_times_between(p_cron, p_timezone, greatest(p_after, p_until - v_span), p_until) f(at);
+    v_last := (select max(f.at) from orchestrator._fire_times_between(p_cron, p_timezone, greatest(p_after, p_until - v_span), p_until) f(at));
     p_until := p_until - v_span;
     v_span := v_span * 12;
     exit when (v_last is null and p_until > p_after) is not true;
@@ -922,46 +943,10 @@ begin
 end $$;
 """,
 
-'22_schedules.sql': r"""-- Schedules: recurring tasks. promote_due, which every worker calls, fires those that are due: no leader is needed.
--- Writes schedules; firing also writes tasks and lanes, through enqueue. Locks: a schedule's row, skipped where another
--- transaction holds it → whatever enqueue locks. A time fires once, since next_at moves on in the transaction that enqueues
--- its task, and since the task's idempotency key names the time: schedule:NAME:2026-11-26T12:00:00Z.
-
-create table if not exists orchestrator.schedules (
-  name         text primary key,
-  cron         text not null,
-  timezone     text not null,
-  type         text not null,
-  payload      jsonb not null,
-  priority     int not null,
-  max_retries  int,
-  missed       text not null,
-  overlap      boolean not null,
-  paused       boolean not null default false,
-  next_at      timestamptz not null,
-  active_since timestamptz not null default clock_timestamp(),
-  last_fire_at timestamptz,
-  last_task_id uuid,
-  last_error   text,
-  updated_at   timestamptz not null default clock_timestamp(),
-  constraint missed_is_one_all_or_none check (missed in ('one', 'all', 'none')),
-  constraint a_failed_schedule_is_paused check (last_error is null or paused)
-) with (fillfactor = 50);
-do $$   -- as in 10_tables.sql
-begin
-  if to_regclass('orchestrator.schedules_due') is null then
-    create index schedules_due on orchestrator.schedules (next_at) where not paused;
-  end if;
-end $$;
-comment on table orchestrator.schedules is
-  'One row for each recurring task, written by schedule, unschedule, pause_schedule, resume_schedule, fire_schedule and promote_due.';
-comment on column orchestrator.schedules.name is '1 to 200 bytes; part of the idempotency key of its tasks.';
-comment on column orchestrator.schedules.next_at is 'The earliest fire time that has not been dealt with.';
-comment on column orchestrator.schedules.active_since is
-  'Its fire times count from here: when it was created, got another cron or time zone, or was resumed.';
-comment on column orchestrator.schedules.last_fire_at is
-  'The fire time of last_task_id; if fire_schedule created that task, when it did.';
-comment on column orchestrator.schedules.last_error is 'Why it could not fire and was paused; null: it was not, or a person paused it.';
+'22_schedules.sql': r"""-- Schedules: recurring tasks. promote_due, which every worker calls, fires those that are due: no leader is needed. Writes schedules;
+-- firing also writes tasks. Locks: a schedule's row, skipped where another transaction holds it → whatever enqueue locks.
+-- A time fires once, since next_at moves on in the transaction that enqueues its task, and since the task's idempotency key names
+-- the time: schedule:NAME:2026-11-26T12:00:00Z.
 
 -- Refuses a definition that could never fire; returns its first fire time.
 create or replace function orchestrator._check_schedule(s orchestrator.schedules) returns timestamptz
@@ -1020,9 +1005,9 @@ begin
 end $$;
 comment on function orchestrator.schedule is
   'Creates or changes a schedule: at each of fire_times(p_cron, p_timezone), a task of that type is enqueued. Returns the next one '
-  '(null: it is paused). The same definition again changes nothing; another cron or time zone counts from now on. p_missed: what of '
-  'the times without a running worker is made up for: the last (one), all, or none that is a minute late. p_overlap false: a time is '
-  'left out while the last task is unfinished. Raises OR001.';
+  '(null: it is paused). The same definition again changes nothing; another cron or time zone counts from now on. p_missed: which of '
+  'the times without a worker are made up for: the last (one), all, or none that is a minute late. p_overlap false: none fires while '
+  'the last task is unfinished. Raises OR001.';
 
 create or replace function orchestrator.unschedule(p_name text) returns boolean
 language plpgsql as $$
@@ -1041,7 +1026,7 @@ begin
   return (select false from orchestrator.schedules s where s.name = p_name);
 end $$;
 comment on function orchestrator.pause_schedule is
-  'Keeps a schedule from firing; its tasks stay. Returns whether that is new, null if there is no such schedule.';
+  'Keeps a schedule from firing. Returns whether that is new; null: there is none.';
 
 create or replace function orchestrator.resume_schedule(p_name text) returns boolean
 language plpgsql as $$
@@ -1054,8 +1039,7 @@ begin
   return (select false from orchestrator.schedules s where s.name = p_name);
 end $$;
 comment on function orchestrator.resume_schedule is
-  'Has a paused schedule, also one that failed, go on with the next fire time from now. Returns whether it was paused, null if there '
-  'is no such schedule.';
+  'Has a paused schedule, also one that failed, go on with the next time from now. Returns whether it was paused; null: there is none.';
 
 create or replace function orchestrator.fire_schedule(p_name text) returns uuid
 language plpgsql as $$
@@ -1072,18 +1056,16 @@ begin
   return v_id;
 end $$;
 comment on function orchestrator.fire_schedule is
-  'Enqueues a schedule''s task now, even if it is paused; its fire times stay. Returns the task''s id, null if there is no such schedule.';
+  'Enqueues a schedule''s task now, even if it is paused; its fire times stay. Returns the task''s id; null: there is none.';
 
 create or replace function orchestrator._fire_key(p_name text, p_at timestamptz) returns text
 language sql stable parallel safe return 'schedule:' || p_name || ':' || to_char(p_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"');
 
 -- {"schedule": NAME, "fire_at": "2026-11-26T12:00:00Z"}
 create or replace function orchestrator._fire_meta(p_name text, p_at timestamptz) returns jsonb
-language sql stable set search_path = pg_catalog, pg_temp as $$
-  select jsonb_build_object('schedule', p_name, 'fire_at', right(orchestrator._fire_key(p_name, p_at), 20))
-$$;
+language sql stable return jsonb_build_object('schedule', p_name, 'fire_at', right(orchestrator._fire_key(p_name, p_at), 20));
 
--- Deals with what is due of one schedule, whose row the caller has locked. Returns how many tasks it enqueued.
+-- Deals with what is due of a locked schedule. Returns how many tasks it enqueued.
 create or replace function orchestrator._fire(s orchestrator.schedules, p_now timestamptz) returns int
 language plpgsql as $$
 declare
@@ -1111,8 +1093,8 @@ begin
   return v_fired;
 end $$;
 
--- Fires up to 100 schedules that are due. next_fire_at: when to call again, null if there is nothing to wait for. A schedule that
--- another transaction holds doesn't count: whoever holds it fires it, or it is found in a later call.
+-- Fires up to 100 schedules that are due. next_fire_at: when to call again. One that another transaction holds doesn't count: that
+-- fires it, or a later call does.
 create or replace function orchestrator._fire_schedules(p_now timestamptz, out fired int, out next_fire_at timestamptz)
 language plpgsql as $$
 declare
@@ -1120,8 +1102,8 @@ declare
   v_seen boolean := false;
 begin
   fired := 0;
-  select x.next_at into next_fire_at from orchestrator.schedules x where not x.paused order by x.next_at limit 1;
-  if next_fire_at > p_now or next_fire_at is null then return; end if;   -- all that it costs while nothing is due
+  next_fire_at := (select x.next_at from orchestrator.schedules x where not x.paused order by x.next_at limit 1);
+  if (next_fire_at <= p_now) is not true then return; end if;   -- all that it costs while nothing is due
   for s in
     select * from orchestrator.schedules x where x.next_at <= p_now and not x.paused
     order by x.next_at limit 100 for no key update skip locked
@@ -1133,7 +1115,7 @@ begin
       when transaction_rollback or insufficient_resources or object_not_in_prerequisite_state or operator_intervention or system_error then
         raise;   -- not its own fault: the whole call is repeated
       when others then
-        update orchestrator.schedules x set paused = true, last_error = left(sqlerrm, 8000) where x.name = s.name;
+        update orchestrator.schedules x set paused = true, last_error = orchestrator._kept(sqlerrm) where x.name = s.name;
     end;
   end loop;
   select x.next_at into next_fire_at from orchestrator.schedules x
@@ -1155,8 +1137,8 @@ returns table (fire_at timestamptz, task_id uuid, status text) language sql stab
   select at, f.id, coalesce(f.status::text, 'no task') from expected e full join fires f using (at) order by 1
 $$;
 comment on function orchestrator.schedule_history is
-  'The fire times of a schedule since p_since, each with its task. no task: it was left out (see missed and overlap), or retention '
-  'deleted the task. Goes back no further than tasks are kept, and for missing ones to active_since.';
+  'The fire times of a schedule since p_since, each with its task; no task: it was left out (p_missed, p_overlap), or retention '
+  'deleted it. Goes back as far as tasks are kept, for missing ones to active_since.';
 
 create or replace view orchestrator.schedule_states as
   select s.name, s.cron, s.timezone, s.type, s.priority, s.max_retries, s.missed, s.overlap, s.paused,
@@ -1170,22 +1152,22 @@ create or replace view orchestrator.schedule_states as
            when s.next_at < clock_timestamp() - interval '1 minute' then
              format('late since %s: no worker polls, or a transaction holds its row', s.next_at)
            else coalesce(
-             (select format('active, but %s is paused: select orchestrator.resume_type(%L)', p.type, p.type)
+             (select format('active, but %1$s is paused: select orchestrator.resume_type(%1$L)', p.type)
               from orchestrator.task_types p where p.paused and s.type like p.likes limit 1), 'active') end as state
   from orchestrator.schedules s order by s.name;
 comment on view orchestrator.schedule_states is
-  'Schedules without their payloads. next_at: the next fire time, null while paused. state: active, or why it does not fire or '
-  'nobody runs what it enqueues, and what to do about it.';
+  'Schedules without their payloads. next_at: null while paused. state: active, or why it does not fire or nobody runs its tasks, and '
+  'what to do about it.';
 """,
 
-'30_claim.sql': r"""-- Claiming. claim_tasks writes tasks, one row of claims and sometimes lanes; start_tasks writes tasks; promote_due writes tasks, and
--- schedules through 22_schedules.sql, and waits through 45_after.sql. Limits: 32_limits.sql.
--- Locks: claims (start_tasks) → tasks. Claims of tasks skip what others have locked, so no claim waits for another. A large
--- claim also takes a place in line (an advisory lock), which it only tries.
+'30_claim.sql': r"""-- Claiming. claim_tasks writes tasks, claims and sometimes lanes; start_tasks writes tasks; promote_due writes tasks, and what
+-- 22_schedules.sql and 45_after.sql do. Limits: 32_limits.sql.
+-- Locks: claims (start_tasks) → tasks. Claims skip tasks that others have locked, so none waits for another. A large one also takes a
+-- place in line (an advisory lock), which it only tries.
 
--- The types with this prefix that may have ready tasks, except paused ones, from type to type along the ready index: at most
--- 1,000, and 1,000 more from one that the leader takes by chance, so that none is always left out. A type with floors is returned
--- in any case, and bounds each look, since an old snapshot keeps dead entries there.
+-- The types with this prefix that may have ready tasks and are not paused, along the ready index: at most 1,000, and 1,000 more from
+-- one that the leader takes by chance, so that none is always left out. A type with floors is returned in any case, and bounds each
+-- look, since an old snapshot keeps dead entries there.
 create or replace function orchestrator._ready_types(p_prefix text, p_paused text[]) returns setof text language plpgsql stable as $$
 declare
   v_from text := p_prefix;   -- lower types are done with
@@ -1198,13 +1180,9 @@ begin
   loop
     v_floored := (select f.type from orchestrator.lane_floors f where f.type >= v_from
                   order by f.type, f.priority desc, f.generation desc, f.floor limit 1);
-    if v_floored is null then
-      v_type := (select t.type from orchestrator.tasks t where t.type >= v_from and t.queued_at is not null
-                 order by t.type, t.priority desc, t.queued_at limit 1);
-    else
-      v_type := coalesce((select t.type from orchestrator.tasks t where t.type >= v_from and t.type < v_floored and t.queued_at is not null
-                          order by t.type, t.priority desc, t.queued_at limit 1), v_floored);
-    end if;
+    v_type := coalesce((select t.type from orchestrator.tasks t   -- below 256 bytes, which no type has
+                        where t.type >= v_from and t.type < coalesce(v_floored, repeat(chr(1114111), 64)) and t.queued_at is not null
+                        order by t.type, t.priority desc, t.queued_at limit 1), v_floored);
     exit when v_type is null or not starts_with(v_type, p_prefix);
     v_from := v_type || E'\x01';   -- the least string above it
     if v_type like any (p_paused) then
@@ -1238,8 +1216,8 @@ begin
     where orchestrator._prefix(u.type) is not null);
 end $$;
 
--- The next lane of a type that has ready tasks, or a floor (then head may be null). A lane with a floor is looked up from there,
--- and only what lies between two of them is walked.
+-- The next lane of a type that has ready tasks, or a floor, where it is looked up (then head may be null): only what lies between
+-- two floors is walked.
 create or replace function orchestrator._next_lane(p_type text, p_below bigint) returns table (priority int, head timestamptz)
 language sql stable begin atomic
   select coalesce(t.priority, f.priority),
@@ -1256,7 +1234,7 @@ language sql stable begin atomic
   where coalesce(t.priority, f.priority) is not null;
 end;
 
--- Inlined wherever it is called.
+-- From the beginning of each lane, whatever its floor. Inlined wherever it is called.
 create or replace function orchestrator._walk_lanes(p_types text[]) returns table (type text, priority int, head timestamptz)
 language sql stable begin atomic
   with recursive lane as (
@@ -1272,12 +1250,11 @@ language sql stable begin atomic
   select l.type, l.priority, l.queued_at from lane l;
 end;
 
--- The lanes of these types that have ready tasks, each with the queued_at of its oldest, along the ready index: empty lanes cost nothing.
-create or replace function orchestrator._ready_lanes(p_types text[], p_below_floors boolean default false)
+-- The lanes of these types that have ready tasks, each with the queued_at of its oldest, along the ready index.
+create or replace function orchestrator._ready_lanes(p_types text[])
 returns table (type text, priority int, head timestamptz) language plpgsql stable as $$
-#variable_conflict use_column
 begin
-  if not p_below_floors and exists (select from orchestrator.lane_floors) then
+  if exists (select from orchestrator.lane_floors) then
     return query
       with recursive lane as (
         select u.type, n.priority, n.head from unnest(p_types) u(type) cross join lateral orchestrator._next_lane(u.type, 2147483648) n
@@ -1289,7 +1266,7 @@ begin
   end if;
 end $$;
 
--- What a claim goes through: the lanes, highest priority first, then by their oldest tasks, each with the limit that it is under.
+-- The lanes that a claim goes through: highest priority first, then by their oldest tasks, each with its limit.
 -- One statement tells that nothing out of the ordinary is in force and walks the lanes: each further one costs a small claim 4%.
 create or replace function orchestrator._lanes_to_claim(
   p_worker_id text, p_types text[], out types text[], out priorities int[], out heads timestamptz[], out limits text[])
@@ -1332,18 +1309,17 @@ begin
   end if;
 end $$;
 
--- Highest priority first. Within one priority, every lane with work gives an equal share, in the order of their oldest tasks,
--- and what one lane leaves the others give in the next pass. A lane is one index range scan from its oldest ready task.
+-- Highest priority first. Within one, every lane gives an equal share, in the order of their oldest tasks, and what one leaves the
+-- others give in the next pass. A lane is one index range scan from its oldest ready task.
 -- Stepping over a row that another claim has locked takes 1.2 µs. So each large claim takes a place in line, and starts as many
 -- shares further on where a lane holds that much: four workers drain 8% more.
--- If the planner joined the picked rows as the inner side, LIMIT … SKIP LOCKED would run again for each outer row, and claim more
--- than the limit. It can't: with enable_seqscan off, tasks t has no path but the TID scan, which is an inner side itself. A
--- materialized CTE would do as well, and takes 3% longer. It is one function, since another one in between would store each task twice.
+-- With the picked rows as a join's inner side, LIMIT … SKIP LOCKED would run again for each outer row, and claim too many. It can't:
+-- with enable_seqscan off, tasks t has no path but the TID scan, an inner side itself. (A materialized CTE takes 3% longer.) One
+-- function, since another one in between would store each task twice.
 create or replace function orchestrator.claim_tasks(p_worker_id text, p_types text[], p_limit int, p_bytes bigint default 67108864)
 returns table (claim_id bigint, id uuid, type text, payload jsonb, attempts int, max_retries int, priority int,
                created_at timestamptz, waited double precision, recoveries int, meta jsonb)
 language plpgsql set enable_tidscan = on as $$
-#variable_conflict use_column
 declare
   l record;               -- the lanes: types, priorities, limits, and heads, where to look from; null: nothing is left there
   v_first int := 1;       -- the lanes of one priority are v_first to v_last
@@ -1421,9 +1397,10 @@ begin
   end if;
 end $$;
 comment on function orchestrator.claim_tasks is
-  'Claims up to p_limit ready tasks of the types and patterns (a:, a:*, *) in p_types for a registered worker, '
-  'with p_bytes of payloads at most (or a single task), reckoning with the largest ever enqueued. attempts: started before this one; waited: seconds since it became ready; '
-  'recoveries > 0: call start_tasks before its handler. Tasks under limits come under claims of their own. Its transaction commits without waiting for the flush. Raises OR001, OR003.';
+  'Claims up to p_limit ready tasks of the types and patterns (a:, a:*, *) in p_types for a registered worker, with p_bytes of payloads '
+  'at most (or a single task), reckoning with the largest ever enqueued. attempts: started before this one; waited: seconds since it '
+  'became ready; recoveries > 0: call start_tasks before its handler. Tasks under limits have claims of their own. Commits without '
+  'waiting for the flush. Raises OR001, OR003.';
 
 create or replace function orchestrator.start_tasks(p_claim_id bigint, p_ids uuid[]) returns int
 language plpgsql as $$
@@ -1475,18 +1452,18 @@ begin
                                   (select e.at from orchestrator.expiries e order by e.at limit 1)) - clock_timestamp()) into next_in;
 end $$;
 comment on function orchestrator.promote_due is
-  'Makes delayed tasks and retries whose time has come ready, at the tail of their lanes, fires schedules that are due, cancels '
-  'tasks that have expired, and looks whether blocked tasks may go on. Every worker calls it, about once a second, so none of it needs '
-  'a leader. Returns how many delayed tasks it made ready (promoted), enqueued for schedules (fired) and cancelled by type (expired), '
-  'and the seconds until the next is due (next_in; null: none).';
+  'Makes delayed tasks and retries ready that are due, at the tail of their lanes, fires schedules, cancels what has expired, and looks '
+  'whether blocked tasks may go on. Every worker calls it, about once a second, so none of it needs a leader. Returns how many it made '
+  'ready (promoted), enqueued for schedules (fired) and cancelled by type (expired), and the seconds until the next is due (next_in; '
+  'null: none).';
 """,
 
 '32_limits.sql': r"""-- Limits: how many tasks of a type or pattern run at once, in all or of each concurrency key, and how many start in a stretch of
 -- time. Writes type_limits, starts, freed_keys, claims, tasks, lane_floors.
--- The claims are the permits. Tasks under a limit are claimed by claims of their own, which name the limit and the key, and
--- what is in flight is the sum of their open_tasks. So there is no counter to leak: a permit comes back in the transaction in
--- which its task leaves the claim, however it does. A task whose key is full is parked: it leaves its lane. Whoever gives back
--- a permit of a key notes that in freed_keys, and the next claim puts as many parked tasks back at their old places.
+-- The claims are the permits. Tasks under a limit have claims of their own, which name the limit and the key, and what is in flight is
+-- the sum of their open_tasks. So no counter leaks: a permit comes back in the transaction in which its task leaves the claim, however
+-- it does. A task whose key is full is parked: it leaves its lane. Whoever gives back a permit of a key notes that in freed_keys, and
+-- the next claim puts as many parked tasks back at their old places.
 -- Locks: a claim first locks the rows of its limits in type_limits (ascending), then counts by a new snapshot, so exactly, and waits
 -- for nothing more but the lock on lane_floors. Those who give permits back lock nothing here: their notes wait for the next claim.
 
@@ -1497,18 +1474,16 @@ language sql stable as $$
   order by l.type = p_type desc, length(l.type) desc limit 1
 $$;
 
--- Whether claims are left that may hold tasks under this limit without saying so. The view limits and audit() call this and the next, so
--- they have the planner's settings themselves.
+-- Whether claims are left that may hold tasks under this limit without saying so.
 create or replace function orchestrator._older_claims(p_name text, p_since bigint) returns boolean
-language sql stable set enable_seqscan = off as $$
-  select exists (select from orchestrator.claims c where c.id < coalesce(p_since, 9223372036854775807) and (c.limit_name is distinct from p_name or c.key is null))
+language sql stable as $$
+  select exists (select from orchestrator.claims c
+                 where c.id < coalesce(p_since, 9223372036854775807) and (c.limit_name is distinct from p_name or c.key is null))
 $$;
 
 -- What is in flight under a limit: of one key, or (null) in all.
 create or replace function orchestrator._in_flight(p_name text, p_since bigint, p_key text) returns int
-language plpgsql stable
-set plan_cache_mode = force_generic_plan
-set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
+language plpgsql stable as $$
 declare
   v_n int;
 begin
@@ -1520,15 +1495,16 @@ begin
   if orchestrator._older_claims(p_name, p_since) then
     v_n := v_n + (
       select count(*) from orchestrator.claims c
-      cross join lateral (select t.type, t.concurrency_key from orchestrator.tasks t where t.claim_id = c.id and t.status in ('claimed', 'running') limit 10000000) t
+      cross join lateral (select t.type, t.concurrency_key from orchestrator.tasks t
+                          where t.claim_id = c.id and t.status in ('claimed', 'running') limit 10000000) t
       where c.id < coalesce(p_since, 9223372036854775807) and (c.limit_name is distinct from p_name or (c.key is null and p_key is not null))
         and (p_key is null or t.concurrency_key = p_key) and orchestrator._limit_of(t.type) = p_name);
   end if;
   return v_n;
 end $$;
 
--- Locks the limits that ready tasks are under, and those of these types and patterns that parked tasks may go on under. A limit
--- whose row another transaction keeps locked, such as an operator's, is left out after a second: all else goes on.
+-- Locks the limits that ready tasks are under, and those of these types and patterns that parked tasks may go on under. One that
+-- another transaction keeps locked, such as an operator's, is left out after a second: all else goes on.
 create or replace function orchestrator._lock_limits(p_types text[], p_claimable text[]) returns text[]
 language plpgsql
 set lock_timeout = '1s' as $$
@@ -1617,7 +1593,7 @@ begin
   return v_types is not null;
 end $$;
 
--- The lanes of claim_tasks where there are limits, with the limit that each is under. Those whose limit isn't locked are left out.
+-- The lanes of claim_tasks where there are limits, each with its own. Those whose limit isn't locked are left out.
 create or replace function orchestrator._limited_lanes(
   p_types text[], out types text[], out priorities int[], out heads timestamptz[], out limits text[])
 language plpgsql as $$
@@ -1648,9 +1624,9 @@ begin
   return p_want;
 end $$;
 
--- Looks at the first p_n tasks of a lane: those of them that may start, p_room at most, and those that have to be parked, since
--- their key is full or has older parked tasks. If it isn't full, those may be on their way back, or cancelled: such keys are noted.
--- Nothing behind the last one that starts is parked: what is before it in its key's line may still be cancelled.
+-- Of the first p_n tasks of a lane: those that may start, p_room at most, and those to be parked, since their key is full or has older
+-- parked tasks. If it isn't full, those may be on their way back, or cancelled: such keys are noted. Nothing behind the last one that
+-- starts is parked: what is before it in its key's line may still be cancelled.
 create or replace function orchestrator._line_up(
   l orchestrator.type_limits, p_type text, p_priority int, p_from timestamptz, p_room int, p_n int,
   out tids tid[], out times timestamptz[], out keys text[], out parked tid[], out noted text[])
@@ -1683,7 +1659,6 @@ create or replace function orchestrator._claim_limited(
 returns table (claim_id bigint, id uuid, type text, payload jsonb, attempts int, max_retries int, priority int,
                created_at timestamptz, waited double precision, recoveries int, meta jsonb)
 language plpgsql as $$
-#variable_conflict use_column
 declare
   v_limit orchestrator.type_limits;
   v record;
@@ -1708,7 +1683,8 @@ begin
       return query
         with made as (   -- one claim for each key, and one for the tasks without
           insert into orchestrator.claims (id, worker_id, claimed_at, open_tasks, limit_name, key)
-          select v_first_id + 1024 * row_number() over (), p_worker_id, p_now, count(*), p_name, k from unnest(v.keys) k group by k returning id, key)
+          select v_first_id + 1024 * row_number() over (), p_worker_id, p_now, count(*), p_name, k from unnest(v.keys) k group by k
+          returning claims.id, claims.key)
         update orchestrator.tasks t
         set status = 'claimed', worker_id = p_worker_id, claimed_at = p_now, updated_at = p_now, queued_at = null, expires_at = null,
             claim_id = (select m.id from made m where m.key is not distinct from u.key)
@@ -1776,7 +1752,7 @@ begin
     end if;
   end if;
 end $$;
-comment on function orchestrator.limit_type(text, int, int, int, interval) is
+comment on function orchestrator.limit_type is
   'Limits a type, or all types of a pattern together: p_max_running in flight at once, p_max_per_key of each concurrency key (1: in '
   'their order), p_rate claimed in any p_per. All null: no limit. What is in flight goes on. Returns whether that is new, and how '
   'many known types it covers. Raises OR001.';
@@ -1790,21 +1766,21 @@ create or replace view orchestrator.limits as
                      where s.limit_name = l.type and s.at > clock_timestamp() - l.rate_per) s on l.rate is not null
   where num_nonnulls(l.max_running, l.max_per_key, l.rate) > 0;
 comment on view orchestrator.limits is
-  'Each limit with what is in flight under it, what is parked since its key is full, what was claimed within the last rate_per, and '
-  'if that is all of the rate, when the next may be.';
+  'Each limit with what is in flight under it, parked since its key is full, and claimed within the last rate_per; if that is all of the '
+  'rate, when the next may be.';
 """,
 
 '35_floors.sql': r"""-- Lane floors: a lower bound on queued_at for each lane, so that claims skip the dead index entries that an old snapshot keeps.
--- Writes lane_floors, lanes and leader_state. Lock order: the leader's row → leader_state → lane_floors, as a table. The leader
--- only tries that lock. Those who put tasks back share it to the end of their transaction, and may take the next claim's lock
--- after it (release_forgotten, recover_orphans): sharing never waits for sharing.
+-- Writes lane_floors, lanes and leader_state. Lock order: the leader's row → leader_state → lane_floors, as a table. The leader only
+-- tries that lock. Those who put tasks back share it to the end of their transaction, and may take the next claim's lock after it
+-- (release_forgotten, recover_orphans): sharing never waits for sharing.
 
--- Only those who hold a write lock on tasks may still commit a queued_at older than now: pg_locks shows them, prepared
--- transactions too. So take the time first and the list after; when none of the list is left, nothing older can appear.
--- It needs queued_at = clock_timestamp() inside the INSERT or UPDATE, and READ COMMITTED in all who take part.
+-- Only who holds a write lock on tasks may still commit a queued_at older than now: pg_locks shows them, prepared transactions too. So
+-- take the time first and the list after; when none of the list is left, nothing older can appear. It needs queued_at =
+-- clock_timestamp() inside the INSERT or UPDATE, and READ COMMITTED in all who take part.
 -- A raise writes generation + 1, a lowering writes into the current one, so lowerings commute and none is lost to a raise. A lane
--- without a floor is looked at from its very beginning, so dropping one hides nothing; under the lock, so that no lowering still
--- to commit outlives its generation.
+-- without a floor is looked at from its beginning, so dropping one hides nothing; under the lock, so that no lowering still to commit
+-- outlives its generation.
 
 create or replace function orchestrator._tasks_writers() returns text[]
 language sql stable as $$
@@ -1836,16 +1812,6 @@ begin
   end loop;
 end $$;
 
--- Keeps others from putting tasks back; only tried. Others can't hold it without rights on the table.
-create or replace function orchestrator._lock_floors() returns boolean
-language plpgsql as $$
-begin
-  lock table orchestrator.lane_floors in share row exclusive mode nowait;
-  return true;
-exception when lock_not_available then
-  return false;
-end $$;
-
 -- How far floors may rise: everything that will ever be queued below it is already visible.
 create or replace function orchestrator._advance_safe_floor() returns timestamptz
 language plpgsql as $$
@@ -1875,9 +1841,10 @@ begin
           where t.type = p_type and t.priority = p_priority and t.queued_at >= p_floor order by t.queued_at limit 1);
 end $$;
 
--- Whether looking for the oldest ready task takes p_slow or longer, twice in a row: the first look after a rest is slow by
--- itself, and marks the entries that no snapshot needs any longer.
-create or replace function orchestrator._is_slow(p_type text, p_priority int, p_floor timestamptz, p_slow interval, out slow boolean, out head timestamptz)
+-- Whether looking for the oldest ready task takes p_slow or longer, twice in a row: the first look after a rest is slow by itself, and
+-- marks the entries that no snapshot needs any longer.
+create or replace function orchestrator._is_slow(
+  p_type text, p_priority int, p_floor timestamptz, p_slow interval, out slow boolean, out head timestamptz)
 language plpgsql as $$
 declare
   v_looked_at timestamptz;
@@ -1890,26 +1857,8 @@ begin
   end loop;
 end $$;
 
-create or replace function orchestrator._raise_floor(p_type text, p_priority int, p_safe timestamptz, p_slow interval) returns boolean
-language plpgsql as $$
-declare
-  v_generation bigint;
-  v_floor timestamptz;
-  v_slow boolean;
-  v_head timestamptz;
-begin
-  select f.generation, f.floor into v_generation, v_floor from orchestrator.lane_floors f
-  where f.type = p_type and f.priority = p_priority order by f.generation desc, f.floor limit 1;
-  v_floor := coalesce(v_floor, '-infinity');
-  select s.slow, s.head into v_slow, v_head from orchestrator._is_slow(p_type, p_priority, v_floor, p_slow) s;
-  if not v_slow or least(p_safe, v_head) <= v_floor then return false; end if;
-  delete from orchestrator.lane_floors f where f.type = p_type and f.priority = p_priority and f.generation = v_generation;
-  insert into orchestrator.lane_floors values (p_type, p_priority, coalesce(v_generation, 0) + 1, least(p_safe, v_head));
-  return true;
-end $$;
-
--- Floors that have not risen for a minute and no longer help, in any order. Asking walks what the old snapshot keeps, so it
--- takes at most about 100 ms, and a 200th of the time.
+-- Floors that have not risen for a minute and no longer help. Asking walks what the old snapshot keeps, so it takes at most about
+-- 100 ms, and a 200th of the time.
 create or replace function orchestrator._idle_floors(p_slow interval, out types text[], out priorities int[])
 language plpgsql as $$
 declare
@@ -1930,6 +1879,8 @@ declare
   v_safe timestamptz;
   v_idle record;
   l record;
+  f orchestrator.lane_floors;
+  s record;
 begin
   perform set_config('synchronous_commit', 'off', true);
   if not orchestrator._leads(p_worker_id, p_term) or current_setting('transaction_isolation') <> 'read committed' then
@@ -1937,22 +1888,32 @@ begin
   end if;
   v_safe := orchestrator._advance_safe_floor();
   v_idle := orchestrator._idle_floors(p_slow);
-  if not orchestrator._lock_floors() then return 0; end if;
+  begin   -- keeps others from putting tasks back
+    lock table orchestrator.lane_floors in share row exclusive mode nowait;
+  exception when lock_not_available then
+    return 0;
+  end;
   for l in select type, priority from orchestrator.lanes group by type, priority order by random() limit 5000 loop
-    v_changed := v_changed + orchestrator._raise_floor(l.type, l.priority, v_safe, p_slow)::int;
+    select * into f from orchestrator.lane_floors x where x.type = l.type and x.priority = l.priority order by x.generation desc, x.floor limit 1;
+    f.floor := coalesce(f.floor, '-infinity');
+    s := orchestrator._is_slow(l.type, l.priority, f.floor, p_slow);
+    continue when not s.slow or least(v_safe, s.head) <= f.floor;
+    delete from orchestrator.lane_floors x where x.type = l.type and x.priority = l.priority and x.generation = f.generation;
+    insert into orchestrator.lane_floors values (l.type, l.priority, coalesce(f.generation, 0) + 1, least(v_safe, s.head));
+    v_changed := v_changed + 1;
   end loop;
-  delete from orchestrator.lane_floors f using unnest(v_idle.types, v_idle.priorities) i(type, priority)
-  where f.type = i.type and f.priority = i.priority;
+  delete from orchestrator.lane_floors x using unnest(v_idle.types, v_idle.priorities) i(type, priority)
+  where x.type = i.type and x.priority = i.priority;
   delete from orchestrator.lanes n where n.noted_at < clock_timestamp() - interval '10 minutes'   -- noted again if it is in use
-    and not exists (select from orchestrator.lane_floors f where f.type = n.type and f.priority = n.priority);
+    and not exists (select from orchestrator.lane_floors x where x.type = n.type and x.priority = n.priority);
   return v_changed + coalesce(cardinality(v_idle.types), 0);
 end $$;
 comment on function orchestrator.raise_floors is
-  'The leader''s: raises the floors of lanes where looking for the oldest ready task takes p_slow or longer, and drops those that '
-  'no longer help. Returns how many of both; null under a stale term. Locks floors to the end of its transaction.';
+  'The leader''s: raises the floors of lanes where looking for the oldest ready task takes p_slow or longer, drops those that no longer '
+  'help, and locks floors to the end of its transaction. Returns how many of both; null under a stale term.';
 
--- The net under it all: walks the ready index from lane to lane, each from its very beginning. On its way it takes a type by
--- chance, from which claims of a pattern with very many types look on.
+-- The net under it all: walks the ready index from lane to lane, each from its beginning. On its way it takes a type by chance, from
+-- which claims of a pattern with very many types look on.
 create or replace function orchestrator.rescan_lanes(p_worker_id text, p_term bigint, p_budget interval default '20 milliseconds') returns int
 language plpgsql as $$
 declare
@@ -1972,7 +1933,7 @@ begin
     exit when v_type is null;
     v_seen := v_seen + 1;
     if random() * v_seen < 1 then v_sampled := v_type; end if;
-    for l in select * from orchestrator._ready_lanes(array[v_type], p_below_floors => true) loop
+    for l in select * from orchestrator._walk_lanes(array[v_type]) loop
       if l.head < (select f.floor from orchestrator.lane_floors f where f.type = l.type and f.priority = l.priority
                    order by f.generation desc, f.floor limit 1) then
         perform orchestrator._put_back(array[l.type], array[l.priority], array[l.head]);
@@ -1990,9 +1951,9 @@ comment on function orchestrator.rescan_lanes is
   'it stopped. Returns how many, normally 0; null under a stale term.';
 """,
 
-'40_finish.sql': r"""-- Ending an attempt: complete, fail, release, snooze. Each names its claim, the fence: a task that was recovered and claimed
--- again has another claim, so a late outcome changes nothing, and is rejected. A task that was asked to cancel ends as
--- cancelled, however its attempt ended. Writes claims, tasks, task_events, and lane_floors where a task is put back.
+'40_finish.sql': r"""-- Ending an attempt: complete, fail, release, snooze. Each names its claim, the fence: a task that was recovered and claimed again has
+-- another, so a late outcome changes nothing, and is rejected. A task that was asked to cancel ends as cancelled, however its
+-- attempt ended. Writes claims, tasks, task_events, and lane_floors where a task is put back.
 -- Lock order: claims (ascending id) → tasks → lane_floors → tasks that wait for what ended (45_after.sql).
 
 create or replace function orchestrator._default_policy(out max_retries int, out base_delay interval, out max_delay interval)
@@ -2055,11 +2016,9 @@ begin
   end if;
 end $$;
 
--- p_ids holds p_counts[i] tasks of p_claim_ids[i], one claim after another, and p_results (if not null) their results.
 create or replace function orchestrator.complete_tasks(
   p_claim_ids bigint[], p_counts int[], p_ids uuid[], p_results jsonb[] default null, p_again boolean default true)
 returns table (id uuid, outcome text) language plpgsql as $$
-#variable_conflict use_column
 declare
   v_from int := 1;
   v_to int;
@@ -2098,9 +2057,9 @@ begin
   end if;
 end $$;
 comment on function orchestrator.complete_tasks is
-  'Completes tasks grouped by claim: p_ids holds p_counts[i] tasks of p_claim_ids[i], one claim after another; p_results, if '
-  'given, one for each. Returns only those that did not complete: cancelled (it was asked for) or rejected (no longer of '
-  'that claim; if p_again is false, also completed already: what commits with it must not commit twice).';
+  'Completes tasks: p_ids holds p_counts[i] of p_claim_ids[i], one claim after another; p_results, if given, one for each. Returns '
+  'only those that did not complete: cancelled (it was asked for) or rejected (no longer of that claim; if p_again is false, also '
+  'completed already: what commits with it must not commit twice).';
 
 -- Ends those of a locked claim's tasks that were asked to cancel, and leaves the others locked: nobody can ask any more.
 create or replace function orchestrator._lock_and_end_cancelled(p_claim_id bigint, p_ids uuid[]) returns int
@@ -2167,7 +2126,6 @@ end $$;
 create or replace function orchestrator.fail_tasks(
   p_claim_ids bigint[], p_ids uuid[], p_errors text[], p_tracebacks text[], p_retry_afters interval[], p_permanents boolean[])
 returns table (id uuid, outcome text) language plpgsql as $$
-#variable_conflict use_column
 begin
   perform from orchestrator.claims c where c.id = any (p_claim_ids) order by c.id for no key update;
   for i in 1..cardinality(p_ids) loop
@@ -2182,8 +2140,8 @@ begin
   end if;
 end $$;
 comment on function orchestrator.fail_tasks is
-  'Records a failed attempt of each task, named by its claim: a retry after p_retry_afters[i] (null: the policy''s backoff), or a '
-  'dead letter if permanent or its retries are used up. p_tracebacks[i] is kept in the event. Returns the status of each, or rejected.';
+  'Records a failed attempt of each task, named by its claim: a retry after p_retry_afters[i] (null: the policy''s backoff), or a dead '
+  'letter if permanent or out of retries. p_tracebacks[i] is kept in the event. Returns the status of each, or rejected.';
 
 create or replace function orchestrator.fail_task(
   p_claim_id bigint, p_id uuid, p_error text, p_retry_after interval default null, p_permanent boolean default false)
@@ -2229,17 +2187,11 @@ end $$;
 
 create or replace function orchestrator._release_claim(p_claim_id bigint, p_ids uuid[]) returns int
 language plpgsql as $$
-declare
-  v_ids uuid[] := p_ids;
-  v_n int;
 begin
   perform from orchestrator.claims c where c.id = p_claim_id for no key update;
   if not found then return 0; end if;
-  if p_ids is null then
-    v_ids := array(select t.id from orchestrator.tasks t where t.claim_id = p_claim_id and t.status in ('claimed', 'running'));
-  end if;
-  v_n := orchestrator._lock_and_end_cancelled(p_claim_id, v_ids);
-  return v_n + orchestrator._release(p_claim_id, v_ids, 'released', false);
+  p_ids := coalesce(p_ids, array(select t.id from orchestrator.tasks t where t.claim_id = p_claim_id and t.status in ('claimed', 'running')));
+  return orchestrator._lock_and_end_cancelled(p_claim_id, p_ids) + orchestrator._release(p_claim_id, p_ids, 'released', false);
 end $$;
 
 create or replace function orchestrator.release_tasks(p_claim_id bigint, p_ids uuid[] default null) returns int
@@ -2302,14 +2254,14 @@ begin
   return true;
 end $$;
 comment on function orchestrator.note_lost_result is
-  'Records that the result of a completed task could not be kept. Returns whether there is such a task.';
+  'Records that the result of a completed task could not be kept. Returns whether there is one.';
 """,
 
 '45_after.sql': r"""-- Tasks that wait for others (parents), and tasks that expire. Writes tasks, task_events, task_waits, expiries.
--- A child is ready in the transaction that ends the last of its parents. A parent that ends while the child's transaction is under way
--- doesn't see it: so promote_due looks at each child soon after it has committed, and then ever more rarely.
+-- A child is ready in the transaction that ends the last of its parents. One that ends during the child's transaction doesn't see it: so
+-- promote_due looks at each child soon after it has committed, and then ever more rarely.
 -- Locks: what ended → the tasks that wait for it, one at a time in ascending order of their ids, also down the line: a child is younger
--- than its parents. promote_due, which may hold any, skips those that another transaction has locked.
+-- than its parents. promote_due, which may hold any, skips those that are locked.
 
 -- Those of p_after that a new task has to wait for, or that it can't wait for (_check_parents); null: none.
 create or replace function orchestrator._open_parents(p_after uuid[], p_on_failure text) returns uuid[]
@@ -2329,7 +2281,8 @@ begin
   if found then
     perform orchestrator._invalid(format('after[%s]', v.n), case when v.status is null then format('there is no task %s', coalesce(v.id::text, 'null'))
                                                                  else format('task %s is %s', v.id, replace(v.status::text, 'dead_', 'a dead ')) end,
-                                  'Name tasks enqueued before, by this transaction or one that has committed, and on_failure run if they may have failed.');
+                                  'Name tasks enqueued before, by this transaction or one that has committed, and on_failure run if they may '
+                                  'have failed.');
   end if;
 end $$;
 
@@ -2368,8 +2321,8 @@ begin
   end if;
 end $$;
 
--- Decides on a child of which these parents (null: any) have ended: ready, cancelled (then true), or still blocked. First its row is
--- locked, so that of two parents that end at the same time the later one sees the other.
+-- Decides on a child of which these parents (null: any) have ended: ready, cancelled (then true), or still blocked. It is locked first,
+-- so that of two parents that end at the same time the later one sees the other.
 create or replace function orchestrator._settle_child(p_child uuid, p_parents uuid[], p_skip_locked boolean) returns boolean
 language plpgsql as $$
 declare
@@ -2469,7 +2422,8 @@ begin
   v_ids := array(select t.id from orchestrator.tasks t where t.id = any (v_noted) and t.expires_at <= p_now for no key update skip locked);
   perform orchestrator._cancel_waiting(i, 'expired', null) from unnest(v_ids) i;
   insert into orchestrator.expiries (at, task_id)   -- another transaction has these locked
-  select greatest(t.expires_at, clock_timestamp() + interval '1 second'), t.id from orchestrator.tasks t where t.id = any (v_noted) and t.expires_at is not null;
+  select greatest(t.expires_at, clock_timestamp() + interval '1 second'), t.id
+  from orchestrator.tasks t where t.id = any (v_noted) and t.expires_at is not null;
   perform orchestrator._parents_ended(v_ids, true);
   return (select coalesce(jsonb_object_agg(t.type, t.n), '{}')
           from (select t.type, count(*) as n from orchestrator.tasks t where t.id = any (v_ids) group by t.type) t);
@@ -2543,14 +2497,14 @@ begin
   if t.waits then perform orchestrator._notify_idle(p_type); end if;
 end $$;
 comment on function orchestrator.replace_task is
-  'Enqueues a task under a key, or changes the one that waits under it and has never started. p_mode: replace takes the new payload, append '
-  'joins arrays and merges objects, keep changes nothing. One that has started or ended passes its key on to a new task (keep: only if '
-  'it has ended). p_run_at, p_priority null: as they were. p_max_wait: bounds p_run_at, from the first call on. p_concurrency_key, '
-  'p_meta: of a new task. Returns its id and enqueued, replaced or kept. Raises OR001.';
+  'Enqueues a task under a key, or changes the one that waits under it and never started. p_mode: replace takes the new payload, append '
+  'joins arrays and merges objects, keep changes nothing. One that started or ended passes its key on to a new task (keep: only if it '
+  'ended). p_run_at, p_priority null: as they were. p_max_wait: bounds p_run_at, from the first call on. p_concurrency_key, p_meta: of a '
+  'new task. Returns its id and enqueued, replaced or kept. Raises OR001.';
 """,
 
-'48_steps.sql': r"""-- Steps and signals: what a handler has done, and what others sent it, kept across its attempts. Writes task_steps; a signal that
--- ends a wait also tasks. Lock order: a task → its steps. Only snooze_task knows of it: the signal may come while a task falls asleep.
+'48_steps.sql': r"""-- Steps and signals: what a handler did, and what others sent it, kept across its attempts. Writes task_steps; a signal that ends a
+-- wait also tasks. Lock order: a task → its steps. Only snooze_task knows of it: the signal may come while a task falls asleep.
 
 create table if not exists orchestrator.task_steps (
   task_id uuid,
@@ -2561,8 +2515,8 @@ create table if not exists orchestrator.task_steps (
   primary key (task_id, name)
 );
 comment on table orchestrator.task_steps is
-  'By name, what the steps of a task returned and which signals it got (at: when). Without: its handler waits for that signal until '
-  'then. Goes with the task.';
+  'By name, what the steps of a task returned and which signals it got (at: when; null: its handler waits for that signal until '
+  'then). Goes with the task.';
 
 create or replace function orchestrator._check_name(p_name text) returns void
 language plpgsql stable as $$
@@ -2600,7 +2554,7 @@ begin
   return true;
 end $$;
 comment on function orchestrator.record_step is
-  'Keeps what a step of a task returned, unless there is something of that name. Returns whether the claim still holds the task. Raises OR001.';
+  'Keeps what a step of a task returned, unless there is something of that name. Returns whether the claim still holds it. Raises OR001.';
 
 create or replace function orchestrator.steps(p_id uuid) returns jsonb
 language sql stable as $$
@@ -2626,8 +2580,8 @@ begin
   end if;
 end $$;
 comment on function orchestrator.await_signal is
-  'For a handler: the value of a signal, else for how long to snooze before asking again, or neither: p_timeout is over, counted '
-  'from the first call. held: whether the claim still holds the task. Raises OR001.';
+  'For a handler: the value of a signal, else how long to snooze before asking again, or neither: p_timeout is over since the first '
+  'call. held: whether the claim still holds the task. Raises OR001.';
 
 -- Makes a locked task ready that is off until a signal which has come; once.
 create or replace function orchestrator._wake(p_id uuid) returns void
@@ -2662,21 +2616,12 @@ begin
 end $$;
 comment on function orchestrator.signal_task is
   'Leaves a value for a task, and wakes it if it waits for that name. Returns delivered, known (the first counts, also a step of that '
-  'name), timed_out (it waits no more), not_found, or the status of a task that has ended. Raises OR001.';
-
--- Of tasks that are gone.
-create or replace function orchestrator._prune_steps(p_ids uuid[]) returns void
-language plpgsql as $$
-begin
-  if exists (select from orchestrator.task_steps) then
-    delete from orchestrator.task_steps s where s.task_id = any (p_ids) and not exists (select from orchestrator.tasks t where t.id = s.task_id);
-  end if;
-end $$;
+  'name), timed_out, not_found, or the status of a task that has ended. Raises OR001.';
 """,
 
-'50_workers.sql': r"""-- Workers: registration, heartbeat, the idle mark, and recovery of what dead workers held. Writes workers, task_types, claims,
--- tasks, task_events, lane_floors. Lock order: the leader's row → the dead worker's row → its claims (ascending id) → tasks →
--- lane_floors → tasks that wait for what ended. The heartbeat touches workers alone: no other lock makes a worker seem dead.
+'50_workers.sql': r"""-- Workers: registration, heartbeat, idle mark, and recovery of what dead workers held. Writes workers, task_types, claims, tasks,
+-- task_events, lane_floors. Lock order: the leader's row → the dead worker's → its claims (ascending id) → tasks → lane_floors → tasks
+-- that wait for what ended. The heartbeat touches workers alone: no other lock makes a worker seem dead.
 
 create or replace function orchestrator.register_worker(
   p_id text, p_hostname text, p_pool_size int, p_version text, p_handlers jsonb default '{}') returns void
@@ -2699,8 +2644,8 @@ begin
         is distinct from (excluded.max_retries, excluded.base_delay, excluded.max_delay, excluded.timeout);
 end $$;
 comment on function orchestrator.register_worker is
-  'Registers a worker under a new id, and the policies of its handlers: {type or pattern: {max_retries, base_delay, max_delay, '
-  'timeout}}, in seconds, with defaults of 3, 1, 3600 and none.';
+  'Registers a worker under a new id, and its handlers'' policies: {type or pattern: {max_retries, base_delay, max_delay, timeout}}, '
+  'in seconds, by default 3, 1, 3600 and none.';
 
 create or replace function orchestrator.announce_stop(p_id text) returns void
 language sql as $$
@@ -2717,18 +2662,17 @@ begin
   return false;
 end $$;
 comment on function orchestrator.unregister_worker is
-  'Removes a worker that stops. One that still holds claims is declared dead instead, to be recovered: then false.';
+  'Removes a worker that stops. One that holds claims is declared dead instead, to be recovered: then false.';
 
 create or replace function orchestrator.heartbeat(p_id text) returns table (worker_id text, last_heartbeat timestamptz)
 language plpgsql as $$
-#variable_conflict use_column
 begin
   perform set_config('synchronous_commit', 'off', true);
   update orchestrator.workers w set last_heartbeat = clock_timestamp() where w.id = p_id and w.declared_dead_at is null;
   return query select w.id, w.last_heartbeat from orchestrator.workers w where w.declared_dead_at is null;
 end $$;
 comment on function orchestrator.heartbeat is
-  'Records that a worker is alive. Returns all live workers. One that is not among them was declared dead, and must register under a new id.';
+  'Records that a worker is alive. Returns all live workers; one not among them was declared dead, and must register under a new id.';
 
 create or replace function orchestrator.cancelling_tasks(p_id text) returns setof uuid
 language sql stable as $$
@@ -2745,8 +2689,8 @@ end $$;
 comment on function orchestrator.set_idle is
   'Marks a worker as waiting for work, so that enqueue notifies it. It must look once more after this.';
 
--- Recovers tasks of a locked claim: asked to cancel → cancelled; running → a failed attempt; not yet started → back to its old
--- place, uncharged. dead: the types of new dead letters.
+-- Recovers tasks of a locked claim: asked to cancel → cancelled; running → a failed attempt; not started → back to its old place,
+-- uncharged. dead: the types of new dead letters.
 create or replace function orchestrator._recover_tasks(
   p_claim_id bigint, p_ids uuid[], p_error text, out released int, out retried int, out dead text[], out cancelled int)
 language plpgsql as $$
@@ -2808,8 +2752,8 @@ begin
   return v_n;
 end $$;
 comment on function orchestrator.declare_dead is
-  'The leader''s: declares the workers p_ids dead whose last heartbeat still is p_seen[i], which the leader saw WORKER_TIMEOUT ago '
-  'by its own clock: a step of the server''s means nothing. Returns how many; null under a stale term.';
+  'The leader''s: declares the workers p_ids dead whose last heartbeat still is p_seen[i], seen WORKER_TIMEOUT ago by its own clock: a '
+  'step of the server''s means nothing. Returns how many; null under a stale term.';
 
 -- Takes no term: a single instance must not wait for the lease of a leader that is gone, and can't act on a missing connection.
 create or replace function orchestrator.declare_disconnected_dead(p_worker_id text, out declared int, out living int)
@@ -2822,7 +2766,7 @@ begin
   select count(*) into living from orchestrator.workers w where w.id <> p_worker_id and w.declared_dead_at is null;
 end $$;
 comment on function orchestrator.declare_disconnected_dead is
-  'For a single instance at its start: declares all workers dead that have no connection. Returns how many, and how many others live.';
+  'For a single instance at its start: declares workers without a connection dead. Returns how many, and how many others live.';
 
 create or replace function orchestrator.recover_orphans(
   p_worker_id text, p_term bigint, p_limit int default 1000,
@@ -2856,18 +2800,17 @@ begin
 end $$;
 comment on function orchestrator.recover_orphans is
   'The leader''s: takes about p_limit tasks from workers that are dead or gone. Those not started go back to their old places, '
-  'uncharged; for running ones it is a failed attempt. dead_letters: how many ended as such, by type. failed: rows that '
-  'could not be recovered. A worker''s row goes with its last claim. Nulls under a stale term.';
+  'uncharged; running ones have failed an attempt. dead_letters: how many ended as such, by type. failed: rows that could not be '
+  'recovered. A worker''s row goes with its last claim. Nulls under a stale term.';
 """,
 
-'60_leader.sql': r"""-- Leader election and retention. Writes workers, leader_state, tasks and task_events. Every function of the leader takes
+'60_leader.sql': r"""-- Leader election and retention. Writes workers, leader_state, tasks and what is kept of them. Every function of the leader takes
 -- (worker, term), locks the leader's row to the end of its transaction, and does nothing under a stale term. Lock order: the
 -- leader's row first, except that an election locks the leader of before, if nobody else has it.
 
 create or replace function orchestrator.acquire_leadership(
   p_worker_id text, p_length interval, out is_leader boolean, out term bigint, out until timestamptz)
 language plpgsql as $$
-#variable_conflict use_column
 begin
   -- A lease that ends later than one from now is older than a step of the clock: nobody would lead until then.
   update orchestrator.workers w set leader_until = clock_timestamp() + p_length
@@ -2875,19 +2818,16 @@ begin
                    and o.leader_until > clock_timestamp() + p_length for no key update skip locked);
   -- first the lock, then the time: an UPDATE that waits computes its values before
   perform from orchestrator.workers w where w.id = p_worker_id for no key update;
-  update orchestrator.workers w set leader_until = clock_timestamp() + p_length
-  where w.id = p_worker_id and w.is_leader and w.leader_until > clock_timestamp() and w.declared_dead_at is null
-  returning true, w.leader_term, w.leader_until into is_leader, term, until;
-  if found then return; end if;
   -- demote whoever's lease has run out; skip locked: the leader is just extending it, or at work
   update orchestrator.workers w set is_leader = false
   where w.id in (select o.id from orchestrator.workers o where o.is_leader and o.leader_until <= clock_timestamp() for no key update skip locked);
-  if not exists (select from orchestrator.workers w where w.is_leader) then
-    update orchestrator.workers w set is_leader = true, leader_term = nextval('orchestrator.leader_terms'), leader_until = clock_timestamp() + p_length
-    where w.id = p_worker_id and w.declared_dead_at is null
-    returning true, w.leader_term, w.leader_until into is_leader, term, until;
-  end if;
-  is_leader := coalesce(is_leader, false);
+  update orchestrator.workers w
+  set is_leader = true, leader_until = clock_timestamp() + p_length,
+      leader_term = case when w.is_leader then w.leader_term else nextval('orchestrator.leader_terms') end
+  where w.id = p_worker_id and w.declared_dead_at is null
+    and not exists (select from orchestrator.workers o where o.is_leader and o.id <> p_worker_id)
+  returning w.leader_term, w.leader_until into term, until;
+  is_leader := found;
 exception when unique_violation then   -- another one was elected between the look and the update
   is_leader := false;
 end $$;
@@ -2909,6 +2849,28 @@ begin
   perform from orchestrator.workers w
   where w.id = p_worker_id and w.is_leader and w.leader_term = p_term and w.leader_until > clock_timestamp() for no key update;
   return found;
+end $$;
+
+-- Deletes tasks that have ended, with all that is kept of them; returns how many. p_skip_locked: it waits for nobody who has a child of
+-- one locked.
+create or replace function orchestrator._delete_tasks(p_ids uuid[], p_skip_locked boolean) returns int
+language plpgsql as $$
+declare
+  v_n int;
+begin
+  perform orchestrator._parents_ended(   -- first, since some completed
+    array(select t.id from orchestrator.tasks t where t.id = any (p_ids) and t.completed_at is not null), p_skip_locked);
+  p_ids := array(   -- one that completed stays while a child of it is locked, which would else be cancelled
+    select t.id from orchestrator.tasks t where t.id = any (p_ids) and (t.status in ('cancelled', 'dead_letter')
+      or t.status = 'completed' and not exists (select from orchestrator.task_waits w where w.parent = t.id)) for update);
+  delete from orchestrator.task_events e where e.task_id = any (p_ids);
+  delete from orchestrator.tasks t where t.id = any (p_ids);
+  get diagnostics v_n = row_count;
+  perform orchestrator._parents_ended(p_ids, p_skip_locked);   -- of dead letters
+  if exists (select from orchestrator.task_steps) then
+    delete from orchestrator.task_steps s where s.task_id = any (p_ids);
+  end if;
+  return v_n;
 end $$;
 
 -- Walks the primary key, history by time, from where it stopped.
@@ -2934,37 +2896,28 @@ begin
     more := cardinality(v_ids) = p_limit;
     update orchestrator.leader_state
     set prune_cursor = case when more then v_ids[p_limit] else '00000000-0000-0000-0000-000000000000' end;
-    perform orchestrator._parents_ended(array(   -- first, since some completed
-      select t.id from orchestrator.tasks t where t.id = any (v_ids) and t.completed_at < v_completed_before));
-    delete from orchestrator.tasks t where t.id = any (v_ids) and t.completed_at < v_completed_before;
-    get diagnostics completed = row_count;
-    delete from orchestrator.task_events e where e.task_id = any (v_ids)
-      and not exists (select from orchestrator.tasks t where t.id = e.task_id);
-    perform orchestrator._prune_steps(v_ids);
+    completed := orchestrator._delete_tasks(array(
+      select t.id from orchestrator.tasks t where t.id = any (v_ids) and t.completed_at < v_completed_before), false);
   end if;
   if p_dead_letter > interval '0' then
     v_ids := array(select t.id from orchestrator.tasks t where t.dead_at < v_dead_before order by t.dead_at limit p_limit
                    for update skip locked);
     more := more or cardinality(v_ids) = p_limit;
-    delete from orchestrator.tasks t where t.id = any (v_ids);
-    get diagnostics dead_letters = row_count;
-    delete from orchestrator.task_events e where e.task_id = any (v_ids);
-    perform orchestrator._parents_ended(v_ids);
-    perform orchestrator._prune_steps(v_ids);
+    dead_letters := orchestrator._delete_tasks(v_ids, false);
   end if;
 end $$;
 comment on function orchestrator.prune is
-  'The leader''s: deletes tasks that completed or were cancelled p_completed ago, and dead letters of p_dead_letter ago (0: kept '
-  'for ever), with their events and steps. Looks at p_limit tasks of each. more: call it again at once. Nulls under a stale term.';
+  'The leader''s: deletes tasks that completed or were cancelled p_completed ago, and dead letters of p_dead_letter ago (0: never), '
+  'with their events and steps. Looks at p_limit tasks of each. more: call it again at once. Nulls under a stale term.';
 """,
 
 '65_stats.sql': r"""-- Counting, done by the leader, once for the page, the metrics and psql. Writes type_stats, stats_state and stats_samples.
 -- Lock order: the leader's row → leader_state → stats_state → type_stats.
--- What waits is counted along the partial indexes: a million ready tasks take 0.08 s. The next count comes 200 times as long after
--- a count as that took, at most a minute later: less than 1% of one core.
--- Each task ever enqueued is counted once, along the primary key, which is time. Tasks below the cursor are settled: it stays
--- below the safe floor (35_floors.sql), so nobody can still commit there. Those above it are counted anew each time, so a long
--- transaction holds back nothing but the cursor.
+-- What waits is counted along the partial indexes: a million ready tasks take 0.08 s. The next count comes 200 times as long after one
+-- as that took, at most a minute later: less than 1% of a core.
+-- Each task ever enqueued is counted once, along the primary key, which is time. Tasks below the cursor are settled: it stays below the
+-- safe floor (35_floors.sql), so nobody can still commit there. Those above it are counted anew each time, so a long transaction holds
+-- back nothing but the cursor.
 
 create table if not exists orchestrator.type_stats (
   type            text collate "C" primary key,
@@ -2986,7 +2939,7 @@ create table if not exists orchestrator.type_stats (
   p95             real
 ) with (fillfactor = 50);
 comment on table orchestrator.type_stats is
-  'The counts of each registered type, of up to 200 other types that were seen, and of all the rest together as other. As of '
+  'The counts of each registered type, of up to 200 others that were seen, and of the rest together as other, as of '
   'stats_state.counted_at; queue_stats counts live. enqueued_total counts each task once, and never falls.';
 
 create table if not exists orchestrator.stats_state (
@@ -3014,7 +2967,7 @@ create table if not exists orchestrator.stats_samples (
   parked         bigint not null default 0
 );
 comment on table orchestrator.stats_samples is
-  'The counts of all types together, about every 10 seconds, for the last 2 hours. Throughput is the difference of two samples.';
+  'The counts of all types together, about every 10 seconds, for 2 hours. Throughput is the difference of two samples.';
 
 -- What waits or rests, by type, each along its partial index: at most 5 million, so that it takes seconds at worst.
 create or replace function orchestrator._count_live()
@@ -3055,8 +3008,8 @@ create or replace view orchestrator._unregistered as
   select s.* from orchestrator.type_stats s
   where s.type <> 'other' and not exists (select from orchestrator.task_types p where p.type = s.type);
 
--- Gives each registered type a row, and up to 200 others: first those that wait, then those enqueued lately. When these are used
--- up and another type waits, those of idle types are added to other.
+-- Gives each registered type a row, and up to 200 others: first those that wait, then those enqueued lately. When these are used up and
+-- another type waits, idle ones are added to other.
 create or replace function orchestrator._name_types(p_since uuid) returns void
 language plpgsql as $$
 declare
@@ -3087,9 +3040,9 @@ begin
   order by u.o limit (select greatest(200 - count(*), 0) from orchestrator._unregistered);
 end $$;
 
--- One statement, so one snapshot: what ended is a difference of these counts. greatest: retention may delete what is not
--- settled yet, and a counter must not fall. The recent sums begin after a complete count: catching up looks like as many
--- endings. Returns how many tasks it went through along the primary key.
+-- One statement, so one snapshot: what ended is a difference of these counts. greatest: retention may delete what is not settled yet, and
+-- a counter must not fall. The recent sums begin after a complete count: catching up looks like as many endings. Returns how many tasks
+-- it went through along the primary key.
 create or replace function orchestrator._store_counts(p_state orchestrator.stats_state, p_to uuid, p_limit int, p_at timestamptz) returns bigint
 language sql set enable_hashjoin = on as $$
   with counts as (
@@ -3172,7 +3125,7 @@ begin
   -- the lag: an id is drawn a moment before the insert that brings it
   v_to := greatest(s.cursor, orchestrator._uuid_at(orchestrator._advance_safe_floor() - p_lag));
   select coalesce(max(e.id), 0) into v_event from orchestrator.task_events e;
-  s.last_event := least(coalesce(s.last_event, v_event), v_event);   -- its sequence may have been set back
+  s.last_event := least(s.last_event, v_event);   -- its sequence may have been set back
   s.complete := orchestrator._store_counts(s, v_to, p_limit, v_start) < p_limit;
   if not s.complete then
     v_to := least(v_to, (select t.id from orchestrator.tasks t where t.id >= s.cursor order by t.id offset p_limit limit 1));
@@ -3184,21 +3137,20 @@ begin
   update orchestrator.stats_state
   set cursor = v_to, counted_at = s.counted_at, took = s.took, next_at = s.next_at, complete = s.complete, last_event = v_event;
   delete from orchestrator.stats_samples x where x.at < s.counted_at - interval '2 hours' or x.at > s.counted_at;
-  insert into orchestrator.stats_samples (at, waiting, scheduled, in_flight, dead_letters, enqueued_total, ended_total, parked)
+  insert into orchestrator.stats_samples
   select s.counted_at, t.waiting, t.scheduled, t.in_flight, t.dead_letters, t.enqueued_total, t.ended_total, t.parked
   -- half a second early is on time, since counts come every 2 seconds or so
   from orchestrator._totals t where not exists (select from orchestrator.stats_samples x where x.at > s.counted_at - interval '9.5 seconds');
   return extract(epoch from s.next_at - s.counted_at);
 end $$;
 comment on function orchestrator.sample_stats is
-  'The leader''s: counts tasks into type_stats, and every 10 seconds into stats_samples, unless the next count isn''t due. Goes '
-  'through at most p_limit tasks of the primary key a call, and settles those older than p_lag before the safe floor. Returns the '
-  'seconds until the next count is due; null under a stale term.';
+  'The leader''s: counts tasks into type_stats, and every 10 seconds into stats_samples, if a count is due. Goes through at most p_limit '
+  'tasks of the primary key, and settles those older than p_lag before the safe floor. Returns the seconds until the next count is '
+  'due; null under a stale term.';
 """,
 
-'66_metrics.sql': r"""-- What the leader exports of the whole queue at /metrics. Reads type_stats, stats_state, task_types, limits, workers and schedules;
--- writes nothing.
--- A type counts under the name of its policy, so the number of series follows what is registered, never what is enqueued.
+'66_metrics.sql': r"""-- What the leader exports of the whole queue at /metrics, from its counts; writes nothing. A type counts under the name of its policy,
+-- so the number of series follows what is registered, never what is enqueued.
 
 create or replace function orchestrator.metrics() returns jsonb
 language sql stable as $$
@@ -3225,13 +3177,13 @@ language sql stable as $$
     'schedules_failed', (select count(*) from orchestrator.schedules s where s.last_error is not null))
 $$;
 comment on function orchestrator.metrics is
-  'The counts of type_stats by registered type or pattern (the rest is other), how old they are in seconds (null: never '
-  'counted), limits with what is in flight under them, live workers, workers declared dead whose tasks are still to be recovered, '
-  'by how many seconds the latest schedule is late, and how many schedules could not fire. Its cost doesn''t depend on the backlog.';
+  'The counts of type_stats by registered type or pattern (the rest is other), their age in seconds (null: never counted), limits with '
+  'what is in flight under them, live workers, dead workers whose tasks are still to be recovered, by how many seconds the latest '
+  'schedule is late, and how many could not fire. Its cost doesn''t depend on the backlog.';
 """,
 
-'70_operate.sql': r"""-- What an operator does: cancel, retry, pause. Writes tasks, task_events, task_types, sometimes lanes. Locks task rows (then those that
--- wait for them) and no claim: asking a task to stop doesn't take it off its claim; the outcome does.
+'70_operate.sql': r"""-- What an operator does: cancel, retry, pause. Writes tasks, task_events, task_types, sometimes lanes. Locks tasks (then those that wait
+-- for them) and no claim: asking a task to stop doesn't take it off its claim; the outcome does.
 
 create or replace function orchestrator.cancel_task(p_id uuid) returns text
 language plpgsql as $$
@@ -3257,8 +3209,8 @@ begin
   return t.status;
 end $$;
 comment on function orchestrator.cancel_task is
-  'Cancels a waiting task at once (returns cancelled); asks one in flight to stop (cancelling): it ends as cancelled when its '
-  'handler does; with it goes what waits for it. Else returns the status of what has ended, or not_found.';
+  'Cancels a waiting task at once (returns cancelled); asks one in flight to stop (cancelling): it ends so when its handler does. With '
+  'it goes what waits for it. Else returns the status of what has ended, or not_found.';
 
 create or replace function orchestrator.retry_task(p_id uuid, p_fresh boolean default false) returns text
 language plpgsql as $$
@@ -3278,10 +3230,10 @@ begin
   return 'pending';
 end $$;
 comment on function orchestrator.retry_task is
-  'Puts a dead letter or a cancelled task back at the tail of its lane, with all its retries. It goes on after its last step; '
-  'p_fresh: steps and signals are forgotten. Returns pending, else the status that it has, or not_found.';
+  'Puts a dead letter or cancelled task back at the tail of its lane, with all its retries. It goes on after its last step; p_fresh: '
+  'steps and signals are forgotten. Returns pending, else its status, or not_found.';
 
--- How many types that are registered, ready, or handled as part of a pattern does a type or pattern cover?
+-- How many types that are registered, ready, or handled under a pattern does a type or pattern cover?
 create or replace function orchestrator._covered_types(p_type text) returns int
 language plpgsql stable as $$
 begin
@@ -3304,8 +3256,7 @@ begin
   if changed then perform orchestrator._log('pause', 'type', p_type); end if;
 end $$;
 comment on function orchestrator.pause_type is
-  'Keeps tasks of a type or pattern from being claimed; those in flight go on. Returns whether that is new, and how many known '
-  'types it covers. Raises OR001.';
+  'Keeps tasks of a type or pattern from being claimed. Returns whether that is new, and how many known types it covers. Raises OR001.';
 
 create or replace function orchestrator.resume_type(p_type text, out changed boolean, out matching int)
 language plpgsql as $$
@@ -3340,8 +3291,16 @@ create table if not exists orchestrator.operations (
 comment on table orchestrator.operations is
   'What operators did to many tasks, to a type, a limit or a schedule: who, when, to what (filter) and, of tasks, to how many. Until '
   'ended_at is set, bulk_tasks goes on after next_after. Kept for ever.';
-select setval('orchestrator.operations_id_seq', m.id) from (select max(id) as id from orchestrator.operations) m   -- as in 10_tables.sql
-where m.id > coalesce(pg_sequence_last_value('orchestrator.operations_id_seq'), 0);
+
+-- A restore of data alone leaves sequences behind their tables.
+create or replace view orchestrator._sequences as
+  select s.name, coalesce(pg_sequence_last_value(('orchestrator.' || s.name)::regclass), 0) as at, s.newest
+  from (values ('task_events_id_seq', (select max(e.id) from orchestrator.task_events e)),
+               ('operations_id_seq', (select max(o.id) from orchestrator.operations o)),
+               ('leader_terms', (select max(w.leader_term) from orchestrator.workers w))) s(name, newest);
+select setval('orchestrator.payload_doublings', 4)   -- 256 KiB: nobody has weighed what was restored
+where exists (select from orchestrator._sequences s where s.newest > s.at);
+select setval(('orchestrator.' || s.name)::regclass, s.newest) from orchestrator._sequences s where s.newest > s.at;
 
 create or replace function orchestrator._log(p_action text, p_key text, p_name text, p_value jsonb default null) returns void
 language sql as $$
@@ -3394,12 +3353,11 @@ begin
 end $$;
 
 -- The tasks of the list p_walk that match, from its p_skip-th on, or by id: `ids` from p_from down, `up` from p_from up. Looks at
--- p_bound tasks, and says at how many, and if there are more, at which last. Each part of the union reads along an index, as far as
--- p_limit needs.
+-- p_bound tasks, and says at how many, and if there are more, at which last. Each part of the union reads along an index as far as
+-- needed.
 create or replace function orchestrator._matching(
   p_filter jsonb, p_walk text, p_skip int, p_from uuid, p_limit int, p_bound int, out ids uuid[], out looked int, out stopped int, out last uuid)
 language plpgsql stable as $$
-#variable_conflict use_column
 declare
   f record;
   r record;
@@ -3486,14 +3444,7 @@ begin
       else t.status in ('completed', 'cancelled', 'dead_letter') end
     order by t.id);
   if p_action = 'purge' then
-    perform orchestrator._parents_ended(v_ids, true);   -- first, since some completed
-    v_ids := array(   -- one that completed stays while somebody has a child of it locked, which would else be cancelled
-      select t.id from orchestrator._bare_tasks t
-      where t.id = any (v_ids) and (t.status <> 'completed' or not exists (select from orchestrator.task_waits w where w.parent = t.id)));
-    delete from orchestrator.task_events e where e.task_id = any (v_ids);
-    delete from orchestrator.tasks t where t.id = any (v_ids);
-    perform orchestrator._parents_ended(v_ids, true);   -- of dead letters
-    perform orchestrator._prune_steps(v_ids);
+    return orchestrator._delete_tasks(v_ids, true);
   elsif p_action in ('cancel', 'retry') then
     foreach v_id in array v_ids loop
       perform case p_action when 'cancel' then orchestrator.cancel_task(v_id) else orchestrator.retry_task(v_id) end;
@@ -3546,7 +3497,8 @@ begin
       when 'run_now' then 'scheduled' when 'prioritize' then 'waiting' else 'ended' end);
   end if;
   select m.ids, m.last into v_ids, next_after
-  from orchestrator._matching(p_filter, 'up', 0, p_after, case when p_dry_run then 100000 else orchestrator._check_range('limit', p_limit, 10000) end, 100000) m;
+  from orchestrator._matching(p_filter, 'up', 0, p_after, case when p_dry_run then 100000 else orchestrator._check_range('limit', p_limit, 10000) end,
+                              100000) m;
   matched := cardinality(v_ids);
   if p_dry_run then
     sample := orchestrator._task_summaries(v_ids[:5]);
@@ -3566,13 +3518,12 @@ begin
   where o.id = operation;
 end $$;
 comment on function orchestrator.bulk_tasks is
-  'Cancels, retries, runs now, prioritizes (p_value) or purges (if ended) the tasks that a filter matches. A dry run, the default, changes '
-  'nothing: it counts up to 100,000 (matched) and shows five (sample). Otherwise it takes p_limit (up to 10,000) by their ids, skips what '
-  'others hold and what the action doesn''t apply to, and notes that in operations. Call it again with p_operation => operation (a dry '
-  'run: p_after => next_after) until next_after is null. The filter: an object of id (its beginning), ids, type (or pattern), status, '
-  'created_after, created_before, priority, concurrency_key, error and payload (a part of it, secrets blanked), or {"all": true}. Status: '
-  'as tasks have it, ready, parked, blocked, scheduled, waiting (these), in_flight, unfinished (both), ended (completed or '
-  'cancelled); if left out, unfinished to cancel, dead_letter to retry, scheduled, waiting, ended to purge. Raises OR001.';
+  'Cancels, retries, runs now (run_now), prioritizes (p_value) or purges (if ended) the tasks that a filter matches. A dry run, the '
+  'default, counts up to 100,000 (matched) and shows five (sample). Otherwise it takes p_limit (up to 10,000) by their ids, skips what '
+  'others hold or the action doesn''t apply to, and notes that in operations. Call it again with p_operation => operation (a dry run: '
+  'p_after => next_after) until next_after is null. The filter: an object of id (its beginning), ids, type (or pattern), status (as '
+  'tasks have it, ready, parked, blocked, scheduled, waiting, in_flight, unfinished, ended; by default what the action applies to), '
+  'created_after, created_before, priority, concurrency_key, error and payload (a part of it), or {"all": true}. Raises OR001.';
 
 create or replace function orchestrator.retry_dead_letters(p_type text default null, p_limit int default 1000) returns int
 language plpgsql as $$
@@ -3584,22 +3535,22 @@ comment on function orchestrator.retry_dead_letters is
   'Retries up to p_limit (at most 10,000) dead letters of a type or pattern (null: all). Returns how many: call it again until that is 0.';
 """,
 
-'80_inspect.sql': r"""-- What a person looks at: views, statistics, the story of a task. Reads only. Payloads, results and errors are shown with their
--- secrets blanked; each view has the predicate of the index that serves it (ready, due, in flight, dead).
+'80_inspect.sql': r"""-- What a person looks at: views, statistics, the story of a task. Reads only. Payloads, results and errors have their secrets blanked;
+-- each view has the predicate of the index that serves it.
 
 -- Whether a key names a secret, split into words: apiKey, API_KEY and api-key are api_key.
 create or replace function orchestrator._names_a_secret(p_key text) returns boolean
 language sql immutable parallel safe begin atomic
   select p_key ~* 'pass|pwd|secret|token|key|credential|authorization' and k.words !~ '_(env|file|type|count|limit)$' and k.words ~
-    '(^|_)([a-z]*pass(word|wd|phrase)s?|pwd|(access|auth|refresh|bearer|session|api|id)?token|(client|app|shared)?secrets?|credentials?|authorization|(api|private|access|signing|encryption)_?keys?)(_|$)'
+    '(^|_)([a-z]*pass(word|wd|phrase)s?|pwd|(access|auth|refresh|bearer|session|api|id)?token|(client|app|shared)?secrets?|'
+    'credentials?|authorization|(api|private|access|signing|encryption)_?keys?)(_|$)'
   from (select lower(regexp_replace(regexp_replace(p_key, '([a-z0-9])([A-Z])|([A-Z])(?=[A-Z][a-z])', '\1\3_\2', 'g'), '[^A-Za-z0-9]+', '_', 'g')) as words) k;
 end;
 
 create or replace function orchestrator.redact_text(p_text text) returns text
-language sql immutable parallel safe set search_path = pg_catalog, pg_temp as $$
-  select regexp_replace(regexp_replace(p_text, '(://[^\s:/@]*):(?!\d+[/?#])\S*@', '\1:[redacted]@', 'g'),
-                        '((?:pass(?:word|wd|phrase)|pwd|secret|token|api_?key)=)[^\s,;&''")]+', '\1[redacted]', 'gi')
-$$;
+language sql immutable parallel safe
+return regexp_replace(regexp_replace(p_text, '(://[^\s:/@]*):(?!\d+[/?#])\S*@', '\1:[redacted]@', 'g'),
+                      '((?:pass(?:word|wd|phrase)|pwd|secret|token|api_?key)=)[^\s,;&''")]+', '\1[redacted]', 'gi');
 comment on function orchestrator.redact_text is
   'The text with passwords blanked: in URLs (scheme://user:password@host) and after password= or token=.';
 
@@ -3623,25 +3574,9 @@ $$;
 create or replace function orchestrator.redact(p_json jsonb) returns jsonb
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp as $$ select orchestrator._redact(p_json, 50) $$;
 comment on function orchestrator.redact is
-  'The JSON to be shown: "[redacted]" for values whose keys name a secret as a whole word (password, apiKey, access_token; not '
-  'max_tokens) unless they end in _env, _file, _type, _count or _limit; passwords in texts as redact_text has it; as text, what '
-  'is nested over 50 levels deep, and numbers that a browser or Python can''t read.';
-
--- An object as names and values in the order in which they were written.
-create or replace function orchestrator._in_order(p_json json) returns jsonb
-language sql immutable parallel safe set search_path = pg_catalog, pg_temp as $$
-  select case when json_typeof(p_json) = 'object' then
-    (select coalesce(jsonb_agg(jsonb_build_array(e.key, orchestrator.redact(jsonb_build_object(e.key, e.value)) -> e.key) order by e.ordinality), '[]')
-     from json_each(p_json) with ordinality e) else orchestrator.redact(p_json::jsonb) end
-$$;
-
--- The first 200 characters, or the size of what is too large for a list.
-create or replace function orchestrator._preview(p_payload jsonb) returns text
-language sql immutable parallel safe set search_path = pg_catalog, pg_temp as $$
-  select case when p_payload = '{}' then null
-              when pg_column_size(p_payload) <= 4000 and octet_length(p_payload::text) <= 8000 then left(orchestrator.redact(p_payload)::text, 200)
-              else '[' || pg_size_pretty(pg_column_size(p_payload)::bigint) || ' stored]' end
-$$;
+  'The JSON to be shown: "[redacted]" for values whose keys name a secret as a whole word (password, apiKey; not max_tokens) unless '
+  'they end in _env, _file, _type, _count or _limit; texts as redact_text has them; as text, what is nested over 50 levels deep, and '
+  'numbers that a browser or Python can''t read.';
 
 -- For those who have no right on payloads.
 create or replace view orchestrator._bare_tasks as
@@ -3650,9 +3585,17 @@ create or replace view orchestrator._bare_tasks as
          t.cancel_requested_at, t.recoveries, t.concurrency_key, t.parked_at, t.parked_by, t.after, t.blocked_until, t.expires_at
   from orchestrator.tasks t;
 
+-- progress: an object as names and values in the order in which they were written. preview: the first 200 characters of the payload, or
+-- the size of what is too large for a list.
 create or replace view orchestrator._redacted_tasks as
-  select t.id, orchestrator.redact(t.payload) as payload, orchestrator.redact(t.result) as result,
-         orchestrator._in_order(t.progress) as progress, orchestrator._preview(t.payload) as preview, t.meta,
+  select t.id, orchestrator.redact(t.payload) as payload, orchestrator.redact(t.result) as result, t.meta,
+         case when json_typeof(t.progress) = 'object' then
+           (select coalesce(jsonb_agg(jsonb_build_array(e.key, orchestrator.redact(jsonb_build_object(e.key, e.value)) -> e.key) order by e.ordinality), '[]')
+            from json_each(t.progress) with ordinality e) else orchestrator.redact(t.progress::jsonb) end as progress,
+         case when t.payload = '{}' then null
+              when pg_column_size(t.payload) > 4000 or octet_length(t.payload::text) > 8000
+                then '[' || pg_size_pretty(pg_column_size(t.payload)::bigint) || ' stored]'
+              else left(orchestrator.redact(t.payload)::text, 200) end as preview,
          (select jsonb_agg(jsonb_build_object('name', s.name, 'result', orchestrator.redact(s.result), 'at', s.at, 'until', s.until) order by s.at, s.name)
           from orchestrator.task_steps s where s.task_id = t.id) as steps
   from orchestrator.tasks t;
@@ -3665,14 +3608,14 @@ create or replace view orchestrator.pending_tasks as
         union all select * from orchestrator.tasks where next_retry_at is not null
         union all select * from orchestrator.tasks where parked_at is not null) t;
 comment on view orchestrator.pending_tasks is
-  'Tasks that wait: ready since ready_since, not before next_retry_at, or (with neither) until others have ended: those in after, or of their concurrency key.';
+  'Tasks that wait: ready since ready_since, not before next_retry_at, or (neither) until others end: those in after, or of their key.';
 
 create or replace view orchestrator.running_tasks as
   select t.id, t.type, t.priority, t.status, t.worker_id, t.claimed_at, t.started_at, clock_timestamp() - t.claimed_at as age,
          t.attempts, t.cancel_requested_at, orchestrator.redact(t.progress::jsonb) as progress, orchestrator.redact(t.payload) as payload
   from orchestrator.claims c join orchestrator.tasks t on t.claim_id = c.id
   where t.status in ('claimed', 'running');
-comment on view orchestrator.running_tasks is 'Tasks in flight. Quick ones go from claimed to completed; those that last are marked as running.';
+comment on view orchestrator.running_tasks is 'Tasks in flight. Quick ones stay claimed; those that last are marked as running.';
 
 create or replace view orchestrator.dead_letters as
   select t.id, t.type, t.priority, t.dead_at, t.attempts, orchestrator.redact_text(t.last_error) as last_error, t.worker_id, t.created_at,
@@ -3680,8 +3623,8 @@ create or replace view orchestrator.dead_letters as
   from orchestrator.tasks t where t.dead_at is not null;
 comment on view orchestrator.dead_letters is 'Tasks that failed for good.';
 
--- type_stats.recent has sums that decay with a time constant of 15 minutes, as a load average does: seconds, tasks enqueued and
--- ended, attempts, failed attempts.
+-- type_stats.recent has sums that decay with a time constant of 15 minutes, as a load average: seconds, tasks enqueued and ended,
+-- attempts, failed attempts.
 create or replace view orchestrator._recent as
   select s.type, s.median, s.p95, s.recent[3] * d.decay / d.seconds as per_second, s.recent[2] * d.decay / d.seconds as enqueued_per_second,
          case when s.recent[4] * d.decay >= 0.05 then least(s.recent[5] / s.recent[4], 1) end as failure_share
@@ -3694,26 +3637,27 @@ create or replace view orchestrator.queue_stats as
   types as (
     select c.type from counted c union select p.type from orchestrator.task_types p where orchestrator._prefix(p.type) is null
     union select s.type from orchestrator.type_stats s where s.type <> 'other')
-  select y.type, coalesce(c.waiting, 0) as waiting, coalesce(c.parked, 0) as parked, coalesce(c.scheduled, 0) as scheduled, coalesce(c.blocked, 0) as blocked, coalesce(c.in_flight, 0) as in_flight,
+  select y.type, coalesce(c.waiting, 0) as waiting, coalesce(c.parked, 0) as parked, coalesce(c.scheduled, 0) as scheduled,
+         coalesce(c.blocked, 0) as blocked, coalesce(c.in_flight, 0) as in_flight,
          coalesce(c.dead_letters, 0) as dead_letters, coalesce(clock_timestamp() - c.oldest, interval '0') as oldest_waiting_age,
          exists (select from orchestrator.task_types p where p.paused and y.type like p.likes) as paused, r.per_second, r.failure_share, r.median, r.p95
   from types y left join counted c using (type) left join orchestrator._recent r using (type)
   order by y.type;
 comment on view orchestrator.queue_stats is
-  'By type, counted live: ready, parked, scheduled (of these blocked by other tasks), in flight, dead letters, the age of the oldest ready one, and whether the type is '
-  'paused. From type_stats: tasks ended per second and share of failed attempts lately, seconds that runs took.';
+  'By type, counted live: ready, parked, scheduled (of these blocked by other tasks), in flight, dead letters, the age of the oldest '
+  'ready one, and whether it is paused. From type_stats: tasks ended per second and share of failed attempts lately, seconds of runs.';
 
 -- The three tasks that have been in flight longest under a limit, of one key or of all, and their workers.
 create or replace function orchestrator._holders(p_limit text, p_key text) returns text
 language sql stable as $$
-  select ' (' || string_agg(format('%s by worker %s%s', h.id, h.worker_id, coalesce(', last heard of ' || extract(epoch from clock_timestamp() - w.last_heartbeat)::int || ' s ago',
-                                                                                    ', which is gone')), ', ' order by h.claimed_at) || ')'
+  select ' (' || string_agg(format('%s by worker %s%s', h.id, h.worker_id, coalesce(
+    ', last heard of ' || extract(epoch from clock_timestamp() - w.last_heartbeat)::int || ' s ago', ', which is gone')), ', ' order by h.claimed_at) || ')'
   from (select t.id, t.worker_id, t.claimed_at from orchestrator.claims c join orchestrator.tasks t on t.claim_id = c.id
         where c.limit_name = p_limit and (p_key is null or c.key = p_key) and t.status in ('claimed', 'running') order by t.claimed_at limit 3) h
   left join orchestrator.workers w on w.id = h.worker_id
 $$;
 
--- Its parents that failed come first, each with the call that frees it.
+-- Parents that failed come first, each with the call that frees it.
 create or replace function orchestrator._explain_blocked(p_id uuid, p_until timestamptz) returns text
 language sql stable as $$
   select format('waits for %s%s%s', string_agg(format('task %s (%s)', w.parent, case when w.status = 'dead_letter'
@@ -3758,7 +3702,8 @@ begin
     when v_paused is not null then return format('%1$s is paused: select orchestrator.resume_type(%1$L)', v_paused);
     when t.next_retry_at is not null then
       return coalesce(
-        (select format('snoozed until the signal %1$L comes%2$s: select orchestrator.signal_task(%3$L, %1$L)', s.name, ', or until ' || nullif(s.until, 'infinity'), t.id)
+        (select format('snoozed until the signal %1$L comes%2$s: select orchestrator.signal_task(%3$L, %1$L)',
+                       s.name, ', or until ' || nullif(s.until, 'infinity'), t.id)
          from orchestrator.task_steps s where t.status = 'pending' and s.task_id = t.id and s.at is null and s.until > clock_timestamp() limit 1),
         format('not before %s (%s)', t.next_retry_at, case when t.attempts > 0 then 'a retry of attempt ' || t.attempts else 'scheduled' end));
     when t.parked_at is not null then
@@ -3791,9 +3736,9 @@ $$;
 
 create or replace function orchestrator.show_task(p_id uuid) returns jsonb
 language sql stable as $$
-  select to_jsonb(t) || jsonb_build_object(
-    'payload', r.payload, 'result', r.result, 'progress', r.progress, 'meta', r.meta, 'steps', r.steps, 'last_error', orchestrator.redact_text(t.last_error),
-    'claim_id', t.claim_id::text, 'max_retries', coalesce(t.max_retries, (orchestrator._policy(t.type)).max_retries),
+  select to_jsonb(t) || to_jsonb(r) - 'preview' || jsonb_build_object(
+    'last_error', orchestrator.redact_text(t.last_error), 'claim_id', t.claim_id::text,
+    'max_retries', coalesce(t.max_retries, (orchestrator._policy(t.type)).max_retries),
     'parents', (select coalesce(jsonb_agg(jsonb_build_object('id', a.id, 'type', p.type, 'status', p.status) order by a.n), '[]')
                 from unnest(t.after) with ordinality a(id, n) left join orchestrator._bare_tasks p on p.id = a.id where a.n <= 100),
     'children', (select coalesce(jsonb_agg(jsonb_build_object('id', c.id, 'type', c.type, 'status', c.status) order by c.id), '[]')
@@ -3803,8 +3748,8 @@ language sql stable as $$
   from orchestrator._bare_tasks t join orchestrator._redacted_tasks r on r.id = t.id where t.id = p_id
 $$;
 comment on function orchestrator.show_task is
-  'A task''s whole story: its row (secrets blanked, but for meta; progress as [[name, value], …] in the handler''s order; claim_id as text), '
-  'explain_task, its events, and up to 100 parents (after) and children that wait for it. Null if there is none.';
+  'A task''s story: its row (secrets blanked, but for meta; progress as [[name, value], …] in the handler''s order; claim_id as text), '
+  'explain_task, events, and up to 100 parents (after) and children that wait for it. Null if there is none.';
 
 create or replace function orchestrator.get_task(p_id uuid) returns jsonb
 language sql stable as $$
@@ -3814,7 +3759,7 @@ comment on function orchestrator.get_task is
   'A task''s row and its events, nothing blanked, for the program that owns it and may read payloads. Null if there is none.';
 """,
 
-'82_audit.sql': r"""-- The audit: looks for each invariant that the data can show, in one statement, so in one snapshot. Reads only, and locks nothing.
+'82_audit.sql': r"""-- The audit: each invariant that the data can show, in one statement, so in one snapshot. Reads only, and locks nothing.
 
 create or replace function orchestrator._broken_rule(t orchestrator._bare_tasks) returns text
 language sql immutable parallel safe as $$
@@ -3841,9 +3786,8 @@ language sql immutable parallel safe as $$
   end
 $$;
 
--- Claims and limits: what is in flight, and what is parked.
-create or replace function orchestrator._audit_claims() returns table (invariant text, task_id uuid, worker_id text, detail text)
-language sql stable as $$
+-- What is in flight, and what is parked.
+create or replace view orchestrator._audit_claims (invariant, task_id, worker_id, detail) as
   with in_flight as materialized (
     select t.id, t.claim_id, t.worker_id, t.status, t.concurrency_key from orchestrator.tasks t where t.status in ('claimed', 'running'))
   select case when h.n > 0 then 'open_tasks is the number of its tasks in flight' else 'a claim has tasks in flight' end, null::uuid, c.worker_id,
@@ -3861,14 +3805,10 @@ language sql stable as $$
   union all
   -- those claimed before the limit was set as it is may be more
   select 'no more are in flight than a limit has', null, null,
-         format('%s: %s of %s%s', l.type, sum(c.open_tasks), case when c.key is null then l.max_running else l.max_per_key end, ' of the key ' || c.key)
-  from orchestrator.type_limits l
-  cross join lateral (select null as key, c.open_tasks from orchestrator.claims c where c.limit_name = l.type and c.claimed_at >= l.updated_at
-                      union all
-                      select c.key, c.open_tasks from orchestrator.claims c
-                      where c.limit_name = l.type and c.claimed_at >= l.updated_at and c.key is not null) c
-  group by l.type, l.max_running, l.max_per_key, c.key
-  having sum(c.open_tasks) > case when c.key is null then l.max_running else l.max_per_key end
+         format('%s: %s of %s%s', l.type, sum(c.open_tasks), k.most, ' of the key ' || k.key)
+  from orchestrator.type_limits l join orchestrator.claims c on c.limit_name = l.type and c.claimed_at >= l.updated_at
+  cross join lateral (select null as key, l.max_running as most union all select c.key, l.max_per_key where c.key is not null) k
+  group by l.type, k.key, k.most having sum(c.open_tasks) > k.most
   union all
   select 'a parked task goes on when its key has room', p.id, null, format('the key %L under the limit %s', p.key, p.name)
   from (select t.parked_by as name, t.concurrency_key as key, t.type, min(t.id::text)::uuid as id from orchestrator.tasks t
@@ -3876,12 +3816,10 @@ language sql stable as $$
   left join orchestrator.type_limits l on l.type = p.name
   where (l.max_per_key <= orchestrator._in_flight(l.type, l.since, p.key) + (
            select count(*) from orchestrator.tasks t where t.queued_at is not null and t.type = p.type and t.concurrency_key = p.key)) is not true
-    and not exists (select from orchestrator.freed_keys f where f.limit_name = p.name and (f.key is null or f.key = p.key))
-$$;
+    and not exists (select from orchestrator.freed_keys f where f.limit_name = p.name and (f.key is null or f.key = p.key));
 
 -- Attempts, and what is left of tasks that are gone.
-create or replace function orchestrator._audit_history() returns table (invariant text, task_id uuid, worker_id text, detail text)
-language sql stable as $$
+create or replace view orchestrator._audit_history (invariant, task_id, worker_id, detail) as
   with policies as materialized (
     select y.type, p.max_retries, p.updated_at
     from (select distinct t.type from orchestrator.tasks t where t.attempts > 1) y cross join lateral orchestrator._policy(y.type) p)
@@ -3906,38 +3844,31 @@ language sql stable as $$
   from orchestrator.task_events e where not exists (select from orchestrator.tasks t where t.id = e.task_id) group by 2
   union all
   select 'a step belongs to a task', s.task_id, null, s.name
-  from orchestrator.task_steps s where not exists (select from orchestrator.tasks t where t.id = s.task_id)
-$$;
+  from orchestrator.task_steps s where not exists (select from orchestrator.tasks t where t.id = s.task_id);
 
 -- Floors, keys, dependencies and expiry.
-create or replace function orchestrator._audit_waiting() returns table (invariant text, task_id uuid, worker_id text, detail text)
-language sql stable as $$
-  with floors as (
-    select distinct on (f.type, f.priority) f.type, f.priority, f.floor from orchestrator.lane_floors f
-    order by f.type, f.priority, f.generation desc, f.floor)
+create or replace view orchestrator._audit_waiting (invariant, task_id, worker_id, detail) as
   select 'a ready task is not below the floor of its lane', t.id, null::text, format('queued at %s, floor %s', t.queued_at, f.floor)
-  from floors f join orchestrator.tasks t on t.type = f.type and t.priority = f.priority and t.queued_at < f.floor
+  from (select distinct on (f.type, f.priority) f.* from orchestrator.lane_floors f order by f.type, f.priority, f.generation desc, f.floor) f
+  join orchestrator.tasks t on t.type = f.type and t.priority = f.priority and t.queued_at < f.floor
   union all
   select 'an idempotency key is unique in its type', d.id, null, format('the key of task %s', d.first)
   from (select t.id, first_value(t.id) over (partition by t.type, t.idempotency_key order by t.id) as first
         from orchestrator.tasks t where t.idempotency_key is not null) d where d.id <> d.first
   union all
-  select w.problem, w.child, null, format('parent %s', w.parent)
-  from (select w.*, case when t.blocked_until is null then 'who waits for a task is blocked'
-                    when p.completed_at < least(t.updated_at, clock_timestamp() - interval '10 minutes') - interval '1 minute' then 'what has ended is waited for no longer' end as problem
-        from orchestrator.task_waits w left join orchestrator.tasks t on t.id = w.child left join orchestrator.tasks p on p.id = w.parent) w
-  where w.problem is not null
+  select case when t.blocked_until is null then 'who waits for a task is blocked' else 'what has ended is waited for no longer' end, w.child, null,
+         format('parent %s', w.parent)
+  from orchestrator.task_waits w left join orchestrator.tasks t on t.id = w.child left join orchestrator.tasks p on p.id = w.parent
+  where t.blocked_until is null or p.completed_at < least(t.updated_at, clock_timestamp() - interval '10 minutes') - interval '1 minute'
   union all
   select v.problem, t.id, null, null
   from orchestrator.tasks t cross join lateral (values
-    (t.blocked_until is not null and not exists (select from orchestrator.task_waits w where w.child = t.id), 'blocked is who waits for a task'),
-    (t.expires_at is not null and not exists (select from orchestrator.expiries e where e.task_id = t.id), 'what expires is looked at then')) v(broken, problem)
-  where v.broken
-$$;
+    (t.blocked_until, 'blocked is who waits for a task', exists (select from orchestrator.task_waits w where w.child = t.id)),
+    (t.expires_at, 'what expires is looked at then', exists (select from orchestrator.expiries e where e.task_id = t.id))) v(at, problem, kept)
+  where v.at is not null and not v.kept;
 
 -- Workers, sequences, tables of one row, schedules.
-create or replace function orchestrator._audit_house() returns table (invariant text, task_id uuid, worker_id text, detail text)
-language sql stable as $$
+create or replace view orchestrator._audit_house (invariant, task_id, worker_id, detail) as
   select v.invariant, null::uuid, w.id, format('term %s until %s, declared dead at %s', w.leader_term, w.leader_until, w.declared_dead_at)
   from orchestrator.workers w cross join lateral (values
     ('one worker leads at most', w.is_leader and (select count(*) from orchestrator.workers o where o.is_leader) > 1),
@@ -3945,49 +3876,37 @@ language sql stable as $$
     ('a worker declared dead neither leads nor waits for work', w.declared_dead_at is not null and (w.is_leader or w.idle)),
     ('a leader has a term and a lease', w.is_leader and num_nulls(w.leader_term, w.leader_until) > 0)) v(invariant, broken) where v.broken
   union all
-  select 'a sequence is not behind its table', null, null, format('%s is at %s, the table at %s: install sets it right', b.name, b.at, b.newest)
-  from (select 'task_events_id_seq' as name, q.last_value - (not q.is_called)::int as at, (select max(e.id) from orchestrator.task_events e) as newest
-        from orchestrator.task_events_id_seq q
-        union all
-        select 'operations_id_seq', q.last_value - (not q.is_called)::int, (select max(o.id) from orchestrator.operations o)
-        from orchestrator.operations_id_seq q
-        union all
-        select 'leader_terms', q.last_value - (not q.is_called)::int, (select max(w.leader_term) from orchestrator.workers w)
-        from orchestrator.leader_terms q) b
-  where b.at < b.newest
+  select 'a sequence is not behind its table', null, null, format('%s is at %s, the table at %s: install sets it right', s.name, s.at, s.newest)
+  from orchestrator._sequences s where s.at < s.newest
   union all
   select 'a table of one row has it', null, null, o.name || ' is empty: install adds it'
-  from (values ('leader_state', (select count(*) from orchestrator.leader_state)),
-               ('stats_state', (select count(*) from orchestrator.stats_state))) o(name, n) where o.n = 0
+  from (values ('leader_state', exists (table orchestrator.leader_state)), ('stats_state', exists (table orchestrator.stats_state))) o(name, there)
+  where not o.there
   union all
   select 'the next time of a schedule is one of its fire times', null, null, format('schedule %s: %s', s.name, s.next_at)
   from orchestrator.schedules s
   where not s.paused and s.next_at is distinct from case
     when s.timezone in (select z.name from pg_timezone_names z)   -- else it pauses itself when it is due
-      then (select f.at from orchestrator.fire_times(s.cron, s.timezone, s.next_at - interval '1 second', 1) f(at)) else s.next_at end
-$$;
+      then (select f.at from orchestrator.fire_times(s.cron, s.timezone, s.next_at - interval '1 second', 1) f(at)) else s.next_at end;
 
--- Stable functions see the snapshot of the statement that calls them, so this is one snapshot.
 create or replace function orchestrator.audit() returns table (invariant text, task_id uuid, worker_id text, detail text)
 language sql stable as $$
   select orchestrator._broken_rule(t), t.id, t.worker_id, 'status ' || t.status
   from orchestrator._bare_tasks t where orchestrator._broken_rule(t) is not null
-  union all select a.* from orchestrator._audit_claims() a
-  union all select a.* from orchestrator._audit_history() a
-  union all select a.* from orchestrator._audit_waiting() a
-  union all select a.* from orchestrator._audit_house() a
+  union all table orchestrator._audit_claims
+  union all table orchestrator._audit_history
+  union all table orchestrator._audit_waiting
+  union all table orchestrator._audit_house
   order by 1, 2, 3
 $$;
 comment on function orchestrator.audit is
-  'One row for each violation of what must always hold; none on a healthy database. Reads tasks whole a few times: seconds for '
-  'millions of rows.';
+  'One row for each violation of what must always hold; none on a healthy database. Takes seconds for millions of tasks.';
 """,
 
 '83_wait.sql': r"""-- Waiting for the end of tasks, by looking at them again and again. Reads only: nothing else knows of it.
 
 create or replace function orchestrator.wait_tasks(p_ids uuid[], p_timeout interval default '30 seconds')
 returns table (id uuid, status text, result jsonb, error text) language plpgsql as $$
-#variable_conflict use_column
 declare
   v_until timestamptz := clock_timestamp() + least(p_timeout, interval '10 minutes');
   v_pause double precision := 0.01;
@@ -4012,11 +3931,10 @@ comment on function orchestrator.wait_tasks is
   'keeps a snapshot meanwhile: programs better call it with 0 now and again. Needs READ COMMITTED. Raises OR001.';
 """,
 
-'85_api.sql': r"""-- What the page shows, one function for each address of /api/: `select orchestrator.api_overview()` in psql is what the page
--- sees. Reads only. Each list walks an index, and not far: the cost doesn't depend on how many tasks there are. Payloads,
--- results and errors come with their secrets blanked. The page acts by cancel_task and the other functions of 70_operate.sql.
+'85_api.sql': r"""-- What the page shows, one function for each address of /api/. Reads only. Each list walks an index, and not far: the cost doesn't
+-- depend on how many tasks there are. Payloads, results and errors have their secrets blanked.
 
--- An age in seconds: a browser whose clock is wrong shows it correctly.
+-- In seconds, which a browser whose clock is wrong shows correctly.
 create or replace function orchestrator._age(p_at timestamptz) returns double precision
 language sql volatile parallel safe
 return case when p_at is not null then greatest(round(extract(epoch from clock_timestamp() - p_at), 3), 0)::double precision end;
@@ -4029,8 +3947,9 @@ language sql as $$
     from orchestrator.type_stats s full join orchestrator.task_types p on p.type = s.type
     where s.type is not null or orchestrator._prefix(p.type) is null order by 1 limit 1000)
   select coalesce(jsonb_agg(to_jsonb(t) order by t.others, t.type), '[]')
-  from (select y.type, y.others, coalesce(s.waiting, 0) as waiting, coalesce(s.parked, 0) as parked, coalesce(s.scheduled, 0) as scheduled, coalesce(s.in_flight, 0) as in_flight,
-          coalesce(s.dead_letters, 0) as dead_letters, coalesce(s.enqueued_total, 0) as enqueued_total, orchestrator._age(s.oldest_ready_at) as oldest_waiting,
+  from (select y.type, y.others, coalesce(s.waiting, 0) as waiting, coalesce(s.parked, 0) as parked, coalesce(s.scheduled, 0) as scheduled,
+          coalesce(s.in_flight, 0) as in_flight, coalesce(s.dead_letters, 0) as dead_letters, coalesce(s.enqueued_total, 0) as enqueued_total,
+          orchestrator._age(s.oldest_ready_at) as oldest_waiting,
           exists (select from orchestrator.task_types p where p.paused and not y.others and y.type like p.likes) as paused,
           case when not y.others then (select coalesce(sum(h.n), 0) from handled h where y.type like any (h.handles)) end as workers,
           r.per_second, r.enqueued_per_second, r.failure_share, r.median, r.p95
@@ -4044,7 +3963,8 @@ language sql as $$
   select coalesce(jsonb_agg(to_jsonb(x) - 'started_at' order by x.started_at, x.id), '[]')
   from (select w.started_at, w.id, w.hostname, w.version, w.pool_size, w.idle, orchestrator._age(w.started_at) as up, w.leader_term as term,
           orchestrator._age(w.last_heartbeat) as heartbeat, w.is_leader and w.leader_until > clock_timestamp() as leads,
-          coalesce(clock_timestamp() - w.last_heartbeat > (select l.leader_until - l.last_heartbeat from orchestrator.workers l where l.is_leader), false) as overdue,
+          coalesce(clock_timestamp() - w.last_heartbeat > (
+            select l.leader_until - l.last_heartbeat from orchestrator.workers l where l.is_leader), false) as overdue,
           w.declared_dead_at is not null as declared_dead, w.stopping_at is not null as stopping,
           (select coalesce(sum(c.open_tasks), 0) from orchestrator.claims c where c.worker_id = w.id) as in_flight,
           (select jsonb_agg(replace(replace(h, '\', ''), '%', '*') order by h) from unnest(w.handles) h) as handles
@@ -4053,26 +3973,24 @@ $$;
 
 -- Trouble first, then what fires next.
 create or replace function orchestrator._api_schedules() returns jsonb
-language sql set search_path = pg_catalog, pg_temp as $$
-  select coalesce(jsonb_agg(jsonb_build_object(
-    'name', s.name, 'cron', s.cron, 'timezone', s.timezone, 'type', s.type, 'paused', s.paused, 'error', orchestrator.redact_text(s.last_error),
-    'next_at', s.next_at, 'next_in', extract(epoch from s.next_at - clock_timestamp()), 'last', orchestrator._age(s.last_fire_at),
-    'task_id', s.last_task_id, 'state', orchestrator.redact_text(s.state))
-    order by s.last_error is null, s.paused, s.next_at, s.name), '[]')
-  from (select * from orchestrator.schedule_states s order by s.last_error is null, s.paused, s.next_at, s.name limit 100) s
+language sql as $$
+  select coalesce(jsonb_agg(to_jsonb(x) order by x.error is null, x.paused, x.next_at, x.name), '[]')
+  from (select s.name, s.cron, s.timezone, s.type, s.paused, orchestrator.redact_text(s.last_error) as error, s.next_at, s.last_task_id as task_id,
+          extract(epoch from s.next_at - clock_timestamp()) as next_in, orchestrator._age(s.last_fire_at) as last,
+          orchestrator.redact_text(s.state) as state
+        from orchestrator.schedule_states s order by s.last_error is null, s.paused, s.next_at, s.name limit 100) x
 $$;
 
 -- keys: the ten with the most in flight.
 create or replace function orchestrator._api_limits() returns jsonb
-language sql set search_path = pg_catalog, pg_temp as $$
-  select coalesce(jsonb_agg(jsonb_build_object(
-    'limit', l.type, 'max_running', l.max_running, 'max_per_key', l.max_per_key, 'rate', l.rate, 'per', extract(epoch from l.rate_per),
-    'in_flight', l.in_flight, 'parked', l.parked, 'started_lately', l.started_lately,
-    'next_start_in', case when l.next_start_at is not null then greatest(round(extract(epoch from l.next_start_at - clock_timestamp()), 3), 0) end,
-    'keys', (select coalesce(jsonb_agg(jsonb_build_array(k.key, k.n) order by k.n desc, k.key), '[]')
-             from (select c.key, sum(c.open_tasks) as n from orchestrator.claims c where c.limit_name = l.type and c.key is not null
-                   group by c.key order by n desc, c.key limit 10) k)) order by l.type), '[]')
-  from orchestrator.limits l
+language sql as $$
+  select coalesce(jsonb_agg(to_jsonb(x) order by x.limit), '[]')
+  from (select l.type as limit, l.max_running, l.max_per_key, l.rate, extract(epoch from l.rate_per) as per, l.in_flight, l.parked, l.started_lately,
+          case when l.next_start_at is not null then greatest(round(extract(epoch from l.next_start_at - clock_timestamp()), 3), 0) end as next_start_in,
+          (select coalesce(jsonb_agg(jsonb_build_array(k.key, k.n) order by k.n desc, k.key), '[]')
+           from (select c.key, sum(c.open_tasks) as n from orchestrator.claims c where c.limit_name = l.type and c.key is not null
+                 group by c.key order by n desc, c.key limit 10) k) as keys
+        from orchestrator.limits l) x
 $$;
 
 create or replace function orchestrator.api_overview() returns jsonb
@@ -4111,8 +4029,6 @@ language sql stable as $$
 $$;
 comment on function orchestrator.api_history is
   'p_minutes (1 to 120): the samples of all types together of that time, about every 10 seconds. Raises OR001.';
-
--- Lists -------------------------------------------------------------------------------------------------------------------
 
 create or replace function orchestrator.api_tasks(
   p_id text default null, p_type text default null, p_status text default null, p_before text default null, p_limit int default 50,
@@ -4162,22 +4078,21 @@ begin
 end $$;
 comment on function orchestrator.api_tasks is
   'Search by a filter (see bulk_tasks; p_id, p_type and p_status are parts of it); p_limit (1 to 200); p_before: next of the page before. '
-  'States with an index come in its order, all else the newest first; a type alone: in flight, ready, parked, scheduled, dead '
-  'letters, then what has ended. A page looks at 10,000 tasks or a few more, so one that is not full may have a next. looked: at how '
-  'many; back_to: how far back it got; cut: a state''s list ends at 100,000. Raises OR001.';
+  'States with an index come in its order, all else the newest first; a type alone: what is in flight, waits, is dead, has ended. A page '
+  'looks at some 10,000 tasks (looked), so one that is not full may have a next. back_to: how far back it got; cut: a state''s list ends '
+  'at 100,000. Raises OR001.';
 
 create or replace function orchestrator._task_summaries(p_ids uuid[]) returns jsonb
 language sql as $$
-  select coalesce(jsonb_agg(to_jsonb(x) || case when x.status in ('claimed', 'running') then
-    jsonb_build_object('age', orchestrator._age(coalesce(x.started_at, x.claimed_at)), 'progress', r.progress) else '{}' end order by u.place), '[]')
+  select coalesce(jsonb_agg(
+    to_jsonb(t) - '{idempotency_key,claim_id,updated_at,recoveries,parked_by,after,expires_at}'::text[] || jsonb_build_object(
+      'max_retries', coalesce(t.max_retries, (orchestrator._policy(t.type)).max_retries), 'payload', r.preview,
+      'last_error', left(orchestrator.redact_text(t.last_error), 500), 'due_in', round(extract(epoch from t.next_retry_at - clock_timestamp()), 3))
+    || case when t.status in ('claimed', 'running') then
+      jsonb_build_object('age', orchestrator._age(coalesce(t.started_at, t.claimed_at)), 'progress', r.progress) else '{}' end order by u.place), '[]')
   from unnest(p_ids) with ordinality u(id, place)
   cross join lateral (select * from orchestrator._bare_tasks b where b.id = u.id limit 1) t
   cross join lateral (select * from orchestrator._redacted_tasks b where b.id = u.id limit 1) r
-  cross join lateral (
-    select t.id, t.type, t.status, t.priority, t.attempts, coalesce(t.max_retries, (orchestrator._policy(t.type)).max_retries) as max_retries,
-      t.worker_id, t.created_at, t.queued_at, t.parked_at, t.concurrency_key, t.blocked_until, t.claimed_at, t.started_at, t.completed_at, t.dead_at, t.next_retry_at, t.cancel_requested_at,
-      left(orchestrator.redact_text(t.last_error), 500) as last_error, r.preview as payload,
-      round(extract(epoch from t.next_retry_at - clock_timestamp()), 3) as due_in) x
 $$;
 
 create or replace function orchestrator.api_failures(p_type text default null, p_limit int default 50) returns jsonb
@@ -4195,9 +4110,9 @@ comment on function orchestrator.api_failures is
 
 create or replace function orchestrator.api_operations(p_limit int default 50) returns jsonb
 language sql as $$
-  select jsonb_build_object('now', extract(epoch from clock_timestamp()), 'operations', coalesce(jsonb_agg(to_jsonb(o) order by o.id desc), '[]'))
-  from (select o.id, o.at, o.by, o.action, orchestrator.redact(o.filter) as filter, orchestrator.redact(o.value) as value, o.done, o.skipped, o.ended_at
-        from orchestrator.operations o order by o.id desc limit orchestrator._check_range('limit', p_limit, 1000)) o
+  select jsonb_build_object('now', extract(epoch from clock_timestamp()), 'operations', coalesce(jsonb_agg(to_jsonb(o) - 'next_after'
+    || jsonb_build_object('filter', orchestrator.redact(o.filter), 'value', orchestrator.redact(o.value)) order by o.id desc), '[]'))
+  from (select * from orchestrator.operations x order by x.id desc limit orchestrator._check_range('limit', p_limit, 1000)) o
 $$;
 comment on function orchestrator.api_operations is 'p_limit (1 to 1000): what operators did, the newest first. Raises OR001.';
 """,
@@ -4213,7 +4128,8 @@ declare
   f record;
 begin
   for f in
-    select p.oid::regprocedure as signature, p.provolatile <> 'i' and p.proname !~ '^(_(?!count_live).*|audit|metrics|api_overview)$' as hot
+    select p.oid::regprocedure as signature,
+           p.provolatile <> 'i' and p.proname !~ '^(_(?!(count_live|in_flight|older_claims)$).*|audit|metrics|api_overview)$' as hot
     from pg_proc p join pg_language l on l.oid = p.prolang
     where p.pronamespace = 'orchestrator'::regnamespace and (l.lanname = 'plpgsql' or p.prosqlbody is null and p.provolatile <> 'i')
   loop
@@ -4279,7 +4195,8 @@ begin
   end loop;
 
   select string_agg(quote_ident(a.attname), ', ') filter (where a.attname !~ '^(payload|result|progress|meta)$'),
-         string_agg(quote_ident(a.attname), ', ') filter (where a.attname !~ '^(id|type|payload|priority|idempotency_key|created_at|max_retries|concurrency_key|meta|after)$')
+         string_agg(quote_ident(a.attname), ', ') filter (
+           where a.attname !~ '^(id|type|payload|priority|idempotency_key|created_at|max_retries|concurrency_key|meta|after)$')
     into v_shown, v_changed
   from pg_attribute a where a.attrelid = 'orchestrator.tasks'::regclass and a.attnum > 0 and not a.attisdropped;
 

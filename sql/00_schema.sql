@@ -4,7 +4,7 @@
 --                         → fail_tasks → (retry_scheduled) promote_due → claim_tasks … or (dead_letter) retry_task
 --                         → release_tasks | snooze_task → claim_tasks …
 -- schedule → promote_due enqueues, at each fire time.
--- What is made again after a crash (claims, heartbeats, progress, floors, counts …) commits without waiting for the flush.
+-- What is made again after a crash (claims, heartbeats, floors, counts …) commits without waiting for the flush.
 -- Lock order everywhere: the leader's row in workers → other workers → claims (ascending id) → tasks → task_steps → lane_floors
 -- (35_floors.sql) → tasks that wait for those (45_after.sql).
 -- A schedule's row is locked before those of tasks; promote_due skips one that is locked.
@@ -19,10 +19,6 @@ begin
     exit when pg_try_advisory_xact_lock(hashtext('orchestrator.install'));
     perform pg_sleep(0.1);
   end loop;
-end $$;
-
-do $$
-begin
   if to_regnamespace('orchestrator') is null then   -- else somebody made it for a role that may not
     create schema orchestrator;
     comment on schema orchestrator is 'A durable task queue: its functions enqueue, claim, retry and recover tasks.';
@@ -54,7 +50,7 @@ begin
   raise exception '%: %', p_field, p_problem using errcode = 'OR001', column = p_field, hint = p_hint;
 end $$;
 
--- Functions without a search_path can be inlined: a standard body (return, begin atomic) is bound when it is created.
+-- A function without a search_path can be inlined: a standard body (return, begin atomic) is bound when it is created.
 create or replace function orchestrator.longest_delay() returns interval
 language sql immutable parallel safe return interval '3650 days';
 comment on function orchestrator.longest_delay is 'The longest delay, snooze or wait for a retry: 3650 days.';
@@ -77,7 +73,7 @@ begin
   end if;
 end $do$;
 
--- n of them, ascending: the last 48 bits of one count up from one in the third quarter (RFC 9562, 6.2, method 2).
+-- n of them, ascending: the last 48 bits count up from the third quarter (RFC 9562, 6.2, method 2).
 create or replace function orchestrator._uuidv7s(p_n int) returns uuid[]
 language sql volatile parallel safe begin atomic
   select array(select (u.head || to_hex(u.tail + o))::uuid from generate_series(0, p_n - 1) o)
@@ -88,7 +84,8 @@ end;
 -- The smallest UUIDv7 of a moment.
 create or replace function orchestrator._uuid_at(p_at timestamptz) returns uuid
 language sql immutable parallel safe
-return (lpad(to_hex(least(greatest(floor(extract(epoch from p_at) * 1000), 0), 281474976710655)::bigint), 12, '0') || '70008000000000000000')::uuid;
+return (lpad(to_hex(least(greatest(floor(extract(epoch from p_at) * 1000), 0), 281474976710655)::bigint), 12, '0')
+        || '70008000000000000000')::uuid;
 
 -- The prefix `a:` of the pattern `a:` or `a:*`; null of a type. Only this function knows what a pattern is.
 create or replace function orchestrator._prefix(p_pattern text) returns text
@@ -96,7 +93,7 @@ language sql immutable parallel safe return case when right(p_pattern, 1) in ('*
 
 create or replace function orchestrator._like(p_pattern text) returns text
 language sql immutable parallel safe
-return replace(replace(replace(coalesce(orchestrator._prefix(p_pattern), p_pattern), E'\\', E'\\\\'), '%', E'\\%'), '_', E'\\_')
+return regexp_replace(coalesce(orchestrator._prefix(p_pattern), p_pattern), '([\\%_])', '\\\1', 'g')
        || case when orchestrator._prefix(p_pattern) is not null then '%' else '' end;
 
 -- The application_name of a worker's heartbeat connection.

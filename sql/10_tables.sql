@@ -1,7 +1,7 @@
--- Tables and indexes. The rule that makes it fast: no index on tasks may mention status, started_at, completed_at,
--- updated_at, worker_id, result, progress or last_error (keys, INCLUDE or WHERE), or completing a task would no longer be a
--- heap-only update. So partial indexes are on queued_at, next_retry_at and dead_at, each set only while the task waits for that.
--- Types are collated "C": the types under a prefix are then one range of the ready index.
+-- Tables and indexes. No index on tasks may mention status, started_at, completed_at, updated_at, worker_id, result, progress or
+-- last_error (keys, INCLUDE or WHERE), or completing a task would no longer be a heap-only update. So partial indexes are on
+-- queued_at, next_retry_at and dead_at, each set only while the task waits for that.
+-- Types are collated "C": those under a prefix are one range of the ready index.
 
 create table if not exists orchestrator.tasks (
   id                  uuid default orchestrator._uuidv7(),
@@ -44,27 +44,6 @@ create table if not exists orchestrator.tasks (
     and num_nonnulls(queued_at, next_retry_at, parked_at, completed_at, dead_at) <= 1 and octet_length(type) <= 255)
 ) with (fillfactor = 32);   -- completions stay heap-only even while several workers' claims keep old versions (at 40, half did not)
 comment on table orchestrator.tasks is 'One row for each task, waiting, in flight or ended. Written by the functions of this schema only.';
-comment on column orchestrator.tasks.id is 'A UUIDv7: ordered by creation.';
-comment on column orchestrator.tasks.type is 'Which handler runs it, such as task:backup; 1 to 255 bytes.';
-comment on column orchestrator.tasks.payload is 'The handler''s input, at most 256 KiB of JSON.';
-comment on column orchestrator.tasks.priority is 'Higher is claimed first.';
-comment on column orchestrator.tasks.idempotency_key is 'Unique within its type while the row is kept.';
-comment on column orchestrator.tasks.worker_id is 'The worker that has it, or had it when it ended; null while waiting.';
-comment on column orchestrator.tasks.claim_id is 'The claim that has it, which each outcome must name.';
-comment on column orchestrator.tasks.queued_at is 'Its place in its lane (type, priority), oldest first; set while it is ready.';
-comment on column orchestrator.tasks.attempts is 'Attempts started. One that fails and is above max_retries makes a dead letter.';
-comment on column orchestrator.tasks.max_retries is 'Retries after the first attempt, 0 to 1000; null: as task_types says.';
-comment on column orchestrator.tasks.next_retry_at is 'When a delayed, snoozed or failed task becomes ready; of a blocked one, when to look at its parents again.';
-comment on column orchestrator.tasks.cancel_requested_at is 'When a task in flight was asked to stop.';
-comment on column orchestrator.tasks.recoveries is 'How often it was taken from a dead worker; from then on it is marked running first.';
-comment on column orchestrator.tasks.result is 'What the handler returned.';
-comment on column orchestrator.tasks.progress is 'The progress that the handler reported last.';
-comment on column orchestrator.tasks.concurrency_key is 'Whose turn it takes under a limit for each key (limit_type), such as a tenant; 1 to 255 bytes.';
-comment on column orchestrator.tasks.parked_at is 'Its place in its lane (as queued_at), kept while as many tasks of its key are in flight as the limit parked_by allows.';
-comment on column orchestrator.tasks.after is 'The tasks that it was enqueued to wait for.';
-comment on column orchestrator.tasks.blocked_until is 'Set while it waits for other tasks (task_waits): it becomes ready then at the earliest.';
-comment on column orchestrator.tasks.expires_at is 'If it has not been claimed by then, it never is.';
-comment on column orchestrator.tasks.meta is 'What producers note beside the payload, such as a trace context: at most 8 KiB, shown as it is, so no secrets.';
 
 create table if not exists orchestrator.claims (
   id          bigint primary key,
@@ -76,8 +55,8 @@ create table if not exists orchestrator.claims (
   constraint open_tasks_is_positive check (open_tasks > 0)
 ) with (fillfactor = 50);
 comment on table orchestrator.claims is
-  'A batch of tasks that a worker holds: the fence (its id), the in-flight index (joined with tasks.claim_id) and the lease that '
-  'recovery walks. open_tasks of them are claimed or running; the row goes with the last.';
+  'A batch of tasks that a worker holds: fence (its id), index of what is in flight (by tasks.claim_id) and lease, which recovery '
+  'walks. open_tasks of them are claimed or running; the row goes with the last.';
 
 create table if not exists orchestrator.workers (
   id               text primary key,   -- hostname:pid:random, new at every start and after being declared dead
@@ -87,7 +66,7 @@ create table if not exists orchestrator.workers (
   pool_size        int not null,
   version          text not null,
   handles          text[] not null default '{}',     -- types and patterns, as LIKE patterns
-  idle             boolean not null default false,   -- only then does enqueue notify, which serialises commits
+  idle             boolean not null default false,   -- else enqueue doesn't notify, which serialises commits
   is_leader        boolean not null default false,
   leader_until     timestamptz,
   leader_term      bigint,        -- rises at each election; every function of the leader names it
@@ -112,8 +91,8 @@ create table if not exists orchestrator.task_types (
   updated_at  timestamptz not null default clock_timestamp()
 );
 comment on table orchestrator.task_types is
-  'The retry policy of a type or pattern, written when a worker registers its handlers (recovery needs it where the leader has '
-  'no handler), and whether it is paused.';
+  'Whether a type or pattern is paused, and its retry policy, as workers register it: recovery needs it where the leader has no '
+  'handler.';
 
 create table if not exists orchestrator.task_events (
   id        bigint generated always as identity primary key,
@@ -126,8 +105,7 @@ create table if not exists orchestrator.task_events (
 );
 comment on table orchestrator.task_events is
   'What happened to a task apart from success: failed, retry_scheduled, dead_letter, released, recovered, snoozed, '
-  'cancel_requested, cancelled, retried, signalled, run_now, prioritized, result_lost, key_passed_on. The newest 100 of each task are '
-  'kept as long as it.';
+  'cancel_requested, cancelled, retried, signalled, run_now, prioritized, result_lost, key_passed_on. Each task keeps the newest 100.';
 
 create table if not exists orchestrator.lanes (
   type     text collate "C" not null,
@@ -135,8 +113,8 @@ create table if not exists orchestrator.lanes (
   noted_at timestamptz not null default clock_timestamp()
 );
 comment on table orchestrator.lanes is
-  'The lanes (type, priority) that many ready tasks were taken from lately: only their floors may have to rise. Without a unique '
-  'key, so that noting a lane never waits.';
+  'The lanes (type, priority) that many ready tasks were taken from lately: only their floors may have to rise. No unique key, so '
+  'that noting a lane never waits.';
 
 create table if not exists orchestrator.lane_floors (
   type       text collate "C" not null,
@@ -145,8 +123,7 @@ create table if not exists orchestrator.lane_floors (
   floor      timestamptz not null
 );
 comment on table orchestrator.lane_floors is
-  'The queued_at below which a lane has nothing ready: the lowest floor of its newest generation. A claim starts there instead of '
-  'walking the dead index entries that an old snapshot keeps.';
+  'The queued_at below which a lane has nothing ready, where claims start: the lowest floor of its newest generation.';
 
 create table if not exists orchestrator.leader_state (
   one             boolean primary key default true check (one),
@@ -159,8 +136,9 @@ create table if not exists orchestrator.leader_state (
   sampled_type    text collate "C"
 );
 comment on table orchestrator.leader_state is
-  'The leader''s notes, one row: how far floors may rise, when to drop some, where pruning and the rescan stopped, and a type '
-  'taken by chance from those that are ready.';
+  'The leader''s notes, one row: how far floors may rise, when to drop some, where pruning and the rescan stopped, and a ready type '
+  'taken by chance.';
+
 create table if not exists orchestrator.type_limits (
   type        text collate "C" primary key,
   likes       text collate "C" generated always as (orchestrator._like(type)) stored,
@@ -173,24 +151,22 @@ create table if not exists orchestrator.type_limits (
   constraint a_rate_has_its_time check ((rate is null) = (rate_per is null))
 );
 comment on table orchestrator.type_limits is
-  'The limits of types and patterns, written by limit_type. A type is under its own, else that of the longest pattern. Claims lock '
-  'the row. All null: removed, and the next claim deletes it when nothing is parked under it.';
-comment on column orchestrator.type_limits.since is
-  'Claims with a smaller id may hold tasks under this limit without its name or their key; null until the first claim after a change.';
+  'The limits of types and patterns. A type is under its own, else that of the longest pattern. Claims lock the row. All null: '
+  'removed; a claim deletes it when nothing is parked under it.';
 
 create table if not exists orchestrator.starts (
   limit_name text collate "C" not null,
   at         timestamptz not null,
   n          int not null
 );
-comment on table orchestrator.starts is 'How many tasks were claimed when under a limit that has a rate, as far back as it reaches.';
+comment on table orchestrator.starts is 'How many tasks were claimed when under a limit with a rate, as far back as that reaches.';
 
 create table if not exists orchestrator.freed_keys (
   limit_name text collate "C" not null,
   key        text collate "C"
 );
 comment on table orchestrator.freed_keys is
-  'Notes for the next claim: of these keys (null: all) of a limit, parked tasks may go on. While a key has room and parked tasks, there is one.';
+  'Notes for the next claim: of these keys (null: all) of a limit, parked tasks may go on. Each key with room and parked tasks has one.';
 
 create table if not exists orchestrator.task_waits (
   parent     uuid not null,
@@ -198,8 +174,7 @@ create table if not exists orchestrator.task_waits (
   on_failure text not null,
   primary key (parent, child)
 );
-comment on table orchestrator.task_waits is 'What blocked tasks (child) still wait for. Empty where nothing waits, so others pay for one look.';
-comment on column orchestrator.task_waits.on_failure is 'What a parent that does not complete means for the child: see enqueue.';
+comment on table orchestrator.task_waits is 'What blocked tasks (child) still wait for. While it is empty, others pay for one look.';
 
 -- not an index on tasks, which would cost each enqueue 1%
 create table if not exists orchestrator.expiries (
@@ -207,7 +182,68 @@ create table if not exists orchestrator.expiries (
   task_id uuid not null,
   primary key (at, task_id)
 );
-comment on table orchestrator.expiries is 'When to look whether a task has expired; kept until then, whatever becomes of the task.';
+comment on table orchestrator.expiries is 'When to look whether a task has expired, whatever becomes of it until then.';
+
+create table if not exists orchestrator.schedules (
+  name         text primary key,
+  cron         text not null,
+  timezone     text not null,
+  type         text not null,
+  payload      jsonb not null,
+  priority     int not null,
+  max_retries  int,
+  missed       text not null,
+  overlap      boolean not null,
+  paused       boolean not null default false,
+  next_at      timestamptz not null,
+  active_since timestamptz not null default clock_timestamp(),
+  last_fire_at timestamptz,
+  last_task_id uuid,
+  last_error   text,
+  updated_at   timestamptz not null default clock_timestamp(),
+  constraint missed_is_one_all_or_none check (missed in ('one', 'all', 'none')),
+  constraint a_failed_schedule_is_paused check (last_error is null or paused)
+) with (fillfactor = 50);
+comment on table orchestrator.schedules is 'One row for each recurring task.';
+
+do $do$
+declare
+  r record;
+begin
+  for r in
+    select * from (values
+      ('tasks.id', 'A UUIDv7: ordered by creation.'),
+      ('tasks.type', 'Which handler runs it, such as task:backup; 1 to 255 bytes.'),
+      ('tasks.payload', 'The handler''s input, at most 256 KiB.'),
+      ('tasks.priority', 'Higher is claimed first.'),
+      ('tasks.idempotency_key', 'Unique within its type while the row is kept.'),
+      ('tasks.worker_id', 'The worker that has it, or had it when it ended; null while waiting.'),
+      ('tasks.claim_id', 'The claim that has it, which each outcome must name.'),
+      ('tasks.queued_at', 'Its place in its lane (type, priority), oldest first; set while it is ready.'),
+      ('tasks.attempts', 'Attempts started. One that fails and is above max_retries makes a dead letter.'),
+      ('tasks.max_retries', 'Retries after the first attempt, 0 to 1000; null: as task_types says.'),
+      ('tasks.next_retry_at', 'When a delayed, snoozed or failed task becomes ready; of a blocked one, when to look at its parents again.'),
+      ('tasks.cancel_requested_at', 'When a task in flight was asked to stop.'),
+      ('tasks.recoveries', 'How often it was taken from a dead worker; then it is marked running first.'),
+      ('tasks.result', 'What the handler returned.'),
+      ('tasks.progress', 'What the handler reported last.'),
+      ('tasks.concurrency_key', 'Whose turn it takes under a limit for each key, such as a tenant; 1 to 255 bytes.'),
+      ('tasks.parked_at', 'Its queued_at, while as many tasks of its key are in flight as the limit parked_by allows.'),
+      ('tasks.after', 'The tasks that it was enqueued to wait for.'),
+      ('tasks.blocked_until', 'Set while it waits for other tasks: it becomes ready then at the earliest.'),
+      ('tasks.expires_at', 'If it has not been claimed by then, it never is.'),
+      ('tasks.meta', 'Beside the payload, such as a trace context: at most 8 KiB, shown as it is, so no secrets.'),
+      ('schedules.name', '1 to 200 bytes; part of the idempotency key of its tasks.'),
+      ('schedules.next_at', 'The earliest fire time that has not been dealt with.'),
+      ('schedules.active_since', 'Its fire times count from here: when it was created, got another cron or time zone, or was resumed.'),
+      ('schedules.last_fire_at', 'The fire time of last_task_id, or when fire_schedule created that.'),
+      ('schedules.last_error', 'Why it could not fire and was paused.'),
+      ('type_limits.since', 'Claims with a smaller id may hold its tasks without its name or their key; null until the first claim after a change.'),
+      ('task_waits.on_failure', 'What a parent that does not complete means for the child: see enqueue.')) c(name, meaning)
+  loop
+    execute format('comment on column orchestrator.%s is %L', r.name, r.meaning);
+  end loop;
+end $do$;
 
 -- Not "if not exists", which waits for all writers, and keeps them out, also where the index is there.
 do $$
@@ -224,6 +260,7 @@ begin
       ('index', 'tasks_cancelling', 'tasks (cancel_requested_at) where cancel_requested_at is not null'),
       ('index', 'tasks_parked', 'tasks (parked_by, concurrency_key, type, priority desc, parked_at) where parked_at is not null'),
       ('unique index', 'tasks_idempotency', 'tasks (type, idempotency_key) where idempotency_key is not null'),
+      ('index', 'schedules_due', 'schedules (next_at) where not paused'),
       ('index', 'claims_worker', 'claims (worker_id)'),
       ('index', 'claims_limit', 'claims (limit_name, key) where limit_name is not null'),
       ('index', 'starts_newest', 'starts (limit_name, at)'),
@@ -243,12 +280,3 @@ end $$;
 
 -- not "on conflict", which waits for a leader that updates the row, and may itself wait for this installation
 insert into orchestrator.leader_state (one) select true where not exists (select from orchestrator.leader_state);
-
--- A restore of data alone leaves sequences behind.
-select setval('orchestrator.payload_doublings', 4)   -- 256 KiB: nobody has weighed what was restored
-where (select max(id) from orchestrator.task_events) > coalesce(pg_sequence_last_value('orchestrator.task_events_id_seq'), 0)
-   or (select max(leader_term) from orchestrator.workers) > coalesce(pg_sequence_last_value('orchestrator.leader_terms'), 0);
-select setval('orchestrator.task_events_id_seq', m.id) from (select max(id) as id from orchestrator.task_events) m
-where m.id > coalesce(pg_sequence_last_value('orchestrator.task_events_id_seq'), 0);
-select setval('orchestrator.leader_terms', m.term) from (select max(leader_term) as term from orchestrator.workers) m
-where m.term > coalesce(pg_sequence_last_value('orchestrator.leader_terms'), 0);

@@ -1,5 +1,5 @@
--- Enqueuing. Writes tasks, task_waits for those that wait for others, expiries for those that expire. Locks nothing but the rows that it inserts; a repeated idempotency key waits for the
--- transaction that inserted it first.
+-- Enqueuing. Writes tasks, task_waits for those that wait for others, expiries for those that expire. Locks only what it inserts; a
+-- repeated idempotency key waits for the transaction that inserted it first.
 
 -- Never echoes a payload.
 create or replace function orchestrator._check_task(p_type text, p_priority int, p_key text, p_max_retries int, p_run_at timestamptz)
@@ -18,13 +18,15 @@ begin
   end if;
 end $$;
 
-create or replace function orchestrator._check_extras(p_concurrency_key text, p_run_at timestamptz, p_expires_at timestamptz, p_on_failure text, p_meta jsonb)
+create or replace function orchestrator._check_extras(
+  p_concurrency_key text, p_run_at timestamptz, p_expires_at timestamptz, p_on_failure text, p_meta jsonb)
 returns void language plpgsql stable as $$
 begin
   if octet_length(p_concurrency_key) not between 1 and 255 then
     perform orchestrator._invalid('concurrency_key', 'must be 1 to 255 bytes', 'Leave it out, or hash a longer key.');
   elsif (p_expires_at > greatest(clock_timestamp(), p_run_at) and p_expires_at < clock_timestamp() + orchestrator.longest_delay()) is false then
-    perform orchestrator._invalid('expires_at', 'must be a moment to come, after run_at, within the next 3650 days', 'Leave it out if it may start at any time.');
+    perform orchestrator._invalid('expires_at', 'must be a moment to come, after run_at, within the next 3650 days',
+                                  'Leave it out if it may start at any time.');
   elsif (p_on_failure in ('wait', 'cancel', 'run')) is not true then
     perform orchestrator._invalid('on_failure', 'must be wait, cancel or run', 'What becomes of it if a task that it waits for does not complete.');
   elsif jsonb_typeof(p_meta) <> 'object' or octet_length(p_meta::text) > 8192 then
@@ -32,13 +34,13 @@ begin
   end if;
 end $$;
 
--- The bytes, as text, that no payload is above, so that claims are bounded without weighing: 16 to 256 KiB. It never falls.
+-- The bytes that no payload is above as text, so that claims are bounded without weighing: 16 to 256 KiB. It never falls.
 create or replace function orchestrator._largest_payload() returns int
 language sql
 return 16384 << least(coalesce(pg_sequence_last_value('orchestrator.payload_doublings'), 0), 4)::int;
 
--- Why a payload is refused, by the size of its text: a stored jsonb may be compressed, and 1e100000 takes ten bytes, but an honest
--- 1e-308 takes 27 times its bytes as text.
+-- Why a payload is refused, by its text: a stored jsonb may be compressed, and 1e100000 takes ten bytes, but an honest 1e-308 takes
+-- 27 times its bytes as text.
 create or replace function orchestrator._large_payload_problem(p_payload jsonb) returns text
 language plpgsql as $$
 declare
@@ -118,10 +120,9 @@ end $$;
 comment on function orchestrator.enqueue is
   'Adds a task in the caller''s transaction and returns its id. A repeated (type, idempotency_key) returns the id of the first '
   'task and changes nothing. p_max_retries null: the policy of the type. p_run_at: not before that moment. p_concurrency_key: see '
-  'limit_type. p_expires_at: if it has not been claimed by then, it is cancelled. p_after: it waits until these tasks have completed; '
-  'if one becomes a dead letter, p_on_failure says what then: wait (until it is retried and completes), cancel, or run; if one is '
-  'cancelled or deleted, it is cancelled with it, or runs. p_meta: a JSON object of at most 8 KiB beside the payload, never '
-  'redacted. Raises OR001.';
+  'limit_type. p_expires_at: cancelled if not claimed by then. p_after: it waits until these tasks have completed; p_on_failure: what '
+  'then if one becomes a dead letter: wait (until it is retried and completes), cancel, or run; if one is cancelled or deleted, so is '
+  'it, or it runs. p_meta: a JSON object of at most 8 KiB beside the payload, never redacted. Raises OR001.';
 
 create or replace function orchestrator._check_many(p_payloads jsonb[], p_idempotency_keys text[], p_concurrency_keys text[]) returns void
 language plpgsql as $$
@@ -150,7 +151,6 @@ create or replace function orchestrator.enqueue_many(
   p_max_retries int default null, p_run_at timestamptz default null, p_concurrency_keys text[] default null,
   p_expires_at timestamptz default null, p_after uuid[] default null, p_on_failure text default 'wait', p_meta jsonb default null)
 returns table (ordinal int, id uuid, created boolean) language plpgsql as $$
-#variable_conflict use_column
 declare
   v_n int := coalesce(cardinality(p_payloads), 0);
   v_later timestamptz := case when p_run_at > clock_timestamp() then p_run_at end;
@@ -205,48 +205,42 @@ begin
   return query select u.o::int, u.id, u.id = u.own from unnest(v_found, v_ids) with ordinality u(id, own, o);
 end $$;
 comment on function orchestrator.enqueue_many is
-  'Adds a task for each payload and returns (ordinal from 1, id, created). created is false where the idempotency key was known, '
-  'in the table or earlier in the array. All but payloads and keys is the same for all, as enqueue has it. Raises OR001, and then adds none.';
+  'Adds a task for each payload and returns (ordinal from 1, id, created). created is false where the idempotency key was known, in the '
+  'table or earlier in the array. The rest is as enqueue has it, the same for all. Raises OR001, and then adds none.';
 
-create or replace function orchestrator._read_line(
-  p_line text, p_defaults jsonb, out problem text, out type text, out payload jsonb, out priority int, out idempotency_key text,
-  out max_retries int, out run_at timestamptz, out concurrency_key text, out expires_at timestamptz, out after uuid[], out on_failure text,
-  out meta jsonb)
+-- A line as the arguments of enqueue, over the defaults, or what is wrong with it.
+create or replace function orchestrator._read_line(p_line text, p_defaults jsonb, out problem text, out task jsonb)
 language plpgsql stable as $$
-#variable_conflict use_column
 declare
-  v jsonb;
   v_reading text := 'is not JSON';
 begin
-  v := p_line::jsonb;
-  if jsonb_typeof(v) <> 'object' then
+  task := p_line::jsonb;
+  if jsonb_typeof(task) <> 'object' then
     problem := 'must be an object such as {"type": "task:backup", "payload": {}}';
     return;
   end if;
-  v := p_defaults || (select coalesce(jsonb_object_agg(e.key, e.value), '{}') from jsonb_each(v) e where e.value <> 'null');
-  select left(e.key, 50) || ': ' || coalesce(f.rule, 'there is no such field; there are type, payload, priority, idempotency_key, max_retries, run_at, concurrency_key, expires_at, after, on_failure, meta')
+  task := '{"priority": 0, "on_failure": "wait"}' || p_defaults || (
+    select coalesce(jsonb_object_agg(e.key, e.value), '{}') from jsonb_each(task) e where e.value <> 'null');
+  select left(e.key, 50) || ': ' || coalesce(f.rule, 'there is no such field; there are type, payload, priority, idempotency_key, '
+    'max_retries, run_at, concurrency_key, expires_at, after, on_failure, meta')
   into problem
-  from jsonb_each(v) e left join (values
-    ('type', '^"', 'must be a string'), ('payload', '', ''), ('meta', '', ''), ('concurrency_key', '^"', 'must be a string'), ('on_failure', '^"', 'must be a string'),
-    ('after', '^\[("[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"(, )?)+\]$', 'must be a list of ids of tasks'), ('priority', '^-?[0-9]{1,9}$', 'must be a whole number'),
-    ('idempotency_key', '^"', 'must be a string'), ('max_retries', '^-?[0-9]{1,9}$', 'must be a whole number'),
+  from jsonb_each(task) e left join (values
+    ('payload|meta', '', ''), ('type|idempotency_key|concurrency_key|on_failure', '^"', 'must be a string'),
+    ('priority|max_retries', '^-?[0-9]{1,9}$', 'must be a whole number'),
+    ('after', '^\[("[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"(, )?)+\]$', 'must be a list of ids of tasks'),
     ('(run|expires)_at', '^"\d{4}-\d\d-\d\d[T ][\d:.]+(Z|[+-][\d:]+)"$', 'must be a moment such as 2030-01-31T12:00:00+00:00')) f(field, form, rule)
     on e.key ~ ('^(' || f.field || ')$')
   where f.field is null or e.value::text !~ f.form limit 1;
   if problem is not null then return; end if;
-  v_reading := 'run_at';
-  run_at := (v ->> 'run_at')::timestamptz;
-  v_reading := 'expires_at';
-  expires_at := (v ->> 'expires_at')::timestamptz;
-  type := v ->> 'type'; payload := v -> 'payload'; idempotency_key := v ->> 'idempotency_key';
-  priority := coalesce((v ->> 'priority')::int, 0); max_retries := (v ->> 'max_retries')::int;
-  concurrency_key := v ->> 'concurrency_key'; meta := v -> 'meta';
-  on_failure := coalesce(v ->> 'on_failure', 'wait');
-  after := (select array_agg(a::uuid) from jsonb_array_elements_text(v -> 'after') a);
-  perform orchestrator._check_task(type, priority, idempotency_key, max_retries, run_at);
-  perform orchestrator._check_extras(concurrency_key, run_at, expires_at, on_failure, meta);
-  perform orchestrator._check_parents(after, on_failure);
-  problem := 'payload: ' || orchestrator._payload_problem(payload);
+  foreach v_reading in array '{run_at,expires_at}'::text[] loop
+    perform (task ->> v_reading)::timestamptz;
+  end loop;
+  perform orchestrator._check_task(t.type, t.priority, t.idempotency_key, t.max_retries, t.run_at),
+          orchestrator._check_extras(t.concurrency_key, t.run_at, t.expires_at, t.on_failure, t.meta),
+          orchestrator._check_parents(t.after, t.on_failure)
+  from jsonb_to_record(task) t(type text, priority int, idempotency_key text, max_retries int, run_at timestamptz, concurrency_key text,
+                               expires_at timestamptz, after uuid[], on_failure text, meta jsonb);
+  problem := 'payload: ' || orchestrator._payload_problem(task -> 'payload');
 exception when others then   -- whatever a line holds, the others are read
   problem := case when sqlstate = 'OR001' then sqlerrm else v_reading || ': ' || sqlerrm end;
 end $$;
@@ -254,34 +248,37 @@ end $$;
 -- Lines that agree in all but payload and keys go in together.
 create or replace function orchestrator.enqueue_lines(p_lines text[], p_defaults jsonb default '{}', p_stop boolean default false)
 returns table (line int, id uuid, created boolean, problem text) language plpgsql as $$
-#variable_conflict use_column
 declare
+  v_own text[] := '{payload,idempotency_key,concurrency_key}'::text[];   -- of each line
   g record;
 begin
   for g in
     with read as materialized (
       select l.n, r.* from unnest(p_lines) with ordinality l(line, n)
-      cross join lateral orchestrator._read_line(l.line, p_defaults) r where l.line ~ '[^[:space:]]')
-    select r.problem, r.type, r.priority, r.max_retries, r.run_at, r.expires_at, r.after, r.on_failure, r.meta, array_agg(r.n order by r.n) as lines,
-           array_agg(r.payload order by r.n) as payloads,
-           case when count(r.idempotency_key) > 0 then array_agg(r.idempotency_key order by r.n) end as keys,
-           case when count(r.concurrency_key) > 0 then array_agg(r.concurrency_key order by r.n) end as turns
-    from read r
-    where not p_stop or r.n <= coalesce((select min(b.n) from read b where b.problem is not null), r.n)
-    group by r.problem, r.type, r.priority, r.max_retries, r.run_at, r.expires_at, r.after, r.on_failure, r.meta, case when r.problem is not null then r.n end
-    order by min(r.n)
+      cross join lateral orchestrator._read_line(l.line, p_defaults) r where l.line ~ '[^[:space:]]'),
+    alike as (
+      select r.problem, r.task - v_own as common, array_agg(r.n order by r.n) as lines, array_agg(r.task -> 'payload' order by r.n) as payloads,
+             case when bool_or(r.task ? 'idempotency_key') then array_agg(r.task ->> 'idempotency_key' order by r.n) end as keys,
+             case when bool_or(r.task ? 'concurrency_key') then array_agg(r.task ->> 'concurrency_key' order by r.n) end as turns
+      from read r
+      where not p_stop or r.n <= coalesce((select min(b.n) from read b where b.problem is not null), r.n)
+      group by r.problem, common, case when r.problem is not null then r.n end)
+    select a.*, t.* from alike a
+    cross join lateral jsonb_to_record(case when a.problem is null then a.common else '{}' end) t(
+      type text, priority int, max_retries int, run_at timestamptz, expires_at timestamptz, after uuid[], on_failure text, meta jsonb)
+    order by a.lines[1]
   loop
     if g.problem is not null then
       return query select g.lines[1]::int, null::uuid, null::boolean, g.problem;
     else
       return query
         select g.lines[m.ordinal]::int, m.id, m.created, null::text
-        from orchestrator.enqueue_many(g.type, g.payloads, g.priority, g.keys, g.max_retries, g.run_at, g.turns, g.expires_at,
-                                         g.after, g.on_failure, g.meta) m;
+        from orchestrator.enqueue_many(g.type, g.payloads, g.priority, g.keys, g.max_retries, g.run_at, g.turns,
+                                       g.expires_at, g.after, g.on_failure, g.meta) m;
     end if;
   end loop;
 end $$;
 comment on function orchestrator.enqueue_lines is
-  'Enqueues lines of JSON {type, payload, priority, idempotency_key, max_retries, run_at, concurrency_key, expires_at, after, on_failure, meta}; p_defaults: for fields that a line leaves '
-  'out. Returns for each line but blank ones its number from 1 and its id and whether it was created, or the problem. p_stop: the '
-  'first problem ends it, and nothing behind that line is enqueued.';
+  'Enqueues lines of JSON {type, payload, …}, with the arguments of enqueue; p_defaults: for those that a line leaves out. Returns for '
+  'each line but blank ones its number from 1 and its id and whether it was created, or the problem. p_stop: nothing behind the first '
+  'problem is enqueued.';

@@ -1,4 +1,4 @@
--- Cron expressions: fire_times says when one fires, in the database's own time zones. Reads and writes no table, locks nothing.
+-- Cron expressions: when they fire, in the database's own time zones. Reads and writes no table, locks nothing.
 
 -- One field as the numbers it stands for.
 create or replace function orchestrator._cron_field(p_field text, p_text text, p_low int, p_high int, p_names text[] default '{}')
@@ -26,8 +26,8 @@ begin
   return v_numbers;
 end $$;
 
--- every: the seconds of @every, and then the rest is null. every_hour: the hour field starts with *, so real time goes on when the
--- clock changes. either_day: day and weekday are both restricted, so one of them is enough.
+-- every: the seconds of @every; then the rest is null. every_hour: it starts with *, so real time goes on when the clock changes.
+-- either_day: day and weekday are both restricted, so one of them is enough.
 create or replace function orchestrator._parse_cron(
   p_cron text, out every bigint, out minutes int[], out hours int[], out days int[], out months int[], out weekdays int[],
   out every_hour boolean, out either_day boolean)
@@ -68,8 +68,8 @@ begin
   either_day := left(f[3], 1) <> '*' and left(f[5], 1) <> '*';
 end $$;
 
--- The fire times in (p_after, p_until], in no particular order. The clock changes at most once in three days, so a local time is
--- one of two moments at most. A fixed hour is the first of them; where the clock jumps over it, as much later as it jumps.
+-- The fire times in (p_after, p_until], in any order. The clock changes at most once in three days, so a local time is one of two
+-- moments at most. A fixed hour is the first of them; where the clock jumps over it, as much later as it jumps.
 create or replace function orchestrator._fire_times_between(p_cron text, p_timezone text, p_after timestamptz, p_until timestamptz)
 returns setof timestamptz language plpgsql stable as $$
 declare
@@ -109,8 +109,8 @@ begin
         case when not c.every_hour then array[l.at - o.before] end)
       end) t(at)
     where extract(month from d.day)::int = any (c.months)
-      and case when c.either_day then extract(day from d.day)::int = any (c.days) or extract(dow from d.day)::int = any (c.weekdays)
-               else extract(day from d.day)::int = any (c.days) and extract(dow from d.day)::int = any (c.weekdays) end
+      and (extract(day from d.day)::int = any (c.days))::int + (extract(dow from d.day)::int = any (c.weekdays))::int
+          >= case when c.either_day then 1 else 2 end
       and t.at > v_after and t.at <= v_until;
 end $$;
 
@@ -145,8 +145,8 @@ end $$;
 comment on function orchestrator.fire_times is
   'The next p_n times of a cron expression after p_after, up to p_until. Minute hour day month weekday, each *, a number, a name, a '
   'range, with or without /step, or a list of these; @hourly, @daily, @weekly, @monthly, @yearly; or @every INTERVAL, in whole '
-  'seconds counted from 1970. If day and weekday are both restricted, either is enough. Where the clock jumps over a fixed hour, it '
-  'fires as much later; where the hour comes twice, at the first. Hours * and */n follow real time. Looks 41 years ahead. Raises OR001.';
+  'seconds counted from 1970. If day and weekday are both restricted, either is enough. A fixed hour that the clock jumps over fires as '
+  'much later; one that comes twice, at the first. Hours * and */n follow real time. Looks 41 years ahead. Raises OR001.';
 
 -- The last fire time in (p_after, p_until], looked for in spans that grow backwards; null if there is none.
 create or replace function orchestrator._last_fire_time(p_cron text, p_timezone text, p_after timestamptz, p_until timestamptz)
@@ -156,8 +156,7 @@ declare
   v_last timestamptz;
 begin
   loop
-    select max(f.at) into v_last
-    from orchestrator._fire_times_between(p_cron, p_timezone, greatest(p_after, p_until - v_span), p_until) f(at);
+    v_last := (select max(f.at) from orchestrator._fire_times_between(p_cron, p_timezone, greatest(p_after, p_until - v_span), p_until) f(at));
     p_until := p_until - v_span;
     v_span := v_span * 12;
     exit when (v_last is null and p_until > p_after) is not true;

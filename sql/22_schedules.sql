@@ -1,43 +1,7 @@
--- Schedules: recurring tasks. promote_due, which every worker calls, fires those that are due: no leader is needed.
--- Writes schedules; firing also writes tasks and lanes, through enqueue. Locks: a schedule's row, skipped where another
--- transaction holds it → whatever enqueue locks. A time fires once, since next_at moves on in the transaction that enqueues
--- its task, and since the task's idempotency key names the time: schedule:NAME:2026-11-26T12:00:00Z.
-
-create table if not exists orchestrator.schedules (
-  name         text primary key,
-  cron         text not null,
-  timezone     text not null,
-  type         text not null,
-  payload      jsonb not null,
-  priority     int not null,
-  max_retries  int,
-  missed       text not null,
-  overlap      boolean not null,
-  paused       boolean not null default false,
-  next_at      timestamptz not null,
-  active_since timestamptz not null default clock_timestamp(),
-  last_fire_at timestamptz,
-  last_task_id uuid,
-  last_error   text,
-  updated_at   timestamptz not null default clock_timestamp(),
-  constraint missed_is_one_all_or_none check (missed in ('one', 'all', 'none')),
-  constraint a_failed_schedule_is_paused check (last_error is null or paused)
-) with (fillfactor = 50);
-do $$   -- as in 10_tables.sql
-begin
-  if to_regclass('orchestrator.schedules_due') is null then
-    create index schedules_due on orchestrator.schedules (next_at) where not paused;
-  end if;
-end $$;
-comment on table orchestrator.schedules is
-  'One row for each recurring task, written by schedule, unschedule, pause_schedule, resume_schedule, fire_schedule and promote_due.';
-comment on column orchestrator.schedules.name is '1 to 200 bytes; part of the idempotency key of its tasks.';
-comment on column orchestrator.schedules.next_at is 'The earliest fire time that has not been dealt with.';
-comment on column orchestrator.schedules.active_since is
-  'Its fire times count from here: when it was created, got another cron or time zone, or was resumed.';
-comment on column orchestrator.schedules.last_fire_at is
-  'The fire time of last_task_id; if fire_schedule created that task, when it did.';
-comment on column orchestrator.schedules.last_error is 'Why it could not fire and was paused; null: it was not, or a person paused it.';
+-- Schedules: recurring tasks. promote_due, which every worker calls, fires those that are due: no leader is needed. Writes schedules;
+-- firing also writes tasks. Locks: a schedule's row, skipped where another transaction holds it → whatever enqueue locks.
+-- A time fires once, since next_at moves on in the transaction that enqueues its task, and since the task's idempotency key names
+-- the time: schedule:NAME:2026-11-26T12:00:00Z.
 
 -- Refuses a definition that could never fire; returns its first fire time.
 create or replace function orchestrator._check_schedule(s orchestrator.schedules) returns timestamptz
@@ -96,9 +60,9 @@ begin
 end $$;
 comment on function orchestrator.schedule is
   'Creates or changes a schedule: at each of fire_times(p_cron, p_timezone), a task of that type is enqueued. Returns the next one '
-  '(null: it is paused). The same definition again changes nothing; another cron or time zone counts from now on. p_missed: what of '
-  'the times without a running worker is made up for: the last (one), all, or none that is a minute late. p_overlap false: a time is '
-  'left out while the last task is unfinished. Raises OR001.';
+  '(null: it is paused). The same definition again changes nothing; another cron or time zone counts from now on. p_missed: which of '
+  'the times without a worker are made up for: the last (one), all, or none that is a minute late. p_overlap false: none fires while '
+  'the last task is unfinished. Raises OR001.';
 
 create or replace function orchestrator.unschedule(p_name text) returns boolean
 language plpgsql as $$
@@ -117,7 +81,7 @@ begin
   return (select false from orchestrator.schedules s where s.name = p_name);
 end $$;
 comment on function orchestrator.pause_schedule is
-  'Keeps a schedule from firing; its tasks stay. Returns whether that is new, null if there is no such schedule.';
+  'Keeps a schedule from firing. Returns whether that is new; null: there is none.';
 
 create or replace function orchestrator.resume_schedule(p_name text) returns boolean
 language plpgsql as $$
@@ -130,8 +94,7 @@ begin
   return (select false from orchestrator.schedules s where s.name = p_name);
 end $$;
 comment on function orchestrator.resume_schedule is
-  'Has a paused schedule, also one that failed, go on with the next fire time from now. Returns whether it was paused, null if there '
-  'is no such schedule.';
+  'Has a paused schedule, also one that failed, go on with the next time from now. Returns whether it was paused; null: there is none.';
 
 create or replace function orchestrator.fire_schedule(p_name text) returns uuid
 language plpgsql as $$
@@ -148,18 +111,16 @@ begin
   return v_id;
 end $$;
 comment on function orchestrator.fire_schedule is
-  'Enqueues a schedule''s task now, even if it is paused; its fire times stay. Returns the task''s id, null if there is no such schedule.';
+  'Enqueues a schedule''s task now, even if it is paused; its fire times stay. Returns the task''s id; null: there is none.';
 
 create or replace function orchestrator._fire_key(p_name text, p_at timestamptz) returns text
 language sql stable parallel safe return 'schedule:' || p_name || ':' || to_char(p_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"');
 
 -- {"schedule": NAME, "fire_at": "2026-11-26T12:00:00Z"}
 create or replace function orchestrator._fire_meta(p_name text, p_at timestamptz) returns jsonb
-language sql stable set search_path = pg_catalog, pg_temp as $$
-  select jsonb_build_object('schedule', p_name, 'fire_at', right(orchestrator._fire_key(p_name, p_at), 20))
-$$;
+language sql stable return jsonb_build_object('schedule', p_name, 'fire_at', right(orchestrator._fire_key(p_name, p_at), 20));
 
--- Deals with what is due of one schedule, whose row the caller has locked. Returns how many tasks it enqueued.
+-- Deals with what is due of a locked schedule. Returns how many tasks it enqueued.
 create or replace function orchestrator._fire(s orchestrator.schedules, p_now timestamptz) returns int
 language plpgsql as $$
 declare
@@ -187,8 +148,8 @@ begin
   return v_fired;
 end $$;
 
--- Fires up to 100 schedules that are due. next_fire_at: when to call again, null if there is nothing to wait for. A schedule that
--- another transaction holds doesn't count: whoever holds it fires it, or it is found in a later call.
+-- Fires up to 100 schedules that are due. next_fire_at: when to call again. One that another transaction holds doesn't count: that
+-- fires it, or a later call does.
 create or replace function orchestrator._fire_schedules(p_now timestamptz, out fired int, out next_fire_at timestamptz)
 language plpgsql as $$
 declare
@@ -196,8 +157,8 @@ declare
   v_seen boolean := false;
 begin
   fired := 0;
-  select x.next_at into next_fire_at from orchestrator.schedules x where not x.paused order by x.next_at limit 1;
-  if next_fire_at > p_now or next_fire_at is null then return; end if;   -- all that it costs while nothing is due
+  next_fire_at := (select x.next_at from orchestrator.schedules x where not x.paused order by x.next_at limit 1);
+  if (next_fire_at <= p_now) is not true then return; end if;   -- all that it costs while nothing is due
   for s in
     select * from orchestrator.schedules x where x.next_at <= p_now and not x.paused
     order by x.next_at limit 100 for no key update skip locked
@@ -209,7 +170,7 @@ begin
       when transaction_rollback or insufficient_resources or object_not_in_prerequisite_state or operator_intervention or system_error then
         raise;   -- not its own fault: the whole call is repeated
       when others then
-        update orchestrator.schedules x set paused = true, last_error = left(sqlerrm, 8000) where x.name = s.name;
+        update orchestrator.schedules x set paused = true, last_error = orchestrator._kept(sqlerrm) where x.name = s.name;
     end;
   end loop;
   select x.next_at into next_fire_at from orchestrator.schedules x
@@ -231,8 +192,8 @@ returns table (fire_at timestamptz, task_id uuid, status text) language sql stab
   select at, f.id, coalesce(f.status::text, 'no task') from expected e full join fires f using (at) order by 1
 $$;
 comment on function orchestrator.schedule_history is
-  'The fire times of a schedule since p_since, each with its task. no task: it was left out (see missed and overlap), or retention '
-  'deleted the task. Goes back no further than tasks are kept, and for missing ones to active_since.';
+  'The fire times of a schedule since p_since, each with its task; no task: it was left out (p_missed, p_overlap), or retention '
+  'deleted it. Goes back as far as tasks are kept, for missing ones to active_since.';
 
 create or replace view orchestrator.schedule_states as
   select s.name, s.cron, s.timezone, s.type, s.priority, s.max_retries, s.missed, s.overlap, s.paused,
@@ -246,9 +207,9 @@ create or replace view orchestrator.schedule_states as
            when s.next_at < clock_timestamp() - interval '1 minute' then
              format('late since %s: no worker polls, or a transaction holds its row', s.next_at)
            else coalesce(
-             (select format('active, but %s is paused: select orchestrator.resume_type(%L)', p.type, p.type)
+             (select format('active, but %1$s is paused: select orchestrator.resume_type(%1$L)', p.type)
               from orchestrator.task_types p where p.paused and s.type like p.likes limit 1), 'active') end as state
   from orchestrator.schedules s order by s.name;
 comment on view orchestrator.schedule_states is
-  'Schedules without their payloads. next_at: the next fire time, null while paused. state: active, or why it does not fire or '
-  'nobody runs what it enqueues, and what to do about it.';
+  'Schedules without their payloads. next_at: null while paused. state: active, or why it does not fire or nobody runs its tasks, and '
+  'what to do about it.';

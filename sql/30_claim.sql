@@ -1,11 +1,11 @@
--- Claiming. claim_tasks writes tasks, one row of claims and sometimes lanes; start_tasks writes tasks; promote_due writes tasks, and
--- schedules through 22_schedules.sql, and waits through 45_after.sql. Limits: 32_limits.sql.
--- Locks: claims (start_tasks) → tasks. Claims of tasks skip what others have locked, so no claim waits for another. A large
--- claim also takes a place in line (an advisory lock), which it only tries.
+-- Claiming. claim_tasks writes tasks, claims and sometimes lanes; start_tasks writes tasks; promote_due writes tasks, and what
+-- 22_schedules.sql and 45_after.sql do. Limits: 32_limits.sql.
+-- Locks: claims (start_tasks) → tasks. Claims skip tasks that others have locked, so none waits for another. A large one also takes a
+-- place in line (an advisory lock), which it only tries.
 
--- The types with this prefix that may have ready tasks, except paused ones, from type to type along the ready index: at most
--- 1,000, and 1,000 more from one that the leader takes by chance, so that none is always left out. A type with floors is returned
--- in any case, and bounds each look, since an old snapshot keeps dead entries there.
+-- The types with this prefix that may have ready tasks and are not paused, along the ready index: at most 1,000, and 1,000 more from
+-- one that the leader takes by chance, so that none is always left out. A type with floors is returned in any case, and bounds each
+-- look, since an old snapshot keeps dead entries there.
 create or replace function orchestrator._ready_types(p_prefix text, p_paused text[]) returns setof text language plpgsql stable as $$
 declare
   v_from text := p_prefix;   -- lower types are done with
@@ -18,13 +18,9 @@ begin
   loop
     v_floored := (select f.type from orchestrator.lane_floors f where f.type >= v_from
                   order by f.type, f.priority desc, f.generation desc, f.floor limit 1);
-    if v_floored is null then
-      v_type := (select t.type from orchestrator.tasks t where t.type >= v_from and t.queued_at is not null
-                 order by t.type, t.priority desc, t.queued_at limit 1);
-    else
-      v_type := coalesce((select t.type from orchestrator.tasks t where t.type >= v_from and t.type < v_floored and t.queued_at is not null
-                          order by t.type, t.priority desc, t.queued_at limit 1), v_floored);
-    end if;
+    v_type := coalesce((select t.type from orchestrator.tasks t   -- below 256 bytes, which no type has
+                        where t.type >= v_from and t.type < coalesce(v_floored, repeat(chr(1114111), 64)) and t.queued_at is not null
+                        order by t.type, t.priority desc, t.queued_at limit 1), v_floored);
     exit when v_type is null or not starts_with(v_type, p_prefix);
     v_from := v_type || E'\x01';   -- the least string above it
     if v_type like any (p_paused) then
@@ -58,8 +54,8 @@ begin
     where orchestrator._prefix(u.type) is not null);
 end $$;
 
--- The next lane of a type that has ready tasks, or a floor (then head may be null). A lane with a floor is looked up from there,
--- and only what lies between two of them is walked.
+-- The next lane of a type that has ready tasks, or a floor, where it is looked up (then head may be null): only what lies between
+-- two floors is walked.
 create or replace function orchestrator._next_lane(p_type text, p_below bigint) returns table (priority int, head timestamptz)
 language sql stable begin atomic
   select coalesce(t.priority, f.priority),
@@ -76,7 +72,7 @@ language sql stable begin atomic
   where coalesce(t.priority, f.priority) is not null;
 end;
 
--- Inlined wherever it is called.
+-- From the beginning of each lane, whatever its floor. Inlined wherever it is called.
 create or replace function orchestrator._walk_lanes(p_types text[]) returns table (type text, priority int, head timestamptz)
 language sql stable begin atomic
   with recursive lane as (
@@ -92,12 +88,11 @@ language sql stable begin atomic
   select l.type, l.priority, l.queued_at from lane l;
 end;
 
--- The lanes of these types that have ready tasks, each with the queued_at of its oldest, along the ready index: empty lanes cost nothing.
-create or replace function orchestrator._ready_lanes(p_types text[], p_below_floors boolean default false)
+-- The lanes of these types that have ready tasks, each with the queued_at of its oldest, along the ready index.
+create or replace function orchestrator._ready_lanes(p_types text[])
 returns table (type text, priority int, head timestamptz) language plpgsql stable as $$
-#variable_conflict use_column
 begin
-  if not p_below_floors and exists (select from orchestrator.lane_floors) then
+  if exists (select from orchestrator.lane_floors) then
     return query
       with recursive lane as (
         select u.type, n.priority, n.head from unnest(p_types) u(type) cross join lateral orchestrator._next_lane(u.type, 2147483648) n
@@ -109,7 +104,7 @@ begin
   end if;
 end $$;
 
--- What a claim goes through: the lanes, highest priority first, then by their oldest tasks, each with the limit that it is under.
+-- The lanes that a claim goes through: highest priority first, then by their oldest tasks, each with its limit.
 -- One statement tells that nothing out of the ordinary is in force and walks the lanes: each further one costs a small claim 4%.
 create or replace function orchestrator._lanes_to_claim(
   p_worker_id text, p_types text[], out types text[], out priorities int[], out heads timestamptz[], out limits text[])
@@ -152,18 +147,17 @@ begin
   end if;
 end $$;
 
--- Highest priority first. Within one priority, every lane with work gives an equal share, in the order of their oldest tasks,
--- and what one lane leaves the others give in the next pass. A lane is one index range scan from its oldest ready task.
+-- Highest priority first. Within one, every lane gives an equal share, in the order of their oldest tasks, and what one leaves the
+-- others give in the next pass. A lane is one index range scan from its oldest ready task.
 -- Stepping over a row that another claim has locked takes 1.2 µs. So each large claim takes a place in line, and starts as many
 -- shares further on where a lane holds that much: four workers drain 8% more.
--- If the planner joined the picked rows as the inner side, LIMIT … SKIP LOCKED would run again for each outer row, and claim more
--- than the limit. It can't: with enable_seqscan off, tasks t has no path but the TID scan, which is an inner side itself. A
--- materialized CTE would do as well, and takes 3% longer. It is one function, since another one in between would store each task twice.
+-- With the picked rows as a join's inner side, LIMIT … SKIP LOCKED would run again for each outer row, and claim too many. It can't:
+-- with enable_seqscan off, tasks t has no path but the TID scan, an inner side itself. (A materialized CTE takes 3% longer.) One
+-- function, since another one in between would store each task twice.
 create or replace function orchestrator.claim_tasks(p_worker_id text, p_types text[], p_limit int, p_bytes bigint default 67108864)
 returns table (claim_id bigint, id uuid, type text, payload jsonb, attempts int, max_retries int, priority int,
                created_at timestamptz, waited double precision, recoveries int, meta jsonb)
 language plpgsql set enable_tidscan = on as $$
-#variable_conflict use_column
 declare
   l record;               -- the lanes: types, priorities, limits, and heads, where to look from; null: nothing is left there
   v_first int := 1;       -- the lanes of one priority are v_first to v_last
@@ -241,9 +235,10 @@ begin
   end if;
 end $$;
 comment on function orchestrator.claim_tasks is
-  'Claims up to p_limit ready tasks of the types and patterns (a:, a:*, *) in p_types for a registered worker, '
-  'with p_bytes of payloads at most (or a single task), reckoning with the largest ever enqueued. attempts: started before this one; waited: seconds since it became ready; '
-  'recoveries > 0: call start_tasks before its handler. Tasks under limits come under claims of their own. Its transaction commits without waiting for the flush. Raises OR001, OR003.';
+  'Claims up to p_limit ready tasks of the types and patterns (a:, a:*, *) in p_types for a registered worker, with p_bytes of payloads '
+  'at most (or a single task), reckoning with the largest ever enqueued. attempts: started before this one; waited: seconds since it '
+  'became ready; recoveries > 0: call start_tasks before its handler. Tasks under limits have claims of their own. Commits without '
+  'waiting for the flush. Raises OR001, OR003.';
 
 create or replace function orchestrator.start_tasks(p_claim_id bigint, p_ids uuid[]) returns int
 language plpgsql as $$
@@ -295,7 +290,7 @@ begin
                                   (select e.at from orchestrator.expiries e order by e.at limit 1)) - clock_timestamp()) into next_in;
 end $$;
 comment on function orchestrator.promote_due is
-  'Makes delayed tasks and retries whose time has come ready, at the tail of their lanes, fires schedules that are due, cancels '
-  'tasks that have expired, and looks whether blocked tasks may go on. Every worker calls it, about once a second, so none of it needs '
-  'a leader. Returns how many delayed tasks it made ready (promoted), enqueued for schedules (fired) and cancelled by type (expired), '
-  'and the seconds until the next is due (next_in; null: none).';
+  'Makes delayed tasks and retries ready that are due, at the tail of their lanes, fires schedules, cancels what has expired, and looks '
+  'whether blocked tasks may go on. Every worker calls it, about once a second, so none of it needs a leader. Returns how many it made '
+  'ready (promoted), enqueued for schedules (fired) and cancelled by type (expired), and the seconds until the next is due (next_in; '
+  'null: none).';

@@ -1,9 +1,9 @@
 -- Limits: how many tasks of a type or pattern run at once, in all or of each concurrency key, and how many start in a stretch of
 -- time. Writes type_limits, starts, freed_keys, claims, tasks, lane_floors.
--- The claims are the permits. Tasks under a limit are claimed by claims of their own, which name the limit and the key, and
--- what is in flight is the sum of their open_tasks. So there is no counter to leak: a permit comes back in the transaction in
--- which its task leaves the claim, however it does. A task whose key is full is parked: it leaves its lane. Whoever gives back
--- a permit of a key notes that in freed_keys, and the next claim puts as many parked tasks back at their old places.
+-- The claims are the permits. Tasks under a limit have claims of their own, which name the limit and the key, and what is in flight is
+-- the sum of their open_tasks. So no counter leaks: a permit comes back in the transaction in which its task leaves the claim, however
+-- it does. A task whose key is full is parked: it leaves its lane. Whoever gives back a permit of a key notes that in freed_keys, and
+-- the next claim puts as many parked tasks back at their old places.
 -- Locks: a claim first locks the rows of its limits in type_limits (ascending), then counts by a new snapshot, so exactly, and waits
 -- for nothing more but the lock on lane_floors. Those who give permits back lock nothing here: their notes wait for the next claim.
 
@@ -14,18 +14,16 @@ language sql stable as $$
   order by l.type = p_type desc, length(l.type) desc limit 1
 $$;
 
--- Whether claims are left that may hold tasks under this limit without saying so. The view limits and audit() call this and the next, so
--- they have the planner's settings themselves.
+-- Whether claims are left that may hold tasks under this limit without saying so.
 create or replace function orchestrator._older_claims(p_name text, p_since bigint) returns boolean
-language sql stable set enable_seqscan = off as $$
-  select exists (select from orchestrator.claims c where c.id < coalesce(p_since, 9223372036854775807) and (c.limit_name is distinct from p_name or c.key is null))
+language sql stable as $$
+  select exists (select from orchestrator.claims c
+                 where c.id < coalesce(p_since, 9223372036854775807) and (c.limit_name is distinct from p_name or c.key is null))
 $$;
 
 -- What is in flight under a limit: of one key, or (null) in all.
 create or replace function orchestrator._in_flight(p_name text, p_since bigint, p_key text) returns int
-language plpgsql stable
-set plan_cache_mode = force_generic_plan
-set enable_seqscan = off set enable_bitmapscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
+language plpgsql stable as $$
 declare
   v_n int;
 begin
@@ -37,15 +35,16 @@ begin
   if orchestrator._older_claims(p_name, p_since) then
     v_n := v_n + (
       select count(*) from orchestrator.claims c
-      cross join lateral (select t.type, t.concurrency_key from orchestrator.tasks t where t.claim_id = c.id and t.status in ('claimed', 'running') limit 10000000) t
+      cross join lateral (select t.type, t.concurrency_key from orchestrator.tasks t
+                          where t.claim_id = c.id and t.status in ('claimed', 'running') limit 10000000) t
       where c.id < coalesce(p_since, 9223372036854775807) and (c.limit_name is distinct from p_name or (c.key is null and p_key is not null))
         and (p_key is null or t.concurrency_key = p_key) and orchestrator._limit_of(t.type) = p_name);
   end if;
   return v_n;
 end $$;
 
--- Locks the limits that ready tasks are under, and those of these types and patterns that parked tasks may go on under. A limit
--- whose row another transaction keeps locked, such as an operator's, is left out after a second: all else goes on.
+-- Locks the limits that ready tasks are under, and those of these types and patterns that parked tasks may go on under. One that
+-- another transaction keeps locked, such as an operator's, is left out after a second: all else goes on.
 create or replace function orchestrator._lock_limits(p_types text[], p_claimable text[]) returns text[]
 language plpgsql
 set lock_timeout = '1s' as $$
@@ -134,7 +133,7 @@ begin
   return v_types is not null;
 end $$;
 
--- The lanes of claim_tasks where there are limits, with the limit that each is under. Those whose limit isn't locked are left out.
+-- The lanes of claim_tasks where there are limits, each with its own. Those whose limit isn't locked are left out.
 create or replace function orchestrator._limited_lanes(
   p_types text[], out types text[], out priorities int[], out heads timestamptz[], out limits text[])
 language plpgsql as $$
@@ -165,9 +164,9 @@ begin
   return p_want;
 end $$;
 
--- Looks at the first p_n tasks of a lane: those of them that may start, p_room at most, and those that have to be parked, since
--- their key is full or has older parked tasks. If it isn't full, those may be on their way back, or cancelled: such keys are noted.
--- Nothing behind the last one that starts is parked: what is before it in its key's line may still be cancelled.
+-- Of the first p_n tasks of a lane: those that may start, p_room at most, and those to be parked, since their key is full or has older
+-- parked tasks. If it isn't full, those may be on their way back, or cancelled: such keys are noted. Nothing behind the last one that
+-- starts is parked: what is before it in its key's line may still be cancelled.
 create or replace function orchestrator._line_up(
   l orchestrator.type_limits, p_type text, p_priority int, p_from timestamptz, p_room int, p_n int,
   out tids tid[], out times timestamptz[], out keys text[], out parked tid[], out noted text[])
@@ -200,7 +199,6 @@ create or replace function orchestrator._claim_limited(
 returns table (claim_id bigint, id uuid, type text, payload jsonb, attempts int, max_retries int, priority int,
                created_at timestamptz, waited double precision, recoveries int, meta jsonb)
 language plpgsql as $$
-#variable_conflict use_column
 declare
   v_limit orchestrator.type_limits;
   v record;
@@ -225,7 +223,8 @@ begin
       return query
         with made as (   -- one claim for each key, and one for the tasks without
           insert into orchestrator.claims (id, worker_id, claimed_at, open_tasks, limit_name, key)
-          select v_first_id + 1024 * row_number() over (), p_worker_id, p_now, count(*), p_name, k from unnest(v.keys) k group by k returning id, key)
+          select v_first_id + 1024 * row_number() over (), p_worker_id, p_now, count(*), p_name, k from unnest(v.keys) k group by k
+          returning claims.id, claims.key)
         update orchestrator.tasks t
         set status = 'claimed', worker_id = p_worker_id, claimed_at = p_now, updated_at = p_now, queued_at = null, expires_at = null,
             claim_id = (select m.id from made m where m.key is not distinct from u.key)
@@ -293,7 +292,7 @@ begin
     end if;
   end if;
 end $$;
-comment on function orchestrator.limit_type(text, int, int, int, interval) is
+comment on function orchestrator.limit_type is
   'Limits a type, or all types of a pattern together: p_max_running in flight at once, p_max_per_key of each concurrency key (1: in '
   'their order), p_rate claimed in any p_per. All null: no limit. What is in flight goes on. Returns whether that is new, and how '
   'many known types it covers. Raises OR001.';
@@ -307,5 +306,5 @@ create or replace view orchestrator.limits as
                      where s.limit_name = l.type and s.at > clock_timestamp() - l.rate_per) s on l.rate is not null
   where num_nonnulls(l.max_running, l.max_per_key, l.rate) > 0;
 comment on view orchestrator.limits is
-  'Each limit with what is in flight under it, what is parked since its key is full, what was claimed within the last rate_per, and '
-  'if that is all of the rate, when the next may be.';
+  'Each limit with what is in flight under it, parked since its key is full, and claimed within the last rate_per; if that is all of the '
+  'rate, when the next may be.';

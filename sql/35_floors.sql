@@ -1,14 +1,14 @@
 -- Lane floors: a lower bound on queued_at for each lane, so that claims skip the dead index entries that an old snapshot keeps.
--- Writes lane_floors, lanes and leader_state. Lock order: the leader's row → leader_state → lane_floors, as a table. The leader
--- only tries that lock. Those who put tasks back share it to the end of their transaction, and may take the next claim's lock
--- after it (release_forgotten, recover_orphans): sharing never waits for sharing.
+-- Writes lane_floors, lanes and leader_state. Lock order: the leader's row → leader_state → lane_floors, as a table. The leader only
+-- tries that lock. Those who put tasks back share it to the end of their transaction, and may take the next claim's lock after it
+-- (release_forgotten, recover_orphans): sharing never waits for sharing.
 
--- Only those who hold a write lock on tasks may still commit a queued_at older than now: pg_locks shows them, prepared
--- transactions too. So take the time first and the list after; when none of the list is left, nothing older can appear.
--- It needs queued_at = clock_timestamp() inside the INSERT or UPDATE, and READ COMMITTED in all who take part.
+-- Only who holds a write lock on tasks may still commit a queued_at older than now: pg_locks shows them, prepared transactions too. So
+-- take the time first and the list after; when none of the list is left, nothing older can appear. It needs queued_at =
+-- clock_timestamp() inside the INSERT or UPDATE, and READ COMMITTED in all who take part.
 -- A raise writes generation + 1, a lowering writes into the current one, so lowerings commute and none is lost to a raise. A lane
--- without a floor is looked at from its very beginning, so dropping one hides nothing; under the lock, so that no lowering still
--- to commit outlives its generation.
+-- without a floor is looked at from its beginning, so dropping one hides nothing; under the lock, so that no lowering still to commit
+-- outlives its generation.
 
 create or replace function orchestrator._tasks_writers() returns text[]
 language sql stable as $$
@@ -40,16 +40,6 @@ begin
   end loop;
 end $$;
 
--- Keeps others from putting tasks back; only tried. Others can't hold it without rights on the table.
-create or replace function orchestrator._lock_floors() returns boolean
-language plpgsql as $$
-begin
-  lock table orchestrator.lane_floors in share row exclusive mode nowait;
-  return true;
-exception when lock_not_available then
-  return false;
-end $$;
-
 -- How far floors may rise: everything that will ever be queued below it is already visible.
 create or replace function orchestrator._advance_safe_floor() returns timestamptz
 language plpgsql as $$
@@ -79,9 +69,10 @@ begin
           where t.type = p_type and t.priority = p_priority and t.queued_at >= p_floor order by t.queued_at limit 1);
 end $$;
 
--- Whether looking for the oldest ready task takes p_slow or longer, twice in a row: the first look after a rest is slow by
--- itself, and marks the entries that no snapshot needs any longer.
-create or replace function orchestrator._is_slow(p_type text, p_priority int, p_floor timestamptz, p_slow interval, out slow boolean, out head timestamptz)
+-- Whether looking for the oldest ready task takes p_slow or longer, twice in a row: the first look after a rest is slow by itself, and
+-- marks the entries that no snapshot needs any longer.
+create or replace function orchestrator._is_slow(
+  p_type text, p_priority int, p_floor timestamptz, p_slow interval, out slow boolean, out head timestamptz)
 language plpgsql as $$
 declare
   v_looked_at timestamptz;
@@ -94,26 +85,8 @@ begin
   end loop;
 end $$;
 
-create or replace function orchestrator._raise_floor(p_type text, p_priority int, p_safe timestamptz, p_slow interval) returns boolean
-language plpgsql as $$
-declare
-  v_generation bigint;
-  v_floor timestamptz;
-  v_slow boolean;
-  v_head timestamptz;
-begin
-  select f.generation, f.floor into v_generation, v_floor from orchestrator.lane_floors f
-  where f.type = p_type and f.priority = p_priority order by f.generation desc, f.floor limit 1;
-  v_floor := coalesce(v_floor, '-infinity');
-  select s.slow, s.head into v_slow, v_head from orchestrator._is_slow(p_type, p_priority, v_floor, p_slow) s;
-  if not v_slow or least(p_safe, v_head) <= v_floor then return false; end if;
-  delete from orchestrator.lane_floors f where f.type = p_type and f.priority = p_priority and f.generation = v_generation;
-  insert into orchestrator.lane_floors values (p_type, p_priority, coalesce(v_generation, 0) + 1, least(p_safe, v_head));
-  return true;
-end $$;
-
--- Floors that have not risen for a minute and no longer help, in any order. Asking walks what the old snapshot keeps, so it
--- takes at most about 100 ms, and a 200th of the time.
+-- Floors that have not risen for a minute and no longer help. Asking walks what the old snapshot keeps, so it takes at most about
+-- 100 ms, and a 200th of the time.
 create or replace function orchestrator._idle_floors(p_slow interval, out types text[], out priorities int[])
 language plpgsql as $$
 declare
@@ -134,6 +107,8 @@ declare
   v_safe timestamptz;
   v_idle record;
   l record;
+  f orchestrator.lane_floors;
+  s record;
 begin
   perform set_config('synchronous_commit', 'off', true);
   if not orchestrator._leads(p_worker_id, p_term) or current_setting('transaction_isolation') <> 'read committed' then
@@ -141,22 +116,32 @@ begin
   end if;
   v_safe := orchestrator._advance_safe_floor();
   v_idle := orchestrator._idle_floors(p_slow);
-  if not orchestrator._lock_floors() then return 0; end if;
+  begin   -- keeps others from putting tasks back
+    lock table orchestrator.lane_floors in share row exclusive mode nowait;
+  exception when lock_not_available then
+    return 0;
+  end;
   for l in select type, priority from orchestrator.lanes group by type, priority order by random() limit 5000 loop
-    v_changed := v_changed + orchestrator._raise_floor(l.type, l.priority, v_safe, p_slow)::int;
+    select * into f from orchestrator.lane_floors x where x.type = l.type and x.priority = l.priority order by x.generation desc, x.floor limit 1;
+    f.floor := coalesce(f.floor, '-infinity');
+    s := orchestrator._is_slow(l.type, l.priority, f.floor, p_slow);
+    continue when not s.slow or least(v_safe, s.head) <= f.floor;
+    delete from orchestrator.lane_floors x where x.type = l.type and x.priority = l.priority and x.generation = f.generation;
+    insert into orchestrator.lane_floors values (l.type, l.priority, coalesce(f.generation, 0) + 1, least(v_safe, s.head));
+    v_changed := v_changed + 1;
   end loop;
-  delete from orchestrator.lane_floors f using unnest(v_idle.types, v_idle.priorities) i(type, priority)
-  where f.type = i.type and f.priority = i.priority;
+  delete from orchestrator.lane_floors x using unnest(v_idle.types, v_idle.priorities) i(type, priority)
+  where x.type = i.type and x.priority = i.priority;
   delete from orchestrator.lanes n where n.noted_at < clock_timestamp() - interval '10 minutes'   -- noted again if it is in use
-    and not exists (select from orchestrator.lane_floors f where f.type = n.type and f.priority = n.priority);
+    and not exists (select from orchestrator.lane_floors x where x.type = n.type and x.priority = n.priority);
   return v_changed + coalesce(cardinality(v_idle.types), 0);
 end $$;
 comment on function orchestrator.raise_floors is
-  'The leader''s: raises the floors of lanes where looking for the oldest ready task takes p_slow or longer, and drops those that '
-  'no longer help. Returns how many of both; null under a stale term. Locks floors to the end of its transaction.';
+  'The leader''s: raises the floors of lanes where looking for the oldest ready task takes p_slow or longer, drops those that no longer '
+  'help, and locks floors to the end of its transaction. Returns how many of both; null under a stale term.';
 
--- The net under it all: walks the ready index from lane to lane, each from its very beginning. On its way it takes a type by
--- chance, from which claims of a pattern with very many types look on.
+-- The net under it all: walks the ready index from lane to lane, each from its beginning. On its way it takes a type by chance, from
+-- which claims of a pattern with very many types look on.
 create or replace function orchestrator.rescan_lanes(p_worker_id text, p_term bigint, p_budget interval default '20 milliseconds') returns int
 language plpgsql as $$
 declare
@@ -176,7 +161,7 @@ begin
     exit when v_type is null;
     v_seen := v_seen + 1;
     if random() * v_seen < 1 then v_sampled := v_type; end if;
-    for l in select * from orchestrator._ready_lanes(array[v_type], p_below_floors => true) loop
+    for l in select * from orchestrator._walk_lanes(array[v_type]) loop
       if l.head < (select f.floor from orchestrator.lane_floors f where f.type = l.type and f.priority = l.priority
                    order by f.generation desc, f.floor limit 1) then
         perform orchestrator._put_back(array[l.type], array[l.priority], array[l.head]);

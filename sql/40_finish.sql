@@ -1,6 +1,6 @@
--- Ending an attempt: complete, fail, release, snooze. Each names its claim, the fence: a task that was recovered and claimed
--- again has another claim, so a late outcome changes nothing, and is rejected. A task that was asked to cancel ends as
--- cancelled, however its attempt ended. Writes claims, tasks, task_events, and lane_floors where a task is put back.
+-- Ending an attempt: complete, fail, release, snooze. Each names its claim, the fence: a task that was recovered and claimed again has
+-- another, so a late outcome changes nothing, and is rejected. A task that was asked to cancel ends as cancelled, however its
+-- attempt ended. Writes claims, tasks, task_events, and lane_floors where a task is put back.
 -- Lock order: claims (ascending id) → tasks → lane_floors → tasks that wait for what ended (45_after.sql).
 
 create or replace function orchestrator._default_policy(out max_retries int, out base_delay interval, out max_delay interval)
@@ -63,11 +63,9 @@ begin
   end if;
 end $$;
 
--- p_ids holds p_counts[i] tasks of p_claim_ids[i], one claim after another, and p_results (if not null) their results.
 create or replace function orchestrator.complete_tasks(
   p_claim_ids bigint[], p_counts int[], p_ids uuid[], p_results jsonb[] default null, p_again boolean default true)
 returns table (id uuid, outcome text) language plpgsql as $$
-#variable_conflict use_column
 declare
   v_from int := 1;
   v_to int;
@@ -106,9 +104,9 @@ begin
   end if;
 end $$;
 comment on function orchestrator.complete_tasks is
-  'Completes tasks grouped by claim: p_ids holds p_counts[i] tasks of p_claim_ids[i], one claim after another; p_results, if '
-  'given, one for each. Returns only those that did not complete: cancelled (it was asked for) or rejected (no longer of '
-  'that claim; if p_again is false, also completed already: what commits with it must not commit twice).';
+  'Completes tasks: p_ids holds p_counts[i] of p_claim_ids[i], one claim after another; p_results, if given, one for each. Returns '
+  'only those that did not complete: cancelled (it was asked for) or rejected (no longer of that claim; if p_again is false, also '
+  'completed already: what commits with it must not commit twice).';
 
 -- Ends those of a locked claim's tasks that were asked to cancel, and leaves the others locked: nobody can ask any more.
 create or replace function orchestrator._lock_and_end_cancelled(p_claim_id bigint, p_ids uuid[]) returns int
@@ -175,7 +173,6 @@ end $$;
 create or replace function orchestrator.fail_tasks(
   p_claim_ids bigint[], p_ids uuid[], p_errors text[], p_tracebacks text[], p_retry_afters interval[], p_permanents boolean[])
 returns table (id uuid, outcome text) language plpgsql as $$
-#variable_conflict use_column
 begin
   perform from orchestrator.claims c where c.id = any (p_claim_ids) order by c.id for no key update;
   for i in 1..cardinality(p_ids) loop
@@ -190,8 +187,8 @@ begin
   end if;
 end $$;
 comment on function orchestrator.fail_tasks is
-  'Records a failed attempt of each task, named by its claim: a retry after p_retry_afters[i] (null: the policy''s backoff), or a '
-  'dead letter if permanent or its retries are used up. p_tracebacks[i] is kept in the event. Returns the status of each, or rejected.';
+  'Records a failed attempt of each task, named by its claim: a retry after p_retry_afters[i] (null: the policy''s backoff), or a dead '
+  'letter if permanent or out of retries. p_tracebacks[i] is kept in the event. Returns the status of each, or rejected.';
 
 create or replace function orchestrator.fail_task(
   p_claim_id bigint, p_id uuid, p_error text, p_retry_after interval default null, p_permanent boolean default false)
@@ -237,17 +234,11 @@ end $$;
 
 create or replace function orchestrator._release_claim(p_claim_id bigint, p_ids uuid[]) returns int
 language plpgsql as $$
-declare
-  v_ids uuid[] := p_ids;
-  v_n int;
 begin
   perform from orchestrator.claims c where c.id = p_claim_id for no key update;
   if not found then return 0; end if;
-  if p_ids is null then
-    v_ids := array(select t.id from orchestrator.tasks t where t.claim_id = p_claim_id and t.status in ('claimed', 'running'));
-  end if;
-  v_n := orchestrator._lock_and_end_cancelled(p_claim_id, v_ids);
-  return v_n + orchestrator._release(p_claim_id, v_ids, 'released', false);
+  p_ids := coalesce(p_ids, array(select t.id from orchestrator.tasks t where t.claim_id = p_claim_id and t.status in ('claimed', 'running')));
+  return orchestrator._lock_and_end_cancelled(p_claim_id, p_ids) + orchestrator._release(p_claim_id, p_ids, 'released', false);
 end $$;
 
 create or replace function orchestrator.release_tasks(p_claim_id bigint, p_ids uuid[] default null) returns int
@@ -310,4 +301,4 @@ begin
   return true;
 end $$;
 comment on function orchestrator.note_lost_result is
-  'Records that the result of a completed task could not be kept. Returns whether there is such a task.';
+  'Records that the result of a completed task could not be kept. Returns whether there is one.';

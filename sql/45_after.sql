@@ -1,8 +1,8 @@
 -- Tasks that wait for others (parents), and tasks that expire. Writes tasks, task_events, task_waits, expiries.
--- A child is ready in the transaction that ends the last of its parents. A parent that ends while the child's transaction is under way
--- doesn't see it: so promote_due looks at each child soon after it has committed, and then ever more rarely.
+-- A child is ready in the transaction that ends the last of its parents. One that ends during the child's transaction doesn't see it: so
+-- promote_due looks at each child soon after it has committed, and then ever more rarely.
 -- Locks: what ended → the tasks that wait for it, one at a time in ascending order of their ids, also down the line: a child is younger
--- than its parents. promote_due, which may hold any, skips those that another transaction has locked.
+-- than its parents. promote_due, which may hold any, skips those that are locked.
 
 -- Those of p_after that a new task has to wait for, or that it can't wait for (_check_parents); null: none.
 create or replace function orchestrator._open_parents(p_after uuid[], p_on_failure text) returns uuid[]
@@ -22,7 +22,8 @@ begin
   if found then
     perform orchestrator._invalid(format('after[%s]', v.n), case when v.status is null then format('there is no task %s', coalesce(v.id::text, 'null'))
                                                                  else format('task %s is %s', v.id, replace(v.status::text, 'dead_', 'a dead ')) end,
-                                  'Name tasks enqueued before, by this transaction or one that has committed, and on_failure run if they may have failed.');
+                                  'Name tasks enqueued before, by this transaction or one that has committed, and on_failure run if they may '
+                                  'have failed.');
   end if;
 end $$;
 
@@ -61,8 +62,8 @@ begin
   end if;
 end $$;
 
--- Decides on a child of which these parents (null: any) have ended: ready, cancelled (then true), or still blocked. First its row is
--- locked, so that of two parents that end at the same time the later one sees the other.
+-- Decides on a child of which these parents (null: any) have ended: ready, cancelled (then true), or still blocked. It is locked first,
+-- so that of two parents that end at the same time the later one sees the other.
 create or replace function orchestrator._settle_child(p_child uuid, p_parents uuid[], p_skip_locked boolean) returns boolean
 language plpgsql as $$
 declare
@@ -162,7 +163,8 @@ begin
   v_ids := array(select t.id from orchestrator.tasks t where t.id = any (v_noted) and t.expires_at <= p_now for no key update skip locked);
   perform orchestrator._cancel_waiting(i, 'expired', null) from unnest(v_ids) i;
   insert into orchestrator.expiries (at, task_id)   -- another transaction has these locked
-  select greatest(t.expires_at, clock_timestamp() + interval '1 second'), t.id from orchestrator.tasks t where t.id = any (v_noted) and t.expires_at is not null;
+  select greatest(t.expires_at, clock_timestamp() + interval '1 second'), t.id
+  from orchestrator.tasks t where t.id = any (v_noted) and t.expires_at is not null;
   perform orchestrator._parents_ended(v_ids, true);
   return (select coalesce(jsonb_object_agg(t.type, t.n), '{}')
           from (select t.type, count(*) as n from orchestrator.tasks t where t.id = any (v_ids) group by t.type) t);

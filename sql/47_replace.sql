@@ -65,7 +65,7 @@ begin
   if t.waits then perform orchestrator._notify_idle(p_type); end if;
 end $$;
 comment on function orchestrator.replace_task is
-  'Enqueues a task under a key, or changes the one that waits under it and has never started. p_mode: replace takes the new payload, append '
-  'joins arrays and merges objects, keep changes nothing. One that has started or ended passes its key on to a new task (keep: only if '
-  'it has ended). p_run_at, p_priority null: as they were. p_max_wait: bounds p_run_at, from the first call on. p_concurrency_key, '
-  'p_meta: of a new task. Returns its id and enqueued, replaced or kept. Raises OR001.';
+  'Enqueues a task under a key, or changes the one that waits under it and never started. p_mode: replace takes the new payload, append '
+  'joins arrays and merges objects, keep changes nothing. One that started or ended passes its key on to a new task (keep: only if it '
+  'ended). p_run_at, p_priority null: as they were. p_max_wait: bounds p_run_at, from the first call on. p_concurrency_key, p_meta: of a '
+  'new task. Returns its id and enqueued, replaced or kept. Raises OR001.';

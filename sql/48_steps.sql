@@ -1,5 +1,5 @@
--- Steps and signals: what a handler has done, and what others sent it, kept across its attempts. Writes task_steps; a signal that
--- ends a wait also tasks. Lock order: a task → its steps. Only snooze_task knows of it: the signal may come while a task falls asleep.
+-- Steps and signals: what a handler did, and what others sent it, kept across its attempts. Writes task_steps; a signal that ends a
+-- wait also tasks. Lock order: a task → its steps. Only snooze_task knows of it: the signal may come while a task falls asleep.
 
 create table if not exists orchestrator.task_steps (
   task_id uuid,
@@ -10,8 +10,8 @@ create table if not exists orchestrator.task_steps (
   primary key (task_id, name)
 );
 comment on table orchestrator.task_steps is
-  'By name, what the steps of a task returned and which signals it got (at: when). Without: its handler waits for that signal until '
-  'then. Goes with the task.';
+  'By name, what the steps of a task returned and which signals it got (at: when; null: its handler waits for that signal until '
+  'then). Goes with the task.';
 
 create or replace function orchestrator._check_name(p_name text) returns void
 language plpgsql stable as $$
@@ -49,7 +49,7 @@ begin
   return true;
 end $$;
 comment on function orchestrator.record_step is
-  'Keeps what a step of a task returned, unless there is something of that name. Returns whether the claim still holds the task. Raises OR001.';
+  'Keeps what a step of a task returned, unless there is something of that name. Returns whether the claim still holds it. Raises OR001.';
 
 create or replace function orchestrator.steps(p_id uuid) returns jsonb
 language sql stable as $$
@@ -75,8 +75,8 @@ begin
   end if;
 end $$;
 comment on function orchestrator.await_signal is
-  'For a handler: the value of a signal, else for how long to snooze before asking again, or neither: p_timeout is over, counted '
-  'from the first call. held: whether the claim still holds the task. Raises OR001.';
+  'For a handler: the value of a signal, else how long to snooze before asking again, or neither: p_timeout is over since the first '
+  'call. held: whether the claim still holds the task. Raises OR001.';
 
 -- Makes a locked task ready that is off until a signal which has come; once.
 create or replace function orchestrator._wake(p_id uuid) returns void
@@ -111,13 +111,4 @@ begin
 end $$;
 comment on function orchestrator.signal_task is
   'Leaves a value for a task, and wakes it if it waits for that name. Returns delivered, known (the first counts, also a step of that '
-  'name), timed_out (it waits no more), not_found, or the status of a task that has ended. Raises OR001.';
-
--- Of tasks that are gone.
-create or replace function orchestrator._prune_steps(p_ids uuid[]) returns void
-language plpgsql as $$
-begin
-  if exists (select from orchestrator.task_steps) then
-    delete from orchestrator.task_steps s where s.task_id = any (p_ids) and not exists (select from orchestrator.tasks t where t.id = s.task_id);
-  end if;
-end $$;
+  'name), timed_out, not_found, or the status of a task that has ended. Raises OR001.';

@@ -1,6 +1,6 @@
--- Workers: registration, heartbeat, the idle mark, and recovery of what dead workers held. Writes workers, task_types, claims,
--- tasks, task_events, lane_floors. Lock order: the leader's row → the dead worker's row → its claims (ascending id) → tasks →
--- lane_floors → tasks that wait for what ended. The heartbeat touches workers alone: no other lock makes a worker seem dead.
+-- Workers: registration, heartbeat, idle mark, and recovery of what dead workers held. Writes workers, task_types, claims, tasks,
+-- task_events, lane_floors. Lock order: the leader's row → the dead worker's → its claims (ascending id) → tasks → lane_floors → tasks
+-- that wait for what ended. The heartbeat touches workers alone: no other lock makes a worker seem dead.
 
 create or replace function orchestrator.register_worker(
   p_id text, p_hostname text, p_pool_size int, p_version text, p_handlers jsonb default '{}') returns void
@@ -23,8 +23,8 @@ begin
         is distinct from (excluded.max_retries, excluded.base_delay, excluded.max_delay, excluded.timeout);
 end $$;
 comment on function orchestrator.register_worker is
-  'Registers a worker under a new id, and the policies of its handlers: {type or pattern: {max_retries, base_delay, max_delay, '
-  'timeout}}, in seconds, with defaults of 3, 1, 3600 and none.';
+  'Registers a worker under a new id, and its handlers'' policies: {type or pattern: {max_retries, base_delay, max_delay, timeout}}, '
+  'in seconds, by default 3, 1, 3600 and none.';
 
 create or replace function orchestrator.announce_stop(p_id text) returns void
 language sql as $$
@@ -41,18 +41,17 @@ begin
   return false;
 end $$;
 comment on function orchestrator.unregister_worker is
-  'Removes a worker that stops. One that still holds claims is declared dead instead, to be recovered: then false.';
+  'Removes a worker that stops. One that holds claims is declared dead instead, to be recovered: then false.';
 
 create or replace function orchestrator.heartbeat(p_id text) returns table (worker_id text, last_heartbeat timestamptz)
 language plpgsql as $$
-#variable_conflict use_column
 begin
   perform set_config('synchronous_commit', 'off', true);
   update orchestrator.workers w set last_heartbeat = clock_timestamp() where w.id = p_id and w.declared_dead_at is null;
   return query select w.id, w.last_heartbeat from orchestrator.workers w where w.declared_dead_at is null;
 end $$;
 comment on function orchestrator.heartbeat is
-  'Records that a worker is alive. Returns all live workers. One that is not among them was declared dead, and must register under a new id.';
+  'Records that a worker is alive. Returns all live workers; one not among them was declared dead, and must register under a new id.';
 
 create or replace function orchestrator.cancelling_tasks(p_id text) returns setof uuid
 language sql stable as $$
@@ -69,8 +68,8 @@ end $$;
 comment on function orchestrator.set_idle is
   'Marks a worker as waiting for work, so that enqueue notifies it. It must look once more after this.';
 
--- Recovers tasks of a locked claim: asked to cancel → cancelled; running → a failed attempt; not yet started → back to its old
--- place, uncharged. dead: the types of new dead letters.
+-- Recovers tasks of a locked claim: asked to cancel → cancelled; running → a failed attempt; not started → back to its old place,
+-- uncharged. dead: the types of new dead letters.
 create or replace function orchestrator._recover_tasks(
   p_claim_id bigint, p_ids uuid[], p_error text, out released int, out retried int, out dead text[], out cancelled int)
 language plpgsql as $$
@@ -132,8 +131,8 @@ begin
   return v_n;
 end $$;
 comment on function orchestrator.declare_dead is
-  'The leader''s: declares the workers p_ids dead whose last heartbeat still is p_seen[i], which the leader saw WORKER_TIMEOUT ago '
-  'by its own clock: a step of the server''s means nothing. Returns how many; null under a stale term.';
+  'The leader''s: declares the workers p_ids dead whose last heartbeat still is p_seen[i], seen WORKER_TIMEOUT ago by its own clock: a '
+  'step of the server''s means nothing. Returns how many; null under a stale term.';
 
 -- Takes no term: a single instance must not wait for the lease of a leader that is gone, and can't act on a missing connection.
 create or replace function orchestrator.declare_disconnected_dead(p_worker_id text, out declared int, out living int)
@@ -146,7 +145,7 @@ begin
   select count(*) into living from orchestrator.workers w where w.id <> p_worker_id and w.declared_dead_at is null;
 end $$;
 comment on function orchestrator.declare_disconnected_dead is
-  'For a single instance at its start: declares all workers dead that have no connection. Returns how many, and how many others live.';
+  'For a single instance at its start: declares workers without a connection dead. Returns how many, and how many others live.';
 
 create or replace function orchestrator.recover_orphans(
   p_worker_id text, p_term bigint, p_limit int default 1000,
@@ -180,5 +179,5 @@ begin
 end $$;
 comment on function orchestrator.recover_orphans is
   'The leader''s: takes about p_limit tasks from workers that are dead or gone. Those not started go back to their old places, '
-  'uncharged; for running ones it is a failed attempt. dead_letters: how many ended as such, by type. failed: rows that '
-  'could not be recovered. A worker''s row goes with its last claim. Nulls under a stale term.';
+  'uncharged; running ones have failed an attempt. dead_letters: how many ended as such, by type. failed: rows that could not be '
+  'recovered. A worker''s row goes with its last claim. Nulls under a stale term.';

@@ -1,10 +1,10 @@
 -- Counting, done by the leader, once for the page, the metrics and psql. Writes type_stats, stats_state and stats_samples.
 -- Lock order: the leader's row → leader_state → stats_state → type_stats.
--- What waits is counted along the partial indexes: a million ready tasks take 0.08 s. The next count comes 200 times as long after
--- a count as that took, at most a minute later: less than 1% of one core.
--- Each task ever enqueued is counted once, along the primary key, which is time. Tasks below the cursor are settled: it stays
--- below the safe floor (35_floors.sql), so nobody can still commit there. Those above it are counted anew each time, so a long
--- transaction holds back nothing but the cursor.
+-- What waits is counted along the partial indexes: a million ready tasks take 0.08 s. The next count comes 200 times as long after one
+-- as that took, at most a minute later: less than 1% of a core.
+-- Each task ever enqueued is counted once, along the primary key, which is time. Tasks below the cursor are settled: it stays below the
+-- safe floor (35_floors.sql), so nobody can still commit there. Those above it are counted anew each time, so a long transaction holds
+-- back nothing but the cursor.
 
 create table if not exists orchestrator.type_stats (
   type            text collate "C" primary key,
@@ -26,7 +26,7 @@ create table if not exists orchestrator.type_stats (
   p95             real
 ) with (fillfactor = 50);
 comment on table orchestrator.type_stats is
-  'The counts of each registered type, of up to 200 other types that were seen, and of all the rest together as other. As of '
+  'The counts of each registered type, of up to 200 others that were seen, and of the rest together as other, as of '
   'stats_state.counted_at; queue_stats counts live. enqueued_total counts each task once, and never falls.';
 
 create table if not exists orchestrator.stats_state (
@@ -54,7 +54,7 @@ create table if not exists orchestrator.stats_samples (
   parked         bigint not null default 0
 );
 comment on table orchestrator.stats_samples is
-  'The counts of all types together, about every 10 seconds, for the last 2 hours. Throughput is the difference of two samples.';
+  'The counts of all types together, about every 10 seconds, for 2 hours. Throughput is the difference of two samples.';
 
 -- What waits or rests, by type, each along its partial index: at most 5 million, so that it takes seconds at worst.
 create or replace function orchestrator._count_live()
@@ -95,8 +95,8 @@ create or replace view orchestrator._unregistered as
   select s.* from orchestrator.type_stats s
   where s.type <> 'other' and not exists (select from orchestrator.task_types p where p.type = s.type);
 
--- Gives each registered type a row, and up to 200 others: first those that wait, then those enqueued lately. When these are used
--- up and another type waits, those of idle types are added to other.
+-- Gives each registered type a row, and up to 200 others: first those that wait, then those enqueued lately. When these are used up and
+-- another type waits, idle ones are added to other.
 create or replace function orchestrator._name_types(p_since uuid) returns void
 language plpgsql as $$
 declare
@@ -127,9 +127,9 @@ begin
   order by u.o limit (select greatest(200 - count(*), 0) from orchestrator._unregistered);
 end $$;
 
--- One statement, so one snapshot: what ended is a difference of these counts. greatest: retention may delete what is not
--- settled yet, and a counter must not fall. The recent sums begin after a complete count: catching up looks like as many
--- endings. Returns how many tasks it went through along the primary key.
+-- One statement, so one snapshot: what ended is a difference of these counts. greatest: retention may delete what is not settled yet, and
+-- a counter must not fall. The recent sums begin after a complete count: catching up looks like as many endings. Returns how many tasks
+-- it went through along the primary key.
 create or replace function orchestrator._store_counts(p_state orchestrator.stats_state, p_to uuid, p_limit int, p_at timestamptz) returns bigint
 language sql set enable_hashjoin = on as $$
   with counts as (
@@ -212,7 +212,7 @@ begin
   -- the lag: an id is drawn a moment before the insert that brings it
   v_to := greatest(s.cursor, orchestrator._uuid_at(orchestrator._advance_safe_floor() - p_lag));
   select coalesce(max(e.id), 0) into v_event from orchestrator.task_events e;
-  s.last_event := least(coalesce(s.last_event, v_event), v_event);   -- its sequence may have been set back
+  s.last_event := least(s.last_event, v_event);   -- its sequence may have been set back
   s.complete := orchestrator._store_counts(s, v_to, p_limit, v_start) < p_limit;
   if not s.complete then
     v_to := least(v_to, (select t.id from orchestrator.tasks t where t.id >= s.cursor order by t.id offset p_limit limit 1));
@@ -224,13 +224,13 @@ begin
   update orchestrator.stats_state
   set cursor = v_to, counted_at = s.counted_at, took = s.took, next_at = s.next_at, complete = s.complete, last_event = v_event;
   delete from orchestrator.stats_samples x where x.at < s.counted_at - interval '2 hours' or x.at > s.counted_at;
-  insert into orchestrator.stats_samples (at, waiting, scheduled, in_flight, dead_letters, enqueued_total, ended_total, parked)
+  insert into orchestrator.stats_samples
   select s.counted_at, t.waiting, t.scheduled, t.in_flight, t.dead_letters, t.enqueued_total, t.ended_total, t.parked
   -- half a second early is on time, since counts come every 2 seconds or so
   from orchestrator._totals t where not exists (select from orchestrator.stats_samples x where x.at > s.counted_at - interval '9.5 seconds');
   return extract(epoch from s.next_at - s.counted_at);
 end $$;
 comment on function orchestrator.sample_stats is
-  'The leader''s: counts tasks into type_stats, and every 10 seconds into stats_samples, unless the next count isn''t due. Goes '
-  'through at most p_limit tasks of the primary key a call, and settles those older than p_lag before the safe floor. Returns the '
-  'seconds until the next count is due; null under a stale term.';
+  'The leader''s: counts tasks into type_stats, and every 10 seconds into stats_samples, if a count is due. Goes through at most p_limit '
+  'tasks of the primary key, and settles those older than p_lag before the safe floor. Returns the seconds until the next count is '
+  'due; null under a stale term.';

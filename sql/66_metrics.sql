@@ -1,6 +1,5 @@
--- What the leader exports of the whole queue at /metrics. Reads type_stats, stats_state, task_types, limits, workers and schedules;
--- writes nothing.
--- A type counts under the name of its policy, so the number of series follows what is registered, never what is enqueued.
+-- What the leader exports of the whole queue at /metrics, from its counts; writes nothing. A type counts under the name of its policy,
+-- so the number of series follows what is registered, never what is enqueued.
 
 create or replace function orchestrator.metrics() returns jsonb
 language sql stable as $$
@@ -27,6 +26,6 @@ language sql stable as $$
     'schedules_failed', (select count(*) from orchestrator.schedules s where s.last_error is not null))
 $$;
 comment on function orchestrator.metrics is
-  'The counts of type_stats by registered type or pattern (the rest is other), how old they are in seconds (null: never '
-  'counted), limits with what is in flight under them, live workers, workers declared dead whose tasks are still to be recovered, '
-  'by how many seconds the latest schedule is late, and how many schedules could not fire. Its cost doesn''t depend on the backlog.';
+  'The counts of type_stats by registered type or pattern (the rest is other), their age in seconds (null: never counted), limits with '
+  'what is in flight under them, live workers, dead workers whose tasks are still to be recovered, by how many seconds the latest '
+  'schedule is late, and how many could not fire. Its cost doesn''t depend on the backlog.';

@@ -1,5 +1,5 @@
--- What an operator does: cancel, retry, pause. Writes tasks, task_events, task_types, sometimes lanes. Locks task rows (then those that
--- wait for them) and no claim: asking a task to stop doesn't take it off its claim; the outcome does.
+-- What an operator does: cancel, retry, pause. Writes tasks, task_events, task_types, sometimes lanes. Locks tasks (then those that wait
+-- for them) and no claim: asking a task to stop doesn't take it off its claim; the outcome does.
 
 create or replace function orchestrator.cancel_task(p_id uuid) returns text
 language plpgsql as $$
@@ -25,8 +25,8 @@ begin
   return t.status;
 end $$;
 comment on function orchestrator.cancel_task is
-  'Cancels a waiting task at once (returns cancelled); asks one in flight to stop (cancelling): it ends as cancelled when its '
-  'handler does; with it goes what waits for it. Else returns the status of what has ended, or not_found.';
+  'Cancels a waiting task at once (returns cancelled); asks one in flight to stop (cancelling): it ends so when its handler does. With '
+  'it goes what waits for it. Else returns the status of what has ended, or not_found.';
 
 create or replace function orchestrator.retry_task(p_id uuid, p_fresh boolean default false) returns text
 language plpgsql as $$
@@ -46,10 +46,10 @@ begin
   return 'pending';
 end $$;
 comment on function orchestrator.retry_task is
-  'Puts a dead letter or a cancelled task back at the tail of its lane, with all its retries. It goes on after its last step; '
-  'p_fresh: steps and signals are forgotten. Returns pending, else the status that it has, or not_found.';
+  'Puts a dead letter or cancelled task back at the tail of its lane, with all its retries. It goes on after its last step; p_fresh: '
+  'steps and signals are forgotten. Returns pending, else its status, or not_found.';
 
--- How many types that are registered, ready, or handled as part of a pattern does a type or pattern cover?
+-- How many types that are registered, ready, or handled under a pattern does a type or pattern cover?
 create or replace function orchestrator._covered_types(p_type text) returns int
 language plpgsql stable as $$
 begin
@@ -72,8 +72,7 @@ begin
   if changed then perform orchestrator._log('pause', 'type', p_type); end if;
 end $$;
 comment on function orchestrator.pause_type is
-  'Keeps tasks of a type or pattern from being claimed; those in flight go on. Returns whether that is new, and how many known '
-  'types it covers. Raises OR001.';
+  'Keeps tasks of a type or pattern from being claimed. Returns whether that is new, and how many known types it covers. Raises OR001.';
 
 create or replace function orchestrator.resume_type(p_type text, out changed boolean, out matching int)
 language plpgsql as $$

@@ -16,8 +16,16 @@ create table if not exists orchestrator.operations (
 comment on table orchestrator.operations is
   'What operators did to many tasks, to a type, a limit or a schedule: who, when, to what (filter) and, of tasks, to how many. Until '
   'ended_at is set, bulk_tasks goes on after next_after. Kept for ever.';
-select setval('orchestrator.operations_id_seq', m.id) from (select max(id) as id from orchestrator.operations) m   -- as in 10_tables.sql
-where m.id > coalesce(pg_sequence_last_value('orchestrator.operations_id_seq'), 0);
+
+-- A restore of data alone leaves sequences behind their tables.
+create or replace view orchestrator._sequences as
+  select s.name, coalesce(pg_sequence_last_value(('orchestrator.' || s.name)::regclass), 0) as at, s.newest
+  from (values ('task_events_id_seq', (select max(e.id) from orchestrator.task_events e)),
+               ('operations_id_seq', (select max(o.id) from orchestrator.operations o)),
+               ('leader_terms', (select max(w.leader_term) from orchestrator.workers w))) s(name, newest);
+select setval('orchestrator.payload_doublings', 4)   -- 256 KiB: nobody has weighed what was restored
+where exists (select from orchestrator._sequences s where s.newest > s.at);
+select setval(('orchestrator.' || s.name)::regclass, s.newest) from orchestrator._sequences s where s.newest > s.at;
 
 create or replace function orchestrator._log(p_action text, p_key text, p_name text, p_value jsonb default null) returns void
 language sql as $$
@@ -70,12 +78,11 @@ begin
 end $$;
 
 -- The tasks of the list p_walk that match, from its p_skip-th on, or by id: `ids` from p_from down, `up` from p_from up. Looks at
--- p_bound tasks, and says at how many, and if there are more, at which last. Each part of the union reads along an index, as far as
--- p_limit needs.
+-- p_bound tasks, and says at how many, and if there are more, at which last. Each part of the union reads along an index as far as
+-- needed.
 create or replace function orchestrator._matching(
   p_filter jsonb, p_walk text, p_skip int, p_from uuid, p_limit int, p_bound int, out ids uuid[], out looked int, out stopped int, out last uuid)
 language plpgsql stable as $$
-#variable_conflict use_column
 declare
   f record;
   r record;
@@ -162,14 +169,7 @@ begin
       else t.status in ('completed', 'cancelled', 'dead_letter') end
     order by t.id);
   if p_action = 'purge' then
-    perform orchestrator._parents_ended(v_ids, true);   -- first, since some completed
-    v_ids := array(   -- one that completed stays while somebody has a child of it locked, which would else be cancelled
-      select t.id from orchestrator._bare_tasks t
-      where t.id = any (v_ids) and (t.status <> 'completed' or not exists (select from orchestrator.task_waits w where w.parent = t.id)));
-    delete from orchestrator.task_events e where e.task_id = any (v_ids);
-    delete from orchestrator.tasks t where t.id = any (v_ids);
-    perform orchestrator._parents_ended(v_ids, true);   -- of dead letters
-    perform orchestrator._prune_steps(v_ids);
+    return orchestrator._delete_tasks(v_ids, true);
   elsif p_action in ('cancel', 'retry') then
     foreach v_id in array v_ids loop
       perform case p_action when 'cancel' then orchestrator.cancel_task(v_id) else orchestrator.retry_task(v_id) end;
@@ -222,7 +222,8 @@ begin
       when 'run_now' then 'scheduled' when 'prioritize' then 'waiting' else 'ended' end);
   end if;
   select m.ids, m.last into v_ids, next_after
-  from orchestrator._matching(p_filter, 'up', 0, p_after, case when p_dry_run then 100000 else orchestrator._check_range('limit', p_limit, 10000) end, 100000) m;
+  from orchestrator._matching(p_filter, 'up', 0, p_after, case when p_dry_run then 100000 else orchestrator._check_range('limit', p_limit, 10000) end,
+                              100000) m;
   matched := cardinality(v_ids);
   if p_dry_run then
     sample := orchestrator._task_summaries(v_ids[:5]);
@@ -242,13 +243,12 @@ begin
   where o.id = operation;
 end $$;
 comment on function orchestrator.bulk_tasks is
-  'Cancels, retries, runs now, prioritizes (p_value) or purges (if ended) the tasks that a filter matches. A dry run, the default, changes '
-  'nothing: it counts up to 100,000 (matched) and shows five (sample). Otherwise it takes p_limit (up to 10,000) by their ids, skips what '
-  'others hold and what the action doesn''t apply to, and notes that in operations. Call it again with p_operation => operation (a dry '
-  'run: p_after => next_after) until next_after is null. The filter: an object of id (its beginning), ids, type (or pattern), status, '
-  'created_after, created_before, priority, concurrency_key, error and payload (a part of it, secrets blanked), or {"all": true}. Status: '
-  'as tasks have it, ready, parked, blocked, scheduled, waiting (these), in_flight, unfinished (both), ended (completed or '
-  'cancelled); if left out, unfinished to cancel, dead_letter to retry, scheduled, waiting, ended to purge. Raises OR001.';
+  'Cancels, retries, runs now (run_now), prioritizes (p_value) or purges (if ended) the tasks that a filter matches. A dry run, the '
+  'default, counts up to 100,000 (matched) and shows five (sample). Otherwise it takes p_limit (up to 10,000) by their ids, skips what '
+  'others hold or the action doesn''t apply to, and notes that in operations. Call it again with p_operation => operation (a dry run: '
+  'p_after => next_after) until next_after is null. The filter: an object of id (its beginning), ids, type (or pattern), status (as '
+  'tasks have it, ready, parked, blocked, scheduled, waiting, in_flight, unfinished, ended; by default what the action applies to), '
+  'created_after, created_before, priority, concurrency_key, error and payload (a part of it), or {"all": true}. Raises OR001.';
 
 create or replace function orchestrator.retry_dead_letters(p_type text default null, p_limit int default 1000) returns int
 language plpgsql as $$

@@ -1,19 +1,19 @@
--- What a person looks at: views, statistics, the story of a task. Reads only. Payloads, results and errors are shown with their
--- secrets blanked; each view has the predicate of the index that serves it (ready, due, in flight, dead).
+-- What a person looks at: views, statistics, the story of a task. Reads only. Payloads, results and errors have their secrets blanked;
+-- each view has the predicate of the index that serves it.
 
 -- Whether a key names a secret, split into words: apiKey, API_KEY and api-key are api_key.
 create or replace function orchestrator._names_a_secret(p_key text) returns boolean
 language sql immutable parallel safe begin atomic
   select p_key ~* 'pass|pwd|secret|token|key|credential|authorization' and k.words !~ '_(env|file|type|count|limit)$' and k.words ~
-    '(^|_)([a-z]*pass(word|wd|phrase)s?|pwd|(access|auth|refresh|bearer|session|api|id)?token|(client|app|shared)?secrets?|credentials?|authorization|(api|private|access|signing|encryption)_?keys?)(_|$)'
+    '(^|_)([a-z]*pass(word|wd|phrase)s?|pwd|(access|auth|refresh|bearer|session|api|id)?token|(client|app|shared)?secrets?|'
+    'credentials?|authorization|(api|private|access|signing|encryption)_?keys?)(_|$)'
   from (select lower(regexp_replace(regexp_replace(p_key, '([a-z0-9])([A-Z])|([A-Z])(?=[A-Z][a-z])', '\1\3_\2', 'g'), '[^A-Za-z0-9]+', '_', 'g')) as words) k;
 end;
 
 create or replace function orchestrator.redact_text(p_text text) returns text
-language sql immutable parallel safe set search_path = pg_catalog, pg_temp as $$
-  select regexp_replace(regexp_replace(p_text, '(://[^\s:/@]*):(?!\d+[/?#])\S*@', '\1:[redacted]@', 'g'),
-                        '((?:pass(?:word|wd|phrase)|pwd|secret|token|api_?key)=)[^\s,;&''")]+', '\1[redacted]', 'gi')
-$$;
+language sql immutable parallel safe
+return regexp_replace(regexp_replace(p_text, '(://[^\s:/@]*):(?!\d+[/?#])\S*@', '\1:[redacted]@', 'g'),
+                      '((?:pass(?:word|wd|phrase)|pwd|secret|token|api_?key)=)[^\s,;&''")]+', '\1[redacted]', 'gi');
 comment on function orchestrator.redact_text is
   'The text with passwords blanked: in URLs (scheme://user:password@host) and after password= or token=.';
 
@@ -37,25 +37,9 @@ $$;
 create or replace function orchestrator.redact(p_json jsonb) returns jsonb
 language sql immutable parallel safe set search_path = pg_catalog, pg_temp as $$ select orchestrator._redact(p_json, 50) $$;
 comment on function orchestrator.redact is
-  'The JSON to be shown: "[redacted]" for values whose keys name a secret as a whole word (password, apiKey, access_token; not '
-  'max_tokens) unless they end in _env, _file, _type, _count or _limit; passwords in texts as redact_text has it; as text, what '
-  'is nested over 50 levels deep, and numbers that a browser or Python can''t read.';
-
--- An object as names and values in the order in which they were written.
-create or replace function orchestrator._in_order(p_json json) returns jsonb
-language sql immutable parallel safe set search_path = pg_catalog, pg_temp as $$
-  select case when json_typeof(p_json) = 'object' then
-    (select coalesce(jsonb_agg(jsonb_build_array(e.key, orchestrator.redact(jsonb_build_object(e.key, e.value)) -> e.key) order by e.ordinality), '[]')
-     from json_each(p_json) with ordinality e) else orchestrator.redact(p_json::jsonb) end
-$$;
-
--- The first 200 characters, or the size of what is too large for a list.
-create or replace function orchestrator._preview(p_payload jsonb) returns text
-language sql immutable parallel safe set search_path = pg_catalog, pg_temp as $$
-  select case when p_payload = '{}' then null
-              when pg_column_size(p_payload) <= 4000 and octet_length(p_payload::text) <= 8000 then left(orchestrator.redact(p_payload)::text, 200)
-              else '[' || pg_size_pretty(pg_column_size(p_payload)::bigint) || ' stored]' end
-$$;
+  'The JSON to be shown: "[redacted]" for values whose keys name a secret as a whole word (password, apiKey; not max_tokens) unless '
+  'they end in _env, _file, _type, _count or _limit; texts as redact_text has them; as text, what is nested over 50 levels deep, and '
+  'numbers that a browser or Python can''t read.';
 
 -- For those who have no right on payloads.
 create or replace view orchestrator._bare_tasks as
@@ -64,9 +48,17 @@ create or replace view orchestrator._bare_tasks as
          t.cancel_requested_at, t.recoveries, t.concurrency_key, t.parked_at, t.parked_by, t.after, t.blocked_until, t.expires_at
   from orchestrator.tasks t;
 
+-- progress: an object as names and values in the order in which they were written. preview: the first 200 characters of the payload, or
+-- the size of what is too large for a list.
 create or replace view orchestrator._redacted_tasks as
-  select t.id, orchestrator.redact(t.payload) as payload, orchestrator.redact(t.result) as result,
-         orchestrator._in_order(t.progress) as progress, orchestrator._preview(t.payload) as preview, t.meta,
+  select t.id, orchestrator.redact(t.payload) as payload, orchestrator.redact(t.result) as result, t.meta,
+         case when json_typeof(t.progress) = 'object' then
+           (select coalesce(jsonb_agg(jsonb_build_array(e.key, orchestrator.redact(jsonb_build_object(e.key, e.value)) -> e.key) order by e.ordinality), '[]')
+            from json_each(t.progress) with ordinality e) else orchestrator.redact(t.progress::jsonb) end as progress,
+         case when t.payload = '{}' then null
+              when pg_column_size(t.payload) > 4000 or octet_length(t.payload::text) > 8000
+                then '[' || pg_size_pretty(pg_column_size(t.payload)::bigint) || ' stored]'
+              else left(orchestrator.redact(t.payload)::text, 200) end as preview,
          (select jsonb_agg(jsonb_build_object('name', s.name, 'result', orchestrator.redact(s.result), 'at', s.at, 'until', s.until) order by s.at, s.name)
           from orchestrator.task_steps s where s.task_id = t.id) as steps
   from orchestrator.tasks t;
@@ -79,14 +71,14 @@ create or replace view orchestrator.pending_tasks as
         union all select * from orchestrator.tasks where next_retry_at is not null
         union all select * from orchestrator.tasks where parked_at is not null) t;
 comment on view orchestrator.pending_tasks is
-  'Tasks that wait: ready since ready_since, not before next_retry_at, or (with neither) until others have ended: those in after, or of their concurrency key.';
+  'Tasks that wait: ready since ready_since, not before next_retry_at, or (neither) until others end: those in after, or of their key.';
 
 create or replace view orchestrator.running_tasks as
   select t.id, t.type, t.priority, t.status, t.worker_id, t.claimed_at, t.started_at, clock_timestamp() - t.claimed_at as age,
          t.attempts, t.cancel_requested_at, orchestrator.redact(t.progress::jsonb) as progress, orchestrator.redact(t.payload) as payload
   from orchestrator.claims c join orchestrator.tasks t on t.claim_id = c.id
   where t.status in ('claimed', 'running');
-comment on view orchestrator.running_tasks is 'Tasks in flight. Quick ones go from claimed to completed; those that last are marked as running.';
+comment on view orchestrator.running_tasks is 'Tasks in flight. Quick ones stay claimed; those that last are marked as running.';
 
 create or replace view orchestrator.dead_letters as
   select t.id, t.type, t.priority, t.dead_at, t.attempts, orchestrator.redact_text(t.last_error) as last_error, t.worker_id, t.created_at,
@@ -94,8 +86,8 @@ create or replace view orchestrator.dead_letters as
   from orchestrator.tasks t where t.dead_at is not null;
 comment on view orchestrator.dead_letters is 'Tasks that failed for good.';
 
--- type_stats.recent has sums that decay with a time constant of 15 minutes, as a load average does: seconds, tasks enqueued and
--- ended, attempts, failed attempts.
+-- type_stats.recent has sums that decay with a time constant of 15 minutes, as a load average: seconds, tasks enqueued and ended,
+-- attempts, failed attempts.
 create or replace view orchestrator._recent as
   select s.type, s.median, s.p95, s.recent[3] * d.decay / d.seconds as per_second, s.recent[2] * d.decay / d.seconds as enqueued_per_second,
          case when s.recent[4] * d.decay >= 0.05 then least(s.recent[5] / s.recent[4], 1) end as failure_share
@@ -108,26 +100,27 @@ create or replace view orchestrator.queue_stats as
   types as (
     select c.type from counted c union select p.type from orchestrator.task_types p where orchestrator._prefix(p.type) is null
     union select s.type from orchestrator.type_stats s where s.type <> 'other')
-  select y.type, coalesce(c.waiting, 0) as waiting, coalesce(c.parked, 0) as parked, coalesce(c.scheduled, 0) as scheduled, coalesce(c.blocked, 0) as blocked, coalesce(c.in_flight, 0) as in_flight,
+  select y.type, coalesce(c.waiting, 0) as waiting, coalesce(c.parked, 0) as parked, coalesce(c.scheduled, 0) as scheduled,
+         coalesce(c.blocked, 0) as blocked, coalesce(c.in_flight, 0) as in_flight,
          coalesce(c.dead_letters, 0) as dead_letters, coalesce(clock_timestamp() - c.oldest, interval '0') as oldest_waiting_age,
          exists (select from orchestrator.task_types p where p.paused and y.type like p.likes) as paused, r.per_second, r.failure_share, r.median, r.p95
   from types y left join counted c using (type) left join orchestrator._recent r using (type)
   order by y.type;
 comment on view orchestrator.queue_stats is
-  'By type, counted live: ready, parked, scheduled (of these blocked by other tasks), in flight, dead letters, the age of the oldest ready one, and whether the type is '
-  'paused. From type_stats: tasks ended per second and share of failed attempts lately, seconds that runs took.';
+  'By type, counted live: ready, parked, scheduled (of these blocked by other tasks), in flight, dead letters, the age of the oldest '
+  'ready one, and whether it is paused. From type_stats: tasks ended per second and share of failed attempts lately, seconds of runs.';
 
 -- The three tasks that have been in flight longest under a limit, of one key or of all, and their workers.
 create or replace function orchestrator._holders(p_limit text, p_key text) returns text
 language sql stable as $$
-  select ' (' || string_agg(format('%s by worker %s%s', h.id, h.worker_id, coalesce(', last heard of ' || extract(epoch from clock_timestamp() - w.last_heartbeat)::int || ' s ago',
-                                                                                    ', which is gone')), ', ' order by h.claimed_at) || ')'
+  select ' (' || string_agg(format('%s by worker %s%s', h.id, h.worker_id, coalesce(
+    ', last heard of ' || extract(epoch from clock_timestamp() - w.last_heartbeat)::int || ' s ago', ', which is gone')), ', ' order by h.claimed_at) || ')'
   from (select t.id, t.worker_id, t.claimed_at from orchestrator.claims c join orchestrator.tasks t on t.claim_id = c.id
         where c.limit_name = p_limit and (p_key is null or c.key = p_key) and t.status in ('claimed', 'running') order by t.claimed_at limit 3) h
   left join orchestrator.workers w on w.id = h.worker_id
 $$;
 
--- Its parents that failed come first, each with the call that frees it.
+-- Parents that failed come first, each with the call that frees it.
 create or replace function orchestrator._explain_blocked(p_id uuid, p_until timestamptz) returns text
 language sql stable as $$
   select format('waits for %s%s%s', string_agg(format('task %s (%s)', w.parent, case when w.status = 'dead_letter'
@@ -172,7 +165,8 @@ begin
     when v_paused is not null then return format('%1$s is paused: select orchestrator.resume_type(%1$L)', v_paused);
     when t.next_retry_at is not null then
       return coalesce(
-        (select format('snoozed until the signal %1$L comes%2$s: select orchestrator.signal_task(%3$L, %1$L)', s.name, ', or until ' || nullif(s.until, 'infinity'), t.id)
+        (select format('snoozed until the signal %1$L comes%2$s: select orchestrator.signal_task(%3$L, %1$L)',
+                       s.name, ', or until ' || nullif(s.until, 'infinity'), t.id)
          from orchestrator.task_steps s where t.status = 'pending' and s.task_id = t.id and s.at is null and s.until > clock_timestamp() limit 1),
         format('not before %s (%s)', t.next_retry_at, case when t.attempts > 0 then 'a retry of attempt ' || t.attempts else 'scheduled' end));
     when t.parked_at is not null then
@@ -205,9 +199,9 @@ $$;
 
 create or replace function orchestrator.show_task(p_id uuid) returns jsonb
 language sql stable as $$
-  select to_jsonb(t) || jsonb_build_object(
-    'payload', r.payload, 'result', r.result, 'progress', r.progress, 'meta', r.meta, 'steps', r.steps, 'last_error', orchestrator.redact_text(t.last_error),
-    'claim_id', t.claim_id::text, 'max_retries', coalesce(t.max_retries, (orchestrator._policy(t.type)).max_retries),
+  select to_jsonb(t) || to_jsonb(r) - 'preview' || jsonb_build_object(
+    'last_error', orchestrator.redact_text(t.last_error), 'claim_id', t.claim_id::text,
+    'max_retries', coalesce(t.max_retries, (orchestrator._policy(t.type)).max_retries),
     'parents', (select coalesce(jsonb_agg(jsonb_build_object('id', a.id, 'type', p.type, 'status', p.status) order by a.n), '[]')
                 from unnest(t.after) with ordinality a(id, n) left join orchestrator._bare_tasks p on p.id = a.id where a.n <= 100),
     'children', (select coalesce(jsonb_agg(jsonb_build_object('id', c.id, 'type', c.type, 'status', c.status) order by c.id), '[]')
@@ -217,8 +211,8 @@ language sql stable as $$
   from orchestrator._bare_tasks t join orchestrator._redacted_tasks r on r.id = t.id where t.id = p_id
 $$;
 comment on function orchestrator.show_task is
-  'A task''s whole story: its row (secrets blanked, but for meta; progress as [[name, value], …] in the handler''s order; claim_id as text), '
-  'explain_task, its events, and up to 100 parents (after) and children that wait for it. Null if there is none.';
+  'A task''s story: its row (secrets blanked, but for meta; progress as [[name, value], …] in the handler''s order; claim_id as text), '
+  'explain_task, events, and up to 100 parents (after) and children that wait for it. Null if there is none.';
 
 create or replace function orchestrator.get_task(p_id uuid) returns jsonb
 language sql stable as $$

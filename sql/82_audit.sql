@@ -1,4 +1,4 @@
--- The audit: looks for each invariant that the data can show, in one statement, so in one snapshot. Reads only, and locks nothing.
+-- The audit: each invariant that the data can show, in one statement, so in one snapshot. Reads only, and locks nothing.
 
 create or replace function orchestrator._broken_rule(t orchestrator._bare_tasks) returns text
 language sql immutable parallel safe as $$
@@ -25,9 +25,8 @@ language sql immutable parallel safe as $$
   end
 $$;
 
--- Claims and limits: what is in flight, and what is parked.
-create or replace function orchestrator._audit_claims() returns table (invariant text, task_id uuid, worker_id text, detail text)
-language sql stable as $$
+-- What is in flight, and what is parked.
+create or replace view orchestrator._audit_claims (invariant, task_id, worker_id, detail) as
   with in_flight as materialized (
     select t.id, t.claim_id, t.worker_id, t.status, t.concurrency_key from orchestrator.tasks t where t.status in ('claimed', 'running'))
   select case when h.n > 0 then 'open_tasks is the number of its tasks in flight' else 'a claim has tasks in flight' end, null::uuid, c.worker_id,
@@ -45,14 +44,10 @@ language sql stable as $$
   union all
   -- those claimed before the limit was set as it is may be more
   select 'no more are in flight than a limit has', null, null,
-         format('%s: %s of %s%s', l.type, sum(c.open_tasks), case when c.key is null then l.max_running else l.max_per_key end, ' of the key ' || c.key)
-  from orchestrator.type_limits l
-  cross join lateral (select null as key, c.open_tasks from orchestrator.claims c where c.limit_name = l.type and c.claimed_at >= l.updated_at
-                      union all
-                      select c.key, c.open_tasks from orchestrator.claims c
-                      where c.limit_name = l.type and c.claimed_at >= l.updated_at and c.key is not null) c
-  group by l.type, l.max_running, l.max_per_key, c.key
-  having sum(c.open_tasks) > case when c.key is null then l.max_running else l.max_per_key end
+         format('%s: %s of %s%s', l.type, sum(c.open_tasks), k.most, ' of the key ' || k.key)
+  from orchestrator.type_limits l join orchestrator.claims c on c.limit_name = l.type and c.claimed_at >= l.updated_at
+  cross join lateral (select null as key, l.max_running as most union all select c.key, l.max_per_key where c.key is not null) k
+  group by l.type, k.key, k.most having sum(c.open_tasks) > k.most
   union all
   select 'a parked task goes on when its key has room', p.id, null, format('the key %L under the limit %s', p.key, p.name)
   from (select t.parked_by as name, t.concurrency_key as key, t.type, min(t.id::text)::uuid as id from orchestrator.tasks t
@@ -60,12 +55,10 @@ language sql stable as $$
   left join orchestrator.type_limits l on l.type = p.name
   where (l.max_per_key <= orchestrator._in_flight(l.type, l.since, p.key) + (
            select count(*) from orchestrator.tasks t where t.queued_at is not null and t.type = p.type and t.concurrency_key = p.key)) is not true
-    and not exists (select from orchestrator.freed_keys f where f.limit_name = p.name and (f.key is null or f.key = p.key))
-$$;
+    and not exists (select from orchestrator.freed_keys f where f.limit_name = p.name and (f.key is null or f.key = p.key));
 
 -- Attempts, and what is left of tasks that are gone.
-create or replace function orchestrator._audit_history() returns table (invariant text, task_id uuid, worker_id text, detail text)
-language sql stable as $$
+create or replace view orchestrator._audit_history (invariant, task_id, worker_id, detail) as
   with policies as materialized (
     select y.type, p.max_retries, p.updated_at
     from (select distinct t.type from orchestrator.tasks t where t.attempts > 1) y cross join lateral orchestrator._policy(y.type) p)
@@ -90,38 +83,31 @@ language sql stable as $$
   from orchestrator.task_events e where not exists (select from orchestrator.tasks t where t.id = e.task_id) group by 2
   union all
   select 'a step belongs to a task', s.task_id, null, s.name
-  from orchestrator.task_steps s where not exists (select from orchestrator.tasks t where t.id = s.task_id)
-$$;
+  from orchestrator.task_steps s where not exists (select from orchestrator.tasks t where t.id = s.task_id);
 
 -- Floors, keys, dependencies and expiry.
-create or replace function orchestrator._audit_waiting() returns table (invariant text, task_id uuid, worker_id text, detail text)
-language sql stable as $$
-  with floors as (
-    select distinct on (f.type, f.priority) f.type, f.priority, f.floor from orchestrator.lane_floors f
-    order by f.type, f.priority, f.generation desc, f.floor)
+create or replace view orchestrator._audit_waiting (invariant, task_id, worker_id, detail) as
   select 'a ready task is not below the floor of its lane', t.id, null::text, format('queued at %s, floor %s', t.queued_at, f.floor)
-  from floors f join orchestrator.tasks t on t.type = f.type and t.priority = f.priority and t.queued_at < f.floor
+  from (select distinct on (f.type, f.priority) f.* from orchestrator.lane_floors f order by f.type, f.priority, f.generation desc, f.floor) f
+  join orchestrator.tasks t on t.type = f.type and t.priority = f.priority and t.queued_at < f.floor
   union all
   select 'an idempotency key is unique in its type', d.id, null, format('the key of task %s', d.first)
   from (select t.id, first_value(t.id) over (partition by t.type, t.idempotency_key order by t.id) as first
         from orchestrator.tasks t where t.idempotency_key is not null) d where d.id <> d.first
   union all
-  select w.problem, w.child, null, format('parent %s', w.parent)
-  from (select w.*, case when t.blocked_until is null then 'who waits for a task is blocked'
-                    when p.completed_at < least(t.updated_at, clock_timestamp() - interval '10 minutes') - interval '1 minute' then 'what has ended is waited for no longer' end as problem
-        from orchestrator.task_waits w left join orchestrator.tasks t on t.id = w.child left join orchestrator.tasks p on p.id = w.parent) w
-  where w.problem is not null
+  select case when t.blocked_until is null then 'who waits for a task is blocked' else 'what has ended is waited for no longer' end, w.child, null,
+         format('parent %s', w.parent)
+  from orchestrator.task_waits w left join orchestrator.tasks t on t.id = w.child left join orchestrator.tasks p on p.id = w.parent
+  where t.blocked_until is null or p.completed_at < least(t.updated_at, clock_timestamp() - interval '10 minutes') - interval '1 minute'
   union all
   select v.problem, t.id, null, null
   from orchestrator.tasks t cross join lateral (values
-    (t.blocked_until is not null and not exists (select from orchestrator.task_waits w where w.child = t.id), 'blocked is who waits for a task'),
-    (t.expires_at is not null and not exists (select from orchestrator.expiries e where e.task_id = t.id), 'what expires is looked at then')) v(broken, problem)
-  where v.broken
-$$;
+    (t.blocked_until, 'blocked is who waits for a task', exists (select from orchestrator.task_waits w where w.child = t.id)),
+    (t.expires_at, 'what expires is looked at then', exists (select from orchestrator.expiries e where e.task_id = t.id))) v(at, problem, kept)
+  where v.at is not null and not v.kept;
 
 -- Workers, sequences, tables of one row, schedules.
-create or replace function orchestrator._audit_house() returns table (invariant text, task_id uuid, worker_id text, detail text)
-language sql stable as $$
+create or replace view orchestrator._audit_house (invariant, task_id, worker_id, detail) as
   select v.invariant, null::uuid, w.id, format('term %s until %s, declared dead at %s', w.leader_term, w.leader_until, w.declared_dead_at)
   from orchestrator.workers w cross join lateral (values
     ('one worker leads at most', w.is_leader and (select count(*) from orchestrator.workers o where o.is_leader) > 1),
@@ -129,39 +115,28 @@ language sql stable as $$
     ('a worker declared dead neither leads nor waits for work', w.declared_dead_at is not null and (w.is_leader or w.idle)),
     ('a leader has a term and a lease', w.is_leader and num_nulls(w.leader_term, w.leader_until) > 0)) v(invariant, broken) where v.broken
   union all
-  select 'a sequence is not behind its table', null, null, format('%s is at %s, the table at %s: install sets it right', b.name, b.at, b.newest)
-  from (select 'task_events_id_seq' as name, q.last_value - (not q.is_called)::int as at, (select max(e.id) from orchestrator.task_events e) as newest
-        from orchestrator.task_events_id_seq q
-        union all
-        select 'operations_id_seq', q.last_value - (not q.is_called)::int, (select max(o.id) from orchestrator.operations o)
-        from orchestrator.operations_id_seq q
-        union all
-        select 'leader_terms', q.last_value - (not q.is_called)::int, (select max(w.leader_term) from orchestrator.workers w)
-        from orchestrator.leader_terms q) b
-  where b.at < b.newest
+  select 'a sequence is not behind its table', null, null, format('%s is at %s, the table at %s: install sets it right', s.name, s.at, s.newest)
+  from orchestrator._sequences s where s.at < s.newest
   union all
   select 'a table of one row has it', null, null, o.name || ' is empty: install adds it'
-  from (values ('leader_state', (select count(*) from orchestrator.leader_state)),
-               ('stats_state', (select count(*) from orchestrator.stats_state))) o(name, n) where o.n = 0
+  from (values ('leader_state', exists (table orchestrator.leader_state)), ('stats_state', exists (table orchestrator.stats_state))) o(name, there)
+  where not o.there
   union all
   select 'the next time of a schedule is one of its fire times', null, null, format('schedule %s: %s', s.name, s.next_at)
   from orchestrator.schedules s
   where not s.paused and s.next_at is distinct from case
     when s.timezone in (select z.name from pg_timezone_names z)   -- else it pauses itself when it is due
-      then (select f.at from orchestrator.fire_times(s.cron, s.timezone, s.next_at - interval '1 second', 1) f(at)) else s.next_at end
-$$;
+      then (select f.at from orchestrator.fire_times(s.cron, s.timezone, s.next_at - interval '1 second', 1) f(at)) else s.next_at end;
 
--- Stable functions see the snapshot of the statement that calls them, so this is one snapshot.
 create or replace function orchestrator.audit() returns table (invariant text, task_id uuid, worker_id text, detail text)
 language sql stable as $$
   select orchestrator._broken_rule(t), t.id, t.worker_id, 'status ' || t.status
   from orchestrator._bare_tasks t where orchestrator._broken_rule(t) is not null
-  union all select a.* from orchestrator._audit_claims() a
-  union all select a.* from orchestrator._audit_history() a
-  union all select a.* from orchestrator._audit_waiting() a
-  union all select a.* from orchestrator._audit_house() a
+  union all table orchestrator._audit_claims
+  union all table orchestrator._audit_history
+  union all table orchestrator._audit_waiting
+  union all table orchestrator._audit_house
   order by 1, 2, 3
 $$;
 comment on function orchestrator.audit is
-  'One row for each violation of what must always hold; none on a healthy database. Reads tasks whole a few times: seconds for '
-  'millions of rows.';
+  'One row for each violation of what must always hold; none on a healthy database. Takes seconds for millions of tasks.';

@@ -2,7 +2,6 @@
 
 create or replace function orchestrator.wait_tasks(p_ids uuid[], p_timeout interval default '30 seconds')
 returns table (id uuid, status text, result jsonb, error text) language plpgsql as $$
-#variable_conflict use_column
 declare
   v_until timestamptz := clock_timestamp() + least(p_timeout, interval '10 minutes');
   v_pause double precision := 0.01;

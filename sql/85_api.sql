@@ -1,8 +1,7 @@
--- What the page shows, one function for each address of /api/: `select orchestrator.api_overview()` in psql is what the page
--- sees. Reads only. Each list walks an index, and not far: the cost doesn't depend on how many tasks there are. Payloads,
--- results and errors come with their secrets blanked. The page acts by cancel_task and the other functions of 70_operate.sql.
+-- What the page shows, one function for each address of /api/. Reads only. Each list walks an index, and not far: the cost doesn't
+-- depend on how many tasks there are. Payloads, results and errors have their secrets blanked.
 
--- An age in seconds: a browser whose clock is wrong shows it correctly.
+-- In seconds, which a browser whose clock is wrong shows correctly.
 create or replace function orchestrator._age(p_at timestamptz) returns double precision
 language sql volatile parallel safe
 return case when p_at is not null then greatest(round(extract(epoch from clock_timestamp() - p_at), 3), 0)::double precision end;
@@ -15,8 +14,9 @@ language sql as $$
     from orchestrator.type_stats s full join orchestrator.task_types p on p.type = s.type
     where s.type is not null or orchestrator._prefix(p.type) is null order by 1 limit 1000)
   select coalesce(jsonb_agg(to_jsonb(t) order by t.others, t.type), '[]')
-  from (select y.type, y.others, coalesce(s.waiting, 0) as waiting, coalesce(s.parked, 0) as parked, coalesce(s.scheduled, 0) as scheduled, coalesce(s.in_flight, 0) as in_flight,
-          coalesce(s.dead_letters, 0) as dead_letters, coalesce(s.enqueued_total, 0) as enqueued_total, orchestrator._age(s.oldest_ready_at) as oldest_waiting,
+  from (select y.type, y.others, coalesce(s.waiting, 0) as waiting, coalesce(s.parked, 0) as parked, coalesce(s.scheduled, 0) as scheduled,
+          coalesce(s.in_flight, 0) as in_flight, coalesce(s.dead_letters, 0) as dead_letters, coalesce(s.enqueued_total, 0) as enqueued_total,
+          orchestrator._age(s.oldest_ready_at) as oldest_waiting,
           exists (select from orchestrator.task_types p where p.paused and not y.others and y.type like p.likes) as paused,
           case when not y.others then (select coalesce(sum(h.n), 0) from handled h where y.type like any (h.handles)) end as workers,
           r.per_second, r.enqueued_per_second, r.failure_share, r.median, r.p95
@@ -30,7 +30,8 @@ language sql as $$
   select coalesce(jsonb_agg(to_jsonb(x) - 'started_at' order by x.started_at, x.id), '[]')
   from (select w.started_at, w.id, w.hostname, w.version, w.pool_size, w.idle, orchestrator._age(w.started_at) as up, w.leader_term as term,
           orchestrator._age(w.last_heartbeat) as heartbeat, w.is_leader and w.leader_until > clock_timestamp() as leads,
-          coalesce(clock_timestamp() - w.last_heartbeat > (select l.leader_until - l.last_heartbeat from orchestrator.workers l where l.is_leader), false) as overdue,
+          coalesce(clock_timestamp() - w.last_heartbeat > (
+            select l.leader_until - l.last_heartbeat from orchestrator.workers l where l.is_leader), false) as overdue,
           w.declared_dead_at is not null as declared_dead, w.stopping_at is not null as stopping,
           (select coalesce(sum(c.open_tasks), 0) from orchestrator.claims c where c.worker_id = w.id) as in_flight,
           (select jsonb_agg(replace(replace(h, '\', ''), '%', '*') order by h) from unnest(w.handles) h) as handles
@@ -39,26 +40,24 @@ $$;
 
 -- Trouble first, then what fires next.
 create or replace function orchestrator._api_schedules() returns jsonb
-language sql set search_path = pg_catalog, pg_temp as $$
-  select coalesce(jsonb_agg(jsonb_build_object(
-    'name', s.name, 'cron', s.cron, 'timezone', s.timezone, 'type', s.type, 'paused', s.paused, 'error', orchestrator.redact_text(s.last_error),
-    'next_at', s.next_at, 'next_in', extract(epoch from s.next_at - clock_timestamp()), 'last', orchestrator._age(s.last_fire_at),
-    'task_id', s.last_task_id, 'state', orchestrator.redact_text(s.state))
-    order by s.last_error is null, s.paused, s.next_at, s.name), '[]')
-  from (select * from orchestrator.schedule_states s order by s.last_error is null, s.paused, s.next_at, s.name limit 100) s
+language sql as $$
+  select coalesce(jsonb_agg(to_jsonb(x) order by x.error is null, x.paused, x.next_at, x.name), '[]')
+  from (select s.name, s.cron, s.timezone, s.type, s.paused, orchestrator.redact_text(s.last_error) as error, s.next_at, s.last_task_id as task_id,
+          extract(epoch from s.next_at - clock_timestamp()) as next_in, orchestrator._age(s.last_fire_at) as last,
+          orchestrator.redact_text(s.state) as state
+        from orchestrator.schedule_states s order by s.last_error is null, s.paused, s.next_at, s.name limit 100) x
 $$;
 
 -- keys: the ten with the most in flight.
 create or replace function orchestrator._api_limits() returns jsonb
-language sql set search_path = pg_catalog, pg_temp as $$
-  select coalesce(jsonb_agg(jsonb_build_object(
-    'limit', l.type, 'max_running', l.max_running, 'max_per_key', l.max_per_key, 'rate', l.rate, 'per', extract(epoch from l.rate_per),
-    'in_flight', l.in_flight, 'parked', l.parked, 'started_lately', l.started_lately,
-    'next_start_in', case when l.next_start_at is not null then greatest(round(extract(epoch from l.next_start_at - clock_timestamp()), 3), 0) end,
-    'keys', (select coalesce(jsonb_agg(jsonb_build_array(k.key, k.n) order by k.n desc, k.key), '[]')
-             from (select c.key, sum(c.open_tasks) as n from orchestrator.claims c where c.limit_name = l.type and c.key is not null
-                   group by c.key order by n desc, c.key limit 10) k)) order by l.type), '[]')
-  from orchestrator.limits l
+language sql as $$
+  select coalesce(jsonb_agg(to_jsonb(x) order by x.limit), '[]')
+  from (select l.type as limit, l.max_running, l.max_per_key, l.rate, extract(epoch from l.rate_per) as per, l.in_flight, l.parked, l.started_lately,
+          case when l.next_start_at is not null then greatest(round(extract(epoch from l.next_start_at - clock_timestamp()), 3), 0) end as next_start_in,
+          (select coalesce(jsonb_agg(jsonb_build_array(k.key, k.n) order by k.n desc, k.key), '[]')
+           from (select c.key, sum(c.open_tasks) as n from orchestrator.claims c where c.limit_name = l.type and c.key is not null
+                 group by c.key order by n desc, c.key limit 10) k) as keys
+        from orchestrator.limits l) x
 $$;
 
 create or replace function orchestrator.api_overview() returns jsonb
@@ -97,8 +96,6 @@ language sql stable as $$
 $$;
 comment on function orchestrator.api_history is
   'p_minutes (1 to 120): the samples of all types together of that time, about every 10 seconds. Raises OR001.';
-
--- Lists -------------------------------------------------------------------------------------------------------------------
 
 create or replace function orchestrator.api_tasks(
   p_id text default null, p_type text default null, p_status text default null, p_before text default null, p_limit int default 50,
@@ -148,22 +145,21 @@ begin
 end $$;
 comment on function orchestrator.api_tasks is
   'Search by a filter (see bulk_tasks; p_id, p_type and p_status are parts of it); p_limit (1 to 200); p_before: next of the page before. '
-  'States with an index come in its order, all else the newest first; a type alone: in flight, ready, parked, scheduled, dead '
-  'letters, then what has ended. A page looks at 10,000 tasks or a few more, so one that is not full may have a next. looked: at how '
-  'many; back_to: how far back it got; cut: a state''s list ends at 100,000. Raises OR001.';
+  'States with an index come in its order, all else the newest first; a type alone: what is in flight, waits, is dead, has ended. A page '
+  'looks at some 10,000 tasks (looked), so one that is not full may have a next. back_to: how far back it got; cut: a state''s list ends '
+  'at 100,000. Raises OR001.';
 
 create or replace function orchestrator._task_summaries(p_ids uuid[]) returns jsonb
 language sql as $$
-  select coalesce(jsonb_agg(to_jsonb(x) || case when x.status in ('claimed', 'running') then
-    jsonb_build_object('age', orchestrator._age(coalesce(x.started_at, x.claimed_at)), 'progress', r.progress) else '{}' end order by u.place), '[]')
+  select coalesce(jsonb_agg(
+    to_jsonb(t) - '{idempotency_key,claim_id,updated_at,recoveries,parked_by,after,expires_at}'::text[] || jsonb_build_object(
+      'max_retries', coalesce(t.max_retries, (orchestrator._policy(t.type)).max_retries), 'payload', r.preview,
+      'last_error', left(orchestrator.redact_text(t.last_error), 500), 'due_in', round(extract(epoch from t.next_retry_at - clock_timestamp()), 3))
+    || case when t.status in ('claimed', 'running') then
+      jsonb_build_object('age', orchestrator._age(coalesce(t.started_at, t.claimed_at)), 'progress', r.progress) else '{}' end order by u.place), '[]')
   from unnest(p_ids) with ordinality u(id, place)
   cross join lateral (select * from orchestrator._bare_tasks b where b.id = u.id limit 1) t
   cross join lateral (select * from orchestrator._redacted_tasks b where b.id = u.id limit 1) r
-  cross join lateral (
-    select t.id, t.type, t.status, t.priority, t.attempts, coalesce(t.max_retries, (orchestrator._policy(t.type)).max_retries) as max_retries,
-      t.worker_id, t.created_at, t.queued_at, t.parked_at, t.concurrency_key, t.blocked_until, t.claimed_at, t.started_at, t.completed_at, t.dead_at, t.next_retry_at, t.cancel_requested_at,
-      left(orchestrator.redact_text(t.last_error), 500) as last_error, r.preview as payload,
-      round(extract(epoch from t.next_retry_at - clock_timestamp()), 3) as due_in) x
 $$;
 
 create or replace function orchestrator.api_failures(p_type text default null, p_limit int default 50) returns jsonb
@@ -181,8 +177,8 @@ comment on function orchestrator.api_failures is
 
 create or replace function orchestrator.api_operations(p_limit int default 50) returns jsonb
 language sql as $$
-  select jsonb_build_object('now', extract(epoch from clock_timestamp()), 'operations', coalesce(jsonb_agg(to_jsonb(o) order by o.id desc), '[]'))
-  from (select o.id, o.at, o.by, o.action, orchestrator.redact(o.filter) as filter, orchestrator.redact(o.value) as value, o.done, o.skipped, o.ended_at
-        from orchestrator.operations o order by o.id desc limit orchestrator._check_range('limit', p_limit, 1000)) o
+  select jsonb_build_object('now', extract(epoch from clock_timestamp()), 'operations', coalesce(jsonb_agg(to_jsonb(o) - 'next_after'
+    || jsonb_build_object('filter', orchestrator.redact(o.filter), 'value', orchestrator.redact(o.value)) order by o.id desc), '[]'))
+  from (select * from orchestrator.operations x order by x.id desc limit orchestrator._check_range('limit', p_limit, 1000)) o
 $$;
 comment on function orchestrator.api_operations is 'p_limit (1 to 1000): what operators did, the newest first. Raises OR001.';

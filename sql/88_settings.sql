@@ -9,7 +9,8 @@ declare
   f record;
 begin
   for f in
-    select p.oid::regprocedure as signature, p.provolatile <> 'i' and p.proname !~ '^(_(?!count_live).*|audit|metrics|api_overview)$' as hot
+    select p.oid::regprocedure as signature,
+           p.provolatile <> 'i' and p.proname !~ '^(_(?!(count_live|in_flight|older_claims)$).*|audit|metrics|api_overview)$' as hot
     from pg_proc p join pg_language l on l.oid = p.prolang
     where p.pronamespace = 'orchestrator'::regnamespace and (l.lanname = 'plpgsql' or p.prosqlbody is null and p.provolatile <> 'i')
   loop

@@ -53,7 +53,8 @@ begin
   end loop;
 
   select string_agg(quote_ident(a.attname), ', ') filter (where a.attname !~ '^(payload|result|progress|meta)$'),
-         string_agg(quote_ident(a.attname), ', ') filter (where a.attname !~ '^(id|type|payload|priority|idempotency_key|created_at|max_retries|concurrency_key|meta|after)$')
+         string_agg(quote_ident(a.attname), ', ') filter (
+           where a.attname !~ '^(id|type|payload|priority|idempotency_key|created_at|max_retries|concurrency_key|meta|after)$')
     into v_shown, v_changed
   from pg_attribute a where a.attrelid = 'orchestrator.tasks'::regclass and a.attnum > 0 and not a.attisdropped;
 

@@ -12,7 +12,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 LIMITS = {
     "bytes of orchestrator.py": 229_200,   # what comes in must be paid for
-    "bytes of sql/": 265_000,
+    "bytes of sql/": 259_000,
     "lines of README.md": 350,
     "characters of a line": 110,
     "lines of a class": 250,
