@@ -23,6 +23,15 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 PROGRAM = REPOSITORY / "orchestrator.py"
 START = [sys.executable, str(REPOSITORY / "tests" / "compiled.py"), str(PROGRAM)]   # python orchestrator.py
 
+# The files that take longest start first: one of them at the end would keep a single process.
+LONGEST = ["test_page", "test_chaos", "test_readme", "test_cli", "test_report_loop", "test_embedded", "test_examples", "test_bulk", "test_demo",
+           "test_crash", "test_handlers_nextjs", "test_model", "test_worker", "test_program", "test_after", "test_replace", "test_errors"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
