@@ -17,15 +17,16 @@ from urllib.parse import urlsplit
 import psycopg
 import pytest
 
-from postgres import Server, eventually, hold_every_rule, install_schema, processes_below, start_server, temporary_folder
+from postgres import Server, eventually, hold_every_rule, install_schema, make_small, processes_below, start_server, temporary_folder
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PROGRAM = REPOSITORY / "orchestrator.py"
 START = [sys.executable, str(REPOSITORY / "tests" / "compiled.py"), str(PROGRAM)]   # python orchestrator.py
 
 # The files that take longest start first: one of them at the end would keep a single process.
-LONGEST = ["test_page", "test_chaos", "test_readme", "test_cli", "test_report_loop", "test_embedded", "test_examples", "test_bulk", "test_demo",
-           "test_crash", "test_handlers_nextjs", "test_model", "test_worker", "test_program", "test_after", "test_replace", "test_errors"]
+LONGEST = ["test_page", "test_chaos", "test_readme", "test_cli", "test_report_loop", "test_embedded", "test_examples", "test_bulk",
+           "test_demo", "test_crash", "test_handlers_nextjs", "test_model", "test_worker", "test_program", "test_after", "test_replace",
+           "test_errors"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -48,6 +49,7 @@ def template(server: Server) -> Iterator[str]:
     url = server.create_database()
     install_schema(url)
     hold_every_rule(url)
+    make_small(url)
     yield url
     server.drop_database(url)
 

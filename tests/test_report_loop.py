@@ -129,8 +129,9 @@ def test_python_and_sql_agree_on_the_longest_snooze(installed: str, conn: Connec
         assert story(app, task_id)["status"] == "pending"
 
 
-def test_a_chore_that_is_refused_stops_no_other(installed: str, conn: Connection) -> None:
+def test_a_chore_that_is_refused_stops_no_other(installed: str, conn: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
     """Marks, progress and cancellations: the functions behind them are broken one by one."""
+    monkeypatch.setattr(orchestrator, "LOCKED_SECONDS", 0.2)   # after which a refused task is tried again
     gates = Gate()
 
     def report(task: Task) -> None:
