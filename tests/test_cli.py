@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import re
 import signal
@@ -41,12 +42,14 @@ class Answer:
 
 @pytest.fixture(autouse=True)
 def logging_as_before() -> Iterator[None]:
-    """The command line sets logging up for its process, and takes numbers of any length."""
-    before = orchestrator.log.handlers[:], orchestrator.log.propagate, orchestrator.log.level
+    """The command line sets logging up for its process, a worker's for all loggers, and takes numbers of any length."""
+    loggers = orchestrator.log, logging.getLogger()
+    before = [(logger.handlers[:], logger.propagate, logger.level) for logger in loggers]
     digits = sys.get_int_max_str_digits()
     yield
     sys.set_int_max_str_digits(digits)
-    orchestrator.log.handlers[:], orchestrator.log.propagate, orchestrator.log.level = before
+    for logger, state in zip(loggers, before, strict=True):
+        logger.handlers[:], logger.propagate, logger.level = state
 
 
 @pytest.fixture

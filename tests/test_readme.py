@@ -75,7 +75,7 @@ def environment(folder: Path, url: str, server: Server) -> dict[str, str]:
 
 
 def run(args: list[str], stdin: str, **options: Any) -> str:
-    result = subprocess.run(args, check=False, input=stdin, capture_output=True, text=True, timeout=50, **options)
+    result = subprocess.run(args, check=False, input=stdin, capture_output=True, text=True, timeout=110, **options)
     assert result.returncode == 0, f"exit code {result.returncode}\n{result.stdout}{result.stderr}"
     assert "Traceback" not in result.stderr, result.stderr
     return result.stdout + result.stderr
