@@ -366,7 +366,7 @@ def test_package_json_that_blocks_or_nests_too_deep_is_refused(project):
     os.mkfifo(package)
     running = in_thread(handlers.nextjs, StandInTask(payload))
     with pytest.raises(Discard, match="has no readable package.json"):
-        running.result(5)
+        running.result(20)
 
 
 def test_cancelled_while_the_server_sends_its_answer_byte_by_byte(project):
@@ -389,7 +389,7 @@ while True:
         running.result(1)
     task.cancel()
     with pytest.raises(Cancelled):
-        running.result(3)
+        running.result(20)
 
 
 # --- A real Next.js ---------------------------------------------------------------------------------------------------
