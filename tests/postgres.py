@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 import psycopg
 from psycopg import sql
@@ -113,7 +113,7 @@ class Server:
         return self.dsn(name)
 
     def drop_database(self, url: str) -> None:
-        name = urlsplit(url).path.lstrip("/")
+        name = unquote(urlsplit(url).path.removeprefix("/"))
         # whoever is still connected ends first: DROP DATABASE looks again only every 100 ms
         backends = sql.SQL("select pg_terminate_backend(pid) from pg_stat_activity where datname = %s")
         eventually(lambda: not self._administer(backends, name).rowcount)
@@ -123,12 +123,12 @@ class Server:
         """Run it on a connection that is kept, as a test's database takes a third less time so; on a new one after a crash."""
         if self._kept is not None:
             try:
-                return self._kept.execute(statement, parameters)
+                return self._kept.execute(statement, parameters or None)
             except psycopg.OperationalError:
                 if not self._kept.closed:
                     raise
         self._kept = self.connect()
-        return self._kept.execute(statement, parameters)
+        return self._kept.execute(statement, parameters or None)
 
     def stop(self) -> None:
         """Leave a server alone that isn't ours."""
