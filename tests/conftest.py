@@ -24,9 +24,9 @@ PROGRAM = REPOSITORY / "orchestrator.py"
 START = [sys.executable, str(REPOSITORY / "tests" / "compiled.py"), str(PROGRAM)]   # python orchestrator.py
 
 # The files that take longest start first: one of them at the end would keep a single process.
-LONGEST = ["test_page", "test_chaos", "test_readme", "test_cli", "test_report_loop", "test_embedded", "test_examples", "test_bulk",
-           "test_demo", "test_crash", "test_handlers_nextjs", "test_model", "test_worker", "test_program", "test_after", "test_replace",
-           "test_errors"]
+LONGEST = ["test_page", "test_readme", "test_examples", "test_handlers_nextjs", "test_cli", "test_bulk", "test_embedded", "test_model",
+           "test_chaos", "test_program", "test_migrations", "test_races", "test_replace", "test_crash", "test_after", "test_demo",
+           "test_handlers_backup", "test_report_loop", "test_claim_loop", "test_worker", "test_wheel", "test_typing", "test_steps"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
