@@ -17,10 +17,21 @@ from urllib.parse import urlsplit
 import psycopg
 import pytest
 
-from postgres import Server, eventually, hold_every_rule, install_schema, processes_below, start_server, temporary_folder
+from postgres import Server, eventually, hold_every_rule, install_schema, make_small, processes_below, start_server, temporary_folder
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PROGRAM = REPOSITORY / "orchestrator.py"
+START = [sys.executable, str(REPOSITORY / "tests" / "compiled.py"), str(PROGRAM)]   # python orchestrator.py
+
+# The files that take longest start first: one of them at the end would keep a single process.
+LONGEST = ["test_page", "test_readme", "test_examples", "test_handlers_nextjs", "test_cli", "test_bulk", "test_embedded", "test_model",
+           "test_chaos", "test_program", "test_migrations", "test_races", "test_replace", "test_crash", "test_after", "test_demo",
+           "test_handlers_backup", "test_report_loop", "test_claim_loop", "test_worker", "test_wheel", "test_typing", "test_steps"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 @pytest.fixture(scope="session")
@@ -38,6 +49,7 @@ def template(server: Server) -> Iterator[str]:
     url = server.create_database()
     install_schema(url)
     hold_every_rule(url)
+    make_small(url)
     yield url
     server.drop_database(url)
 
@@ -111,7 +123,7 @@ def run_cli(folder: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 
     def run(*args: str, env: dict[str, Any] | None = None, stdin: str | None = None, cwd: Path | None = None,
             timeout: float = 50) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, str(PROGRAM), *args], check=False, input=stdin or "", text=True,
+        return subprocess.run([*START, *args], check=False, input=stdin or "", text=True,
                               capture_output=True, cwd=cwd or folder, env=clean_environment(**env or {}),
                               timeout=timeout)
 
@@ -126,7 +138,7 @@ class WorkerProcess:
         settings = {"DATABASE_URL": url, "METRICS_PORT": 0, **settings}
         with log.open("w") as output:
             self.process = subprocess.Popen(
-                [sys.executable, str(PROGRAM), *args], stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                [*START, *args], stdin=subprocess.DEVNULL, stdout=output, stderr=output,
                 env=clean_environment(**settings), cwd=log.parent, start_new_session=True)
         self.pid = self.process.pid
 
@@ -142,17 +154,21 @@ class WorkerProcess:
     @property
     def id(self) -> str | None:
         """Its id in orchestrator.workers, which holds its process id; the latest, as it takes a new one when fenced."""
-        newest = "select id from orchestrator.workers where id like %s order by started_at desc limit 1"
         with psycopg.connect(self.url, autocommit=True) as connection:
-            row = connection.execute(newest, [f"%:{self.pid}:%"]).fetchone()
+            return self._id(connection)
+
+    def _id(self, connection: psycopg.Connection[Any]) -> str | None:
+        newest = "select id from orchestrator.workers where id like %s order by started_at desc limit 1"
+        row = connection.execute(newest, [f"%:{self.pid}:%"]).fetchone()
         return row[0] if row else None
 
     def wait_registered(self) -> None:
         def registered() -> bool:
             assert self.process.poll() is None, f"the worker ended with {self.process.returncode}:\n{self.output}"
-            return self.id is not None
+            return self._id(connection) is not None
 
-        eventually(registered, 20)
+        with psycopg.connect(self.url, autocommit=True) as connection:
+            eventually(registered, 20)
 
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 import psycopg
 from psycopg import sql
@@ -74,10 +74,19 @@ def hold_every_rule(url: str) -> None:
             alter table orchestrator.tasks add constraint every_rule_holds check (public.every_rule_holds(tasks))""".encode())
 
 
+def make_small(url: str) -> None:
+    """Drop the dead rows that an installation leaves in the catalog, and have the catalog's cache written: copies take both along."""
+    with psycopg.connect(url, autocommit=True) as conn:
+        for table in ("pg_proc", "pg_attribute", "pg_depend", "pg_class", "pg_description", "pg_rewrite", "pg_type", "pg_constraint"):
+            conn.execute(f"vacuum full pg_catalog.{table}".encode())
+    psycopg.connect(url).close()
+
+
 class Server:
     """A PostgreSQL server; databases are made and dropped on it."""
 
     _numbers = itertools.count(1)
+    strategy = "wal_log"   # which a disk makes the quicker one
 
     def __init__(self, url: str, bin: Path | None = None) -> None:
         parts = urlsplit(url)
@@ -99,26 +108,27 @@ class Server:
     def create_database(self, name: str | None = None, template: str = "template0") -> str:
         """Make a database, with a name of its own unless one is given, and return its URL."""
         name = name or f"test_{os.getpid()}_{next(self._numbers)}"
-        self._administer(sql.SQL("create database {} template {} strategy wal_log").format(sql.Identifier(name), sql.Identifier(template)))
+        self._administer(sql.SQL("create database {} template {} strategy {}").format(
+            sql.Identifier(name), sql.Identifier(template), sql.SQL(self.strategy)))
         return self.dsn(name)
 
     def drop_database(self, url: str) -> None:
-        name = urlsplit(url).path.lstrip("/")
+        name = unquote(urlsplit(url).path.removeprefix("/"))
         # whoever is still connected ends first: DROP DATABASE looks again only every 100 ms
-        backends = sql.SQL("select pg_terminate_backend(pid) from pg_stat_activity where datname = {}").format(name)
-        eventually(lambda: not self._administer(backends).rowcount)
+        backends = sql.SQL("select pg_terminate_backend(pid) from pg_stat_activity where datname = %s")
+        eventually(lambda: not self._administer(backends, name).rowcount)
         self._administer(sql.SQL("drop database if exists {} with (force)").format(sql.Identifier(name)))
 
-    def _administer(self, statement: sql.Composed) -> psycopg.Cursor[Any]:
+    def _administer(self, statement: sql.Composable, *parameters: Any) -> psycopg.Cursor[Any]:
         """Run it on a connection that is kept, as a test's database takes a third less time so; on a new one after a crash."""
         if self._kept is not None:
             try:
-                return self._kept.execute(statement)
+                return self._kept.execute(statement, parameters or None)
             except psycopg.OperationalError:
                 if not self._kept.closed:
                     raise
         self._kept = self.connect()
-        return self._kept.execute(statement)
+        return self._kept.execute(statement, parameters or None)
 
     def stop(self) -> None:
         """Leave a server alone that isn't ours."""
@@ -136,6 +146,7 @@ class LocalServer(Server):
     def __init__(self, version: str | None = None, fsync: bool = False, **settings: str) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="pgtest-", dir="/tmp"))  # short, since a socket's path has 107 bytes
         self._storage = self.folder if fsync else temporary_folder()
+        self.strategy = "wal_log" if fsync else "file_copy"
         self.data = self._storage / "data"
         self.account = _account()
         if self.account:

@@ -5,7 +5,6 @@ import random
 import re
 import signal
 import subprocess
-import sys
 import threading
 from typing import Any
 
@@ -13,7 +12,7 @@ import psycopg
 import pytest
 from psycopg.types.json import Jsonb
 
-from conftest import PROGRAM, clean_environment
+from conftest import START, clean_environment
 from postgres import eventually
 from steps import (
     Connection,
@@ -487,14 +486,14 @@ def test_a_killed_operation_is_resumed_by_its_number(conn: Connection, installed
     conn.execute("alter table orchestrator.tasks drop constraint every_rule_holds")   # for speed
     enqueue_some(conn, 20_000)
     environment = clean_environment(DATABASE_URL=installed)
-    killed = subprocess.Popen([sys.executable, str(PROGRAM), "cancel", "--type", "t", "--yes"], env=environment, stdout=subprocess.DEVNULL)
+    killed = subprocess.Popen([*START, "cancel", "--type", "t", "--yes"], env=environment, stdout=subprocess.DEVNULL)
     eventually(lambda: value(conn, "select done from orchestrator.operations"))
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     left = value(conn, "select done from orchestrator.operations where ended_at is null")
     assert 0 < left < 20_000
     number = value(conn, "select id from orchestrator.operations")
-    resumed = subprocess.run([sys.executable, str(PROGRAM), "cancel", "--operation", str(number), "--yes"], env=environment, check=True,
+    resumed = subprocess.run([*START, "cancel", "--operation", str(number), "--yes"], env=environment, check=True,
                              capture_output=True, text=True)
     assert re.fullmatch(rf"\d+ cancelled, 0 skipped \(operation {number}\)\n", resumed.stdout)
     assert row(conn, "select done, ended_at is not null as ended from orchestrator.operations") == {"done": 20_000, "ended": True}

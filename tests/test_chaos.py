@@ -22,7 +22,7 @@ from harness import Lab  # noqa: E402
 
 @pytest.mark.timeout(180)
 def test_chaos_short_version_passes(tmp_path: Path) -> None:
-    faults = ["none", "SIGKILL", "crashes under load", "COMMIT acknowledged"]
+    faults = ["none", "SIGKILL", "COMMIT acknowledged"]
     only = [part for fault in faults for part in ("--only", fault)]
     ended = subprocess.run([sys.executable, str(CHAOS / "chaos.py"), "--short", "--seed", "7", "--json", str(tmp_path / "rows"), *only],
                            check=False, capture_output=True, text=True, cwd=tmp_path, env=clean_environment(), timeout=170)

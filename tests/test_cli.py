@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import re
 import signal
@@ -20,7 +21,7 @@ import pytest
 
 import orchestrator
 from apps import running, wait_for
-from conftest import PROGRAM, WorkerProcess, clean_environment
+from conftest import PROGRAM, START, WorkerProcess, clean_environment
 from postgres import Server, eventually, processes_below
 from steps import column, row, value
 
@@ -41,12 +42,14 @@ class Answer:
 
 @pytest.fixture(autouse=True)
 def logging_as_before() -> Iterator[None]:
-    """The command line sets logging up for its process, and takes numbers of any length."""
-    before = orchestrator.log.handlers[:], orchestrator.log.propagate, orchestrator.log.level
+    """The command line sets logging up for its process, a worker's for all loggers, and takes numbers of any length."""
+    loggers = orchestrator.log, logging.getLogger()
+    before = [(logger.handlers[:], logger.propagate, logger.level) for logger in loggers]
     digits = sys.get_int_max_str_digits()
     yield
     sys.set_int_max_str_digits(digits)
-    orchestrator.log.handlers[:], orchestrator.log.propagate, orchestrator.log.level = before
+    for logger, state in zip(loggers, before, strict=True):
+        logger.handlers[:], logger.propagate, logger.level = state
 
 
 @pytest.fixture
@@ -612,11 +615,11 @@ def test_schedules_that_are_no_dict_of_them_are_one_line(cli: Callable[..., Answ
 def test_commands_and_a_worker_share_the_embedded_database(folder: Path, run_cli: Run) -> None:
     (folder / "handlers.py").write_text("HANDLERS = {'a': lambda task: task.payload['n'] + 1}\n")
     with (folder / "log").open("w") as log:
-        worker = subprocess.Popen([sys.executable, str(PROGRAM)], cwd=folder, stderr=log, stdout=log, start_new_session=True,
+        worker = subprocess.Popen(START, cwd=folder, stderr=log, stdout=log, start_new_session=True,
                                   env=clean_environment(METRICS_PORT=0))
     try:
         assert eventually(lambda: " started, " in (folder / "log").read_text(), 30)
-        commands = [subprocess.Popen([sys.executable, str(PROGRAM), "enqueue", "a", f'{{"n": {n}}}'], cwd=folder, stdout=subprocess.PIPE,
+        commands = [subprocess.Popen([*START, "enqueue", "a", f'{{"n": {n}}}'], cwd=folder, stdout=subprocess.PIPE,
                                      text=True, env=clean_environment()) for n in range(2)]
         ids = [command.communicate(timeout=30)[0].strip() for command in commands]
         assert [command.returncode for command in commands] == [0, 0]

@@ -366,7 +366,7 @@ def test_package_json_that_blocks_or_nests_too_deep_is_refused(project):
     os.mkfifo(package)
     running = in_thread(handlers.nextjs, StandInTask(payload))
     with pytest.raises(Discard, match="has no readable package.json"):
-        running.result(5)
+        running.result(20)
 
 
 def test_cancelled_while_the_server_sends_its_answer_byte_by_byte(project):
@@ -389,7 +389,7 @@ while True:
         running.result(1)
     task.cancel()
     with pytest.raises(Cancelled):
-        running.result(3)
+        running.result(20)
 
 
 # --- A real Next.js ---------------------------------------------------------------------------------------------------
@@ -401,7 +401,7 @@ slow_first_install = pytest.mark.timeout(400)
 
 @pytest.fixture(scope="module")
 def installed_application(request, tmp_path_factory) -> Path:
-    """The application with its node_modules, installed once for each package-lock.json and kept in pytest's cache."""
+    """A folder with the application's node_modules, installed once for each package-lock.json and kept in pytest's cache."""
     version = hashlib.sha256((APPLICATION / "package-lock.json").read_bytes()).hexdigest()[:12]
     cached = getattr(request.config, "cache", None)  # None under -p no:cacheprovider
     cache = Path(cached.mkdir("nextjs")) if cached else tmp_path_factory.mktemp("nextjs")
@@ -427,7 +427,8 @@ def application(installed_application, tmp_path, monkeypatch) -> dict[str, Any]:
             shutil.copy2(source, target)
 
     directory = tmp_path / "services/app"
-    shutil.copytree(installed_application, directory, symlinks=True, copy_function=link_or_copy)
+    shutil.copytree(APPLICATION, directory)
+    shutil.copytree(installed_application / "node_modules", directory / "node_modules", symlinks=True, copy_function=link_or_copy)
     monkeypatch.setenv("SERVICE_ROOT", str(tmp_path / "services"))
     return {"working_dir": "app", "port": free_port()}
 

@@ -122,7 +122,7 @@ def test_idle_threads_get_what_waits_behind_a_slow_task_by_itself() -> None:
     with started(pool):
         pool.put(make_tasks(pool, "slow") + make_tasks(pool, "quick", 300))
         gate.wait_started()
-        eventually(lambda: len(done) == 300, 5)
+        eventually(lambda: len(done) == 300)
         gate.open.set()
 
 

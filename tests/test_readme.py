@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import psycopg
 import pytest
 
-from conftest import PROGRAM, REPOSITORY, clean_environment
+from conftest import PROGRAM, REPOSITORY, START, clean_environment
 from postgres import Server, eventually
 from tools import bundle
 
@@ -65,14 +65,17 @@ def environment(folder: Path, url: str, server: Server) -> dict[str, str]:
     """`python` and psql on the PATH, and the modules importable."""
     programs = folder / "bin"
     programs.mkdir()
-    (programs / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (programs / "python").write_text(f'''#!/bin/sh
+        [ "$1" != orchestrator.py ] || set -- "{START[1]}" "$@"
+        exec "{sys.executable}" "$@"
+    ''')
     (programs / "python").chmod(0o755)
     return clean_environment(DATABASE_URL=url, METRICS_PORT=0, PYTHONPATH=REPOSITORY,
                              PATH=f"{programs}:{server.bin}:{os.environ['PATH']}")
 
 
 def run(args: list[str], stdin: str, **options: Any) -> str:
-    result = subprocess.run(args, check=False, input=stdin, capture_output=True, text=True, timeout=50, **options)
+    result = subprocess.run(args, check=False, input=stdin, capture_output=True, text=True, timeout=110, **options)
     assert result.returncode == 0, f"exit code {result.returncode}\n{result.stdout}{result.stderr}"
     assert "Traceback" not in result.stderr, result.stderr
     return result.stdout + result.stderr
@@ -187,7 +190,10 @@ def test_copying_one_file_into_a_project_leads_to_a_worker_on_an_embedded_databa
     block = next(block for block in BLOCKS if block.how.startswith("project, prints"))
     programs = project / "bin"
     programs.mkdir()
-    (programs / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (programs / "python").write_text(f'''#!/bin/sh
+        [ "$1" != orchestrator.py ] || set -- "{START[1]}" "$@"
+        exec "{sys.executable}" "$@"
+    ''')
     (programs / "python").chmod(0o755)
     env = clean_environment(METRICS_PORT=0, PATH=f"{programs}:{os.environ['PATH']}")
     log = project / "log"
