@@ -8829,7 +8829,7 @@ HEADERS = {"Content-Type": "application/json", "Cache-Control": "no-store", "Ref
            "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'"}
 MAX_CLIENTS = 100        # beyond it, the connection that has been open longest is closed
 CLIENT_SECONDS = 30.0    # no connection is open longer than this, however busy it is
-MAX_WAITING = 8          # requests that use the database or wait for it; one more gets a 503
+MAX_WAITING = 32         # requests that use the database or wait for it (a page sends 7); one more gets a 503
 WAIT_SECONDS = 10.0      # how long one of them waits for its turn; the page gives up after 15
 MAX_BODY = 65536
 

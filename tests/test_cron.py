@@ -14,7 +14,7 @@ from cron_reference import ZONES, Cron, Window, random_cron, random_window
 from steps import column, value
 
 SEED = int(os.environ.get("CRON_SEED", "1"))
-CASES = int(os.environ.get("CRON_CASES", "1000"))  # random expressions; 20 for each window of two days
+CASES = int(os.environ.get("CRON_CASES", "2000"))  # random expressions; 20 for each window of two days
 EVERY_DAY = frozenset(range(1, 32)), frozenset(range(1, 13)), frozenset(range(7))
 
 
@@ -62,7 +62,7 @@ BATCH = """
 
 
 def test_random_expressions_fire_when_the_reference_says(pure):
-    """1,000 expressions in 20 zones, most around a change of the clock; CRON_CASES and CRON_SEED make it more, and others."""
+    """2,000 expressions in 20 zones, most around a change of the clock; CRON_CASES and CRON_SEED make it more, and others."""
     chance, agreed = windows(pure, SEED, CASES // 20)
     times = 0
     for window in agreed:

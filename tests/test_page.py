@@ -29,10 +29,7 @@ SCRIPT = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 
 TOKEN = "let-me-in"
 expect.set_options(timeout=20_000)
 HANDLERS = textwrap.dedent(f'''
-    import orchestrator
     from orchestrator import Handler
-
-    orchestrator.MAX_WAITING = 50   # a page asks for seven things at once, and here another one opens before it has them
 
     def fails(task):
         raise ValueError("broken " + task.payload.get("why", ""))
