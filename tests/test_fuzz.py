@@ -1,0 +1,535 @@
+"""Random calls of the SQL functions by several connections whose transactions stay open, then an end to all that waits.
+
+One thread drives all connections, so a seed replays: a call that would wait for another connection's lock times out at once, and
+rolls its transaction back. What one transaction decides while another's change is not committed is so seen with either end of
+it. At quiet points the audit must find nothing. At the end live workers complete what comes, and each task must end. A failure
+prints the seed and the shortest sequence of steps found that still fails. FUZZ_SEEDS=100-199 runs other seeds.
+"""
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg.pq import TransactionStatus
+from psycopg.types.json import Jsonb
+
+import steps
+from steps import Connection, audit, column, row, rows, value
+from transitions import check_transitions, record_transitions
+
+FIRST_SEED, LAST_SEED = (int(n) for n in os.environ.get("FUZZ_SEEDS", "1-6").split("-"))
+CONNECTIONS, STEPS = 5, int(os.environ.get("FUZZ_STEPS", "120"))
+TYPES = ["a", "b:1", "b:2"]
+CLAIMABLE = [["*"], ["a", "b:*"], ["a", "b:1", "b:2"], ["b:*"], ["a"], ["b:1"]]
+HANDLERS = {"a": {"max_retries": 1, "base_delay": 3600}, "b:*": {"max_retries": 2, "base_delay": 3600}}   # due only when told
+LIMITS = [(None, 1, None), (None, 1, None), (None, 2, None), (1, None, None), (2, 1, None), (3, 2, None), (None, None, 3), (None, 1, 2),
+          (None, None, None)]
+LATER = "2030-01-01"
+UNFINISHED = "status not in ('completed', 'cancelled', 'dead_letter')"
+WAITING, IN_FLIGHT = "status in ('pending', 'retry_scheduled')", "status in ('claimed', 'running')"
+# How often each call is made, in three mixtures: keys and limits, what waits for something else, and all alike.
+KEYS = Counter(enqueue=9, enqueue_many=3, claim=16, complete=9, fail=2, snooze=2, release=3, cancel=7, replace=3, limit=4, bulk=4, time=3,
+               promote=3, retry=2, die=1, recover=2, expire=1, pause=1, start=1, signal=1, raise_floors=1, rescan=1)
+WAITS = Counter(enqueue=4, enqueue_after=8, claim=8, complete=7, fail=5, snooze=3, cancel=4, retry=4, promote=6, time=4, bulk=4, prune=3, expire=4,
+                replace=4, wait_for_signal=4, signal=4, step=1, fire=3, schedule=2, die=1, recover=2, limit=1, release=1)
+MIXTURES = [KEYS, KEYS, WAITS, Counter(dict.fromkeys(KEYS | WAITS, 1)) + Counter(claim=3, enqueue=2, complete=2)]
+ALLOWED = {"55P03", "OR001", "OR003"}   # another one has it locked; impossible; the worker was declared dead
+TABLES = """tasks claims workers task_types task_events type_limits starts freed_keys schedules task_waits expiries task_steps
+            lanes lane_floors operations""".split()   # noqa: SIM905
+GUARD = """
+  create table public.deleted (task_id uuid);
+  create function public.note_deletion() returns trigger language plpgsql as $$
+  begin
+    if old.status not in ('completed', 'cancelled', 'dead_letter') then raise exception 'task % is deleted, and has not ended', old.id; end if;
+    insert into public.deleted values (old.id);
+    return old;
+  end $$;
+  create trigger note_deletion before delete on orchestrator.tasks for each row when (current_setting('application_name') <> 'watcher') execute function public.note_deletion();
+  alter function orchestrator._lock_limits set lock_timeout = '5ms'"""
+
+
+class Fault(Exception):
+    """What must not be."""
+
+
+@dataclass(frozen=True)
+class Step:
+    connection: int
+    name: str
+    end: str   # what then becomes of the connection's transaction: commit, rollback, or open
+    seed: int
+
+
+def plan(seed: int) -> list[Step]:
+    draw = Random(f"plan {seed}")
+    mixture = MIXTURES[seed % len(MIXTURES)]
+    names, weights = list(mixture), list(mixture.values())
+    patience = draw.choice([1, 3, 6])
+    made = []
+    for n in range(1, STEPS + 1):
+        if n % draw.choice([20, 30]) == 0:
+            made.append(Step(0, "quiet", "commit", draw.getrandbits(32)))
+        [name], [end] = draw.choices(names, weights), draw.choices(["open", "commit", "rollback"], [patience, 4, 1])
+        made.append(Step(draw.randrange(CONNECTIONS), name, end, draw.getrandbits(32)))
+    return made
+
+
+@dataclass
+class Fuzz:
+    """One run. `watcher` sees what has committed; what it changes is the clock."""
+    watcher: Connection
+    connections: list[Connection]
+    log: list[str] = field(default_factory=list)
+    workers: list[str] = field(default_factory=lambda: ["w1", "w2"])
+    ids: list[str] = field(default_factory=list)               # of all tasks, also of those that were rolled back
+    handed: list[tuple[int, str]] = field(default_factory=list)   # (claim, task), as claimed, committed or not
+    # of each connection's transaction: the ids that it enqueued, what it claimed, whether it changed limits
+    enqueued: dict[int, list[str]] = field(default_factory=dict)
+    claimed: dict[int, list[tuple[int, str]]] = field(default_factory=dict)
+    changed: set[int] = field(default_factory=set)
+    kept: list[str] = field(default_factory=list)              # enqueued and committed
+    old: set[tuple[int, str]] = field(default_factory=set)     # handed before the limits changed last
+    hidden: set[tuple[int, str]] = field(default_factory=set)  # of those, what nobody could see then
+    begun: list[tuple[int, str]] = field(default_factory=list)    # claimed and committed since the limits or the clock changed
+    before_shift: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def begin(self) -> None:
+        self.watcher.execute("; ".join(f"delete from orchestrator.{table}" for table in TABLES)
+                             + "; delete from public.transitions; delete from public.deleted; "
+                             "update orchestrator.leader_state set prune_cursor = default, candidate = null, safe_floor = '-infinity'")
+        self.term = steps.lead(self.watcher, length="10 years")
+        for worker in self.workers:
+            steps.register(self.watcher, worker, HANDLERS)
+
+    # --- what a step needs --------------------------------------------------------------------------------------------------
+
+    def name(self, id: str | None) -> str:
+        return f"t{self.ids.index(id)}" if id in self.ids else str(id)
+
+    def names(self, ids: list[str]) -> str:
+        return " ".join(map(self.name, ids))
+
+    def some(self, conn: Connection, draw: Random, where: str = "true") -> str | None:
+        found = column(conn, f"select id::text from orchestrator.tasks where {where} order by id")
+        return draw.choice(found[-20:]) if found else None
+
+    def held(self, conn: Connection, draw: Random) -> tuple[int, str]:
+        """A claim and one of its tasks; now and then a late one."""
+        found = conn.execute(f"select claim_id, id::text from orchestrator.tasks where {IN_FLIGHT} order by id").fetchall()
+        if self.handed and (not found or draw.random() < 0.05):
+            found = self.handed[-20:]
+        return draw.choice(found) if found else (0, "00000000-0000-0000-0000-000000000000")
+
+    def know(self, number: int, *ids: str) -> str:
+        for id in ids:
+            if id not in self.ids:
+                self.ids.append(id)
+                self.enqueued.setdefault(number, []).append(id)
+        return self.names(list(ids))
+
+    def limits(self, conn: Connection) -> dict[str, dict[str, Any]]:
+        return {found["type"]: found for found in rows(conn, "select type, max_running, max_per_key, rate from orchestrator.type_limits "
+                                                             "where num_nonnulls(max_running, max_per_key, rate) > 0")}
+
+    @staticmethod
+    def limit_of(limits: dict[str, Any], type: str) -> str | None:
+        return next((name for name in (type, "b:*", "*") if name in limits and type.startswith(name.rstrip("*"))), None)
+
+    # --- steps: each returns what is to be read in the log ---------------------------------------------------------------------
+
+    def enqueue(self, conn: Connection, draw: Random, number: int) -> str:
+        named = {"priority": draw.choice([0, 0, 0, 5]), "concurrency_key": draw.choice([None, "x", "x", "x", "y"]),
+                 "idempotency_key": draw.choice([None] * 6 + ["k", "l"]), "run_at": draw.choice([None] * 5 + [LATER]),
+                 "max_retries": draw.choice([None, None, 0])}
+        if draw.random() < 0.1:
+            named["expires_at"] = "2031-01-01"
+        type = draw.choice(TYPES)
+        id = steps.enqueue(conn, type, [0], **named)
+        return f"{self.know(number, id)}: {type} {({key: value for key, value in named.items() if value})}"
+
+    def enqueue_after(self, conn: Connection, draw: Random, number: int) -> str:
+        parents = column(conn, "select id::text from orchestrator.tasks order by id")[-10:]
+        parents = draw.sample(parents, min(len(parents), draw.randint(1, 3)))
+        mode, key, later = draw.choice(["wait", "cancel", "run"]), draw.choice([None, "x"]), draw.choice([None, None, LATER])
+        expires = draw.choice([None, None, "2031-01-01"])
+        id = steps.enqueue(conn, draw.choice(TYPES), [0], after=parents, on_failure=mode, concurrency_key=key, run_at=later, expires_at=expires,
+                           idempotency_key=draw.choice([None, None, None, "k"]))
+        return f"{self.know(number, id)} after {self.names(parents)}, {mode} {key} {later} {expires}"
+
+    def enqueue_many(self, conn: Connection, draw: Random, number: int) -> str:
+        n, type = draw.randint(1, 4), draw.choice(TYPES)
+        got = column(conn, "select id::text from orchestrator.enqueue_many(%s, %s::jsonb[], 0, %s::text[], p_concurrency_keys => %s::text[]) "
+                           "order by ordinal", type, [Jsonb([0])] * n, draw.choices([None, None, "k", "m"], k=n), ["x"] * n)
+        return f"{self.know(number, *got)}: {type} x"
+
+    def claim(self, conn: Connection, draw: Random, number: int) -> str:
+        worker, types, most = draw.choice(self.workers[-2:]), draw.choice(CLAIMABLE), draw.choice([1, 1, 2, 3, 10, 0])
+        line = self.line()
+        got = steps.claim(conn, worker, types, most)
+        pairs = [(t["claim_id"], t["id"]) for t in got]
+        self.check_order(conn, line, [t["id"] for t in got])
+        self.handed += pairs
+        self.claimed.setdefault(number, []).extend(pairs)
+        self.counts["claimed"] += len(got)
+        return f"{worker} {types} {most}: {self.names([t['id'] for t in got])}"
+
+    def start(self, conn: Connection, draw: Random, number: int) -> str:
+        claim, id = self.held(conn, draw)
+        return f"{self.name(id)}: {steps.start(conn, claim, id)}"
+
+    def complete(self, conn: Connection, draw: Random, number: int) -> str:
+        claim, id = self.held(conn, draw)
+        ids = [i for c, i in self.handed if c == claim] if draw.random() < 0.3 else [id]
+        return f"{self.names(ids)}: but {steps.complete(conn, claim, *ids)}"
+
+    def fail(self, conn: Connection, draw: Random, number: int) -> str:
+        claim, id = self.held(conn, draw)
+        return f"{self.name(id)}: {steps.fail(conn, claim, id, after=draw.choice([None, '0']), permanent=draw.random() < 0.4)}"
+
+    def snooze(self, conn: Connection, draw: Random, number: int) -> str:
+        claim, id = self.held(conn, draw)
+        return f"{self.name(id)}: {steps.snooze(conn, claim, id, draw.choice(['0', '1 hour']))}"
+
+    def release(self, conn: Connection, draw: Random, number: int) -> str:
+        if draw.random() < 0.2:
+            known = [claim for claim, _ in self.handed if draw.random() < 0.7]
+            return str(value(conn, "select orchestrator.release_forgotten(%s, %s::bigint[])", draw.choice(self.workers), known))
+        claim, id = self.held(conn, draw)
+        ids = draw.choice([[id], []])
+        return f"{self.names(ids) or f'all with {self.name(id)}'}: {steps.release(conn, claim, *ids)}"
+
+    def wait_for_signal(self, conn: Connection, draw: Random, number: int) -> str:
+        claim, id = self.held(conn, draw)
+        got = row(conn, "select held, snooze from orchestrator.await_signal(%s, %s, %s, %s)", claim, id, draw.choice(["s", "u"]),
+                  draw.choice([None, "0", "1 hour"]))
+        said = steps.snooze(conn, claim, id, "1 hour") if got["snooze"] else None
+        return f"{self.name(id)}: {got['held']} {said}"
+
+    def signal(self, conn: Connection, draw: Random, number: int) -> str:
+        id = self.some(conn, draw, f"{UNFINISHED} and exists (select from orchestrator.task_steps s where s.task_id = id)") or self.some(conn, draw)
+        return f"{self.name(id)}: {value(conn, 'select orchestrator.signal_task(%s, %s)', id, draw.choice(['s', 'u']))}"
+
+    def step(self, conn: Connection, draw: Random, number: int) -> str:
+        claim, id = self.held(conn, draw)
+        return f"{self.name(id)}: {value(conn, 'select orchestrator.record_step(%s, %s, %s, %s)', claim, id, draw.choice('su'), '1')}"
+
+    def cancel(self, conn: Connection, draw: Random, number: int) -> str:
+        id = self.some(conn, draw, draw.choice([UNFINISHED, WAITING, "parked_at is not null", "queued_at is not null and concurrency_key is not null"]))
+        return f"{self.name(id)}: {steps.cancel(conn, id)}" if id else ""
+
+    def retry(self, conn: Connection, draw: Random, number: int) -> str:
+        id = self.some(conn, draw, "status in ('dead_letter', 'cancelled')")
+        return f"{self.name(id)}: {steps.retry(conn, id)}" if id else ""
+
+    def replace(self, conn: Connection, draw: Random, number: int) -> str:
+        got = row(conn, "select id::text, action from orchestrator.replace_task(%s, %s, '[1]', %s, %s, %s, %s, %s)", draw.choice(TYPES),
+                  draw.choice("kl"), later := draw.choice([None, None, "2020-01-01", LATER]), draw.choice(["replace", "append", "keep"]),
+                  priority := draw.choice([None, None, 0, 5]), "1 day" if later and draw.random() < 0.3 else None, draw.choice([None, "x"]))
+        return f"{self.know(number, got['id'])} {got['action']} {later} {priority}"
+
+    def bulk(self, conn: Connection, draw: Random, number: int) -> str:
+        action = draw.choice(["cancel", "retry", "run_now", "prioritize", "prioritize", "purge"])
+        found: dict[str, Any] = draw.choice([{"all": True}, {"type": draw.choice(["a", "b:*"])}, {"concurrency_key": "x"},
+                                             {"status": "parked"}, {"status": "ready"}])
+        if "status" in found and action in ("retry", "run_now", "purge"):
+            found = {"all": True}
+        given = [action, Jsonb(found), "5" if action == "prioritize" else None, draw.choice([1, 2, 1000])]
+        got = row(conn, "select operation, done, next_after from orchestrator.bulk_tasks(%s, %s, false, %s, %s)", *given)
+        done = got["done"]
+        while got["next_after"] and draw.random() < 0.8:
+            got = row(conn, "select operation, done, next_after from orchestrator.bulk_tasks(%s, null, false, p_limit => %s, p_operation => %s)",
+                      action, given[3], got["operation"])
+            done += got["done"]
+        return f"{action} {found} {given[3]}: {done}"
+
+    def limit(self, conn: Connection, draw: Random, number: int) -> str:
+        name, (running, per_key, rate) = draw.choice(["a", "a", "b:1", "b:*", "*"]), draw.choice(LIMITS)
+        self.changed.add(number)
+        got = value(conn, "select changed from orchestrator.limit_type(%s, %s, %s, %s, %s)", name, running, per_key, rate, rate and "1 hour")
+        return f"{name} max_running {running}, max_per_key {per_key}, rate {rate}: {got}"
+
+    def pause(self, conn: Connection, draw: Random, number: int) -> str:
+        call, name = draw.choice(["pause", "resume", "resume"]), draw.choice([*TYPES, "b:*"])
+        return f"{call} {name}: {value(conn, f'select changed from orchestrator.{call}_type(%s)', name)}"
+
+    def schedule(self, conn: Connection, draw: Random, number: int) -> str:
+        name, call = draw.choice("pq"), draw.choice(["", "", "pause_", "resume_", "un"])
+        if call:
+            return f"{call}schedule {name}: {value(conn, f'select orchestrator.{call}schedule(%s)', name)}"
+        conn.execute("select orchestrator.schedule(%s, '0 0 1 1 *', %s, p_missed => %s, p_overlap => %s)",
+                     [name, draw.choice(TYPES), draw.choice(["one", "all", "none"]), draw.choice([True, False])])
+        return name
+
+    def fire(self, conn: Connection, draw: Random, number: int) -> str:
+        """By hand, or since a year has passed."""
+        name = draw.choice("pq")
+        if draw.random() < 0.5:
+            id = value(conn, "select orchestrator.fire_schedule(%s)::text", name)
+            return f"{name}: {self.know(number, id) if id else None}"
+        self.tick("""update orchestrator.schedules s set next_at = (select f.at from orchestrator.fire_times(s.cron, s.timezone, now() - interval '2 years', 1) f(at))
+                     where s.name in (select x.name from orchestrator.schedules x where x.name = %s and not x.paused for no key update skip locked)""", name)
+        return f"a year passes, {self.promote(conn, draw, number)}"
+
+    def promote(self, conn: Connection, draw: Random, number: int) -> str:
+        return str(conn.execute("select * from orchestrator.promote_due(%s)", [draw.choice([1, 3, 1000])]).fetchone())
+
+    def die(self, conn: Connection, draw: Random, number: int) -> str:
+        worker = draw.choice(self.workers[-2:])
+        steps.declare_dead(conn, worker)
+        self.workers.append(f"w{len(self.workers) + 1}")
+        return f"{worker}, then {steps.register(conn, self.workers[-1], HANDLERS)}"
+
+    def recover(self, conn: Connection, draw: Random, number: int) -> str:
+        return str(steps.recover(conn, self.term, limit=draw.choice([1, 1000])))
+
+    def raise_floors(self, conn: Connection, draw: Random, number: int) -> str:
+        return str(steps.raise_floors(conn, self.term))
+
+    def rescan(self, conn: Connection, draw: Random, number: int) -> str:
+        return str(value(conn, "select orchestrator.rescan_lanes('leader', %s)", self.term))
+
+    def prune(self, conn: Connection, draw: Random, number: int) -> str:
+        age = draw.choice(["1 microsecond", "1 hour"])
+        return str(row(conn, "select * from orchestrator.prune('leader', %s, %s, %s, %s)", self.term, age, age, draw.choice([2, 1000])))
+
+    def tick(self, query: str, *parameters: Any) -> None:
+        """Move a time into the past, of what nobody has locked."""
+        try:
+            self.watcher.execute(query, parameters)
+        except psycopg.errors.LockNotAvailable:
+            pass
+
+    def time(self, conn: Connection, draw: Random, number: int) -> str:
+        """It passes: what was put off is due, and rates start anew."""
+        self.tick("""update orchestrator.tasks set next_retry_at = clock_timestamp() where id in (
+                       select id from orchestrator.tasks where next_retry_at > clock_timestamp() for no key update skip locked)""")
+        self.tick("update orchestrator.starts set at = at - interval '1 hour'")
+        self.before_shift, self.begun = len(self.handed), []
+        return ""
+
+    def expire(self, conn: Connection, draw: Random, number: int) -> str:
+        self.tick("""with up as (update orchestrator.tasks set expires_at = clock_timestamp() where id in (
+                       select id from orchestrator.tasks where expires_at is not null for no key update skip locked) returning id)
+                     update orchestrator.expiries e set at = clock_timestamp() from up where e.task_id = up.id""")
+        return self.promote(conn, draw, number)
+
+    # --- what must always hold -------------------------------------------------------------------------------------------------
+
+    def line(self) -> dict[str, tuple[Any, Any]]:
+        """What waits for its key's turn, and nobody has locked: its line, and its place there."""
+        found = self.watcher.execute("""
+          select id::text, type, priority, concurrency_key, coalesce(queued_at, parked_at) from orchestrator.tasks
+          where coalesce(queued_at, parked_at) is not null and concurrency_key is not null
+            and (expires_at is null or expires_at > clock_timestamp()) for no key update skip locked""").fetchall()
+        return {id: ((type, priority, key), place) for id, type, priority, key, place in found}
+
+    def check_order(self, conn: Connection, line: dict[str, tuple[Any, Any]], got: list[str]) -> None:
+        limits = self.limits(conn) if got else {}
+        for id in got:
+            mine, place = line.get(id, (None, None))
+            if mine and (name := self.limit_of(limits, mine[0])) and limits[name]["max_per_key"] == 1:
+                before = [elder for elder, (other, at) in line.items() if other == mine and at < place and elder not in got]
+                if before:
+                    raise Fault(f"overtaken: {self.name(id)} was claimed before {self.names(before)}")
+
+    def ended(self, number: int, committed: bool) -> None:
+        """The connection's transaction has ended."""
+        ids, pairs = self.enqueued.pop(number, []), self.claimed.pop(number, [])
+        changed = number in self.changed
+        self.changed.discard(number)
+        if not committed:
+            self.ids = [id if id not in ids else f"gone {id}" for id in self.ids]
+            return
+        self.kept += ids
+        if changed:
+            self.old = set(self.handed)
+            self.hidden = self.old - {(claim, id) for claim, id, _, _ in self.in_flight()}
+            self.before_shift, self.begun = len(self.handed), []
+        new = set(self.handed[self.before_shift:])
+        self.begun += [pair for pair in pairs if pair in new]
+        self.check_limits()
+
+    def in_flight(self) -> list[tuple[int, str, str, str | None]]:
+        return self.watcher.execute(f"select claim_id, id::text, type, concurrency_key from orchestrator.tasks where {IN_FLIGHT}").fetchall()
+
+    def check_limits(self) -> None:
+        """Nothing was claimed while as many were in flight as a limit allows, or had started."""
+        limits = self.limits(self.watcher)
+        if not limits:
+            return
+        groups: dict[tuple[str, str | None], set[tuple[int, str]]] = {}
+        for claim, id, type, key in self.in_flight():
+            if (name := self.limit_of(limits, type)) and (claim, id) not in self.hidden:
+                for group in {(name, None), (name, key)}:
+                    groups.setdefault(group, set()).add((claim, id))
+        for (name, key), found in groups.items():
+            most = limits[name]["max_running" if key is None else "max_per_key"]
+            if most and len(found) > most and not found <= self.old:
+                raise Fault(f"over a limit: {len(found)} of {name} {key or ''}: {self.names([id for _, id in found])}")
+        types = dict(self.watcher.execute("select id::text, type from orchestrator.tasks").fetchall())
+        begun = Counter(self.limit_of(limits, types[id]) for _, id in self.begun if id in types)
+        for name, limit in limits.items():
+            if limit["rate"] and begun[name] > limit["rate"]:
+                raise Fault(f"over a rate: {begun[name]} of {name} started")
+
+    def quiet(self, draw: Random) -> None:
+        """All transactions end."""
+        for number, conn in enumerate(self.connections):
+            if conn.info.transaction_status != TransactionStatus.IDLE:
+                commits = draw.random() < 0.7
+                self.log.append(f"  c{number} {'commits' if commits else 'rolls back'}")
+                conn.commit() if commits else conn.rollback()
+                self.ended(number, commits)
+        for found in audit(self.watcher):
+            raise Fault(f"audit: {found[0]}: {self.name(str(found[1]))} {found[3]}")
+
+    # --- the end ---------------------------------------------------------------------------------------------------------------
+
+    def settle(self, draw: Random) -> None:
+        """Time passes, and a live worker completes what it gets, until nothing moves."""
+        def left() -> list[Any]:
+            return self.watcher.execute(f"select id, status, claim_id, queued_at, parked_at from orchestrator.tasks where {UNFINISHED} order by id").fetchall()
+
+        before: list[Any] = []
+        while (now := left()) != before:
+            before = now
+            self.time(self.watcher, draw, 0)
+            steps.promote(self.watcher)
+            steps.recover(self.watcher, self.term)
+            for t in steps.claim(self.watcher, "last", ["*"], 10):
+                steps.complete(self.watcher, t["claim_id"], t["id"])
+        if found := audit(self.watcher):
+            raise Fault(f"audit at the end: {found[0][0]}: {self.name(str(found[0][1]))} {found[0][3]}")
+
+    def finish(self, draw: Random) -> None:
+        self.quiet(draw)
+        for type in column(self.watcher, "select type from orchestrator.task_types where paused"):
+            self.watcher.execute("select orchestrator.resume_type(%s)", [type])
+        steps.register(self.watcher, "last", HANDLERS)
+        for claim, id, _, _ in self.in_flight():
+            if draw.random() < 0.5:
+                steps.complete(self.watcher, claim, id)
+        self.watcher.execute("update orchestrator.workers set declared_dead_at = now() where id not in ('last', 'leader')")
+        waits_for_ever = f"""select w.parent::text from orchestrator.task_waits w join orchestrator.tasks p on p.id = w.parent
+                             where p.status = 'dead_letter' and w.on_failure = 'wait'"""
+        self.settle(draw)
+        while dead := column(self.watcher, waits_for_ever):
+            stuck = rows(self.watcher, f"select * from orchestrator.tasks where {UNFINISHED} and blocked_until is null")
+            if stuck:
+                break
+            for id in dead:
+                steps.retry(self.watcher, id)
+            self.settle(draw)
+        for stuck in rows(self.watcher, f"select * from orchestrator.tasks where {UNFINISHED} order by id"):
+            said = value(self.watcher, "select orchestrator.explain_task(%s)", stuck["id"])
+            raise Fault(f"stuck: {self.name(str(stuck['id']))} {said}")
+        self.check_rest()
+
+    def check_rest(self) -> None:
+        """Nothing is lost, and nothing left."""
+        known = set(column(self.watcher, "select id::text from orchestrator.tasks union select task_id::text from public.deleted"))
+        if lost := [id for id in self.kept if id not in known]:
+            raise Fault(f"lost: {self.names(lost)}")
+        for table, where in {"claims": "true", "task_waits": "true", "expiries": "at < clock_timestamp()",
+                             "freed_keys": "exists (select from orchestrator.type_limits)",
+                             "starts": "limit_name not in (select type from orchestrator.type_limits where rate is not null)",
+                             "type_limits": "num_nonnulls(max_running, max_per_key, rate) = 0"}.items():
+            if found := self.watcher.execute(f"select * from orchestrator.{table} where {where}").fetchall():
+                raise Fault(f"left in {table}: {found}")
+        try:
+            check_transitions(self.watcher)
+        except AssertionError as error:
+            raise Fault(f"transition: {error}") from error
+
+    def do(self, step: Step) -> None:
+        draw = Random(step.seed)
+        if step.name == "quiet":
+            self.quiet(draw)
+            return
+        conn = self.connections[step.connection]
+        try:
+            conn.execute("select setseed(%s)", [draw.uniform(-1, 1)])
+            said, end = getattr(self, step.name)(conn, draw, step.connection), step.end
+        except psycopg.Error as error:
+            if error.sqlstate not in ALLOWED:
+                raise Fault(f"error: {step.name}: {error}") from error
+            said, end = f"{error.sqlstate} {error.diag.message_primary}", "rollback"
+        self.counts[f"{step.name} {'ok' if end == step.end else said[:5]}"] += 1
+        self.log.append(f"  c{step.connection} {step.name} {said} [{end}]")
+        if end != "open":
+            conn.commit() if end == "commit" else conn.rollback()
+            self.ended(step.connection, end == "commit")
+
+    def run(self, planned: list[Step], seed: int) -> str | None:
+        """What went wrong, if anything."""
+        self.begin()
+        try:
+            for step in planned:
+                self.do(step)
+            self.finish(Random(f"end {seed}"))
+        except Fault as fault:
+            return str(fault)
+        finally:
+            for conn in self.connections:
+                conn.rollback()
+        return None
+
+
+def shortest(fails: Callable[[list[Step]], bool], planned: list[Step], tries: int = 150) -> list[Step]:
+    """Leaves out ever smaller parts for as long as it still fails."""
+    size = len(planned) // 2
+    while size and tries > 0:
+        start, before = 0, len(planned)
+        while start < len(planned) and tries > 0:
+            without = planned[:start] + planned[start + size:]
+            tries -= 1
+            if fails(without):
+                planned = without
+            else:
+                start += size
+        if size == 1 and len(planned) == before:
+            break
+        size = max(size // 2, 1) if size > 1 or len(planned) < before else 0
+    return planned
+
+
+@pytest.fixture(scope="module")
+def connections(server: Any, template: str) -> Iterator[list[Connection]]:
+    """The watcher, and those that are driven, on a database that notes transitions and deletions."""
+    url = server.create_database(template=template.rsplit("/", 1)[1])
+    opened = [psycopg.connect(url, autocommit=n == 0, application_name="" if n else "watcher") for n in range(CONNECTIONS + 1)]
+    record_transitions(opened[0])
+    opened[0].execute(GUARD)
+    for conn in opened:
+        conn.execute("set lock_timeout = '5ms'; set statement_timeout = '20s'")
+        conn.commit()
+    yield opened
+    for conn in opened:
+        conn.close()
+    server.drop_database(url)
+
+
+COUNTS: Counter[str] = Counter()
+
+
+@pytest.mark.parametrize("seed", range(FIRST_SEED, LAST_SEED + 1))
+def test_whatever_transactions_are_open_meanwhile_each_task_ends(connections, seed):
+    def once(planned: list[Step]) -> tuple[str | None, list[str]]:
+        fuzz = Fuzz(connections[0], connections[1:])
+        failed = fuzz.run(planned, seed)
+        COUNTS.update(fuzz.counts)
+        return failed, fuzz.log
+
+    failed, log = once(plan(seed))
+    if failed:
+        kind = failed.split(":")[0]
+        least = shortest(lambda steps: str(once(steps)[0]).split(":")[0] == kind, plan(seed))
+        short, log = once(least)
+        pytest.fail(f"seed {seed}: {failed}\n{short}\n" + "\n".join(log), pytrace=False)
