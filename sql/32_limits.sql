@@ -6,6 +6,7 @@
 -- a permit of a key notes that in freed_keys, and the next claim puts as many parked tasks back at their old places.
 -- Locks: a claim first locks the rows of its limits in type_limits (ascending), then counts by a new snapshot, so exactly, and waits
 -- for nothing more but the lock on lane_floors. Those who give permits back lock nothing here: their notes wait for the next claim.
+-- limit_type first locks type_limits against another limit_type, which might add one that shares types with its own.
 
 -- The limit that a type is under; null: none.
 create or replace function orchestrator._limit_of(p_type text) returns text
@@ -93,7 +94,7 @@ language sql stable as $$
 $$;
 
 -- Reads the notes of limits that the caller has locked, and puts back as many parked tasks of those keys as they have room
--- for, at most 10,000. That many of each type, since one of them may be paused, or have no worker. A note stays where another transaction has a task locked, where there are more, and while older
+-- for, at most 10,000; all where a type is under another limit by now. That many of each type, since one of them may be paused, or have no worker. A note stays where another transaction has a task locked, where there are more, and while older
 -- claims may end without leaving one. Returns whether tasks were put back.
 create or replace function orchestrator._return_parked(p_held text[]) returns boolean
 language plpgsql as $$
@@ -109,9 +110,11 @@ begin
     freed as (
       select distinct n.limit_name, p.key, p.type from (select distinct limit_name, key from noted) n
       cross join lateral orchestrator._parked_types(n.limit_name, n.key) p)
-    select f.limit_name as name, f.key, f.type, l.max_per_key is null as any_number, l.since,
-           case when l.max_per_key is null then 10000 else least(l.max_per_key - orchestrator._in_flight(l.type, l.since, f.key), 10000) end as room
-    from freed f join orchestrator.type_limits l on l.type = f.limit_name order by f.limit_name, f.key, f.type
+    select f.limit_name as name, f.key, f.type, a.any_number, l.since,
+           case when a.any_number then 10000 else least(l.max_per_key - orchestrator._in_flight(l.type, l.since, f.key), 10000) end as room
+    from freed f join orchestrator.type_limits l on l.type = f.limit_name
+    cross join lateral (select l.max_per_key is null or orchestrator._limit_of(f.type) is distinct from l.type as any_number) a
+    order by f.limit_name, f.key, f.type
   loop
     with next as materialized (
       select t.ctid as tid from orchestrator.tasks t
@@ -273,7 +276,8 @@ begin
   elsif (p_rate is null) <> (p_per is null) or p_per <= interval '0' or p_per > interval '1 day' then
     perform orchestrator._invalid('per', 'must be above 0 and at most 1 day, and goes with a rate', 'Such as p_rate => 14, p_per => ''1 second''.');
   end if;
-  -- of those that share types with it, too: what is in flight may come under another of them
+  lock table orchestrator.type_limits in share update exclusive mode;
+  -- of those that share types with it, too: what is in flight or parked may come under another of them
   perform from orchestrator.type_limits l where l.type like orchestrator._like(p_type) or p_type like l.likes order by l.type for no key update;
   insert into orchestrator.type_limits as l (type, max_running, max_per_key, rate, rate_per)
   select p_type, p_max_running, p_max_per_key, p_rate, p_per
@@ -286,8 +290,9 @@ begin
   if changed then
     perform orchestrator._log('limit', 'type', p_type, jsonb_strip_nulls(jsonb_build_object(
       'max_running', p_max_running, 'max_per_key', p_max_per_key, 'rate', p_rate, 'per', p_per)));
-    update orchestrator.type_limits l set since = null where l.type like orchestrator._like(p_type) or p_type like l.likes;
-    insert into orchestrator.freed_keys values (p_type, null);
+    with shared as (
+      update orchestrator.type_limits l set since = null where l.type like orchestrator._like(p_type) or p_type like l.likes returning l.type)
+    insert into orchestrator.freed_keys select s.type, null from shared s;
     if exists (select from orchestrator.workers w where w.idle) then
       perform pg_notify('orchestrator', '');
     end if;
