@@ -6,7 +6,7 @@
 -- a permit of a key notes that in freed_keys, and the next claim puts as many parked tasks back at their old places.
 -- Locks: a claim first locks the rows of its limits in type_limits (ascending), then counts by a new snapshot, so exactly, and waits
 -- for nothing more but the lock on lane_floors. Those who give permits back lock nothing here: their notes wait for the next claim.
--- limit_type first locks type_limits against another limit_type, which might add one that shares types with its own.
+-- A limit_type waits for another one: they may share types.
 
 -- The limit that a type is under; null: none.
 create or replace function orchestrator._limit_of(p_type text) returns text
@@ -94,7 +94,7 @@ language sql stable as $$
 $$;
 
 -- Reads the notes of limits that the caller has locked, and puts back as many parked tasks of those keys as they have room
--- for, at most 10,000; all where a type is under another limit by now. That many of each type, since one of them may be paused, or have no worker. A note stays where another transaction has a task locked, where there are more, and while older
+-- for (all if their type is under another limit by now), at most 10,000. That many of each type, since one of them may be paused, or have no worker. A note stays where another transaction has a task locked, where there are more, and while older
 -- claims may end without leaving one. Returns whether tasks were put back.
 create or replace function orchestrator._return_parked(p_held text[]) returns boolean
 language plpgsql as $$
@@ -110,11 +110,10 @@ begin
     freed as (
       select distinct n.limit_name, p.key, p.type from (select distinct limit_name, key from noted) n
       cross join lateral orchestrator._parked_types(n.limit_name, n.key) p)
-    select f.limit_name as name, f.key, f.type, a.any_number, l.since,
-           case when a.any_number then 10000 else least(l.max_per_key - orchestrator._in_flight(l.type, l.since, f.key), 10000) end as room
-    from freed f join orchestrator.type_limits l on l.type = f.limit_name
-    cross join lateral (select l.max_per_key is null or orchestrator._limit_of(f.type) is distinct from l.type as any_number) a
-    order by f.limit_name, f.key, f.type
+    select f.limit_name as name, f.key, f.type, l.since,
+           case when l.max_per_key is null or orchestrator._limit_of(f.type) is distinct from l.type then 10000
+                else least(l.max_per_key - orchestrator._in_flight(l.type, l.since, f.key), 10000) end as room
+    from freed f join orchestrator.type_limits l on l.type = f.limit_name order by f.limit_name, f.key, f.type
   loop
     with next as materialized (
       select t.ctid as tid from orchestrator.tasks t
@@ -125,7 +124,7 @@ begin
       where t.ctid = any (array(select n.tid from next n)) returning t.type, t.priority, t.queued_at)
     select count(*) as n, array_agg(b.type) as types, array_agg(b.priority) as priorities, array_agg(b.queued_at) as heads into v_back from back b;
     v_types := v_types || v_back.types; v_priorities := v_priorities || v_back.priorities; v_heads := v_heads || v_back.heads;
-    if (k.any_number or v_back.n < k.room or orchestrator._older_claims(k.name, k.since)) and exists (
+    if (v_back.n < k.room or k.room = 10000 or orchestrator._older_claims(k.name, k.since)) and exists (
         select from orchestrator.tasks t where t.parked_at is not null and t.parked_by = k.name and t.concurrency_key = k.key and t.type = k.type) then
       insert into orchestrator.freed_keys values (k.name, k.key);
     end if;

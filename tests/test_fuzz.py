@@ -24,16 +24,16 @@ from steps import Connection, audit, column, row, rows, value
 from transitions import check_transitions, record_transitions
 
 FIRST_SEED, LAST_SEED = (int(n) for n in os.environ.get("FUZZ_SEEDS", "1-6").split("-"))
-CONNECTIONS, STEPS = 5, int(os.environ.get("FUZZ_STEPS", "120"))
+CONNECTIONS, STEPS = 4, int(os.environ.get("FUZZ_STEPS", "120"))
 TYPES = ["a", "b:1", "b:2"]
 HANDLERS = {"a": {"max_retries": 1, "base_delay": 3600}, "b:*": {"max_retries": 2, "base_delay": 3600}}   # due only when told
-LIMITS = [(None, 1, None), (None, 1, None), (None, 2, None), (1, None, None), (2, 1, None), (3, 2, None), (None, None, 3), (None, 1, 2),
-          (None, None, None)]
+LIMITS = [(None, 1, None)] * 5 + [(None, 2, None), (None, 2, None), (1, None, None), (2, 1, None), (3, 2, None), (None, None, 3), (None, 1, 4),
+                                  (None, None, None)]   # max_running, max_per_key, rate
 LATER = "2030-01-01"
 UNFINISHED = "status not in ('completed', 'cancelled', 'dead_letter')"
 WAITING, IN_FLIGHT = "status in ('pending', 'retry_scheduled')", "status in ('claimed', 'running')"
 # How often each call is made, in three mixtures: keys and limits, what waits for something else, and all alike.
-KEYS = Counter(enqueue=7, enqueue_many=5, claim=22, complete=14, fail=2, snooze=2, release=3, cancel=5, replace=3, limit=2, bulk=3, time=3,
+KEYS = Counter(enqueue=6, enqueue_many=8, claim=22, complete=14, fail=2, snooze=2, release=3, cancel=5, replace=3, limit=2, bulk=3, time=3,
                promote=2, retry=2, die=1, recover=1, expire=1, pause=1, start=1, signal=1, raise_floors=1, rescan=1)
 WAITS = Counter(enqueue=4, enqueue_after=8, claim=8, complete=7, fail=5, snooze=3, cancel=4, retry=4, promote=6, time=4, bulk=4, prune=3, expire=4,
                 replace=4, wait_for_signal=4, signal=4, step=1, fire=2, schedule=1, die=1, recover=2, limit=1, release=1)
@@ -73,7 +73,7 @@ def plan(seed: int) -> list[Step]:
     draw = Random(f"plan {seed}")
     mixture = MIXTURES[seed % len(MIXTURES)]
     names, weights = list(mixture), list(mixture.values())
-    patience = draw.choice([1, 3, 6])
+    patience = draw.choice([1, 2, 5])
     made = [Step(0, name, "commit", draw.getrandbits(32)) for name in ("limit", "enqueue_many", "enqueue_many", "claim")]
     for n in range(1, STEPS + 1):
         if draw.random() < 0.06:
@@ -110,9 +110,9 @@ class Fuzz:
     def of(cls, connections: list[Connection], seed: int) -> Fuzz:
         """Few types, limits and keys, so that much meets."""
         draw = Random(f"world {seed}")
-        types = draw.sample(TYPES, draw.randint(1, 3))
-        names = [name for name in ("a", "b:1", "b:*", "*") if any(t.startswith(name.rstrip("*")) for t in types)]
-        return cls(connections[0], connections[1:], types, draw.sample(names, draw.randint(1, min(3, len(names)))),
+        types = draw.choice([["a"], ["b:1"], ["b:1", "b:1", "b:1", "b:2"], ["b:1", "b:1", "b:2", "a"]])
+        names = ["a", "*"] if types == ["a"] else ["b:1", "b:*", "*"]
+        return cls(connections[0], connections[1:], types, draw.sample(names, draw.randint(1, len(names))),
                    draw.choice([["x"], ["x", "x", "x", "y"], [None, "x", "x", "y"]]))
 
     def begin(self) -> None:
@@ -121,6 +121,9 @@ class Fuzz:
         self.term = steps.lead(self.watcher, length="10 years")
         for worker in self.workers:
             steps.register(self.watcher, worker, HANDLERS)
+        for conn in self.connections:   # and what SQL decides by chance
+            conn.execute("select setseed(0.5)")
+            conn.commit()
 
     # --- what a step needs --------------------------------------------------------------------------------------------------
 
@@ -178,9 +181,9 @@ class Fuzz:
         return f"{self.know(number, id)} after {self.names(parents)}, {mode} {key} {later} {expires}"
 
     def enqueue_many(self, conn: Connection, draw: Random, number: int) -> str:
-        n, type = draw.randint(1, 4), draw.choice(self.types)
+        n, type = draw.randint(2, 6), draw.choice(self.types)
         got = column(conn, "select id::text from orchestrator.enqueue_many(%s, %s::jsonb[], 0, %s::text[], p_concurrency_keys => %s::text[]) "
-                           "order by ordinal", type, [Jsonb([0])] * n, draw.choices([None, None, "k", "m"], k=n), draw.choices(self.turns, k=n))
+                           "order by ordinal", type, [Jsonb([0])] * n, draw.choices([None, None, None, None, "k", "m"], k=n), draw.choices(self.turns, k=n))
         return f"{self.know(number, *got)}: {type}"
 
     def claim(self, conn: Connection, draw: Random, number: int) -> str:
@@ -296,10 +299,14 @@ class Fuzz:
         return str(conn.execute("select * from orchestrator.promote_due(%s)", [draw.choice([1, 3, 1000])]).fetchone())
 
     def die(self, conn: Connection, draw: Random, number: int) -> str:
+        """Or say goodbye, with claims or without; and another worker comes."""
         worker = draw.choice(column(conn, "select id from orchestrator.workers where declared_dead_at is null and id <> 'leader' order by id"))
-        steps.declare_dead(conn, worker)
+        if gone := draw.random() < 0.4:
+            gone = value(conn, "select orchestrator.unregister_worker(%s)", worker)
+        else:
+            steps.declare_dead(conn, worker)
         self.workers.append(f"w{len(self.workers) + 1}")
-        return f"{worker}, then {steps.register(conn, self.workers[-1], HANDLERS)}"
+        return f"{worker} {gone}, then {steps.register(conn, self.workers[-1], HANDLERS)}"
 
     def recover(self, conn: Connection, draw: Random, number: int) -> str:
         return str(steps.recover(conn, self.term, limit=draw.choice([1, 1000])))
@@ -369,7 +376,10 @@ class Fuzz:
             self.before_shift, self.begun = len(self.handed), []
         new = set(self.handed[self.before_shift:])
         self.begun += [pair for pair in pairs if pair in new]
-        self.check_limits()
+        if pairs:
+            self.check_limits()
+        for found in self.watcher.execute("select * from orchestrator._audit_claims() union all select * from orchestrator._audit_waiting()"):
+            raise Fault(f"audit: {found[0]}: {self.name(str(found[1]))} {found[3]}")
 
     def in_flight(self) -> list[tuple[int, str, str, str | None]]:
         return self.watcher.execute(f"select claim_id, id::text, type, concurrency_key from orchestrator.tasks where {IN_FLIGHT}").fetchall()
@@ -377,8 +387,6 @@ class Fuzz:
     def check_limits(self) -> None:
         """Nothing was claimed while as many were in flight as a limit allows, or had started."""
         limits = self.limits(self.watcher)
-        if not limits:
-            return
         groups: dict[tuple[str, str | None], set[tuple[int, str]]] = {}
         for claim, id, type, key in self.in_flight():
             if (name := self.limit_of(limits, type)) and (claim, id) not in self.hidden:
@@ -388,7 +396,7 @@ class Fuzz:
             most = limits[name]["max_running" if key is None else "max_per_key"]
             if most and len(found) > most and not found <= self.old:
                 raise Fault(f"over a limit: {len(found)} of {name} {key or ''}: {self.names([id for _, id in found])}")
-        types = dict(self.watcher.execute("select id::text, type from orchestrator.tasks").fetchall())
+        types = dict(self.watcher.execute("select id::text, type from orchestrator.tasks").fetchall()) if self.begun else {}
         begun = Counter(self.limit_of(limits, types[id]) for _, id in self.begun if id in types)
         for name, limit in limits.items():
             if limit["rate"] and begun[name] > limit["rate"]:
@@ -471,7 +479,6 @@ class Fuzz:
             return
         conn = self.connections[step.connection]
         try:
-            conn.execute("select setseed(%s)", [draw.uniform(-1, 1)])
             said, end = getattr(self, step.name)(conn, draw, step.connection), step.end
         except psycopg.Error as error:
             if error.sqlstate not in ALLOWED:
@@ -516,16 +523,21 @@ def shortest(fails: Callable[[list[Step]], bool], planned: list[Step], tries: in
     return planned
 
 
-@pytest.fixture(scope="module")
-def connections(server: Any, template: str) -> Iterator[list[Connection]]:
-    """The watcher, and those that are driven, on a database that notes transitions and deletions."""
-    url = server.create_database(template=template.rsplit("/", 1)[1])
+def open_connections(url: str) -> list[Connection]:
+    """The watcher, and those that are driven; the database notes transitions and deletions."""
     opened = [psycopg.connect(url, autocommit=n == 0) for n in range(CONNECTIONS + 1)]
     record_transitions(opened[0])
     opened[0].execute(GUARD)
     for conn in opened:
         conn.execute("set lock_timeout = '1ms'; set statement_timeout = '20s'")
         conn.commit()
+    return opened
+
+
+@pytest.fixture(scope="module")
+def connections(server: Any, template: str) -> Iterator[list[Connection]]:
+    url = server.create_database(template=template.rsplit("/", 1)[1])
+    opened = open_connections(url)
     yield opened
     for conn in opened:
         conn.close()
