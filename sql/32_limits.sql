@@ -93,9 +93,9 @@ language sql stable as $$
   select k.key, k.type from k where k.key = p_key or p_key is null
 $$;
 
--- Reads the notes of limits that the caller has locked, and puts back as many parked tasks of those keys as they have room
--- for (all if their type is under another limit by now), at most 10,000. That many of each type, since one of them may be paused, or have no worker. A note stays where another transaction has a task locked, where there are more, and while older
--- claims may end without leaving one. Returns whether tasks were put back.
+-- Reads the notes of limits that the caller has locked, and puts back as many parked tasks of those keys as they have room for (all
+-- if their type came under another limit), at most 10,000. That many of each type: one may be paused, or have no worker. A note
+-- stays where a task is locked, where there are more, and while older claims may end without one. Returns whether any were put back.
 create or replace function orchestrator._return_parked(p_held text[]) returns boolean
 language plpgsql as $$
 declare
@@ -292,9 +292,7 @@ begin
     with shared as (
       update orchestrator.type_limits l set since = null where l.type like orchestrator._like(p_type) or p_type like l.likes returning l.type)
     insert into orchestrator.freed_keys select s.type, null from shared s;
-    if exists (select from orchestrator.workers w where w.idle) then
-      perform pg_notify('orchestrator', '');
-    end if;
+    perform pg_notify('orchestrator', '') where exists (select from orchestrator.workers w where w.idle);
   end if;
 end $$;
 comment on function orchestrator.limit_type(text, int, int, int, interval) is
