@@ -32,12 +32,13 @@ LIMITS = [(None, 1, None)] * 5 + [(None, 2, None), (None, 2, None), (1, None, No
 LATER = "2030-01-01"
 UNFINISHED = "status not in ('completed', 'cancelled', 'dead_letter')"
 WAITING, IN_FLIGHT = "status in ('pending', 'retry_scheduled')", "status in ('claimed', 'running')"
-# How often each call is made, in three mixtures: keys and limits, what waits for something else, and all alike.
+# How often each call is made, in mixtures: keys and limits, what waits for something else, parked tasks, and all alike.
 KEYS = Counter(enqueue=6, enqueue_many=8, claim=22, complete=14, fail=2, snooze=2, release=3, cancel=5, replace=3, limit=2, bulk=3, time=3,
                promote=2, retry=2, die=1, recover=1, expire=1, pause=1, start=1, signal=1, raise_floors=1, rescan=1)
 WAITS = Counter(enqueue=4, enqueue_after=8, claim=8, complete=7, fail=5, snooze=3, cancel=4, retry=4, promote=6, time=4, bulk=4, prune=3, expire=4,
                 replace=4, wait_for_signal=4, signal=4, step=1, fire=2, schedule=1, die=1, recover=2, limit=1, release=1)
-MIXTURES = [KEYS, KEYS + Counter(limit=8), WAITS, Counter(dict.fromkeys(KEYS | WAITS, 1)) + Counter(claim=3, enqueue=2, complete=2)]
+PARKED = Counter(enqueue=1, enqueue_many=4, claim=20, complete=13, cancel=11, release=2, fail=1, replace=2, bulk=2, time=1, limit=1, die=1, recover=1)
+MIXTURES = [PARKED, KEYS + Counter(limit=6), PARKED, WAITS, PARKED, KEYS, Counter(dict.fromkeys(KEYS | WAITS, 1)) + Counter(claim=3, enqueue=2, complete=2)]
 ALLOWED = {"55P03", "OR001", "OR003"}   # another one has it locked; impossible; the worker was declared dead
 TABLES = """tasks claims workers task_types task_events type_limits starts freed_keys schedules task_waits expiries task_steps
             lanes lane_floors operations""".split()   # noqa: SIM905
@@ -65,7 +66,7 @@ class Fault(Exception):
 class Step:
     connection: int
     name: str
-    end: str   # what then becomes of the connection's transaction: commit, rollback, or open
+    end: str   # what then becomes of the connection's transaction: commit, rollback, open, or open without this step
     seed: int
 
 
@@ -78,7 +79,7 @@ def plan(seed: int) -> list[Step]:
     for n in range(1, STEPS + 1):
         if draw.random() < 0.06:
             made.append(Step(0, "quiet", "commit", draw.getrandbits(32)))
-        [name], [end] = draw.choices(names, weights), draw.choices(["open", "commit", "rollback"], [patience, 4, 1])
+        [name], [end] = draw.choices(names, weights), draw.choices(["open", "commit", "rollback", "undo"], [patience, 4, 1, 0.3])
         made.append(Step(draw.randrange(CONNECTIONS), name, end, draw.getrandbits(32)))
     return made
 
@@ -111,6 +112,8 @@ class Fuzz:
         """Few types, limits and keys, so that much meets."""
         draw = Random(f"world {seed}")
         types = draw.choice([["a"], ["b:1"], ["b:1", "b:1", "b:1", "b:2"], ["b:1", "b:1", "b:2", "a"]])
+        if MIXTURES[seed % len(MIXTURES)] is PARKED:
+            return cls(connections[0], connections[1:], ["b:1"], [draw.choice(["b:1", "b:*"])], ["x"])
         names = ["a", "*"] if types == ["a"] else ["b:1", "b:*", "*"]
         return cls(connections[0], connections[1:], types, draw.sample(names, draw.randint(1, len(names))),
                    draw.choice([["x"], ["x", "x", "x", "y"], [None, "x", "x", "y"]]))
@@ -239,7 +242,7 @@ class Fuzz:
         return f"{self.name(id)}: {value(conn, 'select orchestrator.record_step(%s, %s, %s, %s)', claim, id, draw.choice('su'), '1')}"
 
     def cancel(self, conn: Connection, draw: Random, number: int) -> str:
-        id = self.some(conn, draw, draw.choice([UNFINISHED, WAITING, "parked_at is not null", "queued_at is not null and concurrency_key is not null"]))
+        id = self.some(conn, draw, draw.choice([UNFINISHED, "parked_at is not null", "parked_at is not null", "queued_at is not null and concurrency_key is not null"]))
         return f"{self.name(id)}: {steps.cancel(conn, id)}" if id else ""
 
     def retry(self, conn: Connection, draw: Random, number: int) -> str:
@@ -344,20 +347,24 @@ class Fuzz:
 
     # --- what must always hold -------------------------------------------------------------------------------------------------
 
-    def line(self) -> dict[str, tuple[Any, Any]]:
-        """What waits for its key's turn, and nobody has locked: its line, and its place there."""
-        found = self.watcher.execute("""
-          select id::text, type, priority, concurrency_key, coalesce(queued_at, parked_at) from orchestrator.tasks
-          where coalesce(queued_at, parked_at) is not null and concurrency_key is not null
-            and (expires_at is null or expires_at > clock_timestamp()) for no key update skip locked""").fetchall()
-        return {id: ((type, priority, key), place) for id, type, priority, key, place in found}
+    def line(self) -> dict[str, tuple[Any, Any, str | None]]:
+        """What waits for its key's turn: its line, its place there, and the limit that it is parked under if it may be locked."""
+        what = """select id::text, type, priority, concurrency_key, coalesce(queued_at, parked_at), %s from orchestrator.tasks where concurrency_key
+                  is not null and (expires_at is null or expires_at > clock_timestamp()) and %s"""
+        found = self.watcher.execute(what % ("parked_by", "parked_at is not null")).fetchall()
+        found += self.watcher.execute(what % ("null", "coalesce(queued_at, parked_at) is not null for no key update skip locked")).fetchall()
+        return {id: ((type, priority, key), place, under) for id, type, priority, key, place, under in found}
 
-    def check_order(self, conn: Connection, line: dict[str, tuple[Any, Any]], got: list[str]) -> None:
+    def check_order(self, conn: Connection, line: dict[str, tuple[Any, Any, str | None]], got: list[str]) -> None:
+        """One of each key at a time: none before an elder that was free to go, or may still be as it is parked."""
         limits = self.limits(conn) if got else {}
         for id in got:
-            mine, place = line.get(id, (None, None))
+            mine, place, _ = line.get(id, (None, None, None))
             if mine and (name := self.limit_of(limits, mine[0])) and limits[name]["max_per_key"] == 1:
-                before = [elder for elder, (other, at) in line.items() if other == mine and at < place and elder not in got]
+                before = [elder for elder, (other, at, under) in line.items()
+                          if other == mine and at < place and elder not in got and under in (None, name)]
+                before = column(conn, "select id::text from orchestrator.tasks where id = any (%s::uuid[]) "
+                                      "and coalesce(queued_at, parked_at) is not null", before)   # this transaction may have cancelled some
                 if before:
                     raise Fault(f"overtaken: {self.name(id)} was claimed before {self.names(before)}")
 
@@ -463,7 +470,6 @@ class Fuzz:
             raise Fault(f"lost: {self.names(lost)}")
         for table, where in {"claims": "true", "task_waits": "true", "expiries": "at < clock_timestamp()",
                              "freed_keys": "exists (select from orchestrator.type_limits)",
-#                             "starts": "limit_name not in (select type from orchestrator.type_limits where rate is not null)",
                              "type_limits": "num_nonnulls(max_running, max_per_key, rate) = 0"}.items():
             if found := self.watcher.execute(f"select * from orchestrator.{table} where {where}").fetchall():
                 raise Fault(f"left in {table}: {found}")
@@ -478,7 +484,10 @@ class Fuzz:
             self.quiet(draw)
             return
         conn = self.connections[step.connection]
+        done = [list(what.get(step.connection, [])) for what in (self.enqueued, self.claimed)]
         try:
+            if step.end == "undo":
+                conn.execute("savepoint before")
             said, end = getattr(self, step.name)(conn, draw, step.connection), step.end
         except psycopg.Error as error:
             if error.sqlstate not in ALLOWED:
@@ -486,7 +495,11 @@ class Fuzz:
             said, end = f"{error.sqlstate} {error.diag.message_primary}", "rollback"
         self.counts[f"{step.name} {'ok' if end == step.end else said[:5]}"] += 1
         self.log.append(f"  c{step.connection} {step.name} {said} [{end}]")
-        if end != "open":
+        if end == "undo":
+            conn.execute("rollback to savepoint before")
+            self.ids = [id if id not in self.enqueued.get(step.connection, []) or id in done[0] else f"gone {id}" for id in self.ids]
+            self.enqueued[step.connection], self.claimed[step.connection] = done
+        elif end != "open":
             conn.commit() if end == "commit" else conn.rollback()
             self.ended(step.connection, end == "commit")
 
