@@ -292,7 +292,9 @@ begin
     with shared as (
       update orchestrator.type_limits l set since = null where l.type like orchestrator._like(p_type) or p_type like l.likes returning l.type)
     insert into orchestrator.freed_keys select s.type, null from shared s;
-    perform pg_notify('orchestrator', '') where exists (select from orchestrator.workers w where w.idle);
+    if exists (select from orchestrator.workers w where w.idle) then
+      perform pg_notify('orchestrator', '');
+    end if;
   end if;
 end $$;
 comment on function orchestrator.limit_type(text, int, int, int, interval) is
