@@ -61,8 +61,9 @@ GUARD = """
   do $$ begin
     execute (select string_agg(format('alter table %s set (autovacuum_enabled = off)', c.oid::regclass), ';') from pg_class c
              where c.relnamespace = 'orchestrator'::regnamespace and c.relkind = 'r');   -- it takes locks at times of its own
-    execute format('create view public.quick_audit as select * from orchestrator._audit_claims%1$s union all
-                    select * from orchestrator._audit_waiting%1$s', case when to_regclass('orchestrator._audit_claims') is null then '()' end);
+    execute format('create view public.quick_audit as
+                    select * from orchestrator._audit_claims%1$s union all select * from orchestrator._audit_waiting%1$s',
+                   case when to_regclass('orchestrator._audit_claims') is null then '()' end);
   end $$"""
 
 
