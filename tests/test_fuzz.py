@@ -383,12 +383,13 @@ class Fuzz:
         """One of each key at a time: none before an elder that was free to go, or may still be as it is parked."""
         limits = self.limits(conn) if got else {}
         for id in got:
-            mine, place, _ = line.get(id, (None, None, None))
-            if mine and (name := self.limit_of(limits, mine[0])) and limits[name]["max_per_key"] == 1:
+            mine, place, locked = line.get(id, (None, None, None))
+            if mine and not locked and (name := self.limit_of(limits, mine[0])) and limits[name]["max_per_key"] == 1:
                 before = [elder for elder, (other, at, under) in line.items()
                           if other == mine and at < place and elder not in got and under in (None, name)]
-                before = column(conn, "select id::text from orchestrator.tasks where id = any (%s::uuid[]) "
-                                      "and coalesce(queued_at, parked_at) is not null", before)   # this transaction may have cancelled some
+                # as this transaction sees them, which may have cancelled some, or put them elsewhere
+                before = column(conn, "select id::text from orchestrator.tasks where id = any (%s::uuid[]) and priority = %s "
+                                      "and coalesce(queued_at, parked_at) < %s", before, mine[1], place)
                 if before:
                     raise Fault(f"overtaken: {self.name(id)} was claimed before {self.names(before)}")
 
