@@ -6,7 +6,7 @@
 -- a permit of a key notes that in freed_keys, and the next claim puts as many parked tasks back at their old places.
 -- Locks: a claim first locks the rows of its limits in type_limits (ascending), then counts by a new snapshot, so exactly, and waits
 -- for nothing more but the lock on lane_floors. Those who give permits back lock nothing here: their notes wait for the next claim.
--- A limit_type waits for another one: they may share types.
+-- limit_type waits for its like: they may share types.
 
 -- The limit that a type is under; null: none.
 create or replace function orchestrator._limit_of(p_type text) returns text
@@ -95,7 +95,7 @@ $$;
 
 -- Reads the notes of limits that the caller has locked, and puts back as many parked tasks of those keys as they have room for (all
 -- if their type came under another limit), at most 10,000. That many of each type: one may be paused, or have no worker. A note
--- stays where a task is locked, where there are more, and while older claims may end without one. Returns whether any were put back.
+-- stays where a task is locked, or more are parked, and while older claims may end without one. Returns whether any came back.
 create or replace function orchestrator._return_parked(p_held text[]) returns boolean
 language plpgsql as $$
 declare
