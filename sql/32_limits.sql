@@ -95,7 +95,7 @@ $$;
 
 -- Reads the notes of limits that the caller has locked, and puts back as many parked tasks of those keys as they have room for (all
 -- if their type came under another limit), at most 10,000. That many of each type: one may be paused, or have no worker. A note
--- stays where a task is locked, or more are parked, and while older claims may end without one. Returns whether any came back.
+-- stays where a task is locked or more are parked, and while older claims may end without one. Returns whether any came back.
 create or replace function orchestrator._return_parked(p_held text[]) returns boolean
 language plpgsql as $$
 declare
