@@ -458,6 +458,33 @@ def test_a_raised_or_removed_limit_lets_parked_tasks_go(conn, then):
     assert value(conn, "select count(*) from orchestrator.type_limits") == bool(then)
 
 
+def test_tasks_parked_under_a_pattern_go_on_under_a_limit_of_their_own(conn):
+    limit(conn, "*", max_per_key=1)
+    first, second, third = keyed(conn, *"aaa")
+    assert claimed(conn) == [first]
+    finish(conn, first)
+    limit(conn, "t", max_per_key=1)
+    for id in (second, third):
+        assert claimed(conn) == [id]
+        finish(conn, id)
+
+
+def test_a_limit_waits_for_another_one_that_is_not_committed(conn, connect):
+    """Neither would see that they share types, and what is parked under one of them would stay there."""
+    other, late = connect(autocommit=False), connect()
+    ids = keyed(conn, *"aaa")
+    limit(other, "t", max_per_key=1)
+    waits = background(lambda: limit(late, "*", max_per_key=1))
+    wait_for_lock(conn, backend(late))
+    assert claimed(conn, limit=1) == ids[:1]   # no claim waits
+    other.commit()
+    assert waits.result(20) is True
+    finish(conn, ids[0])
+    for id in ids[1:]:
+        assert claimed(conn) == [id]
+        finish(conn, id)
+
+
 def test_many_parked_tasks_go_back_in_parts(conn):
     limit(conn, max_per_key=1)
     conn.execute("select count(*) from orchestrator.enqueue_many('t', array_fill('{}'::jsonb, array[12000]), 0, null, null, null, "
