@@ -1466,6 +1466,7 @@ comment on function orchestrator.promote_due is
 -- the next claim puts as many parked tasks back at their old places.
 -- Locks: a claim first locks the rows of its limits in type_limits (ascending), then counts by a new snapshot, so exactly, and waits
 -- for nothing more but the lock on lane_floors. Those who give permits back lock nothing here: their notes wait for the next claim.
+-- limit_type waits for its like: they may share types.
 
 -- The limit that a type is under; null: none.
 create or replace function orchestrator._limit_of(p_type text) returns text
@@ -1551,9 +1552,9 @@ language sql stable as $$
   select k.key, k.type from k where k.key = p_key or p_key is null
 $$;
 
--- Reads the notes of limits that the caller has locked, and puts back as many parked tasks of those keys as they have room
--- for, at most 10,000. That many of each type, since one of them may be paused, or have no worker. A note stays where another transaction has a task locked, where there are more, and while older
--- claims may end without leaving one. Returns whether tasks were put back.
+-- Reads the notes of limits that the caller has locked, and puts back as many parked tasks of those keys as they have room for (all
+-- if their type came under another limit), at most 10,000. That many of each type: one may be paused, or have no worker. A note
+-- stays where a task is locked or more are parked, and while older claims may end without one. Returns whether any came back.
 create or replace function orchestrator._return_parked(p_held text[]) returns boolean
 language plpgsql as $$
 declare
@@ -1568,8 +1569,9 @@ begin
     freed as (
       select distinct n.limit_name, p.key, p.type from (select distinct limit_name, key from noted) n
       cross join lateral orchestrator._parked_types(n.limit_name, n.key) p)
-    select f.limit_name as name, f.key, f.type, l.max_per_key is null as any_number, l.since,
-           case when l.max_per_key is null then 10000 else least(l.max_per_key - orchestrator._in_flight(l.type, l.since, f.key), 10000) end as room
+    select f.limit_name as name, f.key, f.type, l.since,
+           case when l.max_per_key is null or orchestrator._limit_of(f.type) is distinct from l.type then 10000
+                else least(l.max_per_key - orchestrator._in_flight(l.type, l.since, f.key), 10000) end as room
     from freed f join orchestrator.type_limits l on l.type = f.limit_name order by f.limit_name, f.key, f.type
   loop
     with next as materialized (
@@ -1581,7 +1583,7 @@ begin
       where t.ctid = any (array(select n.tid from next n)) returning t.type, t.priority, t.queued_at)
     select count(*) as n, array_agg(b.type) as types, array_agg(b.priority) as priorities, array_agg(b.queued_at) as heads into v_back from back b;
     v_types := v_types || v_back.types; v_priorities := v_priorities || v_back.priorities; v_heads := v_heads || v_back.heads;
-    if (k.any_number or v_back.n < k.room or orchestrator._older_claims(k.name, k.since)) and exists (
+    if (v_back.n < k.room or k.room = 10000 or orchestrator._older_claims(k.name, k.since)) and exists (
         select from orchestrator.tasks t where t.parked_at is not null and t.parked_by = k.name and t.concurrency_key = k.key and t.type = k.type) then
       insert into orchestrator.freed_keys values (k.name, k.key);
     end if;
@@ -1732,7 +1734,8 @@ begin
   elsif (p_rate is null) <> (p_per is null) or p_per <= interval '0' or p_per > interval '1 day' then
     perform orchestrator._invalid('per', 'must be above 0 and at most 1 day, and goes with a rate', 'Such as p_rate => 14, p_per => ''1 second''.');
   end if;
-  -- of those that share types with it, too: what is in flight may come under another of them
+  lock table orchestrator.type_limits in share update exclusive mode;
+  -- of those that share types with it, too: what is in flight or parked may come under another of them
   perform from orchestrator.type_limits l where l.type like orchestrator._like(p_type) or p_type like l.likes order by l.type for no key update;
   insert into orchestrator.type_limits as l (type, max_running, max_per_key, rate, rate_per)
   select p_type, p_max_running, p_max_per_key, p_rate, p_per
@@ -1745,8 +1748,9 @@ begin
   if changed then
     perform orchestrator._log('limit', 'type', p_type, jsonb_strip_nulls(jsonb_build_object(
       'max_running', p_max_running, 'max_per_key', p_max_per_key, 'rate', p_rate, 'per', p_per)));
-    update orchestrator.type_limits l set since = null where l.type like orchestrator._like(p_type) or p_type like l.likes;
-    insert into orchestrator.freed_keys values (p_type, null);
+    with shared as (
+      update orchestrator.type_limits l set since = null where l.type like orchestrator._like(p_type) or p_type like l.likes returning l.type)
+    insert into orchestrator.freed_keys select s.type, null from shared s;
     if exists (select from orchestrator.workers w where w.idle) then
       perform pg_notify('orchestrator', '');
     end if;
