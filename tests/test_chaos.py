@@ -16,6 +16,7 @@ sys.path.append(str(CHAOS))
 
 import durable  # noqa: E402
 import limits  # noqa: E402
+import mutants  # noqa: E402
 import schedules  # noqa: E402
 from harness import Lab  # noqa: E402
 
@@ -29,6 +30,16 @@ def test_chaos_short_version_passes(tmp_path: Path) -> None:
     rows = json.loads((tmp_path / "rows").read_text()) if (tmp_path / "rows").exists() else []
     assert [row["problems"] for row in rows if row["problems"]] == [], ended.stdout
     assert ended.returncode == 0 and len(rows) >= 3, ended.stdout + ended.stderr
+
+
+def test_each_mutant_changes_the_code_as_it_is(tmp_path: Path) -> None:
+    house = tmp_path / "house"
+    mutants.copy_house(house)
+    whole = {path: path.read_text() for path in [house / "orchestrator.py", *house.glob("sql/*.sql")]}
+    for mutant in mutants.MUTANTS:
+        file = mutants.mutate(house, mutant)   # asserts that what it changes is there
+        assert file.read_text() != whole[file], mutant.name
+        file.write_text(whole[file])
 
 
 @pytest.fixture

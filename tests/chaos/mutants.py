@@ -225,7 +225,8 @@ MUTANTS = [
     Mutant("children out of order", "45_after", "_parents_ended", "group by w.child order by w.child",
            "group by w.child order by w.child desc", "after order_of"),
     Mutant("a cascade of one generation", "45_after", "_parents_ended",
-           "union select w.child from d cross join lateral (select * from orchestrator.task_waits x where x.parent = d.id offset 0) w", "", "after root"),
+           "union select w.child from d "
+           "cross join lateral (select * from orchestrator.task_waits x where x.parent = d.id offset 0) w", "", "after root"),
     Mutant("a blocked task is promoted", "30_claim", "promote_due", "where blocked_until is null", "", "after later_of"),
     Mutant("retention forgets who waits", "60_leader", "_delete_tasks", "t.completed_at is not null)", "false)",
            "after before_retention"),
