@@ -710,7 +710,7 @@ class Stress:
             worker.join()
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, 2])
 def test_no_child_runs_before_its_parents_and_none_is_left_over(conn, connect, seed):
     for n in range(3):
         register(conn, f"w{n}", {"t": {"max_retries": 0}})

