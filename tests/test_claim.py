@@ -552,7 +552,8 @@ def test_a_claim_without_a_sensible_bound_of_bytes_is_refused(conn, bytes):
 
 @pytest.mark.parametrize(("column_name", "bad"), [("queued_at", "'-infinity'"), ("queued_at", "'infinity'"), ("type", "repeat('x', 256)")])
 def test_the_table_refuses_rows_that_would_stop_others(conn, column_name, bad):
-    with pytest.raises(psycopg.errors.CheckViolation):
+    conn.execute("alter table orchestrator.tasks drop constraint every_rule_holds")   # which only the tests have
+    with pytest.raises(psycopg.errors.CheckViolation, match="a_status_has_its_time"):
         conn.execute(f"insert into orchestrator.tasks ({', '.join(sorted({'type', column_name}))}) values ("
                      + (f"{bad}, 't')" if column_name != "type" else f"{bad})"))
 

@@ -262,6 +262,18 @@ MUTANTS = [
     Mutant("a cancelled task doesn't give way", "45_after", "_cancel_waiting",
            "perform orchestrator._give_way(t.type, t.concurrency_key)", "null",
            "limits gives_way"),
+    # the one constraint on tasks, and the claim that finds nothing out of the ordinary
+    Mutant("an infinite time", "10_tables", "", "isfinite(coalesce(queued_at, next_retry_at, parked_at))",
+           "coalesce(queued_at, next_retry_at, parked_at) is not null", "claim would_stop_others"),
+    Mutant("a type of any length", "10_tables", "", "and octet_length(type) <= 255", "", "claim would_stop_others"),
+    Mutant("a task rests in two places", "10_tables", "",
+           "and num_nonnulls(queued_at, next_retry_at, parked_at, completed_at, dead_at) <= 1", "", "audit hand_made"),
+    Mutant("plain though a type is paused", "30_claim", "_lanes_to_claim",
+           "and not exists (select from orchestrator.task_types p where p.paused)", "", "operate pause"),
+    Mutant("plain though there are limits", "30_claim", "_lanes_to_claim", "and not exists (select from orchestrator.type_limits)", "",
+           "limits flight"),
+    Mutant("plain though there are floors", "30_claim", "_lanes_to_claim", "and not exists (select from orchestrator.lane_floors)", "",
+           "floors"),
     # plans and noise
     Mutant("the planner may scan", "88_settings", "", "enable_seqscan = off", "enable_seqscan = on", "plans complete_tasks"),
     Mutant("due by a volatile function", "30_claim", "promote_due",
