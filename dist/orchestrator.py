@@ -8248,19 +8248,29 @@ class Operator(Client):
         """What the handler returned, once it has. Raises TaskFailed, or TimeoutError. Not for handlers."""
         return self.wait_all([task_id], timeout)[0]
 
-    wait_async = in_thread(wait)
+    async def wait_async(self, task_id: str | UUID, timeout: Seconds = 30) -> Any:
+        """wait() in a thread, for programs on an event loop. If it is cancelled, the thread ends soon."""
+        given_up = threading.Event()
+        try:
+            return (await asyncio.to_thread(self._results, [task_id], timeout, given_up))[0]
+        finally:
+            given_up.set()
 
     def wait_all(self, task_ids: Iterable[str | UUID], timeout: Seconds = 30) -> list[Any]:
         """The results of tasks, in order, once all have ended. Raises as wait() for the first that failed."""
-        tasks, failures = self._wait(task_ids, timeout)
+        return self._results(task_ids, timeout)
+
+    def _results(self, *asked: Any) -> list[Any]:
+        tasks, failures = self._wait(*asked)
         if failures:
             raise failures[0]
         return [task["result"] for task in tasks]
 
-    def _wait(self, task_ids: Iterable[str | UUID], timeout: Seconds
+    def _wait(self, task_ids: Iterable[str | UUID], timeout: Seconds, given_up: threading.Event | None = None
               ) -> tuple[list[dict[str, Any]], list[TaskFailed]]:
         """The rows of wait_tasks, once all have ended. Holds no connection meanwhile."""
         waiting = ids = [check_id(task_id) for task_id in task_ids]
+        given_up = given_up or threading.Event()
         until, pause, ended = clock() + check_seconds("timeout", timeout), 0.01, dict[str, dict[str, Any]]()
         while True:
             rows = self.json("wait_tasks", array(waiting), "0")
@@ -8271,9 +8281,8 @@ class Operator(Client):
                 return tasks, [TaskFailed(task["status"], task["error"], task["id"])
                                for task in tasks if task["status"] != "completed"]
             left = until - clock()
-            if left <= 0:
+            if left <= 0 or given_up.wait(min(pause, left)):
                 raise TimeoutError(f"task {waiting[0]} has not ended")
-            time.sleep(min(pause, left))
             pause = min(1.5 * pause, 0.5)
 
     def pause(self, type: str) -> bool:

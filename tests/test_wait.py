@@ -5,6 +5,7 @@ import asyncio
 import json
 import pickle
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import psycopg
@@ -121,6 +122,19 @@ def test_a_program_gets_the_results_of_handlers_in_the_order_that_it_asks_for(in
         assert asyncio.run(app.wait_async(app.enqueue("double", "ab"))) == "abab"
 
 
+@pytest.mark.timeout(60)
+def test_a_program_that_gives_up_a_wait_can_end(installed):
+    """asyncio.run() waits for the threads of its loop."""
+    async def give_up() -> None:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(app.wait_async(id, timeout=3600), 0.1)
+
+    app = make_app(installed)
+    id = app.enqueue("never")
+    asyncio.run(give_up())
+    app.close()
+
+
 def test_a_program_is_told_how_a_task_failed(installed):
     def discard(task: Any) -> None:
         raise orchestrator.Discard("no stock")
@@ -174,8 +188,8 @@ def test_waiting_looks_less_and_less_often_and_only_at_what_has_not_ended(instal
             cancel(conn, second)
 
     monkeypatch.setattr(app, "json", call)
-    monkeypatch.setattr(orchestrator.time, "sleep", sleep)
-    assert [task["status"] for task in app._wait([first, second], 1000)[0]] == ["cancelled", "cancelled"]
+    given_up: Any = SimpleNamespace(wait=sleep)
+    assert [task["status"] for task in app._wait([first, second], 1000, given_up)[0]] == ["cancelled", "cancelled"]
     assert looks == [f"{{{first},{second}}}"] * 4 + [f"{{{second}}}"] * 12
     assert pauses[:2] == [0.01, 0.015] and pauses[-1] == 0.5 and pauses == sorted(pauses)
     app.close()
